@@ -1,0 +1,153 @@
+"""What every benchmark here needs: the ranks it runs on, a fence, a clock, statistics."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The ranks of this run. There is always a gloo process group; `comm` only where MPI is."""
+
+    rank: int
+    size: int
+    comm: Any | None  # mpi4py communicator
+    no_mpi: str  # why `comm` is None
+    group: dist.ProcessGroup | None = None  # None: torch's default group
+
+    @staticmethod
+    @contextmanager
+    def session() -> Iterator[Launch]:
+        """Join the run that mpirun or torchrun began; started by neither, be a run of one rank.
+
+        A rank that fails takes all others down, rather than leave them waiting for it. At the end
+        the gloo threads are stopped, since Python cannot exit cleanly under them.
+        """
+        launch = Launch._join()
+        try:
+            with torch.no_grad():
+                yield launch
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            if launch.comm is not None:
+                launch.comm.Abort(1)
+            os._exit(1)  # torchrun sees it and ends the other ranks
+        finally:
+            dist.destroy_process_group()
+
+    @staticmethod
+    def _join() -> Launch:
+        if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            dist.init_process_group("gloo")
+            return Launch(dist.get_rank(), dist.get_world_size(), None, "started without mpirun")
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            return Launch(0, 1, None, f"mpi4py: {error}")
+        comm = MPI.COMM_WORLD
+        _join_gloo(comm)
+        return Launch(comm.rank, comm.size, comm, "")
+
+    def fence(self) -> None:
+        """Return on all ranks at one agreed moment, all of them rested.
+
+        With more ranks than cores, ranks leave any barrier up to milliseconds apart, since the
+        barrier's own last work competes for the cores. So agree on a moment a little later and
+        sleep until then: nothing of the fence is still running when the clock starts.
+        """
+        moment = torch.tensor([time.monotonic() + SETTLE_SECONDS], dtype=torch.float64)
+        dist.all_reduce(moment, dist.ReduceOp.MAX, group=self.group)
+        left = moment.item() - time.monotonic()
+        time.sleep(min(max(left, 0.0), SETTLE_SECONDS))  # ranks on another host have other clocks
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def slowest(self, seconds: Sequence[float]) -> list[float]:
+        """For each of a list of times, the longest that any rank measured."""
+        return [max(of_ranks) for of_ranks in zip(*self.gather(list(seconds)), strict=True)]
+
+    def first(self, size: int) -> Launch | None:
+        """A launch of ranks 0..size-1 alone; None on the others. Called by all ranks."""
+        inside = self.rank < size
+        group = dist.new_group(list(range(size)), backend="gloo")
+        comm = self.comm
+        if comm is not None:
+            from mpi4py import MPI
+
+            comm = comm.Split(0 if inside else MPI.UNDEFINED, self.rank)
+        return Launch(self.rank, size, comm, self.no_mpi, group) if inside else None
+
+
+def _join_gloo(comm: Any) -> None:
+    """Form a gloo group of an MPI communicator's ranks, which are on one host."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    host, store = "127.0.0.1", None
+    if comm.rank == 0:  # port 0: the system picks a free one, so runs beside each other do not meet
+        store = dist.TCPStore(host, 0, comm.size, is_master=True, wait_for_workers=False)
+    port = comm.bcast(store.port if store else None)
+    if store is None:
+        store = dist.TCPStore(host, port, comm.size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds an operation took: the median and the range of its samples."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Stats:
+        return Stats(statistics.median(samples), min(samples), max(samples))
+
+    def text(self, unit: float = 1e-3, digits: int = 1) -> str:
+        """``median (lowest-highest)`` in a unit given in seconds."""
+        m, lo, hi = (
+            f"{value / unit:.{digits}f}" for value in (self.median, self.lowest, self.highest)
+        )
+        return f"{m} ({lo}-{hi})"
+
+
+def seconds_of(operation: Callable[[], Any]) -> tuple[float, Any]:
+    """Run an operation; return how long it took on this rank, and its result."""
+    begin = time.perf_counter()
+    result = operation()
+    return time.perf_counter() - begin, result
+
+
+def progress(launch: Launch, title: str, total: int) -> tqdm:
+    """A bar on rank 0's stderr.
+
+    tqdm redraws with a bare carriage return. mpirun makes stderr a pipe, where rich would show
+    nothing until the end.
+    """
+    return tqdm(total=total, desc=title, disable=launch.rank != 0, mininterval=0.5, leave=False)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,227 @@
+"""Measure dispatch and combine over commlib, gloo and MPI, on the same routing, in one run.
+
+    mpirun -n 4 python bench/dispatch_combine.py
+    torchrun --nproc-per-node 4 bench/dispatch_combine.py      # without the MPI row
+
+The systems take turns, iteration by iteration, so that whatever else the machine does meets all of
+them. A time is that of the slowest rank. Every system's answer is checked in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Launch, Stats, progress, seconds_of, usable_cores
+from report import RESULTS, machine, show, table, write_json
+from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, ZERO_COPY, System, open_systems
+from workload import Job, Shape
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+Samples = dict[
+    str, dict[str, list[float]]
+]  # system -> operation -> seconds, iteration by iteration
+LATENCY_BLOCK = 50  # iterations a system runs before the next has its turn
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens on each rank")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--iters", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--latency-iters", type=int, default=1000, help="0: leave latency out")
+    parser.add_argument("--only", default=",".join(CHOICES), help="of commlib,gloo,mpi")
+    parser.add_argument("--num-sms", type=int, help="commlib's threads; default: its own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
+    args = parser.parse_args()
+    args.only = set(args.only.split(","))
+    if not args.only <= set(CHOICES):
+        parser.error(f"--only takes {', '.join(CHOICES)}")
+    if min(args.tokens, args.hidden, args.topk, args.iters) < 1 or args.topk > args.experts:
+        parser.error("sizes must be at least 1, and --topk at most --experts")
+    if args.latency_iters == 1 or args.latency_iters < 0:
+        parser.error("--latency-iters takes 0 or at least 2")
+    return args
+
+
+def measure_throughput(
+    launch: Launch, job: Job, systems: list[System], iters: int, warmup: int
+) -> tuple[Samples, list[str]]:
+    """Seconds of every iteration, and what was wrong in the first and the last one."""
+    wrong: list[str] = []
+    local: Samples = {system.name: {"dispatch": [], "combine": []} for system in systems}
+    total = warmup + iters
+    with progress(launch, "dispatch and combine", total * len(systems)) as bar:
+        for i in range(total):
+            report = wrong.append if i in (0, total - 1) else None
+            for system in systems:
+                dispatch_seconds, combine_seconds = system.iterate(job, launch, report)
+                if i >= warmup:
+                    local[system.name]["dispatch"].append(dispatch_seconds)
+                    local[system.name]["combine"].append(combine_seconds)
+                bar.update()
+    return slowest_ranks(launch, local), wrong
+
+
+def measure_latency(
+    launch: Launch, job: Job, systems: list[System], iters: int
+) -> tuple[Samples, list[str]]:
+    """Seconds of dispatch + combine, back to back, blocks of iterations in turn."""
+
+    def round_trip(system: System) -> float:
+        dispatch_seconds, received = seconds_of(lambda: system.dispatch(job))
+        y = system.place(received.rows)
+        combine_seconds, _ = seconds_of(lambda: system.combine(y))
+        system.release()
+        return dispatch_seconds + combine_seconds
+
+    wrong: list[str] = []
+    for system in systems:
+        system.iterate(job, launch, wrong.append)
+    local: Samples = {system.name: {"round_trip": []} for system in systems}
+    with progress(launch, "latency", (iters + LATENCY_BLOCK) * len(systems)) as bar:
+        for done in range(-LATENCY_BLOCK, iters, LATENCY_BLOCK):  # the first block warms up
+            block = min(LATENCY_BLOCK, iters - done)
+            for system in systems:
+                launch.fence()
+                seconds = [round_trip(system) for _ in range(block)]
+                if done >= 0:
+                    local[system.name]["round_trip"] += seconds
+                bar.update(block)
+    return slowest_ranks(launch, local), wrong
+
+
+def slowest_ranks(launch: Launch, local: Samples) -> Samples:
+    return {
+        system: {operation: launch.slowest(seconds) for operation, seconds in operations.items()}
+        for system, operations in local.items()
+    }
+
+
+def run_throughput(launch: Launch, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    job = Job.build(shape, launch.rank, launch.size)
+    with open_systems(launch, shape, args.only, args.num_sms) as systems:
+        samples, wrong = measure_throughput(launch, job, systems, args.iters, args.warmup)
+    return {
+        "samples_s": samples,
+        "wrong": list(chain(*launch.gather(wrong))),
+        "rows_received": launch.gather(job.y.shape[0]),
+    }
+
+
+def run_latency(launch: Launch, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """One token on each of ranks 0 and 1; the others sleep. Rank 0 has the samples."""
+    samples: Samples = {}
+    wrong: list[str] = []
+    pair = launch.first(2)
+    if pair is not None:
+        one = replace(shape, tokens=1)
+        job = Job.build(one, pair.rank, pair.size)
+        with open_systems(pair, one, args.only, args.num_sms) as systems:
+            wanted = [system for system in systems if system.name not in (OWNED, LIMIT)]
+            samples, wrong = measure_latency(pair, job, wanted, args.latency_iters)
+    return {"samples_s": samples, "wrong": list(chain(*launch.gather(wrong)))}
+
+
+def throughput_rows(
+    operation: str, result: dict[str, Any], row_bytes: int, skipped: dict[str, str]
+) -> Iterator[list[str]]:
+    """The table's rows for dispatch or for combine."""
+    stats = {name: Stats.of(times[operation]) for name, times in result["samples_s"].items()}
+    moved = statistics.mean(result["rows_received"]) * row_bytes
+    for name in (ZERO_COPY, OWNED, GLOO, MPI, LIMIT):
+        if name in stats:
+            median = stats[name].median
+            yield [
+                operation,
+                name,
+                stats[name].text(unit=1e-3, digits=1),
+                f"{moved / median / 1e9:.2f}",
+                f"{stats[GLOO].median / median:.1f}x" if GLOO in stats else "",
+                f"{stats[LIMIT].median / median:.0%}" if LIMIT in stats else "",
+            ]
+        elif name in skipped:
+            yield [operation, name, skipped[name]]
+
+
+def latency_rows(samples: Samples, skipped: dict[str, str]) -> Iterator[list[str]]:
+    stats = {name: Stats.of(times["round_trip"]) for name, times in samples.items()}
+    for name in (ZERO_COPY, GLOO, MPI):
+        if name in stats:
+            ratio = f"{stats[GLOO].median / stats[name].median:.1f}x" if GLOO in stats else ""
+            p90 = statistics.quantiles(samples[name]["round_trip"], n=10)[-1]
+            median = stats[name].median
+            yield ["dispatch + combine", name, f"{median * 1e6:.0f}", f"{p90 * 1e6:.0f}", ratio]
+        elif name in skipped:
+            yield ["dispatch + combine", name, skipped[name]]
+
+
+def publish(launch: Launch, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print the tables and write the JSON; rank 0 only."""
+    skipped = {MPI: launch.no_mpi} if "mpi" in args.only and launch.no_mpi else {}
+    facts = machine(launch)
+    row_bytes = args.hidden * DTYPES[args.dtype].itemsize
+    show(
+        table(
+            f"{launch.size} ranks on {facts['cores']} cores ({facts['cpu']}), T={args.tokens} "
+            f"H={args.hidden} {args.dtype}, top-{args.topk} of {args.experts} experts, "
+            f"median of {args.iters}",
+            ["operation", "system", "ms (min-max)", "GB/s per rank", "over gloo", "of bare limit"],
+            [
+                throughput_rows(operation, result["throughput"], row_bytes, skipped)
+                for operation in ("dispatch", "combine")
+            ],
+        )
+    )
+    if "latency" in result:
+        show(
+            table(
+                f"Latency: 1 token on each of 2 ranks, median of {args.latency_iters}",
+                ["operation", "system", "µs", "90 % below", "over gloo"],
+                [latency_rows(result["latency"]["samples_s"], skipped)],
+            )
+        )
+    path = args.json or RESULTS / f"dispatch_combine-cpu-r{launch.size}.json"
+    config = vars(args) | {"only": sorted(args.only), "json": str(path)}
+    write_json(path, {"config": config, "machine": facts, "skipped": skipped} | result)
+    show(f"every sample: {path}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    shape = Shape(args.tokens, args.hidden, args.experts, args.topk, DTYPES[args.dtype], args.seed)
+    with Launch.session() as launch:
+        if shape.experts % launch.size:
+            sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
+        torch.set_num_threads(max(1, usable_cores() // launch.size))
+        result = {"throughput": run_throughput(launch, shape, args)}
+        if launch.size > 1 and args.latency_iters:
+            result["latency"] = run_latency(launch, shape, args)
+        if launch.rank == 0:
+            publish(launch, args, result)
+        wrong = [text for part in result.values() for text in part["wrong"]]
+        if wrong:
+            sys.exit("\n".join(["WRONG RESULTS", *wrong]) if launch.rank == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""How a benchmark tells what it found: tables of fixed width on stdout, and JSON beside them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Launch, usable_cores
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+TABLE_WIDTH = 110
+
+
+def show(*renderables: Any) -> None:
+    """Print at a fixed width, so that a file reads like the terminal."""
+    Console(width=TABLE_WIDTH, highlight=False, force_terminal=False).print(*renderables, sep="\n")
+
+
+def table(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]) -> Table:
+    """A table of sections of rows. The first two columns are words, the others figures."""
+    result = Table(title=title, title_justify="left", title_style="bold", expand=True)
+    for place, column in enumerate(columns):
+        result.add_column(column, justify="left" if place < 2 else "right")
+    for section in sections:
+        for row in section:
+            result.add_row(*row)
+        result.add_section()
+    return result
+
+
+def machine(launch: Launch) -> dict[str, Any]:
+    """What the figures depend on besides the configuration."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "ranks": launch.size,
+        "threads_per_rank": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commlib": _version_of("commlib"),
+        "mpi": _mpi_version(launch),
+        "commit": _commit(),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _mpi_version(launch: Launch) -> str | None:
+    if launch.comm is None:
+        return None
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().split(",")[0].strip("\0 \n")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where the working tree differs from it; None: no git here."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,153 @@
+"""The rows of the table: commlib, gloo, MPI and the bare limit behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from baselines import AllToAllBaseline, GlooBaseline, MpiBaseline
+from common import Launch, seconds_of
+from torch import Tensor
+from workload import Job, Received, Shape
+
+CHOICES = ("commlib", "gloo", "mpi")
+ZERO_COPY, OWNED, GLOO, MPI, LIMIT = (
+    "commlib zero-copy",
+    "commlib owned",
+    "gloo",
+    "MPI",
+    "bare limit",
+)
+
+Report = Callable[[str], None]
+
+
+class System:
+    """Something that dispatches and combines a job."""
+
+    name: str
+
+    def dispatch(self, job: Job) -> Received:
+        """Timed: ends when the rows can be read."""
+        raise NotImplementedError
+
+    def place(self, y: Tensor) -> Tensor:
+        """Not timed: put the experts' outputs where an expert's last matmul would write them."""
+        return y
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Timed: ends when the sums can be read."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Not timed: give back what the dispatch lent."""
+
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[float, float]:
+        """One dispatch and one combine; this rank's seconds for each. Called on all ranks.
+
+        Args:
+            report: told of each difference from what the job expects; None: do not look.
+        """
+        launch.fence()
+        dispatch_seconds, received = seconds_of(lambda: self.dispatch(job))
+        wrong = [] if report is None else job.wrong_rows(received)
+        y = self.place(job.y)
+        launch.fence()
+        combine_seconds, out = seconds_of(lambda: self.combine(y))
+        if report is not None:
+            for text in wrong + job.wrong_sum(out):
+                report(f"{self.name}, rank {launch.rank}: {text}")
+        self.release()
+        return dispatch_seconds, combine_seconds
+
+
+class Baseline(System):
+    """gloo or MPI."""
+
+    def __init__(self, name: str, transport: AllToAllBaseline) -> None:
+        self.name, self._transport = name, transport
+
+    def dispatch(self, job: Job) -> Received:
+        rows = self._transport.dispatch(job.x, job.topk_idx, job.topk_weights)
+        return Received(rows, self._transport.topk_idx, self._transport.topk_weights)
+
+    def combine(self, y: Tensor) -> Tensor:
+        return self._transport.combine(y)
+
+
+class Commlib(System):
+    """commlib through its Python API, with tensors the caller owns."""
+
+    name = OWNED
+    zero_copy = False
+
+    def __init__(self, ep: Any) -> None:
+        self._ep, self._handle = ep, None
+
+    def dispatch(self, job: Job) -> Received:
+        d = self._ep.dispatch(job.x, job.topk_idx, job.topk_weights, zero_copy=self.zero_copy)
+        self._handle = d.handle
+        return Received(d.x, d.topk_idx, d.topk_weights)
+
+    def combine(self, y: Tensor) -> Tensor:
+        return self._ep.combine(y, self._handle)
+
+    def release(self) -> None:
+        self._handle = None
+
+
+class CommlibZeroCopy(Commlib):
+    """commlib reading rows where they arrived, and y where the experts wrote it."""
+
+    name = ZERO_COPY
+    zero_copy = True
+
+    def place(self, y: Tensor) -> Tensor:
+        buffer = self._ep.combine_buffer(self._handle)
+        return buffer.copy_(y)
+
+
+class BareLimit(System):
+    """The same rows moved with the same stores and no protocol: what the machine can do."""
+
+    name = LIMIT
+
+    def __init__(self, ep: Any) -> None:
+        from commlib.bench_support import bare_limit
+
+        self._ep, self._bare_limit, self._handle = ep, bare_limit, None
+
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[float, float]:
+        if self._handle is None:
+            self._handle = self._ep.dispatch(job.x, job.topk_idx, job.topk_weights).handle
+        launch.fence()
+        return self._bare_limit(self._ep, job.x, self._handle)
+
+
+@contextmanager
+def open_systems(
+    launch: Launch, shape: Shape, only: set[str], num_sms: int | None = None
+) -> Iterator[list[System]]:
+    """Those of `CHOICES` that are in `only` and can run here, ready to be measured."""
+    sizes = {
+        "num_experts": shape.experts,
+        "hidden": shape.hidden,
+        "topk": shape.topk,
+        "max_tokens": shape.tokens,
+        "dtype": shape.dtype,
+    }
+    with ExitStack() as stack:
+        systems: list[System] = []
+        if "commlib" in only:
+            import commlib
+
+            group = launch.comm if launch.comm is not None else launch.group
+            ep = commlib.ExpertParallel(group, device="cpu", num_sms=num_sms, **sizes)
+            stack.callback(ep.close)
+            systems += [CommlibZeroCopy(ep), Commlib(ep), BareLimit(ep)]
+        if "gloo" in only:
+            systems.append(Baseline(GLOO, GlooBaseline(launch.group, **sizes)))
+        if "mpi" in only and launch.comm is not None:
+            systems.append(Baseline(MPI, MpiBaseline(launch.comm, **sizes)))
+        yield systems

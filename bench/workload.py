@@ -1,0 +1,118 @@
+"""The job every system is given, and what it must answer, computed without any communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is moved. All ranks have the same."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    topk: int
+    dtype: torch.dtype
+    seed: int
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a dispatch yields: rows ``[N, H]``, local expert ids and weights ``[N, K]``."""
+
+    rows: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's part: its tokens, the rows it must receive, the experts' outputs, the sums."""
+
+    x: Tensor  # [T, H]
+    topk_idx: Tensor  # [T, K] int64
+    topk_weights: Tensor  # [T, K] float32
+    expected: Received
+    y: Tensor  # [N, H] what this rank's experts make of the rows
+    expected_sum: Tensor  # [T, H], not rounded to the row's dtype
+
+    @staticmethod
+    def build(shape: Shape, rank: int, ranks: int) -> Job:
+        """Make this rank's tokens, and the other ranks' as well to know what must come from them.
+
+        An expert here scales a row by its rank's factor, so that a row summed from the wrong rank
+        shows.
+        """
+        local_experts = shape.experts // ranks
+        received = [
+            _rows_for(rank, local_experts, *_tokens_of(shape, source)) for source in range(ranks)
+        ]
+        rows, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
+        x, topk_idx, topk_weights = _tokens_of(shape, rank)
+        total = torch.zeros(x.shape, dtype=_wide(shape.dtype))
+        for owner in range(ranks):
+            goes = (topk_idx // local_experts == owner).any(1, keepdim=True)
+            total += _expert(x, owner) * goes
+        return Job(
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            expected=Received(rows, ids, weights),
+            y=_expert(rows, rank),
+            expected_sum=total,
+        )
+
+    def wrong_rows(self, got: Received) -> list[str]:
+        """What differs, bit for bit, from the rows and metadata that must arrive."""
+        if got.rows.shape != self.expected.rows.shape:
+            return [f"rows {list(got.rows.shape)}, not {list(self.expected.rows.shape)}"]
+        pairs = {
+            "rows": (got.rows, self.expected.rows),
+            "topk_idx": (got.topk_idx.long(), self.expected.topk_idx),
+            "topk_weights": (got.topk_weights, self.expected.topk_weights),
+        }
+        return [
+            f"{name}: {int((a != b).any(1).sum())} of {len(b)} rows differ"
+            for name, (a, b) in pairs.items()
+            if not torch.equal(a, b)
+        ]
+
+    def wrong_sum(self, out: Tensor) -> list[str]:
+        """Where a combine is further from the exact sum than one rounding to the rows' dtype."""
+        exact = self.expected_sum
+        rounding = torch.finfo(out.dtype).eps * exact.abs()
+        summing = 32 * torch.finfo(exact.dtype).eps * float(self.y.abs().max())
+        off = (out.to(exact.dtype) - exact).abs() > rounding + summing
+        return [f"sum: {int(off.sum())} of {off.numel()} values differ"] if off.any() else []
+
+
+def _tokens_of(shape: Shape, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's rows and routing: experts drawn uniformly, none twice for a token."""
+    generator = torch.Generator().manual_seed(shape.seed * 4096 + rank)
+    scores = torch.rand(shape.tokens, shape.experts, generator=generator)
+    topk_idx = scores.topk(shape.topk, dim=1).indices
+    logits = torch.randn(shape.tokens, shape.topk, generator=generator)
+    x = torch.randn(shape.tokens, shape.hidden, generator=generator).to(shape.dtype)
+    return x, topk_idx, logits.softmax(1)
+
+
+def _rows_for(
+    rank: int, local_experts: int, x: Tensor, topk_idx: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a source's rows that go to `rank`, with ids as that rank counts its experts."""
+    mine = topk_idx // local_experts == rank
+    goes = mine.any(1)
+    local = torch.where(mine, topk_idx % local_experts, -1)
+    return x[goes], local[goes], torch.where(mine, weights, 0.0)[goes]
+
+
+def _expert(rows: Tensor, rank: int) -> Tensor:
+    return (rows.to(_wide(rows.dtype)) * (1 + rank / 4)).to(rows.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

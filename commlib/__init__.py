@@ -1,0 +1,31 @@
+"""commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
+
+from commlib.errors import (
+    CallMismatch,
+    CapacityExceeded,
+    CommError,
+    ConfigMismatch,
+    HandleError,
+    PeerTimeout,
+)
+from commlib.event import Event
+from commlib.expert_parallel import Dispatched, ExpertParallel, Handle
+from commlib.group import Group
+from commlib.inprocess import run_ranks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CallMismatch",
+    "CapacityExceeded",
+    "CommError",
+    "ConfigMismatch",
+    "Dispatched",
+    "Event",
+    "ExpertParallel",
+    "Group",
+    "Handle",
+    "HandleError",
+    "PeerTimeout",
+    "run_ranks",
+]

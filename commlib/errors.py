@@ -1,0 +1,48 @@
+"""What commlib raises besides ValueError and TypeError for wrong arguments."""
+
+from __future__ import annotations
+
+
+class CommError(RuntimeError):
+    """Base of commlib's errors; by itself: the communicator is broken or closed."""
+
+
+class PeerTimeout(CommError):
+    """A rank did not do its part in time, or its process is gone.
+
+    Attributes:
+        rank: the rank that waited.
+        peers: the ranks that it waited for.
+        op: "dispatch", "dispatch with a handle" or "combine".
+        phase: what it waited for: "counts", "arrival" (of rows), "slot reuse" or "call".
+        epoch: number of the operation on this communicator, from 1.
+    """
+
+    def __init__(
+        self, text: str, rank: int, peers: list[int], op: str, phase: str, epoch: int
+    ) -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.peers = list(peers)
+        self.op = op
+        self.phase = phase
+        self.epoch = epoch
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (str(self), self.rank, self.peers, self.op, self.phase, self.epoch)
+
+
+class CallMismatch(CommError):
+    """Ranks called different operations at the same place in their order."""
+
+
+class ConfigMismatch(CommError):
+    """Ranks built their ExpertParallel with different settings."""
+
+
+class CapacityExceeded(CommError):
+    """A rank would receive more rows than ``capacity``. Raised on all ranks before any row is sent."""
+
+
+class HandleError(CommError):
+    """A handle, slot or lent buffer used in a way that its state does not allow."""

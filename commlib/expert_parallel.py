@@ -1,0 +1,394 @@
+"""ExpertParallel: dispatch tokens to the ranks that own their experts, and combine what comes back."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commlib import _core, checks, ops
+from commlib.arrays import as_tensor, exporter_for
+from commlib.bootstrap import connect
+from commlib.errors import HandleError
+from commlib.event import Event
+from commlib.group import ThreadGroup, resolve_group
+from commlib.memory import MemoryReport, report_memory
+from commlib.settings import Settings
+
+_numbers = itertools.count()
+_POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
+
+
+class Handle:
+    """The routing of one dispatch: for ``combine``, for backward, for a later ``dispatch``.
+
+    Holds small tensors only (no rows). Zero-copy results keep their receive slot by themselves, until the
+    last tensor that views it is gone.
+    """
+
+    def __init__(self, ep: ExpertParallel, routing: ops.Routing, layout: str, align: int) -> None:
+        self._ep = ep
+        self._routing: ops.Routing | None = routing
+        self.layout = layout
+        self.align = align
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank sent: rows of ``combine``'s result."""
+        return self._tensors().routes.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
+        return self._tensors().source.shape[0]
+
+    def release(self) -> None:
+        """Give the handle up: using it again raises HandleError. Twice is fine."""
+        self._routing = None
+
+    def _tensors(self) -> ops.Routing:
+        if self._routing is None:
+            raise HandleError("this handle has been released")
+        return self._routing
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return (*self._tensors(), self._ep._number, self.layout == "expert")
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that a rank received. N: unique rows; M: rows grouped by expert, padding included.
+
+    Attributes:
+        x: layout "rank": ``[N, hidden]``, ordered by source rank, then token. "expert": ``[M, hidden]``,
+            grouped by local expert, in each group by source rank, then token; padding rows are zero.
+        topk_idx: "rank": ``[N, topk]`` int64 local expert ids, -1 where another rank owns the expert.
+        topk_weights: "rank": ``[N, topk]``, 0 where -1; "expert": ``[M]``, 0 in padding; None if dispatch
+            got none. float32 (float64 for float64 rows).
+        tokens_per_expert: ``[local experts]`` int64, before padding.
+        offsets: "expert": ``[local experts + 1]`` int64, where each group begins, after padding.
+        source: ``[N, 2]`` or ``[M, 2]`` int64: rank and token of each row; -1 in padding.
+        handle: the routing.
+        event: with ``async_op``: when the rows are there.
+    """
+
+    x: Any
+    topk_idx: Any
+    topk_weights: Any
+    tokens_per_expert: Any
+    offsets: Any
+    source: Any
+    handle: Handle
+    event: Event | None = None
+
+
+class ExpertParallel:
+    """A communicator for one MoE configuration over the ranks of a group.
+
+    All ranks construct it together, and issue its operations in the same order.
+
+    Args:
+        group: torch.distributed ProcessGroup, 1-D DeviceMesh, mpi4py communicator or commlib.Group. None:
+            the default process group, else MPI.COMM_WORLD under mpirun, else torchrun's ranks, else one rank.
+        num_experts: experts over all ranks. Rank r owns the contiguous block ``[r*E//R, (r+1)*E//R)``;
+            E need not be a multiple of R.
+        hidden: elements of a row.
+        topk: experts for each token, at most 32.
+        max_tokens: the most tokens that one rank sends in one call.
+        dtype: of rows: bfloat16, float16, float32 or float64.
+        device: "cpu" (or None).
+        num_sms: communication threads of this rank, 1 to 64. None: half of this rank's share of the cores.
+        capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens; memory
+            is taken as it is first written, not at once.
+        slots: 1 to 32. Each zero-copy result, lent buffer and operation under way holds one.
+        timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used (on this rank).
+        ConfigMismatch: ranks gave different arguments; the text names them.
+        CommError: ranks cannot reach each other's memory, or another rank failed here.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        num_experts: int,
+        hidden: int,
+        topk: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Any = None,
+        num_sms: int | None = None,
+        capacity: int | None = None,
+        slots: int = 2,
+        timeout: float = 60.0,
+    ) -> None:
+        self.group = resolve_group(group)
+        self.rank, self.size = self.group.rank, self.group.size
+        self.settings = Settings(
+            num_experts, hidden, topk, max_tokens, dtype, device, num_sms, capacity, slots, timeout
+        )
+        self._core: _core.Communicator = connect(self.group, self.settings)
+        self._number = next(_numbers)
+        self._width = min(topk, self.size)
+        self._event: Event | None = None
+        self._stats = dict.fromkeys(
+            ("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0
+        )
+        self._timeout = timeout
+        self.first_expert = self.rank * num_experts // self.size
+        self.num_local_experts = (self.rank + 1) * num_experts // self.size - self.first_expert
+        self.weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        ops.communicators[self._number] = self
+        self._finalizer = weakref.finalize(self, self._core.close)
+        if isinstance(self.group, ThreadGroup):
+            self.group.communicators.add(self)
+
+    # -- operations ----------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        *,
+        layout: str | None = None,
+        align: int = 1,
+        handle: Handle | None = None,
+        zero_copy: bool = False,
+        overflow: str = "error",
+        async_op: bool = False,
+        previous_event: Event | None = None,
+    ) -> Dispatched:
+        """Send each token once to every rank that owns at least one of its experts.
+
+        Differentiable in ``x`` and ``topk_weights``. All ranks call it, all with ``topk_weights`` or all
+        without; T may be 0.
+
+        Args:
+            x: ``[T, hidden]``, ``0 <= T <= max_tokens``; T may differ by rank. Rows may lie apart (a
+                stride), elements of a row may not. Tensor, or NumPy or CuPy array; results are of the same
+                kind.
+            topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
+                with ``handle``.
+            topk_weights: ``[T, topk]`` float32 (float64 for float64 rows).
+            layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
+            align: with "expert": each group is padded with zero rows to a multiple of this.
+            handle: use the routing, layout and align of that dispatch: no plan and no counts.
+            zero_copy: ``Dispatched.x`` is a view of a receive slot, which it holds until it is gone.
+                Layout "rank" only, since grouped rows are copies.
+            overflow: where a rank would receive more than ``capacity`` rows: "error" raises on all ranks
+                before rows are sent; "drop" drops its last rows, by source rank, then token.
+            async_op: return when the counts are known; the rows follow on the communication threads, and
+                ``Dispatched.event`` says when they are there.
+            previous_event: an event to wait for first.
+
+        Returns:
+            Dispatched.
+
+        Raises:
+            ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
+            CapacityExceeded: on all ranks; nothing has been sent.
+            PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
+            HandleError: no slot is free, or the handle is released or another communicator's.
+        """
+        export = exporter_for(x)
+        rows = self._checked_rows("x", as_tensor("x", x))
+        weights = self._checked_weights("topk_weights", topk_weights, (rows.shape[0], self.settings.topk))
+        if handle is not None:
+            self._check_handle(handle, rows.shape[0], layout, topk_idx)
+            layout, align = handle.layout, handle.align
+        layout = layout or "rank"
+        checks.check_layout(layout, align, zero_copy, overflow)
+        grouped = layout == "expert"
+        self._before(async_op, previous_event)
+        if handle is None:
+            idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings.topk)
+            drop = overflow == "drop"
+            out, w, routes, *rest = ops.dispatch(
+                rows, idx, weights, self._number, grouped, align, drop, zero_copy, async_op
+            )
+            handle = Handle(self, ops.Routing(idx, routes, *rest), layout, align)
+        else:
+            out, w = ops.redispatch(rows, weights, *handle._arguments(), zero_copy, async_op)
+        routing = handle._tensors()
+        return Dispatched(
+            x=export(out),
+            topk_idx=None if grouped else export(routing.local),
+            topk_weights=None if weights is None else export(w),
+            tokens_per_expert=export(routing.tokens_per_expert),
+            offsets=export(routing.offsets) if grouped else None,
+            source=export(routing.source),
+            handle=handle,
+            event=self._take_event() if async_op else None,
+        )
+
+    def combine(
+        self,
+        y: Any,
+        handle: Handle,
+        *,
+        weights: Any = None,
+        bias: Any = None,
+        out: Any = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
+    ) -> Any:
+        """Sum, for each token, the rows that its experts made of it, back at the token's own rank.
+
+        Sums are taken in float32 (float64 for float64 rows), over a rank's experts in order of top-k place
+        with one rounding, then over ranks in ascending order with one rounding: bitwise reproducible.
+        Differentiable in ``y``, ``weights`` and ``bias``.
+
+        Args:
+            y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a
+                ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights.
+            handle: of the dispatch.
+            weights: ``[num_rows]``, one for each row of y (layout "expert": ``Dispatched.topk_weights``).
+                None: rows are summed as they are.
+            bias: ``[T, hidden]``, added once.
+            out: ``[T, hidden]`` contiguous, written and returned; not differentiable.
+            async_op: return ``(out, event)`` at once.
+            previous_event: an event to wait for first.
+
+        Returns:
+            ``[T, hidden]``, or with ``async_op`` a pair of that and an Event. Tokens without experts are 0.
+
+        Raises:
+            ValueError, TypeError, PeerTimeout, HandleError: as dispatch.
+        """
+        export = exporter_for(y)
+        self._check_handle(handle)
+        rows = self._checked_rows("y", as_tensor("y", y), handle.num_rows)
+        row_weights = self._checked_weights("weights", weights, (handle.num_rows,))
+        tokens = handle.num_tokens
+        bias_rows = (
+            None if bias is None else self._checked_rows("bias", as_tensor("bias", bias), tokens)
+        )
+        self._before(async_op, previous_event)
+        arguments = (rows, row_weights, bias_rows, None, *handle._arguments(), async_op)
+        if out is None:
+            result = export(ops.combine(*arguments)[0])
+        else:
+            target = checks.checked_out(as_tensor("out", out), tokens, self.settings)
+            checks.check_no_grad(rows, row_weights, bias_rows)
+            ops.combine_into(target, *arguments)
+            result = out
+        return (result, self._take_event()) if async_op else result
+
+    def combine_buffer(self, handle: Handle) -> Tensor:
+        """A place in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
+
+        Good for one combine; it holds a slot until then and until the tensor is gone. Layout "rank" only:
+        grouped rows are summed on the way into the heap, which is a copy anyway.
+
+        Raises:
+            HandleError: no slot is free, or the handle is released or another communicator's.
+            ValueError: the handle's layout is "expert".
+        """
+        self._check_handle(handle)
+        if handle.layout != "rank":
+            raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
+        return self._view(self._core.lend_slot(), handle.num_rows)
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank waits for a peer; setting it affects later operations."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        checks.check_timeout(seconds)
+        self._timeout = seconds
+        self._core.set_timeout(seconds)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since construction: operations, rows received, (token, rank) pairs dropped at this rank."""
+        return dict(self._stats)
+
+    def memory_report(self) -> MemoryReport:
+        """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""
+        report = report_memory(self)
+        print(report)
+        return report
+
+    def close(self) -> None:
+        """Finish what is under way and tell the other ranks. Using it afterwards raises CommError."""
+        self._finalizer()
+
+    def __enter__(self) -> ExpertParallel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel(rank={self.rank}, size={self.size}, {self.settings})"
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _checked_rows(self, name: str, rows: Tensor, count: int | None = None) -> Tensor:
+        return checks.checked_rows(name, rows, self.settings, count)
+
+    def _checked_weights(self, name: str, weights: Any, shape: tuple[int, ...]) -> Tensor | None:
+        if weights is None:
+            return None
+        return checks.checked_weights(name, as_tensor(name, weights), shape, self.weight_dtype)
+
+    def _check_handle(
+        self,
+        handle: Handle,
+        tokens: int | None = None,
+        layout: str | None = None,
+        topk_idx: Any = None,
+    ) -> None:
+        if not isinstance(handle, Handle):
+            raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
+        if handle._ep is not self:
+            raise HandleError("this handle is of a dispatch on another communicator")
+        routing = handle._tensors()
+        if tokens is not None and tokens != handle.num_tokens:
+            raise ValueError(f"x has {tokens} rows, but the handle's dispatch had {handle.num_tokens}")
+        if layout is not None and layout != handle.layout:
+            raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
+        if topk_idx is not None and not torch.compiler.is_compiling():
+            given = as_tensor("topk_idx", topk_idx)
+            if given.shape != routing.topk_idx.shape or not bool((given == routing.topk_idx).all()):
+                raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
+
+    def _before(self, async_op: bool, previous_event: Event | None) -> None:
+        if previous_event is not None:
+            previous_event.wait()
+        if async_op and torch.compiler.is_compiling():
+            raise ValueError("async_op cannot be traced by torch.compile")
+
+    def _take_event(self) -> Event:
+        event, self._event = self._event, None
+        assert event is not None
+        return event
+
+    def _count(self, **increments: int) -> None:
+        for name, n in increments.items():
+            self._stats[name] += n
+
+    def _view(self, lease: _core.SlotLease, rows: int) -> Tensor:
+        return torch.from_dlpack(self._core.view(lease, rows))
+
+    def _new_rows(self, rows: int) -> Tensor:
+        s = self.settings
+        if rows * s.hidden * s.dtype.itemsize < _POOLED_BYTES:
+            return torch.empty(rows, s.hidden, dtype=s.dtype)
+        return torch.from_dlpack(self._core.new_rows(rows))
+
+    def _new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
+        if given is None:
+            return torch.empty(0, dtype=torch.float32)
+        shape = (rows,) if grouped else (rows, self.settings.topk)
+        return torch.empty(shape, dtype=self.weight_dtype)

@@ -1,0 +1,103 @@
+"""Matrix product of row groups, each with its own weight matrix; torch.compile traces it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_BYTES = 16  # torch's kernel asks for row strides of a multiple of this
+
+
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply the rows of group ``e`` by ``w[e]``.
+
+    Runs :func:`torch.nn.functional.grouped_mm` for bfloat16, float16 and float32 whose rows are a
+    multiple of 16 bytes, and a loop over the groups for the rest (float64, odd sizes).
+
+    Args:
+        x: ``[M, H]``, rows of group e at ``offsets[e]:offsets[e + 1]``; ``M == offsets[-1]``.
+        w: ``[G, H, F]``, same dtype and device as ``x``.
+        offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
+
+    Returns:
+        ``[M, F]``, dtype of ``x``; differentiable once in ``x`` and ``w``.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        TypeError: ``x`` and ``w`` of different dtypes.
+    """
+    if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}"
+        )
+    if offsets.dim() != 1 or offsets.shape[0] != w.shape[0] + 1:
+        raise ValueError(f"offsets must be [{w.shape[0] + 1}], got {tuple(offsets.shape)}")
+    if x.dtype != w.dtype:
+        raise TypeError(f"x is {x.dtype}, w is {w.dtype}: they must be the same")
+    return _grouped_mm(x, w, offsets)
+
+
+# Ops of our own, for torch's cannot be used as it is: its fake kernel takes bfloat16 alone, so
+# float32 does not compile, and its backward rejects an expanded gradient (`out.sum().backward()`).
+
+
+@torch.library.custom_op("commlib::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    if _has_kernel(x.dtype, w.shape[1], w.shape[2]):
+        return F.grouped_mm(_row_major(x), w, offs=offsets[1:].to(torch.int32))
+    spans = pairwise(offsets.tolist())
+    return torch.cat([x[a:b] @ weight for (a, b), weight in zip(spans, w, strict=True)])
+
+
+@torch.library.custom_op("commlib::grouped_mm_weight_grad", mutates_args=())
+def _weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """``x[rows of e].T @ grad[rows of e]`` for each group e: ``[G, H, F]``."""
+    if _has_kernel(x.dtype, x.shape[1], grad.shape[1]):
+        offs = offsets[1:].to(torch.int32)
+        return F.grouped_mm(_row_major(x).mT, _row_major(grad), offs=offs)
+    return torch.stack([x[a:b].mT @ grad[a:b] for a, b in pairwise(offsets.tolist())])
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
+@_weight_grad.register_fake
+def _(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, x.shape[1], grad.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, w, offsets = ctx.saved_tensors
+    need_x, need_w, _ = ctx.needs_input_grad
+    return (
+        _grouped_mm(grad, w.mT, offsets) if need_x else None,
+        _weight_grad(x, grad, offsets) if need_w else None,
+        None,
+    )
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _has_kernel(dtype: torch.dtype, *sizes: int) -> bool:
+    aligned = all(size * dtype.itemsize % _KERNEL_BYTES == 0 for size in sizes)
+    return aligned and dtype in _KERNEL_DTYPES and hasattr(F, "grouped_mm")
+
+
+def _row_major(t: Tensor) -> Tensor:
+    # Not `contiguous()`: it keeps whatever strides a tensor of no or one row has, and the kernel
+    # rejects some of them.
+    if t.stride() == (t.shape[1], 1):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,380 @@
+"""``torch.ops.commlib.*``: dispatch, redispatch (with a known routing) and combine.
+
+The ops take and return plain tensors, so autograd, ``torch.compile`` and activation checkpointing see
+ordinary functions. Dispatch and combine are each other's adjoints, and the gradients are written with the
+ops themselves. A communicator is named by a number, since ops cannot take Python objects.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from commlib import _core
+from commlib.event import Event
+
+if TYPE_CHECKING:
+    from commlib.expert_parallel import ExpertParallel
+
+communicators: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()
+
+
+class Routing(NamedTuple):
+    """What a dispatch found out, as tensors: all that later operations on the same routing need."""
+
+    topk_idx: Tensor  # [T, K] global expert ids
+    routes: Tensor  # [T, min(K, R)] rank << 32 | row at that rank, ascending; -1 ends
+    local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
+    source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
+    tokens_per_expert: Tensor  # [E_loc]
+    offsets: Tensor  # [E_loc + 1] with layout="expert", else [0]
+
+
+_ROUTING = (
+    "Tensor topk_idx, Tensor routes, Tensor local, Tensor source, Tensor tokens_per_expert, "
+    "Tensor offsets, int comm, bool grouped"
+)
+
+_library = torch.library.Library("commlib", "DEF")
+_library.define(
+    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int comm, bool grouped, int align, "
+    "bool drop, bool zero_copy, bool async_op) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    f"combine(Tensor y, Tensor? weights, Tensor? bias, Tensor? weight_grads, {_ROUTING}, "
+    "bool async_op) -> (Tensor, Tensor)"
+)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row_stride(tensor: Tensor) -> int:
+    """Bytes from row to row."""
+    return tensor.stride(0) * tensor.element_size()
+
+
+def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
+    return _core.Rows(
+        x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights)
+    )
+
+
+def _routing_view(r: Routing, grouped: bool) -> _core.RoutingView:
+    return _core.RoutingView(
+        r.topk_idx.data_ptr(),
+        r.routes.data_ptr(),
+        r.routes.shape[0],
+        r.local.shape[0],
+        r.source.shape[0],
+        r.local.data_ptr() if grouped else 0,
+        r.offsets.data_ptr(),
+        r.tokens_per_expert.data_ptr(),
+    )
+
+
+def _dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    comm: int,
+    grouped: bool,
+    align: int,
+    drop: bool,
+    zero_copy: bool,
+    async_op: bool,
+) -> tuple[Tensor, ...]:
+    ep = communicators[comm]
+    core = ep._core
+    tokens, topk = topk_idx.shape
+    routes = torch.empty(tokens, ep._width, dtype=torch.int64)
+    view = _core.RoutingView(topk_idx.data_ptr(), routes.data_ptr(), tokens)
+    pending = core.begin_dispatch(view, topk_weights is not None, drop)
+    try:
+        experts = ep.num_local_experts
+        tokens_per_expert = torch.empty(experts, dtype=torch.int64)
+        offsets = torch.empty(experts + 1 if grouped else 0, dtype=torch.int64)
+        size = pending.write_offsets(align, tokens_per_expert.data_ptr(), offsets.data_ptr())
+        local = torch.empty(pending.rows, topk, dtype=torch.int64)
+        source = torch.empty(size, 2, dtype=torch.int64)
+        weights = ep._new_weights(topk_weights, size, grouped)
+        rows = ep._view(pending.lease, size) if zero_copy else ep._new_rows(size)
+        routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+        received = _core.Received(
+            0 if zero_copy else rows.data_ptr(),
+            weights.data_ptr(),
+            0 if grouped else local.data_ptr(),
+            source.data_ptr(),
+        )
+        ticket = core.finish_dispatch(
+            pending, _rows(x, topk_weights), _routing_view(routing, grouped), received, async_op
+        )
+    except BaseException as error:
+        core.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
+        raise
+    ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
+    if async_op:
+        keep = (x, topk_weights, rows, weights, *routing)
+        ep._event = Event(core, ticket, keep)
+    return rows, weights, routes, local, source, tokens_per_expert, offsets
+
+
+def _redispatch(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    topk_idx: Tensor,
+    routes: Tensor,
+    local: Tensor,
+    source: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    comm: int,
+    grouped: bool,
+    zero_copy: bool,
+    async_op: bool,
+) -> tuple[Tensor, Tensor]:
+    ep = communicators[comm]
+    routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+    size = source.shape[0]
+    weights = ep._new_weights(topk_weights, size, grouped)
+    out = None if zero_copy else ep._new_rows(size)
+    ticket, lease = ep._core.redispatch(
+        _rows(x, topk_weights),
+        _routing_view(routing, grouped),
+        _core.Received(_address(out), weights.data_ptr()),
+        async_op,
+    )
+    rows = ep._view(lease, size) if out is None else out
+    ep._count(redispatches=1, rows_received=local.shape[0])
+    if async_op:
+        ep._event = Event(ep._core, ticket, (x, topk_weights, rows, weights, *routing))
+    return rows, weights
+
+
+def _combine(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    weight_grads: Tensor | None,
+    topk_idx: Tensor,
+    routes: Tensor,
+    local: Tensor,
+    source: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    comm: int,
+    grouped: bool,
+    async_op: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    ep = communicators[comm]
+    routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+    if out is None:
+        out = ep._new_rows(routes.shape[0])
+    shape = topk_idx.shape if weight_grads is not None else (0,)
+    out_weights = torch.empty(shape, dtype=ep.weight_dtype)
+    given = _core.CombineInput(
+        y.data_ptr(),
+        _row_stride(y),
+        _address(weights),
+        weight_grads is not None,
+        _address(weight_grads),
+        _address(bias),
+        0 if bias is None else _row_stride(bias),
+    )
+    ticket = ep._core.combine(
+        given,
+        _routing_view(routing, grouped),
+        out.data_ptr(),
+        out_weights.data_ptr() if weight_grads is not None else 0,
+        async_op,
+    )
+    ep._count(combines=1)
+    if async_op:
+        keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
+        ep._event = Event(ep._core, ticket, keep)
+    return out, out_weights
+
+
+_library.impl("dispatch", _dispatch, "CPU")
+_library.impl("redispatch", _redispatch, "CPU")
+_library.impl("combine", _combine, "CPU")
+
+
+# Shapes for torch.compile: how many rows arrive is known at run time only.
+
+
+def _fake_weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: Tensor) -> Tensor:
+    if given is None:
+        return x.new_empty(0, dtype=torch.float32)
+    return given.new_empty((size,) if grouped else (size, topk))
+
+
+@torch.library.register_fake("commlib::dispatch")
+def _fake_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    comm: int,
+    grouped: bool,
+    align: int,
+    drop: bool,
+    zero_copy: bool,
+    async_op: bool,
+) -> tuple[Tensor, ...]:
+    ep = communicators[comm]
+    context = torch.library.get_ctx()
+    unique = context.new_dynamic_size()
+    size = context.new_dynamic_size() if grouped else unique
+    tokens, topk = topk_idx.shape
+    return (
+        x.new_empty(size, x.shape[1]),
+        _fake_weights(topk_weights, size, grouped, topk, x),
+        topk_idx.new_empty(tokens, ep._width),
+        topk_idx.new_empty(unique, topk),
+        topk_idx.new_empty(size, 2),
+        topk_idx.new_empty(ep.num_local_experts),
+        topk_idx.new_empty(ep.num_local_experts + 1 if grouped else 0),
+    )
+
+
+@torch.library.register_fake("commlib::redispatch")
+def _fake_redispatch(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    topk_idx: Tensor,
+    routes: Tensor,
+    local: Tensor,
+    source: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    comm: int,
+    grouped: bool,
+    zero_copy: bool,
+    async_op: bool,
+) -> tuple[Tensor, Tensor]:
+    size, topk = source.shape[0], topk_idx.shape[1]
+    return x.new_empty(size, x.shape[1]), _fake_weights(topk_weights, size, grouped, topk, x)
+
+
+@torch.library.register_fake("commlib::combine")
+def _fake_combine(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    weight_grads: Tensor | None,
+    topk_idx: Tensor,
+    routes: Tensor,
+    local: Tensor,
+    source: Tensor,
+    tokens_per_expert: Tensor,
+    offsets: Tensor,
+    comm: int,
+    grouped: bool,
+    async_op: bool,
+) -> tuple[Tensor, Tensor]:
+    out_weights = (
+        y.new_empty(0, dtype=torch.float32)
+        if weight_grads is None
+        else weight_grads.new_empty(topk_idx.shape)
+    )
+    return y.new_empty(topk_idx.shape[0], y.shape[1]), out_weights
+
+
+# Gradients.
+
+
+def _adjoint_of_dispatch(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and topk_weights: a combine along the same routes."""
+    gx, gw = torch.ops.commlib.combine(
+        g_rows.contiguous(),
+        None,
+        None,
+        g_weights.contiguous() if ctx.has_weights else None,
+        *ctx.saved_tensors,
+        ctx.comm,
+        ctx.grouped,
+        False,
+    )
+    return gx, gw if ctx.has_weights else None
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, topk_idx, topk_weights, ctx.comm, ctx.grouped, *_ = inputs
+    ctx.has_weights = topk_weights is not None
+    ctx.save_for_backward(topk_idx, *output[2:])
+
+
+def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    gx, gw = _adjoint_of_dispatch(ctx, g_rows, g_weights)
+    return gx, None, gw, None, None, None, None, None, None
+
+
+def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, topk_weights, *routing, ctx.comm, ctx.grouped, _, _ = inputs
+    ctx.has_weights = topk_weights is not None
+    ctx.save_for_backward(*routing)
+
+
+def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Any, ...]:
+    gx, gw = _adjoint_of_dispatch(ctx, g_rows, g_weights)
+    return gx, gw, *(None,) * 10
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    y, weights, bias, weight_grads, *routing, ctx.comm, ctx.grouped, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.has_weight_grads = weight_grads is not None
+    weighted = () if weights is None else (y, weights)
+    ctx.save_for_backward(*routing, *weighted)
+
+
+def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
+    routing = ctx.saved_tensors[: len(Routing._fields)]
+    weighted = ctx.saved_tensors[len(Routing._fields) :]
+    rows, g_weight_grads = torch.ops.commlib.redispatch(
+        g_out.contiguous(),
+        g_out_weights.contiguous() if ctx.has_weight_grads else None,
+        *routing,
+        ctx.comm,
+        ctx.grouped,
+        False,
+        False,
+    )
+    gy, gw = rows, None
+    if weighted:
+        y, weights = weighted
+        gw = (rows.to(weights.dtype) * y.to(weights.dtype)).sum(-1)
+        gy = (rows.to(weights.dtype) * weights.unsqueeze(-1)).to(rows.dtype)
+    return (
+        gy,
+        gw,
+        g_out if ctx.has_bias else None,
+        g_weight_grads if ctx.has_weight_grads else None,
+        *(None,) * 9,
+    )
+
+
+torch.library.register_autograd("commlib::dispatch", _dispatch_backward, setup_context=_setup_dispatch)
+torch.library.register_autograd(
+    "commlib::redispatch", _redispatch_backward, setup_context=_setup_redispatch
+)
+torch.library.register_autograd("commlib::combine", _combine_backward, setup_context=_setup_combine)
+
+dispatch = torch.ops.commlib.dispatch.default
+redispatch = torch.ops.commlib.redispatch.default
+combine = torch.ops.commlib.combine.default
+
+
+def combine_into(out: Tensor, *args: Any) -> None:
+    """combine, written into ``out``; not differentiable."""
+    _combine(*args, out=out)

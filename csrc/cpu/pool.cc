@@ -1,0 +1,111 @@
+#include "cpu/pool.h"
+
+namespace commlib {
+namespace {
+
+bool never() { return false; }
+
+}  // namespace
+
+WorkerPool::WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted)
+    : workers_(workers), spin_(spin), interrupted_(interrupted) {
+  if (workers > 1) start_threads(1);
+}
+
+WorkerPool::~WorkerPool() {
+  drain();
+  stopping_.store(true, std::memory_order_release);
+  ring(bell_);
+  for (std::thread& t : threads_) t.join();
+}
+
+void WorkerPool::start_threads(int first) {
+  for (int i = first; i < (first == 0 ? 1 : workers_); ++i) {
+    threads_.emplace_back([this, i] { thread_main(i); });
+  }
+}
+
+uint64_t WorkerPool::enqueue(const std::shared_ptr<Job>& job, bool caller_is_worker_0) {
+  job->unfinished.store(workers_, std::memory_order_relaxed);
+  uint64_t number;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!caller_is_worker_0 && threads_.size() < static_cast<size_t>(workers_)) start_threads(0);
+    number = ++submitted_;
+    queue_.push_back({job, caller_is_worker_0});
+    if (queue_.size() == 1) front_number_.fetch_add(1, std::memory_order_release);
+  }
+  ring(bell_);
+  return number;
+}
+
+void WorkerPool::submit(const std::shared_ptr<Job>& job) { enqueue(job, false); }
+
+void WorkerPool::run(const std::shared_ptr<Job>& job) {
+  const uint64_t number = enqueue(job, true);
+  wait_on(bell_, spin_, [&] { return front_number_.load(std::memory_order_acquire) >= number; }, never);
+  run_part(*job, 0);
+  wait(*job);
+}
+
+void WorkerPool::wait(const Job& job) {
+  const auto give_up = [&] { return interrupted_ && interrupted_(); };
+  if (!wait_on(bell_, spin_, [&] { return job.done.load(std::memory_order_acquire); }, give_up)) throw Interrupted{};
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+void WorkerPool::drain() {
+  wait_on(bell_, spin_, [&] {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return queue_.empty();
+  }, never);
+}
+
+void WorkerPool::run_part(Job& job, int worker) {
+  try {
+    job.run(worker);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!job.error) job.error = std::current_exception();
+  }
+  if (job.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  if (!job.error) {
+    try {
+      job.finish();
+    } catch (...) {
+      job.error = std::current_exception();
+    }
+  }
+  job.run = nullptr;  // what it holds (slots, tensors) is free from here on
+  job.finish = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    // `done` is set before the next job can start, and before the queue can be seen empty.
+    std::shared_ptr<Job> keep = std::move(queue_.front().job);
+    keep->done.store(true, std::memory_order_release);
+    queue_.pop_front();
+    if (!queue_.empty()) front_number_.fetch_add(1, std::memory_order_release);
+  }
+  ring(bell_);
+}
+
+void WorkerPool::thread_main(int worker) {
+  for (uint64_t next = 1;; ++next) {
+    wait_on(bell_, spin_, [&] {
+      return front_number_.load(std::memory_order_acquire) >= next || stopping_.load(std::memory_order_acquire);
+    }, never);
+    std::shared_ptr<Job> job;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const uint64_t front = front_number_.load(std::memory_order_relaxed);
+      if (front < next) return;  // stopping
+      // Jobs need thread 0 only where no caller stands in for it, so it may have been passed by.
+      next = front;
+      if (queue_.empty() || (worker == 0 && queue_.front().caller_is_worker_0)) continue;
+      job = queue_.front().job;
+    }
+    run_part(*job, worker);
+  }
+}
+
+}  // namespace commlib

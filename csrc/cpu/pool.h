@@ -1,0 +1,97 @@
+// The pool: a rank's communication threads, and the order of its operations.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "cpu/bell.h"
+
+namespace commlib {
+
+// Called by a sleeping thread of the user every nap; true: the user wants out (Ctrl-C).
+using InterruptCheck = bool (*)();
+struct Interrupted {};
+
+// One operation in the pool: run(i) is called once for each worker i.
+struct Job {
+  std::function<void(int worker)> run;
+  // Called once after all workers have returned, on the last one's thread. May throw.
+  std::function<void()> finish;
+
+  std::atomic<int> unfinished{0};      // workers yet to return (acq_rel: the last sees all others' work)
+  std::atomic<bool> done{false};       // after `finish` (release), read by waiters (acquire)
+  std::exception_ptr error;            // written before `done`
+};
+
+// Runs jobs strictly one after another, in the order submitted, each on all `workers` threads. A synchronous
+// job is taken on by the calling thread as worker 0, so with one worker nothing is handed over; thread 0
+// starts with the first asynchronous job.
+class WorkerPool {
+ public:
+  WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted);
+  ~WorkerPool();  // finishes what has been submitted
+
+  int workers() const { return workers_; }
+
+  // Runs the job and returns when it is done; rethrows what it threw.
+  void run(const std::shared_ptr<Job>& job);
+  // Returns at once.
+  void submit(const std::shared_ptr<Job>& job);
+  // Waits for a submitted job; rethrows what it threw. Throws Interrupted if the user wants out.
+  void wait(const Job& job);
+  // Waits until all submitted jobs are done, however they ended.
+  void drain();
+
+ private:
+  void start_threads(int first);
+  void thread_main(int worker);
+  void run_part(Job& job, int worker);
+  uint64_t enqueue(const std::shared_ptr<Job>& job, bool caller_is_worker_0);
+
+  struct Entry {
+    std::shared_ptr<Job> job;
+    bool caller_is_worker_0;
+  };
+
+  const int workers_;
+  const SpinPolicy spin_;
+  const InterruptCheck interrupted_;
+  std::mutex mutex_;              // guards the members below it
+  std::vector<std::thread> threads_;
+  std::deque<Entry> queue_;       // front: the job that runs now
+  // Counts jobs that have come to the front, so that each thread takes each job once. Written under the
+  // mutex (release), read while spinning (acquire).
+  std::atomic<uint64_t> front_number_{0};
+  uint64_t submitted_ = 0;
+  std::atomic<bool> stopping_{false};
+  Bell bell_;
+};
+
+// A barrier of the workers of one job. give_up() lets a worker leave when another has failed.
+class WorkerBarrier {
+ public:
+  explicit WorkerBarrier(int workers) : workers_(workers) {}
+
+  template <class GiveUp>
+  bool wait(const SpinPolicy& spin, GiveUp give_up) {
+    if (workers_ == 1) return true;
+    // Each crossing ends at the next multiple of workers_. acq_rel: all work before it is seen after it.
+    const uint32_t ticket = arrived_.fetch_add(1, std::memory_order_acq_rel);
+    const uint32_t target = (ticket / workers_ + 1) * workers_;
+    ring(bell_);
+    return wait_on(bell_, spin, [&] { return arrived_.load(std::memory_order_acquire) >= target; }, give_up);
+  }
+
+ private:
+  const uint32_t workers_;
+  std::atomic<uint32_t> arrived_{0};
+  Bell bell_;
+};
+
+}  // namespace commlib

@@ -1,0 +1,65 @@
+// bfloat16 and half as bits, and their conversions, for the plain path and for vector tails.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace commlib {
+
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+inline uint32_t bits_of(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  return u;
+}
+inline float float_of(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+inline float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+
+// IEEE half to float: shift the exponent and mantissa into place, then let one multiplication by 2^112 fix
+// the exponent's bias; subnormals come out right by themselves.
+inline float widen(Half v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t rest = v.bits & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 1u << 22 : 0));
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+
+// Round to nearest, ties to even.
+inline void narrow(float f, Bf16* out) {
+  const uint32_t u = bits_of(f);
+  if (f != f) {
+    out->bits = static_cast<uint16_t>(u >> 16 | 0x40);  // stays a NaN, made quiet
+  } else {
+    out->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  }
+}
+
+inline void narrow(float f, Half* out) {
+  const uint32_t u = bits_of(f);
+  const uint16_t sign = static_cast<uint16_t>(u >> 16 & 0x8000);
+  uint32_t magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out->bits = static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
+    out->bits = static_cast<uint16_t>(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {
+    // Subnormal: adding 0.5 leaves the half's bits at the bottom of the float's mantissa, rounded.
+    out->bits = static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    magnitude += 0xfff + (magnitude >> 13 & 1);
+    out->bits = static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13);
+  }
+}
+inline void narrow(float f, float* out) { *out = f; }
+inline void narrow(double f, double* out) { *out = f; }
+
+}  // namespace commlib

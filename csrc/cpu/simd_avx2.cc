@@ -1,0 +1,108 @@
+// AVX2 with F16C.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/scalar_types.h"
+#include "cpu/vector_ops.h"
+
+// From here on, after the last standard header: see vector_kernels.h.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+#include "cpu/vector_kernels.h"
+
+namespace commlib {
+namespace {
+
+struct Avx2 {
+  struct Bytes {
+    using Vec = __m256i;
+    static constexpr int kBytes = 32;
+    static Vec load(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const Vec*>(p)); }
+    static void stream(std::byte* p, Vec v) { _mm256_stream_si256(reinterpret_cast<Vec*>(p), v); }
+  };
+
+  struct Float8 {
+    using Acc = float;
+    using Vec = __m256;
+    static constexpr int kWidth = 8;
+    static Vec set(float v) { return _mm256_set1_ps(v); }
+    static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+    static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  };
+
+  template <class T>
+  struct Lanes;
+
+  // Round to nearest even, as in scalar_types.h.
+  static __m128i to_bf16(__m256 v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+
+  static void flush() { _mm_sfence(); }
+};
+
+template <>
+struct Avx2::Lanes<Bf16> : Float8 {
+  static Vec load(const Bf16* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static void store(Bf16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(v)); }
+  static void stream(Bf16* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(v)); }
+};
+
+template <>
+struct Avx2::Lanes<Half> : Float8 {
+  static __m128i narrowed(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(Half* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrowed(v)); }
+  static void stream(Half* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrowed(v)); }
+};
+
+template <>
+struct Avx2::Lanes<float> : Float8 {
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+};
+
+template <>
+struct Avx2::Lanes<double> {
+  using Acc = double;
+  using Vec = __m256d;
+  static constexpr int kWidth = 4;
+  static Vec set(double v) { return _mm256_set1_pd(v); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_pd(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_pd(a, b); }
+  static Vec load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
+  static void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }
+};
+
+}  // namespace
+
+extern const VectorOps kAvx2Ops = make_vector_ops<Avx2>("avx2");
+
+}  // namespace commlib
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,67 @@
+#include "cpu/slots.h"
+
+#include "cpu/failure.h"
+
+namespace commlib {
+
+SlotLease::~SlotLease() {
+  std::lock_guard<std::mutex> lock(pool_->mutex_);
+  SlotPool::State& state = pool_->states_[index_];
+  state.busy = false;
+  state.released = ++pool_->releases_;
+}
+
+Slot SlotLease::slot() const { return pool_->slot(index_); }
+
+void SlotLease::use() {
+  if (lent_ && used_) {
+    throw SlotError("this combine_buffer has served a combine, and other ranks may still read it: ask for a new one "
+                    "with combine_buffer(handle)");
+  }
+  used_ = true;
+}
+
+void SlotLease::pulled_in(uint32_t epoch) {
+  std::lock_guard<std::mutex> lock(pool_->mutex_);
+  pool_->states_[index_].pulled = true;
+  pool_->states_[index_].pulled_in = epoch;
+}
+
+SlotPool::SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout layout, int count)
+    : region_(std::move(region)), slots_(slots), layout_(layout), states_(count) {}
+
+std::shared_ptr<SlotLease> SlotPool::take() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  State* best = nullptr;
+  for (State& s : states_) {
+    if (!s.busy && (!best || s.released < best->released)) best = &s;
+  }
+  if (!best) return nullptr;
+  auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(best - states_.data()));
+  best->busy = true;
+  best->lease = lease;
+  return lease;
+}
+
+std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (address == slot(static_cast<int>(i)).rows) return states_[i].lease.lock();
+  }
+  return nullptr;
+}
+
+bool SlotPool::last_pull(int index, uint32_t* epoch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  *epoch = states_[index].pulled_in;
+  return states_[index].pulled;
+}
+
+int SlotPool::in_use() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  int n = 0;
+  for (const State& s : states_) n += s.busy;
+  return n;
+}
+
+}  // namespace commlib

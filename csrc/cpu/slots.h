@@ -1,0 +1,71 @@
+// Who holds which slot of this rank's heap.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "heap/symmetric_heap.h"
+#include "protocol/slot.h"
+
+namespace commlib {
+
+class SlotPool;
+
+// Holds one slot until it is destroyed: by the job that uses it, and by the zero-copy tensors that view it.
+// Keeps the heap mapped meanwhile. May be destroyed on any thread.
+class SlotLease {
+ public:
+  SlotLease(std::shared_ptr<SlotPool> pool, int index) : pool_(std::move(pool)), index_(index) {}
+  ~SlotLease();
+  SlotLease(const SlotLease&) = delete;
+  SlotLease& operator=(const SlotLease&) = delete;
+
+  int index() const { return index_; }
+  Slot slot() const;
+  // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished it.
+  void pulled_in(uint32_t epoch);
+  // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
+  void lend() { lent_ = true; }
+  void use();
+
+ private:
+  std::shared_ptr<SlotPool> pool_;
+  int index_;
+  bool lent_ = false;
+  bool used_ = false;
+};
+
+class SlotPool : public std::enable_shared_from_this<SlotPool> {
+ public:
+  SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout layout, int count);
+
+  // The free slot that has rested longest, or null.
+  std::shared_ptr<SlotLease> take();
+  // The lease of the slot at whose first row `address` points, or null.
+  std::shared_ptr<SlotLease> find(const std::byte* address);
+  // The operation that must be finished everywhere before the slot is written; false: none.
+  bool last_pull(int index, uint32_t* epoch);
+  Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
+  int in_use();
+
+ private:
+  friend class SlotLease;
+  struct State {
+    std::weak_ptr<SlotLease> lease;
+    bool busy = false;
+    bool pulled = false;
+    uint32_t pulled_in = 0;
+    uint64_t released = 0;
+  };
+
+  std::shared_ptr<Region> region_;
+  std::byte* slots_;
+  SlotLayout layout_;
+  std::mutex mutex_;  // guards the members below it
+  std::vector<State> states_;
+  uint64_t releases_ = 0;
+};
+
+}  // namespace commlib

@@ -1,0 +1,109 @@
+// multicast and reduce, written once over an instruction set `Isa`. Included by each simd_*.cc after the
+// instruction set has been switched on for that file; everything stays in its unnamed namespace, so that
+// code for one instruction set can never be linked into another's path.
+//
+// Isa::Bytes     : static load(p), stream(p, v), kBytes
+// Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
+//                  mul, add, kWidth
+#pragma once
+
+namespace commlib {
+namespace {
+
+constexpr int kUnroll = 4;
+
+inline bool whole_lines(const void* p, int64_t bytes) {
+  return (reinterpret_cast<uintptr_t>(p) | static_cast<uint64_t>(bytes)) % 64 == 0;
+}
+
+template <class Isa>
+void multicast_lines(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
+  constexpr int64_t step = kUnroll * Isa::Bytes::kBytes;
+  int64_t i = 0;
+  for (; i + step <= bytes; i += step) {
+    typename Isa::Bytes::Vec v[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) v[u] = Isa::Bytes::load(src + i + u * Isa::Bytes::kBytes);
+    for (int j = 0; j < n; ++j) {
+      for (int u = 0; u < kUnroll; ++u) Isa::Bytes::stream(dst[j] + i + u * Isa::Bytes::kBytes, v[u]);
+    }
+  }
+  for (; i < bytes; i += Isa::Bytes::kBytes) {
+    const typename Isa::Bytes::Vec v = Isa::Bytes::load(src + i);
+    for (int j = 0; j < n; ++j) Isa::Bytes::stream(dst[j] + i, v);
+  }
+}
+
+template <class Isa>
+void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
+  bool lines = true;
+  for (int j = 0; j < n; ++j) lines = lines && whole_lines(dst[j], bytes);
+  if (lines) return multicast_lines<Isa>(dst, n, src, bytes);
+  for (int j = 0; j < n; ++j) std::memcpy(dst[j], src, static_cast<size_t>(bytes));
+}
+
+template <class L, class T, int kCount, bool kStream>
+inline void reduce_block(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
+                         int64_t i) {
+  using Acc = typename L::Acc;
+  typename L::Vec acc[kCount];
+  for (int u = 0; u < kCount; ++u) acc[u] = L::set(Acc{0});
+  for (int j = 0; j < n; ++j) {
+    const T* row = reinterpret_cast<const T*>(src[j]) + i;
+    if (weights) {
+      const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(weights[j]));
+      for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::mul(w, L::load(row + u * L::kWidth)));
+    } else {
+      for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::load(row + u * L::kWidth));
+    }
+  }
+  for (int u = 0; u < kCount; ++u) {
+    if (kStream) {
+      L::stream(dst + i + u * L::kWidth, acc[u]);
+    } else {
+      L::store(dst + i + u * L::kWidth, acc[u]);
+    }
+  }
+}
+
+template <class T, class Acc>
+inline void reduce_tail(T* dst, const std::byte* const* src, const std::byte* const* weights, int n, int64_t i) {
+  Acc acc = 0;
+  for (int j = 0; j < n; ++j) {
+    const Acc v = widen(reinterpret_cast<const T*>(src[j])[i]);
+    acc += weights ? *reinterpret_cast<const Acc*>(weights[j]) * v : v;
+  }
+  narrow(acc, dst + i);
+}
+
+template <class L, class T, bool kStream>
+void reduce_row(T* dst, const std::byte* const* src, const std::byte* const* weights, int n, int64_t elements) {
+  int64_t i = 0;
+  for (; i + kUnroll * L::kWidth <= elements; i += kUnroll * L::kWidth) {
+    reduce_block<L, T, kUnroll, kStream>(dst, src, weights, n, i);
+  }
+  for (; i + L::kWidth <= elements; i += L::kWidth) reduce_block<L, T, 1, kStream>(dst, src, weights, n, i);
+  for (; i < elements; ++i) reduce_tail<T, typename L::Acc>(dst, src, weights, n, i);
+}
+
+template <class Isa, class T>
+void reduce(std::byte* dst, const std::byte* const* src, const std::byte* const* weights, int n,
+            int64_t elements) {
+  using L = typename Isa::template Lanes<T>;
+  T* out = reinterpret_cast<T*>(dst);
+  if (whole_lines(dst, elements * static_cast<int64_t>(sizeof(T)))) {
+    reduce_row<L, T, true>(out, src, weights, n, elements);
+  } else {
+    reduce_row<L, T, false>(out, src, weights, n, elements);
+  }
+}
+
+template <class Isa>
+VectorOps make_vector_ops(const char* name) {
+  return {name,
+          multicast<Isa>,
+          {reduce<Isa, Bf16>, reduce<Isa, Half>, reduce<Isa, float>, reduce<Isa, double>},
+          Isa::flush};
+}
+
+}  // namespace
+}  // namespace commlib

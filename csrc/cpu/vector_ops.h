@@ -1,0 +1,35 @@
+// The data path of the CPU worker: two primitives, in the widest form that this processor has.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "protocol/types.h"
+
+namespace commlib {
+
+// Loads each part of `src` once and stores it n times.
+using MulticastFn = void (*)(std::byte* const* dst, int n, const std::byte* src, int64_t bytes);
+
+// dst[i] = round(sum over j of weights[j] * src[j][i]), accumulated in fp32 (fp64 for fp64 rows) in the order
+// of j; weights: null, or pointers to scalars of the accumulator's type. Multiply and add stay apart (no
+// fused multiply-add), so all vector widths give the same bits. n = 0 writes zeros.
+using ReduceFn = void (*)(std::byte* dst, const std::byte* const* src, const std::byte* const* weights, int n,
+                          int64_t elements);
+
+struct VectorOps {
+  const char* name;
+  MulticastFn multicast;
+  ReduceFn reduce[kNumDTypes];
+  void (*flush)();  // orders streaming stores before later release stores
+};
+
+// The widest of "avx512", "avx2", "neon", "plain" that this processor runs; or the one named.
+// Throws std::invalid_argument where it is unknown or the processor lacks it.
+const VectorOps& vector_ops(const std::string& name = "");
+
+std::vector<std::string> available_vector_ops();
+
+}  // namespace commlib

@@ -1,0 +1,84 @@
+// Counts: every rank tells every other how many rows it has for each rank, and for each of that rank's
+// experts. From all counts each rank knows where its own rows begin everywhere.
+#pragma once
+
+#include "protocol/plan.h"
+#include "protocol/words.h"
+
+namespace commlib {
+
+COMMLIB_HD int64_t count_words(const Placement& placement) {
+  return placement.ranks + placement.max_count();
+}
+
+// To rank p go [ranks] row counts and [experts of p] counts, each word tagged with the dispatch.
+template <class Worker>
+COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placement& placement,
+                               const SourceCounts& counts, uint32_t dispatch) {
+  for (int p = 0; p < peers.size; ++p) {
+    uint64_t* words = peers.counts(p, peers.rank, dispatch);
+    for (int q = w.lane(); q < peers.size; q += w.lanes()) {
+      w.publish(&words[q], tagged(dispatch, counts.per_rank[q]));
+    }
+    const int64_t first = placement.first_expert(p);
+    for (int64_t e = w.lane(); e < placement.count(p); e += w.lanes()) {
+      w.publish(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
+    }
+    w.wake(p);
+  }
+}
+
+// Where rows go, from all counts.
+struct CountsResult {
+  int64_t* base;             // [ranks]: this rank's first row at each rank
+  int64_t* received;         // [ranks]: rows each rank receives in all
+  int64_t* source_rows;      // [ranks]: rows this rank receives from each source
+  int64_t* rows_per_expert;  // [own experts]
+};
+
+template <class Worker>
+COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placement& placement,
+                               uint32_t dispatch, CountsResult result) {
+  const int64_t own_experts = placement.count(peers.rank);
+  for (int p = 0; p < peers.size; ++p) result.base[p] = result.received[p] = 0;
+  for (int64_t e = 0; e < own_experts; ++e) result.rows_per_expert[e] = 0;
+  for (int s = 0; s < peers.size; ++s) {
+    const uint64_t* words = peers.counts(peers.rank, s, dispatch);
+    for (int p = 0; p < peers.size; ++p) {
+      if (!w.await_tag(&words[p], dispatch, s, Phase::counts)) return false;
+      const uint32_t rows = value_of(w.read(&words[p]));
+      if (s < peers.rank) result.base[p] += rows;
+      if (p == peers.rank) result.source_rows[s] = rows;
+      result.received[p] += rows;
+    }
+    for (int64_t e = 0; e < own_experts; ++e) {
+      if (!w.await_tag(&words[peers.size + e], dispatch, s, Phase::counts)) return false;
+      result.rows_per_expert[e] += value_of(w.read(&words[peers.size + e]));
+    }
+  }
+  return true;
+}
+
+// Each rank says what it calls, and which of its slots the call may use.
+template <class Worker>
+COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
+  for (int p = 0; p < peers.size; ++p) {
+    w.publish(&peers.mail_to(p).calls[epoch % kCallRing], tagged(epoch, call.pack()));
+    w.wake(p);
+  }
+}
+
+// Reads every rank's call at this epoch: false if one is missing at the deadline, or called something else.
+template <class Worker>
+COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, uint32_t epoch, Call mine, uint8_t* slots) {
+  for (int p = 0; p < peers.size; ++p) {
+    const uint64_t* word = &peers.mail_from(p).calls[epoch % kCallRing];
+    if (!w.await_tag(word, epoch, p, Phase::call)) return false;
+    const Call theirs = Call::unpack(value_of(w.read(word)));
+    if (!theirs.agrees_with(mine)) return w.mismatch(p, theirs);
+    slots[p] = theirs.slot;
+  }
+  return true;
+}
+
+}  // namespace commlib

@@ -1,0 +1,90 @@
+// Words with which ranks speak to each other: all of them lie in the control block of the rank that
+// reads them, and each is written by one source only.
+#pragma once
+
+#include "protocol/types.h"
+
+namespace commlib {
+
+// A tagged word carries its own flag: the tag (which operation) in the high half, the value in the low
+// half. One atomic 8-byte store publishes both, so no fence, no reset and no second trip is needed.
+COMMLIB_HD constexpr uint64_t tagged(uint32_t tag, uint32_t value) {
+  return static_cast<uint64_t>(tag) << 32 | value;
+}
+COMMLIB_HD constexpr uint32_t tag_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+COMMLIB_HD constexpr uint32_t value_of(uint64_t word) { return static_cast<uint32_t>(word); }
+
+// Tags count modulo 2^32; right as long as two ranks are less than 2^31 operations apart.
+COMMLIB_HD constexpr bool reached(uint32_t tag, uint32_t wanted) {
+  return static_cast<int32_t>(tag - wanted) >= 0;
+}
+
+// What a rank says of one of its calls: the operation, the slot it lends to it, and what must agree on
+// all ranks. Fits in the value of a tagged word.
+struct Call {
+  OpKind op = OpKind::none;
+  uint8_t slot = 0;
+  uint16_t flags = 0;
+
+  COMMLIB_HD uint32_t pack() const {
+    return static_cast<uint32_t>(op) << 24 | static_cast<uint32_t>(slot) << 16 | flags;
+  }
+  COMMLIB_HD static Call unpack(uint32_t v) {
+    return {static_cast<OpKind>(v >> 24), static_cast<uint8_t>(v >> 16), static_cast<uint16_t>(v)};
+  }
+  COMMLIB_HD bool agrees_with(const Call& other) const { return op == other.op && flags == other.flags; }
+};
+
+constexpr uint16_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
+constexpr uint16_t kCallDrops = 2;       // overflow="drop"
+
+// Calls a source may be ahead of a reader who still wants to know about an older one. Each call in flight
+// holds a slot, so kMaxSlots bounds the distance and a word is never overwritten unread.
+constexpr int kCallRing = 64;
+constexpr int kMaxSlots = 32;
+
+// What one source says to one rank, in that rank's control block.
+struct alignas(64) Mailbox {
+  // Grows by workers(src) with each operation that moves rows, when src's rows for it are in place: at the
+  // receiver (dispatch) or in src's own slot, ready to be pulled (combine). Added by each worker of src
+  // after its stores are flushed (release); read by the owner of the block (acquire). Operations run one
+  // after another on each rank, and the counter is never reset, so a late reader cannot miss it.
+  uint64_t arrived;
+  // Tag: the last operation that src has finished, rows pulled and all. Written by src's worker 0 (release)
+  // after a barrier of its workers; the owner reads it (acquire) before it writes again into a slot from
+  // which that operation pulled.
+  uint64_t pulled;
+  // Tag 1 once src closed its communicator or gave it up; the value is the rank that it blames (itself when
+  // it closed). Written by src (release), read by a waiting owner at its naps (acquire), who says so at once.
+  uint64_t left;
+  uint64_t padding[5];
+  // calls[epoch % kCallRing], tag = epoch: the call src made at this epoch (release / acquire).
+  uint64_t calls[kCallRing];
+};
+
+// Addresses of one rank's memory, as mapped here.
+struct PeerBlock {
+  Mailbox* mail;      // [ranks], by source
+  uint64_t* counts;   // [2][ranks][count_words], by parity of the dispatch, then source
+  void* bell;         // wakes the rank's sleepers (CPU); unused on a GPU
+  std::byte* slots;   // [slots][slot_bytes]
+};
+
+struct PeerTable {
+  int rank;
+  int size;
+  int64_t count_words;
+  PeerBlock peer[kMaxRanks];
+
+  COMMLIB_HD const PeerBlock& self() const { return peer[rank]; }
+  COMMLIB_HD Mailbox& mail_to(int p) const { return peer[p].mail[rank]; }
+  COMMLIB_HD Mailbox& mail_from(int p) const { return peer[rank].mail[p]; }
+  // Counts of two dispatches alternate between two places. A source writes the place of dispatch d again
+  // at d + 2; it has then read everyone's words of d + 1, which each rank published after it had read
+  // all words of d.
+  COMMLIB_HD uint64_t* counts(int owner, int source, uint32_t dispatch) const {
+    return peer[owner].counts + ((dispatch & 1) * size + source) * count_words;
+  }
+};
+
+}  // namespace commlib
