@@ -20,6 +20,7 @@ from commlib.memory import MemoryReport, report_memory
 from commlib.settings import Settings
 
 _numbers = itertools.count()
+_SLOTS_TO_WORK_WITH = 2
 _POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
 
 
@@ -104,7 +105,9 @@ class ExpertParallel:
         num_sms: communication threads of this rank, 1 to 64. None: half of this rank's share of the cores.
         capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens; memory
             is taken as it is first written, not at once.
-        slots: 1 to 32. Each zero-copy result, lent buffer and operation under way holds one.
+        slots: 1 to 32, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
+            hold one each. So does every other result of layout "rank" while two slots stay free: it need
+            not be copied then. Memory is taken as it is first written, lowest slot first.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
 
     Raises:
@@ -125,7 +128,7 @@ class ExpertParallel:
         device: Any = None,
         num_sms: int | None = None,
         capacity: int | None = None,
-        slots: int = 2,
+        slots: int = 8,
         timeout: float = 60.0,
     ) -> None:
         self.group = resolve_group(group)
@@ -180,8 +183,9 @@ class ExpertParallel:
             layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
             align: with "expert": each group is padded with zero rows to a multiple of this.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
-            zero_copy: ``Dispatched.x`` is a view of a receive slot, which it holds until it is gone.
-                Layout "rank" only, since grouped rows are copies.
+            zero_copy: never copy: raise HandleError where no slot is free. Without it rows are copied out
+                of the slot when fewer than two others are free. Layout "rank" only, since grouped rows
+                are copies.
             overflow: where a rank would receive more than ``capacity`` rows: "error" raises on all ranks
                 before rows are sent; "drop" drops its last rows, by source rank, then token.
             async_op: return when the counts are known; the rows follow on the communication threads, and
@@ -377,6 +381,10 @@ class ExpertParallel:
     def _count(self, **increments: int) -> None:
         for name, n in increments.items():
             self._stats[name] += n
+
+    def _can_spare_slots(self, count: int) -> bool:
+        """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
+        return self.settings.slots - self._core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
     def _view(self, lease: _core.SlotLease, rows: int) -> Tensor:
         return torch.from_dlpack(self._core.view(lease, rows))

@@ -107,10 +107,11 @@ def _dispatch(
         local = torch.empty(pending.rows, topk, dtype=torch.int64)
         source = torch.empty(size, 2, dtype=torch.int64)
         weights = ep._new_weights(topk_weights, size, grouped)
-        rows = ep._view(pending.lease, size) if zero_copy else ep._new_rows(size)
+        in_slot = zero_copy or (not grouped and ep._can_spare_slots(0))
+        rows = ep._view(pending.lease, size) if in_slot else ep._new_rows(size)
         routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
         received = _core.Received(
-            0 if zero_copy else rows.data_ptr(),
+            0 if in_slot else rows.data_ptr(),
             weights.data_ptr(),
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
@@ -146,7 +147,8 @@ def _redispatch(
     routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
     size = source.shape[0]
     weights = ep._new_weights(topk_weights, size, grouped)
-    out = None if zero_copy else ep._new_rows(size)
+    in_slot = zero_copy or (not grouped and ep._can_spare_slots(1))
+    out = None if in_slot else ep._new_rows(size)
     ticket, lease = ep._core.redispatch(
         _rows(x, topk_weights),
         _routing_view(routing, grouped),

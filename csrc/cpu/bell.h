@@ -7,9 +7,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <climits>
 #include <cstdint>
+
+#include "protocol/words.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,24 +18,19 @@
 
 namespace commlib {
 
-// No wake-up is lost. A ringer changes its word (release), then adds to `rings`, then reads `sleepers`; a
-// sleeper adds to `sleepers`, then reads `rings`, then its word, and sleeps only while `rings` has not moved.
-// All four are sequentially consistent: a ringer who sees no sleeper comes before that sleeper's read of
-// `rings`, which therefore sees the new value and, through it, the new word.
-struct alignas(64) Bell {
-  std::atomic<uint32_t> rings{0};
-  std::atomic<uint32_t> sleepers{0};
-};
-
 inline double monotonic_seconds() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
 }
 
+// No wake-up is lost. A ringer changes its word (release), then adds to `rings`, then reads `sleepers`; a
+// sleeper adds to `sleepers`, then reads `rings`, then its word, and sleeps only while `rings` has not moved.
+// All four are sequentially consistent: a ringer who sees no sleeper comes before that sleeper's read of
+// `rings`, which therefore sees the new value and, through it, the new word.
 inline void ring(Bell& bell) {
-  bell.rings.fetch_add(1, std::memory_order_seq_cst);
-  if (bell.sleepers.load(std::memory_order_seq_cst) != 0) {
+  __atomic_fetch_add(&bell.rings, 1, __ATOMIC_SEQ_CST);
+  if (__atomic_load_n(&bell.sleepers, __ATOMIC_SEQ_CST) != 0) {
     syscall(SYS_futex, &bell.rings, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
 }
@@ -70,13 +66,13 @@ bool wait_on(Bell& bell, const SpinPolicy& spin, Ready ready, GiveUp give_up) {
   const timespec nap{0, static_cast<long>(kNapSeconds * 1e9)};
   double next_look = monotonic_seconds() + kNapSeconds;
   for (;;) {
-    bell.sleepers.fetch_add(1, std::memory_order_seq_cst);
-    const uint32_t heard = bell.rings.load(std::memory_order_seq_cst);
+    __atomic_fetch_add(&bell.sleepers, 1, __ATOMIC_SEQ_CST);
+    const uint32_t heard = __atomic_load_n(&bell.rings, __ATOMIC_SEQ_CST);
     const bool done = ready();
     if (!done) syscall(SYS_futex, &bell.rings, FUTEX_WAIT, heard, &nap, nullptr, 0);
-    bell.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+    __atomic_fetch_sub(&bell.sleepers, 1, __ATOMIC_SEQ_CST);
     if (done || ready()) return true;
-    // The bell rings for every word of the block: the clock, not the number of rings, says when to look.
+    // The bell may ring for another word: the clock, not the number of rings, says when to look.
     if (monotonic_seconds() < next_look) continue;
     if (give_up()) return ready();
     next_look = monotonic_seconds() + kNapSeconds;

@@ -24,7 +24,7 @@ Communicator::Communicator(const Config& config)
       dispatches_(config.first_epoch - 1) {
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
   // Nobody has pulled anything yet: words say "before the first operation", also where epochs wrap around.
-  auto* mail = reinterpret_cast<Mailbox*>(region_->data() + sizeof(Bell));
+  auto* mail = reinterpret_cast<Mailbox*>(region_->data());
   for (int s = 0; s < config.size; ++s) mail[s].pulled = tagged(epoch_, 0);
 }
 
@@ -33,7 +33,7 @@ Communicator::~Communicator() { close(); }
 int64_t Communicator::control_bytes() const {
   const int64_t mail = config_.size * static_cast<int64_t>(sizeof(Mailbox));
   const int64_t counts = 2 * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
-  return align_up(static_cast<int64_t>(sizeof(Bell)) + mail + counts, 4096);
+  return align_up(mail + counts, 4096);
 }
 
 PeerTable Communicator::table_of(const std::vector<std::shared_ptr<Region>>& regions) const {
@@ -43,10 +43,8 @@ PeerTable Communicator::table_of(const std::vector<std::shared_ptr<Region>>& reg
   table.count_words = count_words(placement_);
   for (int p = 0; p < config_.size; ++p) {
     std::byte* base = regions[p]->data();
-    std::byte* mail = base + sizeof(Bell);
-    std::byte* counts = mail + config_.size * sizeof(Mailbox);
-    table.peer[p] = {reinterpret_cast<Mailbox*>(mail), reinterpret_cast<uint64_t*>(counts), base,
-                     base + control_bytes()};
+    std::byte* counts = base + config_.size * sizeof(Mailbox);
+    table.peer[p] = {reinterpret_cast<Mailbox*>(base), reinterpret_cast<uint64_t*>(counts), base + control_bytes()};
   }
   return table;
 }
@@ -96,7 +94,7 @@ void Communicator::blame(int rank, const std::string& why) {
   }
   for (int p = 0; p < peers_.size; ++p) {
     __atomic_store_n(&peers_.mail_to(p).left, tagged(1, static_cast<uint32_t>(rank)), __ATOMIC_RELEASE);
-    ring(*static_cast<Bell*>(peers_.peer[p].bell));
+    ring(peers_.mail_to(p).bell);
   }
 }
 

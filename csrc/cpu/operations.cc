@@ -126,22 +126,24 @@ struct Communicator::Transfer {
 
 void Communicator::Transfer::deliver_metadata(CpuWorker& w, int topk, int64_t wb) const {
   const Slot slot = lease->slot();
-  int source = 0;
-  int64_t end = source_rows.empty() ? 0 : source_rows[0];
-  for (int64_t n = 0; n < routing.rows; ++n) {
-    while (received.source && n >= end) end += source_rows[++source];
-    if (n % w.count() != w.index()) continue;
-    const int64_t origin[2] = {source, received.source ? slot.tokens[n] : 0};
+  const auto [begin, end] = w.share(routing.rows);
+  size_t source = 0;
+  int64_t source_end = source_rows.empty() ? routing.rows : source_rows[0];
+  for (int64_t n = begin; n < end; ++n) {
+    while (n >= source_end) source_end += source_rows[++source];
+    const int64_t origin[2] = {static_cast<int64_t>(source), slot.tokens[n]};
     if (received.source && !routing.places) std::memcpy(received.source + n * 2, origin, sizeof origin);
-    for (int k = 0; k < topk; ++k) {
-      const int64_t i = n * topk + k;
-      const int64_t to = routing.places ? routing.places[i] : i;
+    for (int k = 0; routing.places && k < topk; ++k) {
+      const int64_t to = routing.places[n * topk + k];
       if (to < 0) continue;
-      if (received.weights) w.copy_scalar(received.weights + to * wb, slot.weights + i * wb, wb);
-      if (received.topk_idx) received.topk_idx[to] = slot.experts[i];
-      if (received.source && routing.places) std::memcpy(received.source + to * 2, origin, sizeof origin);
+      if (received.weights) w.copy_scalar(received.weights + to * wb, slot.weights + (n * topk + k) * wb, wb);
+      if (received.source) std::memcpy(received.source + to * 2, origin, sizeof origin);
     }
   }
+  if (routing.places) return;
+  const int64_t i = begin * topk, count = (end - begin) * topk;
+  if (received.weights) std::memcpy(received.weights + i * wb, slot.weights + i * wb, static_cast<size_t>(count * wb));
+  if (received.topk_idx) std::copy_n(slot.experts + i, count, received.topk_idx + i);
 }
 
 void Communicator::Transfer::zero_padding(CpuWorker& w, DType dtype, int64_t hidden, const SlotLayout& layout) const {
@@ -168,6 +170,7 @@ Ticket Communicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
     CpuWorker w(*t->op, index, config_.workers);
     SendPlan send = t->send;
     if (!t->slots_known && !collect_calls(w, peers_, t->op->epoch, t->op->call, send.slots)) return;
+    send_metadata(w, send, peers_);
     send_rows(w, send, peers_);
     arrive(w, peers_);
     if (!await_arrivals(w, peers_, t->arrivals.data())) return;

@@ -70,7 +70,7 @@ class WorkerPool {
   std::atomic<uint64_t> front_number_{0};
   uint64_t submitted_ = 0;
   std::atomic<bool> stopping_{false};
-  Bell bell_;
+  Bell bell_{};
 };
 
 // A barrier of the workers of one job. give_up() lets a worker leave when another has failed.
@@ -91,7 +91,7 @@ class WorkerBarrier {
  private:
   const uint32_t workers_;
   std::atomic<uint32_t> arrived_{0};
-  Bell bell_;
+  Bell bell_{};
 };
 
 }  // namespace commlib

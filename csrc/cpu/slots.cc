@@ -6,9 +6,7 @@ namespace commlib {
 
 SlotLease::~SlotLease() {
   std::lock_guard<std::mutex> lock(pool_->mutex_);
-  SlotPool::State& state = pool_->states_[index_];
-  state.busy = false;
-  state.released = ++pool_->releases_;
+  pool_->states_[index_].busy = false;
 }
 
 Slot SlotLease::slot() const { return pool_->slot(index_); }
@@ -32,15 +30,14 @@ SlotPool::SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout 
 
 std::shared_ptr<SlotLease> SlotPool::take() {
   std::lock_guard<std::mutex> lock(mutex_);
-  State* best = nullptr;
-  for (State& s : states_) {
-    if (!s.busy && (!best || s.released < best->released)) best = &s;
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (states_[i].busy) continue;
+    auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(i));
+    states_[i].busy = true;
+    states_[i].lease = lease;
+    return lease;
   }
-  if (!best) return nullptr;
-  auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(best - states_.data()));
-  best->busy = true;
-  best->lease = lease;
-  return lease;
+  return nullptr;
 }
 
 std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {

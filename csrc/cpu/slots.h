@@ -41,7 +41,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
   SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout layout, int count);
 
-  // The free slot that has rested longest, or null.
+  // The first free slot, or null. Always the first, so that no more slots are ever touched than are needed.
   std::shared_ptr<SlotLease> take();
   // The lease of the slot at whose first row `address` points, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
@@ -57,7 +57,6 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
     bool busy = false;
     bool pulled = false;
     uint32_t pulled_in = 0;
-    uint64_t released = 0;
   };
 
   std::shared_ptr<Region> region_;
@@ -65,7 +64,6 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   SlotLayout layout_;
   std::mutex mutex_;  // guards the members below it
   std::vector<State> states_;
-  uint64_t releases_ = 0;
 };
 
 }  // namespace commlib

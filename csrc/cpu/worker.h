@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 #include "cpu/bell.h"
 #include "cpu/failure.h"
@@ -42,6 +43,8 @@ class CpuWorker {
   int count() const { return count_; }
   static constexpr int lane() { return 0; }
   static constexpr int lanes() { return 1; }
+  // This worker's contiguous part of n items: [first, second).
+  std::pair<int64_t, int64_t> share(int64_t n) const { return {n * index_ / count_, n * (index_ + 1) / count_}; }
 
   void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
     op_.ops->multicast(dst, n, src, bytes);
@@ -66,7 +69,7 @@ class CpuWorker {
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
   void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
   uint64_t read(const uint64_t* word) { return load_word(word); }
-  void wake(int peer) { ring(*static_cast<Bell*>(op_.peers->peer[peer].bell)); }
+  void wake(int peer) { ring(op_.peers->mail_to(peer).bell); }
 
   bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) {
     return await([=] { return tag_of(load_word(word)) == tag; }, peer, phase);
@@ -86,7 +89,7 @@ class CpuWorker {
   bool await(Ready ready, int peer, Phase phase) {
     if (ready()) return true;
     const double start = monotonic_seconds();
-    return wait_on(*static_cast<Bell*>(op_.peers->self().bell), op_.spin, ready,
+    return wait_on(op_.peers->mail_from(peer).bell, op_.spin, ready,
                    [&] { return gives_up(peer, phase, start); });
   }
 

@@ -59,12 +59,13 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placemen
   return true;
 }
 
-// Each rank says what it calls, and which of its slots the call may use.
+// Each rank says what it calls, and which of its slots the call may use. Nobody is woken for it: counts, or
+// rows in place, follow and wake those who wait. Only before a redispatch do ranks wait for the call itself.
 template <class Worker>
 COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
   for (int p = 0; p < peers.size; ++p) {
     w.publish(&peers.mail_to(p).calls[epoch % kCallRing], tagged(epoch, call.pack()));
-    w.wake(p);
+    if (call.op == OpKind::redispatch) w.wake(p);
   }
 }
 

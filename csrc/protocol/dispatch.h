@@ -22,55 +22,60 @@ struct SendPlan {
   uint8_t slots[kMaxRanks];   // the slot that each rank lends to this dispatch
 };
 
-struct RowTargets {
-  int count = 0;
-  int rank[kMaxTopk];
-  int64_t row[kMaxTopk];
-  std::byte* address[kMaxTopk];
-};
-
-COMMLIB_HD RowTargets targets_of(const SendPlan& plan, const PeerTable& peers, int64_t t) {
-  RowTargets to;
-  const int64_t* route = plan.routes + t * plan.width;
-  for (; to.count < plan.width && route[to.count] != kNoRoute; ++to.count) {
-    const int p = to.rank[to.count] = rank_of(route[to.count]);
-    const int64_t row = to.row[to.count] = row_of(route[to.count]);
-    const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-    to.address[to.count] = slot.rows + row * plan.layout.row_bytes;
-  }
-  return to;
-}
-
-// A row's token, experts and weights go beside it.
-template <class Worker>
-COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t,
-                              const RowTargets& to) {
-  const int64_t* ids = plan.topk_idx + t * plan.topk;
-  const int64_t wb = plan.layout.weight_bytes;
-  for (int j = 0; j < to.count; ++j) {
-    const int p = to.rank[j];
-    const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-    const int64_t first = plan.placement.first_expert(p);
-    const int64_t end = plan.placement.first_expert(p + 1);
-    if (plan.with_experts && w.lane() == 0) slot.tokens[to.row[j]] = static_cast<int32_t>(t);
-    for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
-      const bool here = first <= ids[k] && ids[k] < end;
-      const int64_t at = to.row[j] * plan.topk + k;
-      if (plan.with_experts) slot.experts[at] = here ? static_cast<int32_t>(ids[k] - first) : -1;
-      if (plan.weights) {
-        w.copy_scalar(slot.weights + at * wb, here ? plan.weights + (t * plan.topk + k) * wb : nullptr, wb);
-      }
-    }
-  }
+COMMLIB_HD Slot slot_of(const SendPlan& plan, const PeerTable& peers, int p) {
+  return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
 }
 
 template <class Worker>
 COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peers) {
-  const bool metadata = plan.with_experts || plan.weights;
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
-    const RowTargets to = targets_of(plan, peers, t);
-    w.multicast(to.address, to.count, plan.x + t * plan.x_stride, plan.layout.row_bytes);
-    if (metadata) send_metadata(w, plan, peers, t, to);
+    std::byte* to[kMaxTopk];
+    const int64_t* route = plan.routes + t * plan.width;
+    int n = 0;
+    for (; n < plan.width && route[n] != kNoRoute; ++n) {
+      to[n] = slot_of(plan, peers, rank_of(route[n])).rows + row_of(route[n]) * plan.layout.row_bytes;
+    }
+    w.multicast(to, n, plan.x + t * plan.x_stride, plan.layout.row_bytes);
+  }
+}
+
+// The token, experts and weights of the row that token t has at rank p.
+template <class Weight, class Worker>
+COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t, int64_t row) {
+  const int64_t* ids = plan.topk_idx + t * plan.topk;
+  const auto first = static_cast<uint64_t>(plan.placement.first_expert(p));
+  const auto count = static_cast<uint64_t>(plan.placement.count(p));
+  if (plan.with_experts && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(t);
+  for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
+    const uint64_t expert = static_cast<uint64_t>(ids[k]) - first;  // -1 and other ranks' wrap around
+    const int64_t to = row * plan.topk + k;
+    if (plan.with_experts) slot.experts[to] = expert < count ? static_cast<int32_t>(expert) : -1;
+    if (plan.weights) {
+      const Weight given = reinterpret_cast<const Weight*>(plan.weights)[t * plan.topk + k];
+      reinterpret_cast<Weight*>(slot.weights)[to] = expert < count ? given : Weight{0};
+    }
+  }
+}
+
+// Metadata goes rank by rank, apart from the rows: one sequential stream of small stores at a time. Between
+// rows, each of its cache lines would wait for its owner.
+template <class Worker>
+COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers) {
+  if (!plan.with_experts && !plan.weights) return;
+  for (int i = w.index(); i < peers.size; i += w.count()) {
+    const int p = (peers.rank + i) % peers.size;
+    const Slot slot = slot_of(plan, peers, p);
+    for (int64_t t = 0; t < plan.tokens; ++t) {
+      const int64_t* route = plan.routes + t * plan.width;
+      for (int j = 0; j < plan.width && route[j] != kNoRoute && rank_of(route[j]) <= p; ++j) {
+        if (rank_of(route[j]) != p) continue;
+        if (plan.layout.weight_bytes == 8) {
+          send_row_metadata<double>(w, plan, slot, p, t, row_of(route[j]));
+        } else {
+          send_row_metadata<float>(w, plan, slot, p, t, row_of(route[j]));
+        }
+      }
+    }
   }
 }
 

@@ -43,6 +43,12 @@ constexpr uint16_t kCallDrops = 2;       // overflow="drop"
 constexpr int kCallRing = 64;
 constexpr int kMaxSlots = 32;
 
+// How a CPU thread sleeps until a word changes; see cpu/bell.h. Unused on a GPU.
+struct Bell {
+  uint32_t rings = 0;
+  uint32_t sleepers = 0;
+};
+
 // What one source says to one rank, in that rank's control block.
 struct alignas(64) Mailbox {
   // Grows by workers(src) with each operation that moves rows, when src's rows for it are in place: at the
@@ -57,7 +63,10 @@ struct alignas(64) Mailbox {
   // Tag 1 once src closed its communicator or gave it up; the value is the rank that it blames (itself when
   // it closed). Written by src (release), read by a waiting owner at its naps (acquire), who says so at once.
   uint64_t left;
-  uint64_t padding[5];
+  // Rung by src after it has changed any of its words for this rank; the owner sleeps on it while it waits
+  // for src, so nobody is woken for words that he does not wait for.
+  Bell bell;
+  uint64_t padding[4];
   // calls[epoch % kCallRing], tag = epoch: the call src made at this epoch (release / acquire).
   uint64_t calls[kCallRing];
 };
@@ -66,7 +75,6 @@ struct alignas(64) Mailbox {
 struct PeerBlock {
   Mailbox* mail;      // [ranks], by source
   uint64_t* counts;   // [2][ranks][count_words], by parity of the dispatch, then source
-  void* bell;         // wakes the rank's sleepers (CPU); unused on a GPU
   std::byte* slots;   // [slots][slot_bytes]
 };
 
