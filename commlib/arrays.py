@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def as_tensor(name: str, array: Any) -> torch.Tensor:
-    """A tensor over the memory of ``array`` (no copy).
+    """A tensor over the memory of ``array``: no copy, unless NumPy marks it as read-only.
 
     Raises:
         TypeError: it is neither a tensor nor speaks DLPack.
+        ValueError: it cannot be exported, for example from a device that PyTorch does not see.
     """
     if isinstance(array, torch.Tensor):
         return array
     if not hasattr(array, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be a tensor or an array with __dlpack__, got {type(array).__name__}"
-        )
+        raise TypeError(f"{name} must be a tensor or an array with __dlpack__, got {type(array).__name__}")
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        array = array.copy()  # DLPack cannot say "read only", so NumPy exports no such array
     try:
         return torch.from_dlpack(array)
-    except (RuntimeError, BufferError) as error:
-        # NumPy refuses to export read-only arrays; they are inputs, so a copy serves.
-        if hasattr(array, "copy"):
-            return torch.from_dlpack(array.copy())
-        raise TypeError(f"{name}: {error}") from error
+    except (RuntimeError, BufferError, AssertionError) as error:
+        kind = type(array).__name__
+        raise ValueError(f"{name}: PyTorch cannot use this {kind} through DLPack: {error}") from error
 
 
 def exporter_for(array: Any) -> Callable[[torch.Tensor], Any]:
@@ -41,6 +41,6 @@ def exporter_for(array: Any) -> Callable[[torch.Tensor], Any]:
         import cupy
 
         return cupy.from_dlpack
-    if module == "numpy":
+    if isinstance(array, np.ndarray):
         return lambda t: t if t.dtype == torch.bfloat16 else t.numpy()
     return lambda tensor: tensor

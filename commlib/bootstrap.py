@@ -50,7 +50,11 @@ def connect(group: Group, settings: Settings) -> _core.Communicator:
 def _config(group: Group, settings: Settings, workers: int, crowded: bool) -> _core.Config:
     config = _core.Config()
     config.rank, config.size = group.rank, group.size
-    config.experts, config.hidden, config.topk = settings.num_experts, settings.hidden, settings.topk
+    config.experts, config.hidden, config.topk = (
+        settings.num_experts,
+        settings.hidden,
+        settings.topk,
+    )
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
     config.dtype = CORE_DTYPES[settings.dtype]
     config.slots, config.workers, config.timeout = settings.slots, workers, settings.timeout

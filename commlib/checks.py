@@ -30,9 +30,7 @@ def checked_rows(name: str, rows: Tensor, settings: Settings, count: int | None 
         raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(rows.shape)}")
     if count is None:
         if rows.shape[0] > settings.max_tokens:
-            raise ValueError(
-                f"{name} has {rows.shape[0]} rows, but max_tokens is {settings.max_tokens}"
-            )
+            raise ValueError(f"{name} has {rows.shape[0]} rows, but max_tokens is {settings.max_tokens}")
     elif rows.shape[0] != count:
         raise ValueError(f"{name} must have {count} rows, got {rows.shape[0]}")
     if rows.stride(1) != 1 and rows.shape[1] > 1:
@@ -56,9 +54,7 @@ def checked_topk_idx(topk_idx: Any, tokens: int, topk: int) -> Tensor:
     return idx.to(torch.int64).contiguous()
 
 
-def checked_weights(
-    name: str, weights: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def checked_weights(name: str, weights: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Weights of the right dtype and shape, contiguous."""
     if weights.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {weights.dtype}")

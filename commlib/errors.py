@@ -18,9 +18,7 @@ class PeerTimeout(CommError):
         epoch: number of the operation on this communicator, from 1.
     """
 
-    def __init__(
-        self, text: str, rank: int, peers: list[int], op: str, phase: str, epoch: int
-    ) -> None:
+    def __init__(self, text: str, rank: int, peers: list[int], op: str, phase: str, epoch: int) -> None:
         super().__init__(text)
         self.rank = rank
         self.peers = list(peers)

@@ -140,9 +140,7 @@ class ExpertParallel:
         self._number = next(_numbers)
         self._width = min(topk, self.size)
         self._event: Event | None = None
-        self._stats = dict.fromkeys(
-            ("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0
-        )
+        self._stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
         self._timeout = timeout
         self.first_expert = self.rank * num_experts // self.size
         self.num_local_experts = (self.rank + 1) * num_experts // self.size - self.first_expert
@@ -271,9 +269,7 @@ class ExpertParallel:
         rows = self._checked_rows("y", as_tensor("y", y), handle.num_rows)
         row_weights = self._checked_weights("weights", weights, (handle.num_rows,))
         tokens = handle.num_tokens
-        bias_rows = (
-            None if bias is None else self._checked_rows("bias", as_tensor("bias", bias), tokens)
-        )
+        bias_rows = None if bias is None else self._checked_rows("bias", as_tensor("bias", bias), tokens)
         self._before(async_op, previous_event)
         arguments = (rows, row_weights, bias_rows, None, *handle._arguments(), async_op)
         if out is None:
@@ -281,7 +277,7 @@ class ExpertParallel:
         else:
             target = checks.checked_out(as_tensor("out", out), tokens, self.settings)
             checks.check_no_grad(rows, row_weights, bias_rows)
-            ops.combine_into(target, *arguments)
+            ops.combine_into(target, arguments)
             result = out
         return (result, self._take_event()) if async_op else result
 

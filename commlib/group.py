@@ -69,7 +69,7 @@ class StoreGroup(Group):
 
     def allgather(self, obj: Any) -> list[Any]:
         self._round += 1
-        self._store.set(f"{self._round}/{self.rank}", pickle.dumps(obj))
+        self._store.set(f"{self._round}/{self.rank}", pickle.dumps(obj))  # type: ignore[arg-type]  # bytes serve as well
         return [pickle.loads(self._store.get(f"{self._round}/{r}")) for r in range(self.size)]
 
 

@@ -8,6 +8,7 @@ ops themselves. A communicator is named by a number, since ops cannot take Pytho
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,9 +65,7 @@ def _row_stride(tensor: Tensor) -> int:
 
 
 def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
-    return _core.Rows(
-        x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights)
-    )
+    return _core.Rows(x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights))
 
 
 def _routing_view(r: Routing, grouped: bool) -> _core.RoutingView:
@@ -341,8 +340,8 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
-    routing = ctx.saved_tensors[: len(Routing._fields)]
-    weighted = ctx.saved_tensors[len(Routing._fields) :]
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    routing, weighted = saved[: len(Routing._fields)], saved[len(Routing._fields) :]
     rows, g_weight_grads = torch.ops.commlib.redispatch(
         g_out.contiguous(),
         g_out_weights.contiguous() if ctx.has_weight_grads else None,
@@ -367,9 +366,7 @@ def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[A
 
 
 torch.library.register_autograd("commlib::dispatch", _dispatch_backward, setup_context=_setup_dispatch)
-torch.library.register_autograd(
-    "commlib::redispatch", _redispatch_backward, setup_context=_setup_redispatch
-)
+torch.library.register_autograd("commlib::redispatch", _redispatch_backward, setup_context=_setup_redispatch)
 torch.library.register_autograd("commlib::combine", _combine_backward, setup_context=_setup_combine)
 
 dispatch = torch.ops.commlib.dispatch.default
@@ -377,6 +374,7 @@ redispatch = torch.ops.commlib.redispatch.default
 combine = torch.ops.commlib.combine.default
 
 
-def combine_into(out: Tensor, *args: Any) -> None:
+def combine_into(out: Tensor, arguments: tuple[Any, ...]) -> None:
     """combine, written into ``out``; not differentiable."""
-    _combine(*args, out=out)
+    implementation: Callable[..., Any] = _combine
+    implementation(*arguments, out=out)

@@ -47,9 +47,7 @@ class Settings:
         if self.capacity is not None:
             _check_int("capacity", self.capacity, 1, _MAX_ROWS)
         if self.dtype not in CORE_DTYPES:
-            raise ValueError(
-                f"dtype must be bfloat16, float16, float32 or float64, got {self.dtype}"
-            )
+            raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {self.dtype}")
         if self.device is not None and torch.device(self.device).type != "cpu":
             raise ValueError(f'device must be "cpu" (there is no CUDA backend yet), got {self.device}')
         check_timeout(self.timeout)

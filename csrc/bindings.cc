@@ -18,7 +18,8 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// Rows of host memory that keep their owner (a slot lease, a pooled buffer) alive; torch.from_dlpack takes them.
+// Rows of host memory that keep their owner (a slot lease, a pooled buffer) alive; torch.from_dlpack takes
+// them.
 struct Memory {
   std::shared_ptr<void> owner;
   void* data;
@@ -36,8 +37,9 @@ struct DlpackContext {
 py::capsule to_dlpack(const Memory& m) {
   auto* c = new DlpackContext{{}, m.owner, {m.rows, m.hidden}};
   const uint8_t code = m.dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
-  c->managed.tensor = {m.data, {dlpack::kHost, 0}, 2, {code, static_cast<uint8_t>(8 * size_of(m.dtype)), 1},
-                       c->shape, nullptr, 0};
+  c->managed.tensor = {
+      m.data, {dlpack::kHost, 0}, 2, {code, static_cast<uint8_t>(8 * size_of(m.dtype)), 1}, c->shape, nullptr,
+      0};
   c->managed.context = c;
   c->managed.deleter = [](dlpack::ManagedTensor* t) { delete static_cast<DlpackContext*>(t->context); };
   return py::capsule(&c->managed, "dltensor", [](PyObject* capsule) {
@@ -67,17 +69,20 @@ bool interrupted() {
 
 void set_error(const char* type, const char* text, const Failure* failure = nullptr) {
   const py::object cls = py::module_::import("commlib.errors").attr(type);
-  const py::object error =
-      failure ? cls(text, failure->rank, failure->peers, name_of(failure->op), name_of(failure->phase), failure->epoch)
-              : cls(text);
+  const py::object error = failure ? cls(text, failure->rank, failure->peers, name_of(failure->op),
+                                         name_of(failure->phase), failure->epoch)
+                                   : cls(text);
   PyErr_SetObject(cls.ptr(), error.ptr());
 }
 
 const char* error_type(Cause cause) {
   switch (cause) {
-    case Cause::mismatch: return "CallMismatch";
-    case Cause::broken: return "CommError";
-    default: return "PeerTimeout";
+    case Cause::mismatch:
+      return "CallMismatch";
+    case Cause::broken:
+      return "CommError";
+    default:
+      return "PeerTimeout";
   }
 }
 
@@ -85,7 +90,8 @@ void translate(std::exception_ptr p) {
   try {
     if (p) std::rethrow_exception(p);
   } catch (const CommFailure& e) {
-    if (e.failure.cause == Cause::interrupted && PyErr_Occurred()) return;  // KeyboardInterrupt is set already
+    if (e.failure.cause == Cause::interrupted && PyErr_Occurred())
+      return;  // KeyboardInterrupt is set already
     const bool peer = std::string(error_type(e.failure.cause)) == "PeerTimeout";
     set_error(error_type(e.failure.cause), e.what(), peer ? &e.failure : nullptr);
   } catch (const Interrupted&) {
@@ -104,11 +110,16 @@ void bind_structs(py::module_& m) {
       .value("f32", DType::f32)
       .value("f64", DType::f64);
 
-  py::class_<SpinPolicy>(m, "SpinPolicy").def(py::init([](int pauses, int yields) { return SpinPolicy{pauses, yields}; }),
-                                              py::arg("pauses"), py::arg("yields"));
+  py::class_<SpinPolicy>(m, "SpinPolicy")
+      .def(py::init([](int pauses, int yields) { return SpinPolicy{pauses, yields}; }), py::arg("pauses"),
+           py::arg("yields"));
 
   py::class_<Config>(m, "Config")
-      .def(py::init([] { Config c; c.interrupted = interrupted; return c; }))
+      .def(py::init([] {
+        Config c;
+        c.interrupted = interrupted;
+        return c;
+      }))
       .def_readwrite("rank", &Config::rank)
       .def_readwrite("size", &Config::size)
       .def_readwrite("experts", &Config::experts)
@@ -124,17 +135,23 @@ void bind_structs(py::module_& m) {
       .def_readwrite("vector_ops", &Config::vector_ops)
       .def_readwrite("first_epoch", &Config::first_epoch);
 
-  py::class_<Rows>(m, "Rows")
-      .def(py::init([](Address x, int64_t stride, int64_t count, bool has_weights, Address weights) {
-             return Rows{at<std::byte>(x), stride, count, has_weights, at<std::byte>(weights)};
-           }),
-           py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"));
+  py::class_<Rows>(m, "Rows").def(
+      py::init([](Address x, int64_t stride, int64_t count, bool has_weights, Address weights) {
+        return Rows{at<std::byte>(x), stride, count, has_weights, at<std::byte>(weights)};
+      }),
+      py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"));
 
   py::class_<RoutingView>(m, "RoutingView")
       .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, int64_t grouped_rows,
                        Address places, Address offsets, Address rows_per_expert) {
-             return RoutingView{at<int64_t>(topk_idx), at<int64_t>(routes), tokens, rows, grouped_rows,
-                                at<int64_t>(places), at<int64_t>(offsets), at<int64_t>(rows_per_expert)};
+             return RoutingView{at<int64_t>(topk_idx),
+                                at<int64_t>(routes),
+                                tokens,
+                                rows,
+                                grouped_rows,
+                                at<int64_t>(places),
+                                at<int64_t>(offsets),
+                                at<int64_t>(rows_per_expert)};
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
            py::arg("grouped_rows") = 0, py::arg("places") = 0, py::arg("offsets") = 0,
@@ -142,29 +159,37 @@ void bind_structs(py::module_& m) {
 
   py::class_<Received>(m, "Received")
       .def(py::init([](Address rows, Address weights, Address topk_idx, Address source) {
-             return Received{at<std::byte>(rows), at<std::byte>(weights), at<int64_t>(topk_idx), at<int64_t>(source)};
+             return Received{at<std::byte>(rows), at<std::byte>(weights), at<int64_t>(topk_idx),
+                             at<int64_t>(source)};
            }),
            py::arg("rows"), py::arg("weights"), py::arg("topk_idx") = 0, py::arg("source") = 0);
 
   py::class_<CombineInput>(m, "CombineInput")
       .def(py::init([](Address y, int64_t stride, Address weights, bool has_weight_grads,
                        Address weight_grads, Address bias, int64_t bias_stride) {
-             return CombineInput{at<std::byte>(y), stride, at<std::byte>(weights), has_weight_grads,
-                                 at<std::byte>(weight_grads), at<std::byte>(bias), bias_stride};
+             return CombineInput{at<std::byte>(y),
+                                 stride,
+                                 at<std::byte>(weights),
+                                 has_weight_grads,
+                                 at<std::byte>(weight_grads),
+                                 at<std::byte>(bias),
+                                 bias_stride};
            }),
-           py::arg("y"), py::arg("stride"), py::arg("weights"), py::arg("has_weight_grads"), py::arg("weight_grads"),
-           py::arg("bias"), py::arg("bias_stride"));
+           py::arg("y"), py::arg("stride"), py::arg("weights"), py::arg("has_weight_grads"),
+           py::arg("weight_grads"), py::arg("bias"), py::arg("bias_stride"));
 
   py::class_<PendingDispatch>(m, "PendingDispatch")
       .def_readonly("rows", &PendingDispatch::rows)
       .def_readonly("dropped", &PendingDispatch::dropped)
       .def_readonly("epoch", &PendingDispatch::epoch)
       .def_readonly("lease", &PendingDispatch::lease)
-      .def("write_offsets", [](const PendingDispatch& p, int64_t align, Address rows_per_expert, Address offsets) {
-        const auto experts = static_cast<int64_t>(p.rows_per_expert.size());
-        std::copy(p.rows_per_expert.begin(), p.rows_per_expert.end(), at<int64_t>(rows_per_expert));
-        return offsets ? group_offsets(p.rows_per_expert.data(), experts, align, at<int64_t>(offsets)) : p.rows;
-      });
+      .def("write_offsets",
+           [](const PendingDispatch& p, int64_t align, Address rows_per_expert, Address offsets) {
+             const auto experts = static_cast<int64_t>(p.rows_per_expert.size());
+             std::copy(p.rows_per_expert.begin(), p.rows_per_expert.end(), at<int64_t>(rows_per_expert));
+             return offsets ? group_offsets(p.rows_per_expert.data(), experts, align, at<int64_t>(offsets))
+                            : p.rows;
+           });
 
   py::class_<SlotLease, std::shared_ptr<SlotLease>>(m, "SlotLease");
   py::class_<Job, std::shared_ptr<Job>>(m, "Ticket").def_property_readonly("done", [](const Job& job) {
@@ -178,46 +203,55 @@ void bind_structs(py::module_& m) {
 void bind_communicator(py::module_& m) {
   py::class_<Communicator>(m, "Communicator")
       .def(py::init<const Config&>(), NoGil())
-      .def("address", [](const Communicator& c) {
-        const PeerAddress a = c.address();
-        return py::make_tuple(a.pid, a.fd, a.workers);
-      })
-      .def("connect", [](Communicator& c, const std::vector<std::tuple<int64_t, int, int>>& peers) {
-        std::vector<PeerAddress> addresses;
-        for (const auto& [pid, fd, workers] : peers) addresses.push_back({pid, fd, workers});
-        c.connect(addresses);
-      })
+      .def("address",
+           [](const Communicator& c) {
+             const PeerAddress a = c.address();
+             return py::make_tuple(a.pid, a.fd, a.workers);
+           })
+      .def("connect",
+           [](Communicator& c, const std::vector<std::tuple<int64_t, int, int>>& peers) {
+             std::vector<PeerAddress> addresses;
+             for (const auto& [pid, fd, workers] : peers) addresses.push_back({pid, fd, workers});
+             c.connect(addresses);
+           })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
            py::arg("drop"), NoGil())
-      .def("finish_dispatch", &Communicator::finish_dispatch, py::arg("pending"), py::arg("rows"), py::arg("routing"),
-           py::arg("received"), py::arg("async_op"), NoGil())
-      .def("redispatch", [](Communicator& c, const Rows& rows, const RoutingView& routing, const Received& received,
-                            bool async_op) {
-        std::shared_ptr<SlotLease> lease;
-        Ticket ticket;
-        {
-          py::gil_scoped_release release;
-          ticket = c.redispatch(rows, routing, received, async_op, &lease);
-        }
-        return py::make_tuple(ticket, lease);
-      })
-      .def("combine", [](Communicator& c, const CombineInput& input, const RoutingView& routing, Address out,
-                         Address out_weights, bool async_op) {
-        return c.combine(input, routing, at<std::byte>(out), at<std::byte>(out_weights), async_op);
-      }, py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"), NoGil())
+      .def("finish_dispatch", &Communicator::finish_dispatch, py::arg("pending"), py::arg("rows"),
+           py::arg("routing"), py::arg("received"), py::arg("async_op"), NoGil())
+      .def("redispatch",
+           [](Communicator& c, const Rows& rows, const RoutingView& routing, const Received& received,
+              bool async_op) {
+             std::shared_ptr<SlotLease> lease;
+             Ticket ticket;
+             {
+               py::gil_scoped_release release;
+               ticket = c.redispatch(rows, routing, received, async_op, &lease);
+             }
+             return py::make_tuple(ticket, lease);
+           })
+      .def(
+          "combine",
+          [](Communicator& c, const CombineInput& input, const RoutingView& routing, Address out,
+             Address out_weights, bool async_op) {
+            return c.combine(input, routing, at<std::byte>(out), at<std::byte>(out_weights), async_op);
+          },
+          py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"),
+          NoGil())
       .def("wait", &Communicator::wait, NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())
-      .def("view", [](const Communicator& c, std::shared_ptr<SlotLease> lease, int64_t rows) {
-        return view_of(std::move(lease), rows, c);
-      })
+      .def("view", [](const Communicator& c, std::shared_ptr<SlotLease> lease,
+                      int64_t rows) { return view_of(std::move(lease), rows, c); })
       .def("new_rows", &new_rows, NoGil())
       .def("close", &Communicator::close, NoGil())
       .def("give_up", &Communicator::give_up, NoGil())
       .def("set_timeout", &Communicator::set_timeout)
       .def("bare_send", &Communicator::bare_send, NoGil())
-      .def("bare_pull", [](Communicator& c, const RoutingView& routing, Address out) {
-        c.bare_pull(routing, at<std::byte>(out));
-      }, NoGil())
+      .def(
+          "bare_pull",
+          [](Communicator& c, const RoutingView& routing, Address out) {
+            c.bare_pull(routing, at<std::byte>(out));
+          },
+          NoGil())
       .def_property_readonly("vector_ops", &Communicator::vector_ops_name)
       .def_property_readonly("slots_in_use", &Communicator::slots_in_use)
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
@@ -229,12 +263,13 @@ void bind_communicator(py::module_& m) {
 // The data path by itself, for tests of the vector widths against each other.
 void bind_vector_ops(py::module_& m) {
   m.def("available_vector_ops", &available_vector_ops);
-  m.def("multicast", [](const std::string& name, const std::vector<Address>& dst, Address src, int64_t bytes) {
-    std::vector<std::byte*> to;
-    for (Address a : dst) to.push_back(at<std::byte>(a));
-    vector_ops(name).multicast(to.data(), static_cast<int>(to.size()), at<std::byte>(src), bytes);
-    vector_ops(name).flush();
-  });
+  m.def("multicast",
+        [](const std::string& name, const std::vector<Address>& dst, Address src, int64_t bytes) {
+          std::vector<std::byte*> to;
+          for (Address a : dst) to.push_back(at<std::byte>(a));
+          vector_ops(name).multicast(to.data(), static_cast<int>(to.size()), at<std::byte>(src), bytes);
+          vector_ops(name).flush();
+        });
   m.def("reduce", [](const std::string& name, DType dtype, Address dst, const std::vector<Address>& src,
                      const std::vector<Address>& weights, int64_t elements) {
     std::vector<const std::byte*> rows, scalars;

@@ -1,5 +1,5 @@
-// The part of the DLPack ABI (version 0, "dltensor") that commlib hands out: host memory, dense, with an owner.
-// https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of the DLPack ABI (version 0, "dltensor") that commlib hands out: host memory, dense, with an
+// owner. https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <cstdint>

@@ -13,8 +13,8 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
  public:
   ~BufferPool();
 
-  // At least `bytes` bytes, 4096-aligned, contents undefined; goes back to the pool when the last owner lets go.
-  // Throws std::bad_alloc.
+  // At least `bytes` bytes, 4096-aligned, contents undefined; goes back to the pool when the last owner lets
+  // go. Throws std::bad_alloc.
   std::shared_ptr<void> take(size_t bytes);
   size_t idle_bytes();
 

@@ -12,7 +12,8 @@ Communicator::Communicator(const Config& config)
     : config_(config),
       placement_{config.experts, config.size},
       width_(std::min(config.topk, config.size)),
-      layout_{config.capacity, config.hidden * size_of(config.dtype), config.topk, accumulator_size(config.dtype)},
+      layout_{config.capacity, config.hidden * size_of(config.dtype), config.topk,
+              accumulator_size(config.dtype)},
       ops_(&vector_ops(config.vector_ops)),
       region_(Region::create(static_cast<size_t>(control_bytes() + config.slots * layout_.bytes()))),
       workers_(config.size, config.workers),
@@ -44,7 +45,8 @@ PeerTable Communicator::table_of(const std::vector<std::shared_ptr<Region>>& reg
   for (int p = 0; p < config_.size; ++p) {
     std::byte* base = regions[p]->data();
     std::byte* counts = base + config_.size * sizeof(Mailbox);
-    table.peer[p] = {reinterpret_cast<Mailbox*>(base), reinterpret_cast<uint64_t*>(counts), base + control_bytes()};
+    table.peer[p] = {reinterpret_cast<Mailbox*>(base), reinterpret_cast<uint64_t*>(counts),
+                     base + control_bytes()};
   }
   return table;
 }

@@ -29,8 +29,8 @@ struct Config {
   int workers = 1;
   double timeout = 60.0;
   SpinPolicy spin;
-  std::string vector_ops;     // "": the widest
-  uint32_t first_epoch = 1;   // for tests of the wrap-around
+  std::string vector_ops;    // "": the widest
+  uint32_t first_epoch = 1;  // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
 };
 
@@ -44,7 +44,7 @@ struct PeerAddress {
 // The rows a rank sends and where they came from. Addresses; nothing is owned.
 struct Rows {
   const std::byte* x = nullptr;
-  int64_t stride = 0;          // bytes from row to row
+  int64_t stride = 0;  // bytes from row to row
   int64_t count = 0;
   bool has_weights = false;            // on all ranks alike, also where there are no rows
   const std::byte* weights = nullptr;  // [count][topk]
@@ -55,19 +55,19 @@ struct RoutingView {
   const int64_t* topk_idx = nullptr;  // [tokens][topk]
   int64_t* routes = nullptr;          // [tokens][width]
   int64_t tokens = 0;
-  int64_t rows = 0;                   // unique rows received
-  int64_t grouped_rows = 0;           // with places: rows of the grouped layout, padding included
-  int64_t* places = nullptr;          // [rows][topk], layout="expert" only
+  int64_t rows = 0;                          // unique rows received
+  int64_t grouped_rows = 0;                  // with places: rows of the grouped layout, padding included
+  int64_t* places = nullptr;                 // [rows][topk], layout="expert" only
   const int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   const int64_t* rows_per_expert = nullptr;  // [own experts], layout="expert" only
 };
 
 // Where received rows go.
 struct Received {
-  std::byte* rows = nullptr;       // null: they stay in the slot
-  std::byte* weights = nullptr;    // [rows][topk], or [grouped rows]
-  int64_t* topk_idx = nullptr;     // [rows][topk] local ids; layout="rank"
-  int64_t* source = nullptr;       // [rows][2], or [grouped rows][2]
+  std::byte* rows = nullptr;     // null: they stay in the slot
+  std::byte* weights = nullptr;  // [rows][topk], or [grouped rows]
+  int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
+  int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet.
@@ -79,7 +79,7 @@ struct PendingDispatch {
   std::vector<int64_t> rows_per_expert;  // [own experts]
   std::vector<uint8_t> slots;            // [ranks]
   int64_t rows = 0;
-  int64_t dropped = 0;                   // of this rank's (token, rank) pairs
+  int64_t dropped = 0;  // of this rank's (token, rank) pairs
 };
 
 struct CombineInput {
@@ -106,14 +106,15 @@ class Communicator {
   // Plans, sends counts and waits for everyone's. Checks ids before anything is sent: std::invalid_argument.
   // CapacityError on all ranks alike when one would receive more than `capacity` rows, unless `drop`.
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop);
-  // Moves the rows. `routing` now has places where the layout wants them. A ticket, done already unless `async`.
+  // Moves the rows. `routing` now has places where the layout wants them. A ticket, done already unless
+  // `async`.
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
                          const Received& received, bool async);
   // The rows of other tensors along a known routing; `lease` receives the slot where rows stay in it.
   Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
                     std::shared_ptr<SlotLease>* lease);
-  Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out, std::byte* out_weights,
-                 bool async);
+  Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                 std::byte* out_weights, bool async);
   void wait(const Ticket& ticket) { pool_->wait(*ticket); }
 
   // A slot to write rows for combine into.
@@ -133,8 +134,8 @@ class Communicator {
   size_t heap_bytes() const { return region_->bytes(); }
   size_t touched_bytes() const { return region_->touched_bytes(); }
 
-  // For benchmarks: one worker's send_rows or pull_rows and nothing else, over the routing of a dispatch whose
-  // slots are not in use. The machine's own limit for this routing and these stores.
+  // For benchmarks: one worker's send_rows or pull_rows and nothing else, over the routing of a dispatch
+  // whose slots are not in use. The machine's own limit for this routing and these stores.
   void bare_send(const Rows& rows, const RoutingView& routing);
   void bare_pull(const RoutingView& routing, std::byte* out);
 
@@ -165,7 +166,7 @@ class Communicator {
   std::shared_ptr<Region> region_;                // this rank's
   PeerTable peers_{};
   std::unique_ptr<PeerProcesses> processes_;
-  std::vector<int> workers_;                      // by rank
+  std::vector<int> workers_;  // by rank
   std::shared_ptr<SlotPool> slots_;
   std::shared_ptr<BufferPool> buffers_;
   std::unique_ptr<WorkerPool> pool_;

@@ -20,21 +20,23 @@ std::string seconds_text(double seconds) {
 }  // namespace
 
 std::string describe(const Failure& f) {
-  const std::string where = std::string(name_of(f.op)) + " (epoch " + std::to_string(f.epoch) + ", phase " +
-                            name_of(f.phase) + ")";
+  const std::string where =
+      std::string(name_of(f.op)) + " (epoch " + std::to_string(f.epoch) + ", phase " + name_of(f.phase) + ")";
   const std::string me = "rank " + std::to_string(f.rank);
   switch (f.cause) {
     case Cause::timeout:
-      return me + " waited " + seconds_text(f.seconds) + " in " + where + " for " + ranks_text(f.peers) + "; " +
-             f.detail + ". Is it alive, and did it make the same call?";
+      return me + " waited " + seconds_text(f.seconds) + " in " + where + " for " + ranks_text(f.peers) +
+             "; " + f.detail + ". Is it alive, and did it make the same call?";
     case Cause::exited:
-      return me + " waited in " + where + " for " + ranks_text(f.peers) + ", whose process has exited; " + f.detail;
+      return me + " waited in " + where + " for " + ranks_text(f.peers) + ", whose process has exited; " +
+             f.detail;
     case Cause::left:
       return me + " waited in " + where + " for " + ranks_text(f.peers) +
              ", which closed the communicator or failed; " + f.detail;
     case Cause::mismatch:
       return me + " is in " + where + ", but " + f.detail +
-             ". All ranks must make the same calls in the same order, all with topk_weights or all without, and with "
+             ". All ranks must make the same calls in the same order, all with topk_weights or all without, "
+             "and with "
              "the same overflow";
     case Cause::interrupted:
       return me + " was interrupted in " + where;

@@ -15,12 +15,12 @@ enum class Cause : uint8_t { timeout, exited, left, mismatch, interrupted, broke
 struct Failure {
   Cause cause = Cause::timeout;
   int rank = 0;
-  std::vector<int> peers;   // who was waited for
+  std::vector<int> peers;  // who was waited for
   OpKind op = OpKind::none;
   Phase phase = Phase::counts;
   uint32_t epoch = 0;
-  double seconds = 0;       // how long
-  std::string detail;       // what the peers last said
+  double seconds = 0;  // how long
+  std::string detail;  // what the peers last said
 };
 
 std::string describe(const Failure& failure);
@@ -28,7 +28,8 @@ std::string describe(const Failure& failure);
 // A peer did not do its part. The communicator is of no use any more.
 class CommFailure : public std::runtime_error {
  public:
-  explicit CommFailure(Failure failure) : std::runtime_error(describe(failure)), failure(std::move(failure)) {}
+  explicit CommFailure(Failure failure)
+      : std::runtime_error(describe(failure)), failure(std::move(failure)) {}
   Failure failure;
 };
 

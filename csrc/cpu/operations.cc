@@ -12,9 +12,9 @@ bool another_failed(const OpContext& op) { return op.failed.load(std::memory_ord
 
 void check_routes(const BadExpert& bad, int64_t experts) {
   if (bad.token < 0) return;
-  throw std::invalid_argument("topk_idx[" + std::to_string(bad.token) + ", " + std::to_string(bad.place) + "] is " +
-                              std::to_string(bad.value) + "; expert ids lie in [0, " + std::to_string(experts) +
-                              "), and -1 leaves a place empty");
+  throw std::invalid_argument("topk_idx[" + std::to_string(bad.token) + ", " + std::to_string(bad.place) +
+                              "] is " + std::to_string(bad.value) + "; expert ids lie in [0, " +
+                              std::to_string(experts) + "), and -1 leaves a place empty");
 }
 
 }  // namespace
@@ -110,10 +110,10 @@ struct Communicator::Transfer {
   std::shared_ptr<OpContext> op;
   std::shared_ptr<SlotLease> lease;
   SendPlan send;
-  bool slots_known;                    // a fresh dispatch has read everyone's call with the counts
+  bool slots_known;  // a fresh dispatch has read everyone's call with the counts
   std::vector<uint64_t> arrivals;
-  std::vector<int64_t> source_rows;    // fresh only
-  std::vector<int64_t> offsets;        // own copies, for padding: the caller's may be gone by then
+  std::vector<int64_t> source_rows;  // fresh only
+  std::vector<int64_t> offsets;      // own copies, for padding: the caller's may be gone by then
   std::vector<int64_t> rows_per_expert;
   RoutingView routing;
   Received received;
@@ -142,11 +142,13 @@ void Communicator::Transfer::deliver_metadata(CpuWorker& w, int topk, int64_t wb
   }
   if (routing.places) return;
   const int64_t i = begin * topk, count = (end - begin) * topk;
-  if (received.weights) std::memcpy(received.weights + i * wb, slot.weights + i * wb, static_cast<size_t>(count * wb));
+  if (received.weights)
+    std::memcpy(received.weights + i * wb, slot.weights + i * wb, static_cast<size_t>(count * wb));
   if (received.topk_idx) std::copy_n(slot.experts + i, count, received.topk_idx + i);
 }
 
-void Communicator::Transfer::zero_padding(CpuWorker& w, DType dtype, int64_t hidden, const SlotLayout& layout) const {
+void Communicator::Transfer::zero_padding(CpuWorker& w, DType dtype, int64_t hidden,
+                                          const SlotLayout& layout) const {
   const int64_t wb = layout.weight_bytes;
   const auto experts = static_cast<int64_t>(rows_per_expert.size());
   for (int64_t e = w.index(); e < experts; e += w.count()) {
@@ -183,8 +185,8 @@ Ticket Communicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
       if (!t->barrier.wait(config_.spin, [&] { return another_failed(*t->op); })) return;
     }
     if (t->received.rows) {
-      const ReplicatePlan plan{t->lease->slot(), layout_, t->routing.rows, config_.topk, t->routing.places,
-                               t->received.rows};
+      const ReplicatePlan plan{t->lease->slot(), layout_,           t->routing.rows,
+                               config_.topk,     t->routing.places, t->received.rows};
       replicate_rows(w, plan);
       if (t->routing.places) t->zero_padding(w, config_.dtype, config_.hidden, layout_);
     }
@@ -198,11 +200,13 @@ Ticket Communicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
   return start(std::move(job), async);
 }
 
-std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutingView& routing, bool has_weights, bool drop) {
+std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutingView& routing, bool has_weights,
+                                                              bool drop) {
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_usable();
   auto pending = std::make_unique<PendingDispatch>();
-  Call call{OpKind::dispatch, 0, static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0))};
+  Call call{OpKind::dispatch, 0,
+            static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0))};
   const Routing in{routing.topk_idx, routing.tokens, config_.topk, width_, placement_, owner_.data()};
   std::vector<uint32_t> per_rank(config_.size), per_expert(config_.experts);
   const SourceCounts counts{per_rank.data(), per_expert.data()};
@@ -218,7 +222,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutingView&
   pending->source_rows.resize(config_.size);
   pending->rows_per_expert.resize(placement_.count(config_.rank));
   pending->slots.resize(config_.size);
-  const CountsResult result{base.data(), received.data(), pending->source_rows.data(), pending->rows_per_expert.data()};
+  const CountsResult result{base.data(), received.data(), pending->source_rows.data(),
+                            pending->rows_per_expert.data()};
   const auto exchange = [&] {
     publish_counts(caller, peers_, placement_, counts, ++dispatches_);
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise(*op);
@@ -229,7 +234,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutingView&
   if (*fullest > config_.capacity) {
     if (!drop) {
       throw CapacityError("rank " + std::to_string(fullest - received.begin()) + " would receive " +
-                          std::to_string(*fullest) + " rows, and capacity is " + std::to_string(config_.capacity) +
+                          std::to_string(*fullest) + " rows, and capacity is " +
+                          std::to_string(config_.capacity) +
                           "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"");
     }
     // Everyone sees the same overflow in the counts, so everyone takes this second round.
@@ -257,8 +263,8 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
   return start_transfer(std::move(t), async);
 }
 
-Ticket Communicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
-                                std::shared_ptr<SlotLease>* lease) {
+Ticket Communicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
+                                bool async, std::shared_ptr<SlotLease>* lease) {
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_usable();
   Call call{OpKind::redispatch, 0, static_cast<uint16_t>(rows.has_weights ? kCallHasWeights : 0)};

@@ -50,15 +50,19 @@ void WorkerPool::run(const std::shared_ptr<Job>& job) {
 
 void WorkerPool::wait(const Job& job) {
   const auto give_up = [&] { return interrupted_ && interrupted_(); };
-  if (!wait_on(bell_, spin_, [&] { return job.done.load(std::memory_order_acquire); }, give_up)) throw Interrupted{};
+  if (!wait_on(bell_, spin_, [&] { return job.done.load(std::memory_order_acquire); }, give_up))
+    throw Interrupted{};
   if (job.error) std::rethrow_exception(job.error);
 }
 
 void WorkerPool::drain() {
-  wait_on(bell_, spin_, [&] {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return queue_.empty();
-  }, never);
+  wait_on(
+      bell_, spin_,
+      [&] {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return queue_.empty();
+      },
+      never);
 }
 
 void WorkerPool::run_part(Job& job, int worker) {
@@ -91,9 +95,13 @@ void WorkerPool::run_part(Job& job, int worker) {
 
 void WorkerPool::thread_main(int worker) {
   for (uint64_t next = 1;; ++next) {
-    wait_on(bell_, spin_, [&] {
-      return front_number_.load(std::memory_order_acquire) >= next || stopping_.load(std::memory_order_acquire);
-    }, never);
+    wait_on(
+        bell_, spin_,
+        [&] {
+          return front_number_.load(std::memory_order_acquire) >= next ||
+                 stopping_.load(std::memory_order_acquire);
+        },
+        never);
     std::shared_ptr<Job> job;
     {
       std::lock_guard<std::mutex> lock(mutex_);

@@ -24,9 +24,9 @@ struct Job {
   // Called once after all workers have returned, on the last one's thread. May throw.
   std::function<void()> finish;
 
-  std::atomic<int> unfinished{0};      // workers yet to return (acq_rel: the last sees all others' work)
-  std::atomic<bool> done{false};       // after `finish` (release), read by waiters (acquire)
-  std::exception_ptr error;            // written before `done`
+  std::atomic<int> unfinished{0};  // workers yet to return (acq_rel: the last sees all others' work)
+  std::atomic<bool> done{false};   // after `finish` (release), read by waiters (acquire)
+  std::exception_ptr error;        // written before `done`
 };
 
 // Runs jobs strictly one after another, in the order submitted, each on all `workers` threads. A synchronous
@@ -62,9 +62,9 @@ class WorkerPool {
   const int workers_;
   const SpinPolicy spin_;
   const InterruptCheck interrupted_;
-  std::mutex mutex_;              // guards the members below it
+  std::mutex mutex_;  // guards the members below it
   std::vector<std::thread> threads_;
-  std::deque<Entry> queue_;       // front: the job that runs now
+  std::deque<Entry> queue_;  // front: the job that runs now
   // Counts jobs that have come to the front, so that each thread takes each job once. Written under the
   // mutex (release), read while spinning (acquire).
   std::atomic<uint64_t> front_number_{0};

@@ -6,8 +6,12 @@
 
 namespace commlib {
 
-struct Bf16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
 inline uint32_t bits_of(float f) {
   uint32_t u;
@@ -27,7 +31,8 @@ inline float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16
 inline float widen(Half v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t rest = v.bits & 0x7fff;
-  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 1u << 22 : 0));
+  if (rest >= 0x7c00)
+    return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 1u << 22 : 0));
   return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
 }
 inline float widen(float v) { return v; }

@@ -8,7 +8,7 @@
 #include "cpu/scalar_types.h"
 #include "cpu/vector_ops.h"
 
-// From here on, after the last standard header: see vector_kernels.h.
+// From here on, after all other headers: see vector_kernels.h.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
@@ -68,7 +68,9 @@ struct Avx2::Lanes<Bf16> : Float8 {
 template <>
 struct Avx2::Lanes<Half> : Float8 {
   static __m128i narrowed(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static Vec load(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static void store(Half* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrowed(v)); }
   static void stream(Half* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrowed(v)); }
 };

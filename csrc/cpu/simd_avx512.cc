@@ -8,7 +8,7 @@
 #include "cpu/scalar_types.h"
 #include "cpu/vector_ops.h"
 
-// From here on, after the last standard header: see vector_kernels.h.
+// From here on, after all other headers: see vector_kernels.h.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
 #else
@@ -68,7 +68,9 @@ struct Avx512::Lanes<Bf16> : Float16 {
 template <>
 struct Avx512::Lanes<Half> : Float16 {
   static __m256i narrowed(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static void store(Half* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(v)); }
   static void stream(Half* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrowed(v)); }
 };

@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "cpu/scalar_types.h"
-#include "cpu/vector_ops.h"
 #include "cpu/vector_kernels.h"
+#include "cpu/vector_ops.h"
 
 namespace commlib {
 namespace {
@@ -37,9 +37,7 @@ struct Neon {
 
 template <>
 struct Neon::Lanes<Bf16> : Float4 {
-  static Vec load(const Bf16* p) {
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
-  }
+  static Vec load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
   static void store(Bf16* p, Vec v) {
     const uint32x4_t u = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));

@@ -2,15 +2,17 @@
 #include <cstring>
 
 #include "cpu/scalar_types.h"
-#include "cpu/vector_ops.h"
 #include "cpu/vector_kernels.h"
+#include "cpu/vector_ops.h"
 
 namespace commlib {
 namespace {
 
 struct Plain {
   struct Bytes {
-    struct Vec { uint64_t word[2]; };
+    struct Vec {
+      uint64_t word[2];
+    };
     static constexpr int kBytes = sizeof(Vec);
     static Vec load(const std::byte* p) {
       Vec v;

@@ -13,8 +13,9 @@ Slot SlotLease::slot() const { return pool_->slot(index_); }
 
 void SlotLease::use() {
   if (lent_ && used_) {
-    throw SlotError("this combine_buffer has served a combine, and other ranks may still read it: ask for a new one "
-                    "with combine_buffer(handle)");
+    throw SlotError(
+        "this combine_buffer has served a combine, and other ranks may still read it: ask for a new one "
+        "with combine_buffer(handle)");
   }
   used_ = true;
 }

@@ -24,7 +24,8 @@ class SlotLease {
 
   int index() const { return index_; }
   Slot slot() const;
-  // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished it.
+  // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished
+  // it.
   void pulled_in(uint32_t epoch);
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }

@@ -1,11 +1,18 @@
 // multicast and reduce, written once over an instruction set `Isa`. Included by each simd_*.cc after the
-// instruction set has been switched on for that file; everything stays in its unnamed namespace, so that
+// instruction set has been switched on for that file, and after the headers below, which must not be compiled
+// for it; everything stays in its unnamed namespace, so that
 // code for one instruction set can never be linked into another's path.
 //
 // Isa::Bytes     : static load(p), stream(p, v), kBytes
 // Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
 //                  mul, add, kWidth
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/scalar_types.h"
+#include "cpu/vector_ops.h"
 
 namespace commlib {
 namespace {
@@ -66,7 +73,8 @@ inline void reduce_block(T* dst, const std::byte* const* src, const std::byte* c
 }
 
 template <class T, class Acc>
-inline void reduce_tail(T* dst, const std::byte* const* src, const std::byte* const* weights, int n, int64_t i) {
+inline void reduce_tail(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
+                        int64_t i) {
   Acc acc = 0;
   for (int j = 0; j < n; ++j) {
     const Acc v = widen(reinterpret_cast<const T*>(src[j])[i]);
@@ -76,7 +84,8 @@ inline void reduce_tail(T* dst, const std::byte* const* src, const std::byte* co
 }
 
 template <class L, class T, bool kStream>
-void reduce_row(T* dst, const std::byte* const* src, const std::byte* const* weights, int n, int64_t elements) {
+void reduce_row(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
+                int64_t elements) {
   int64_t i = 0;
   for (; i + kUnroll * L::kWidth <= elements; i += kUnroll * L::kWidth) {
     reduce_block<L, T, kUnroll, kStream>(dst, src, weights, n, i);

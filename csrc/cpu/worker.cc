@@ -7,7 +7,8 @@ namespace {
 
 std::string describe_call(Call call) {
   std::string text = name_of(call.op);
-  if (call.flags & kCallHasWeights) text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
+  if (call.flags & kCallHasWeights)
+    text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
   if (call.flags & kCallDrops) text += ", overflow=\"drop\"";
   return text;
 }
@@ -44,8 +45,14 @@ bool CpuWorker::fail(Cause cause, int peer, Phase phase, double start, std::stri
   std::sort(peers.begin(), peers.end());
   std::lock_guard<std::mutex> lock(op_.mutex);
   if (!op_.failed.load(std::memory_order_relaxed)) {
-    op_.failure = {cause, op_.peers->rank, std::move(peers), op_.call.op, phase, op_.epoch,
-                   monotonic_seconds() - start, std::move(detail)};
+    op_.failure = {cause,
+                   op_.peers->rank,
+                   std::move(peers),
+                   op_.call.op,
+                   phase,
+                   op_.epoch,
+                   monotonic_seconds() - start,
+                   std::move(detail)};
     op_.failed.store(true, std::memory_order_release);
   }
   return true;
@@ -74,7 +81,8 @@ bool CpuWorker::gives_up(int peer, Phase phase, double start) {
     return fail(Cause::left, blamed, phase, start, std::move(detail));
   }
   if (op_.processes->has_exited(peer)) return fail(Cause::exited, peer, phase, start, last_words(peer));
-  if (index_ == 0 && op_.interrupted && op_.interrupted()) return fail(Cause::interrupted, peer, phase, start, "");
+  if (index_ == 0 && op_.interrupted && op_.interrupted())
+    return fail(Cause::interrupted, peer, phase, start, "");
   if (monotonic_seconds() - start < op_.timeout) return false;
   return fail(Cause::timeout, peer, phase, start, last_words(peer));
 }

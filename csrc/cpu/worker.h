@@ -44,7 +44,9 @@ class CpuWorker {
   static constexpr int lane() { return 0; }
   static constexpr int lanes() { return 1; }
   // This worker's contiguous part of n items: [first, second).
-  std::pair<int64_t, int64_t> share(int64_t n) const { return {n * index_ / count_, n * (index_ + 1) / count_}; }
+  std::pair<int64_t, int64_t> share(int64_t n) const {
+    return {n * index_ / count_, n * (index_ + 1) / count_};
+  }
 
   void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
     op_.ops->multicast(dst, n, src, bytes);

@@ -64,13 +64,15 @@ std::shared_ptr<Region> Region::open(pid_t owner, int fd, size_t bytes) {
       if (auto region = found->second.lock()) return region;
     }
     errno = EBADF;
-    fail("no heap " + std::to_string(fd) + " in this process", "Was the communicator closed while others opened it?");
+    fail("no heap " + std::to_string(fd) + " in this process",
+         "Was the communicator closed while others opened it?");
   }
   const std::string path = "/proc/" + std::to_string(owner) + "/fd/" + std::to_string(fd);
   const int mine = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (mine < 0) {
     fail("cannot open the heap of process " + std::to_string(owner),
-         "Ranks on one host must run as one user and see each other's /proc (same PID namespace: one container, or "
+         "Ranks on one host must run as one user and see each other's /proc (same PID namespace: one "
+         "container, or "
          "docker run --pid=host).");
   }
   return std::shared_ptr<Region>(new Region(mine, bytes));

@@ -11,12 +11,12 @@ struct StagePlan {
   DType dtype;
   int64_t hidden;
   int topk;
-  int64_t rows;                    // unique rows
-  const std::byte* y;              // null: the rows are in the slot already
+  int64_t rows;        // unique rows
+  const std::byte* y;  // null: the rows are in the slot already
   int64_t y_stride;
-  const int64_t* places;           // [rows][topk] rows of y, -1: none; null: row n of y is row n
-  const std::byte* weights;        // one for each row of y, or null
-  const std::byte* weight_grads;   // rides back: [rows][topk], or with places one for each row of y; or null
+  const int64_t* places;          // [rows][topk] rows of y, -1: none; null: row n of y is row n
+  const std::byte* weights;       // one for each row of y, or null
+  const std::byte* weight_grads;  // rides back: [rows][topk], or with places one for each row of y; or null
   SlotLayout layout;
   Slot slot;
 };
@@ -28,12 +28,12 @@ struct PullPlan {
   int64_t tokens;
   int topk;
   int width;
-  const int64_t* routes;           // [tokens][width]
-  const int64_t* topk_idx;         // [tokens][topk]; read only with out_weights
-  std::byte* out;                  // [tokens][hidden]
-  const std::byte* bias;           // [tokens] rows, bias_stride bytes apart, added last; or null
+  const int64_t* routes;    // [tokens][width]
+  const int64_t* topk_idx;  // [tokens][topk]; read only with out_weights
+  std::byte* out;           // [tokens][hidden]
+  const std::byte* bias;    // [tokens] rows, bias_stride bytes apart, added last; or null
   int64_t bias_stride;
-  std::byte* out_weights;          // [tokens][topk] or null
+  std::byte* out_weights;  // [tokens][topk] or null
   Placement placement;
   SlotLayout layout;
   uint8_t slots[kMaxRanks];

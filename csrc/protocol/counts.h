@@ -7,9 +7,7 @@
 
 namespace commlib {
 
-COMMLIB_HD int64_t count_words(const Placement& placement) {
-  return placement.ranks + placement.max_count();
-}
+COMMLIB_HD int64_t count_words(const Placement& placement) { return placement.ranks + placement.max_count(); }
 
 // To rank p go [ranks] row counts and [experts of p] counts, each word tagged with the dispatch.
 template <class Worker>

@@ -11,15 +11,15 @@ struct SendPlan {
   int64_t tokens;
   int topk;
   int width;
-  const std::byte* x;         // [tokens] rows, x_stride bytes apart
+  const std::byte* x;  // [tokens] rows, x_stride bytes apart
   int64_t x_stride;
-  const int64_t* routes;      // [tokens][width]
-  const int64_t* topk_idx;    // [tokens][topk]
-  const std::byte* weights;   // [tokens][topk] or null
-  bool with_experts;          // false where the receiver knows the routing already
+  const int64_t* routes;     // [tokens][width]
+  const int64_t* topk_idx;   // [tokens][topk]
+  const std::byte* weights;  // [tokens][topk] or null
+  bool with_experts;         // false where the receiver knows the routing already
   Placement placement;
   SlotLayout layout;
-  uint8_t slots[kMaxRanks];   // the slot that each rank lends to this dispatch
+  uint8_t slots[kMaxRanks];  // the slot that each rank lends to this dispatch
 };
 
 COMMLIB_HD Slot slot_of(const SendPlan& plan, const PeerTable& peers, int p) {
@@ -41,7 +41,8 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
 
 // The token, experts and weights of the row that token t has at rank p.
 template <class Weight, class Worker>
-COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t, int64_t row) {
+COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
+                                  int64_t row) {
   const int64_t* ids = plan.topk_idx + t * plan.topk;
   const auto first = static_cast<uint64_t>(plan.placement.first_expert(p));
   const auto count = static_cast<uint64_t>(plan.placement.count(p));
@@ -104,10 +105,10 @@ COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, const uint64_t
 struct ReplicatePlan {
   Slot slot;
   SlotLayout layout;
-  int64_t rows;             // unique rows received
+  int64_t rows;  // unique rows received
   int topk;
-  const int64_t* places;    // [rows][topk]; null: layout="rank", one copy of each row in the order received
-  std::byte* out;           // [grouped rows] or [rows]
+  const int64_t* places;  // [rows][topk]; null: layout="rank", one copy of each row in the order received
+  std::byte* out;         // [grouped rows] or [rows]
 };
 
 template <class Worker>

@@ -19,9 +19,9 @@ struct Routing {
   const int64_t* topk_idx;  // [tokens][topk] global expert ids, -1: none
   int64_t tokens;
   int topk;
-  int width;                // routes kept for each token: min(topk, ranks)
+  int width;  // routes kept for each token: min(topk, ranks)
   Placement placement;
-  const uint8_t* owner;     // [experts]: Placement::owner as a table
+  const uint8_t* owner;  // [experts]: Placement::owner as a table
 };
 
 // The rows of one source, counted by destination.
@@ -62,8 +62,8 @@ COMMLIB_HD BadExpert count_routes(const Routing& in, int64_t* routes, SourceCoun
 
 // Drops the routes whose row would lie at or past `capacity` and takes their experts off the counts:
 // those of the last tokens of the last ranks. Ordinals of the others stay as they are.
-COMMLIB_HD int64_t drop_overflow(const Routing& in, int64_t* routes, SourceCounts counts,
-                                 const int64_t* base, int64_t capacity) {
+COMMLIB_HD int64_t drop_overflow(const Routing& in, int64_t* routes, SourceCounts counts, const int64_t* base,
+                                 int64_t capacity) {
   int64_t dropped = 0;
   for (int64_t t = 0; t < in.tokens; ++t) {
     int64_t* route = routes + t * in.width;

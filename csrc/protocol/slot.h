@@ -11,7 +11,7 @@ constexpr int64_t kRowAlign = 64;  // streaming stores want whole cache lines
 COMMLIB_HD constexpr int64_t align_up(int64_t n, int64_t a) { return (n + a - 1) / a * a; }
 
 struct SlotLayout {
-  int64_t capacity;      // rows
+  int64_t capacity;  // rows
   int64_t row_bytes;
   int64_t topk;
   int64_t weight_bytes;  // of one weight: the accumulator's size
@@ -19,17 +19,15 @@ struct SlotLayout {
   COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * row_bytes, kRowAlign); }
   COMMLIB_HD int64_t experts_at() const { return tokens_at() + align_up(capacity * 4, kRowAlign); }
   COMMLIB_HD int64_t weights_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
-  COMMLIB_HD int64_t bytes() const {
-    return align_up(weights_at() + capacity * topk * weight_bytes, 4096);
-  }
+  COMMLIB_HD int64_t bytes() const { return align_up(weights_at() + capacity * topk * weight_bytes, 4096); }
 };
 
 // Parallel arrays, one entry for each row.
 struct Slot {
-  std::byte* rows;      // [capacity][row_bytes]
-  int32_t* tokens;      // [capacity]: the row's token at its source
-  int32_t* experts;     // [capacity][topk]: expert local to the receiver, -1 where another rank owns it
-  std::byte* weights;   // [capacity][topk] fp32 (fp64 for fp64 rows)
+  std::byte* rows;     // [capacity][row_bytes]
+  int32_t* tokens;     // [capacity]: the row's token at its source
+  int32_t* experts;    // [capacity][topk]: expert local to the receiver, -1 where another rank owns it
+  std::byte* weights;  // [capacity][topk] fp32 (fp64 for fp64 rows)
 
   COMMLIB_HD static Slot at(const SlotLayout& layout, std::byte* slots, int index) {
     std::byte* base = slots + index * layout.bytes();

@@ -73,9 +73,9 @@ struct alignas(64) Mailbox {
 
 // Addresses of one rank's memory, as mapped here.
 struct PeerBlock {
-  Mailbox* mail;      // [ranks], by source
-  uint64_t* counts;   // [2][ranks][count_words], by parity of the dispatch, then source
-  std::byte* slots;   // [slots][slot_bytes]
+  Mailbox* mail;     // [ranks], by source
+  uint64_t* counts;  // [2][ranks][count_words], by parity of the dispatch, then source
+  std::byte* slots;  // [slots][slot_bytes]
 };
 
 struct PeerTable {

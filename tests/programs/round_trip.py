@@ -1,0 +1,34 @@
+"""One rank of a dispatch and combine over the group that KIND names."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+import commlib
+
+kind = os.environ["KIND"]
+group = None
+if kind in ("process group", "subgroup", "device mesh"):
+    dist.init_process_group("gloo")
+    if kind == "subgroup":
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        group = pairs[dist.get_rank() // 2]
+    elif kind == "device mesh":
+        group = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+elif kind != "default":
+    from mpi4py import MPI
+
+    group = MPI.COMM_WORLD
+    if kind == "split communicator":
+        group = group.Split(group.rank % 2, group.rank)
+
+with commlib.ExpertParallel(
+    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=30.0
+) as ep:
+    x = torch.full((4, 64), float(ep.rank + 1))
+    d = ep.dispatch(x, torch.tensor([[0, 7]] * 4))
+    assert torch.equal(ep.combine(d.x, d.handle), (2 if ep.size > 1 else 1) * x)
+    print(f"ok rank {ep.rank} of {ep.size}", flush=True)
+if dist.is_initialized():
+    dist.destroy_process_group()

@@ -1,0 +1,137 @@
+"""Gradients: exact in fp64 by finite differences, and equal to those of a plain PyTorch layer."""
+
+import pytest
+import torch
+from reference import expert_scale, make_world
+
+import commlib
+from commlib import ExpertParallel
+
+RANKS = 4
+
+
+def nonlinear_experts(rows, offsets, mine):
+    """Elementwise, different for each expert, and smooth."""
+    groups = [torch.tanh(rows[offsets[i] : offsets[i + 1]] * expert_scale(e)) for i, e in enumerate(mine)]
+    return torch.cat([rows[:0], *groups])
+
+
+def layer(ep, world, rank, x, weights, layout):
+    d = ep.dispatch(x, world.topk_idx[rank], weights, layout=layout, align=2)
+    if layout == "expert":
+        y = nonlinear_experts(d.x, d.offsets.tolist(), world.experts_of(rank))
+        return ep.combine(y, d.handle, weights=d.topk_weights)
+    # Each unique row goes through all of its experts here; the weights come from d.topk_weights.
+    scale = torch.tensor([expert_scale(e) for e in world.experts_of(rank)], dtype=x.dtype)
+    by_expert = torch.where(d.topk_idx >= 0, scale[d.topk_idx], 0.0)  # [N, K]
+    y = (torch.tanh(d.x.unsqueeze(1) * by_expert.unsqueeze(-1)) * d.topk_weights.unsqueeze(-1)).sum(1)
+    return ep.combine(y, d.handle)
+
+
+def reference_layer(world, rank, x, weights):
+    idx = world.topk_idx[rank]
+    scale = torch.tensor([expert_scale(e) for e in range(world.num_experts)], dtype=x.dtype)
+    by_expert = torch.where(idx >= 0, scale[idx], 0.0)
+    rows = torch.tanh(x.unsqueeze(1) * by_expert.unsqueeze(-1))
+    return (rows * weights.unsqueeze(-1) * (idx >= 0).unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_gradcheck_on_four_ranks(layout):
+    # Every rank has the same number of elements, so all make the same calls.
+    world = make_world([3] * RANKS, num_experts=6, topk=2, hidden=2, dtype=torch.float64)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            weights = world.topk_weights[rank].clone().requires_grad_()
+            return torch.autograd.gradcheck(lambda x, w: layer(ep, world, rank, x, w, layout), (x, weights))
+
+    assert commlib.run_ranks(rank_main, RANKS) == [True] * RANKS
+
+
+def test_gradcheck_of_bias_and_of_weights_given_to_combine():
+    world = make_world([3] * 2, num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            bias = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+
+            def f(x, bias):
+                d = ep.dispatch(x, world.topk_idx[rank])
+                return ep.combine(d.x.sin(), d.handle, weights=d.x.sum(-1).cos(), bias=bias)
+
+            return torch.autograd.gradcheck(f, (x, bias))
+
+    assert commlib.run_ranks(rank_main, 2) == [True] * 2
+
+
+def test_gradgradcheck_on_two_ranks():
+    world = make_world([2] * 2, num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            weights = world.topk_weights[rank].clone().requires_grad_()
+            return torch.autograd.gradgradcheck(
+                lambda x, w: layer(ep, world, rank, x, w, "expert"), (x, weights)
+            )
+
+    assert commlib.run_ranks(rank_main, 2) == [True] * 2
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("tokens", [[5, 0, 9, 2], [0, 0, 0, 3], [7]])
+def test_gradients_equal_those_of_a_plain_layer(layout, tokens):
+    world = make_world(tokens, num_experts=7, topk=3, hidden=48, dtype=torch.float64, holes=0.2)
+    upstream = [torch.randn(t, 48, dtype=torch.float64) for t in tokens]
+
+    def gradients(f, rank):
+        x = world.x[rank].clone().requires_grad_()
+        weights = world.topk_weights[rank].clone().requires_grad_()
+        out = f(x, weights)
+        out.backward(upstream[rank])
+        return out.detach(), x.grad, weights.grad
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            return gradients(lambda x, w: layer(ep, world, rank, x, w, layout), rank)
+
+    for rank, got in enumerate(commlib.run_ranks(rank_main, len(tokens))):
+        want = gradients(lambda x, w, r=rank: reference_layer(world, r, x, w), rank)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_backward_of_two_uses_of_one_handle_adds_up():
+    world = make_world([4, 6], hidden=32, dtype=torch.float64)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            first = ep.dispatch(x, world.topk_idx[rank])
+            second = ep.dispatch(x * 3, handle=first.handle)
+            ep.combine(first.x + second.x, first.handle).sum().backward()
+            return x.grad
+
+    for rank, grad in enumerate(commlib.run_ranks(rank_main, 2)):
+        copies = torch.tensor(
+            [len({e // 4 for e in chosen if e >= 0}) for chosen in world.topk_idx[rank].tolist()]
+        )
+        torch.testing.assert_close(grad, 4.0 * copies[:, None].double().expand(-1, 32))
+
+
+def test_out_refuses_what_needs_a_gradient():
+    world = make_world([4])
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[0].clone().requires_grad_()
+            d = ep.dispatch(x, world.topk_idx[0])
+            with pytest.raises(ValueError, match="not differentiable"):
+                ep.combine(d.x, d.handle, out=torch.empty(4, 64))
+            with torch.no_grad():
+                ep.combine(d.x, d.handle, out=torch.empty(4, 64))
+
+    commlib.run_ranks(rank_main, 1)

@@ -1,0 +1,224 @@
+"""Bad input: a clear error before anything is sent, and a communicator that still works afterwards."""
+
+import pytest
+import torch
+from reference import expected_rank_layout, make_world
+
+import commlib
+from commlib import ExpertParallel
+
+CONFIG = {
+    "num_experts": 8,
+    "hidden": 64,
+    "topk": 2,
+    "max_tokens": 8,
+    "dtype": torch.float32,
+    "timeout": 30.0,
+}
+
+
+def rows(n=4, dtype=torch.float32, hidden=64):
+    return torch.ones(n, hidden, dtype=dtype)
+
+
+def ids(n=4, value=0):
+    return torch.full((n, 2), value)
+
+
+TOO_LARGE = torch.tensor([[0, 1], [2, 8], [0, 1], [0, 1]])
+
+BAD_DISPATCH = {
+    "dtype": (dict(x=rows(dtype=torch.float16)), ValueError, "x must be torch.float32, got torch.float16"),
+    "hidden": (dict(x=rows(hidden=32)), ValueError, r"x must be \[rows, 64\], got \[4, 32\]"),
+    "dims": (dict(x=torch.ones(64)), ValueError, r"x must be \[rows, 64\], got \[64\]"),
+    "too many": (dict(x=rows(9), topk_idx=ids(9)), ValueError, "9 rows, but max_tokens is 8"),
+    "strides": (dict(x=torch.ones(64, 4).t()), ValueError, "contiguous"),
+    "device": (dict(x=torch.ones(4, 64, device="meta")), ValueError, "x must be on the CPU"),
+    "list": (dict(x=[[1.0] * 64]), TypeError, "x must be a tensor or an array with __dlpack__, got list"),
+    "no ids": (dict(topk_idx=None), ValueError, "topk_idx is needed"),
+    "float ids": (dict(topk_idx=ids().float()), ValueError, "topk_idx must be int64 or int32"),
+    "ids shape": (dict(topk_idx=ids(3)), ValueError, r"topk_idx must be \[4, 2\]"),
+    "id too large": (dict(topk_idx=TOO_LARGE), ValueError, r"topk_idx\[1, 1\] is 8"),
+    "id too small": (dict(topk_idx=ids(value=-2)), ValueError, r"topk_idx\[0, 0\] is -2"),
+    "huge id": (dict(topk_idx=ids(value=2**62)), ValueError, r"is 4611686018427387904"),
+    "weights dtype": (dict(topk_weights=ids().double()), ValueError, "topk_weights must be torch.float32"),
+    "weights shape": (dict(topk_weights=torch.ones(4, 3)), ValueError, r"topk_weights must be \[4, 2\]"),
+    "layout": (dict(layout="token"), ValueError, 'layout must be "rank" or "expert"'),
+    "align": (dict(layout="expert", align=0), ValueError, "align must be a positive int"),
+    "overflow": (dict(overflow="wrap"), ValueError, 'overflow must be "error" or "drop"'),
+    "zero copy": (dict(layout="expert", zero_copy=True), ValueError, 'zero_copy needs layout "rank"'),
+    "handle": (dict(handle=3), TypeError, "handle must be a Dispatched.handle, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_DISPATCH)
+def test_dispatch_refuses(name):
+    arguments, error, text = BAD_DISPATCH[name]
+
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep:
+            good = {"x": rows(), "topk_idx": ids()}
+            with pytest.raises(error, match=text):
+                ep.dispatch(**{**good, **arguments})
+            d = ep.dispatch(**good)  # nothing was sent: the ranks are still in step
+            assert torch.equal(ep.combine(d.x, d.handle), rows())
+
+    commlib.run_ranks(rank_main, 2)
+
+
+BAD_COMBINE = {
+    "dtype": (dict(y=rows(dtype=torch.bfloat16)), ValueError, "y must be torch.float32"),
+    "rows": (dict(y=rows(3)), ValueError, "y must have 4 rows, got 3"),
+    "weights": (dict(weights=torch.ones(3)), ValueError, r"weights must be \[4\]"),
+    "bias": (dict(bias=rows(5)), ValueError, "bias must have 4 rows"),
+    "out": (dict(out=rows(5)), ValueError, "out must have 4 rows"),
+    "out strides": (dict(out=torch.empty(4, 128)[:, ::2]), ValueError, "out must lie side|side by side"),
+    "handle": (dict(handle=None), TypeError, "handle must be a Dispatched.handle"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_COMBINE)
+def test_combine_refuses(name):
+    arguments, error, text = BAD_COMBINE[name]
+
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep:
+            d = ep.dispatch(rows(), ids())
+            y = rows(d.handle.num_rows)
+            good = {"y": y[:4], "handle": d.handle}
+            with pytest.raises(error, match=text):
+                ep.combine(**{**good, **arguments})
+            assert torch.equal(ep.combine(d.x, d.handle), rows())
+
+    commlib.run_ranks(rank_main, 1)
+
+
+def test_handles_that_cannot_be_used():
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep, ExpertParallel(**CONFIG) as other:
+            d = ep.dispatch(rows(), ids())
+            with pytest.raises(commlib.HandleError, match="another communicator"):
+                other.combine(d.x, d.handle)
+            with pytest.raises(ValueError, match="x has 3 rows, but the handle's dispatch had 4"):
+                ep.dispatch(rows(3), handle=d.handle)
+            with pytest.raises(ValueError, match='layout is "rank"'):
+                ep.dispatch(rows(), handle=d.handle, layout="expert")
+            with pytest.raises(ValueError, match="topk_idx differs"):
+                ep.dispatch(rows(), ids(value=1), handle=d.handle)
+            d.handle.release()
+            d.handle.release()
+            for use in (
+                lambda: ep.combine(d.x, d.handle),
+                lambda: ep.dispatch(rows(), handle=d.handle),
+                lambda: ep.combine_buffer(d.handle),
+            ):
+                with pytest.raises(commlib.HandleError, match="released"):
+                    use()
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_slots_run_out_with_an_error_and_come_back():
+    world = make_world([5, 4])
+
+    def rank_main(rank):
+        config = {**world.config(), "slots": 2}
+        with ExpertParallel(**config) as ep:
+            inputs = (world.x[rank], world.topk_idx[rank])
+            held = [ep.dispatch(*inputs, zero_copy=True) for _ in range(2)]
+            with pytest.raises(commlib.HandleError, match="all 2 slots are in use"):
+                ep.dispatch(*inputs, zero_copy=True)
+            del held[0]
+            again = ep.dispatch(*inputs, zero_copy=True)
+            assert torch.equal(again.x, expected_rank_layout(world, rank).x)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_a_lent_buffer_serves_one_combine():
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep:
+            d = ep.dispatch(rows(), torch.tensor([[0, 7]] * 4))
+            y = ep.combine_buffer(d.handle).copy_(d.x)
+            ep.combine(y, d.handle)
+            with pytest.raises(commlib.HandleError, match="ask for a new one"):
+                ep.combine(y, d.handle)
+            d = ep.dispatch(rows(), ids(), layout="expert")
+            with pytest.raises(ValueError, match='needs layout "rank"'):
+                ep.combine_buffer(d.handle)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_zero_copy_rows_outlive_the_communicator():
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep:
+            d = ep.dispatch(rows() * (rank + 1), ids(), zero_copy=True)
+        del ep
+        return d.x
+
+    first, _ = commlib.run_ranks(rank_main, 2)
+    assert torch.equal(first, torch.cat([rows(), 2 * rows()]))
+
+
+BAD_CONFIG = {
+    "experts": (dict(num_experts=0), ValueError, "num_experts must lie in"),
+    "topk": (dict(topk=33, num_experts=64), ValueError, r"topk must lie in \[1, 32\], got 33"),
+    "topk over experts": (dict(topk=9), ValueError, r"topk must lie in \[1, 8\], got 9"),
+    "float": (dict(hidden=64.0), TypeError, "hidden must be an int, got 64.0"),
+    "dtype": (dict(dtype=torch.int8), ValueError, "dtype must be bfloat16"),
+    "device": (dict(device="cuda"), ValueError, "no CUDA backend yet"),
+    "slots": (dict(slots=33), ValueError, "slots must lie in"),
+    "num_sms": (dict(num_sms=0), ValueError, "num_sms must lie in"),
+    "capacity": (dict(capacity=0), ValueError, "capacity must lie in"),
+    "timeout": (dict(timeout=0.0), ValueError, "timeout must be a positive number"),
+    "group": (dict(group="world"), TypeError, "group must be a commlib.Group"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIG)
+def test_construction_refuses(name):
+    arguments, error, text = BAD_CONFIG[name]
+    with pytest.raises(error, match=text):
+        ExpertParallel(**{**CONFIG, **arguments})
+
+
+def test_a_rank_that_cannot_start_is_named_to_the_others():
+    def rank_main(rank):
+        topk = 0 if rank == 1 else 2
+        with pytest.raises((commlib.CommError, ValueError)) as caught:
+            ExpertParallel(**{**CONFIG, "topk": topk})
+        return str(caught.value)
+
+    texts = commlib.run_ranks(rank_main, 3)
+    assert "topk must lie in [1, 8], got 0" in texts[1]
+    assert texts[0] == texts[2] == f"rank 1 could not start: ValueError: {texts[1]}"
+
+
+def test_ranks_that_disagree_are_told_who_says_what():
+    def rank_main(rank):
+        config = {**CONFIG, "hidden": 64 + 64 * (rank == 2), "topk": 1 + (rank == 0)}
+        with pytest.raises(commlib.ConfigMismatch) as caught:
+            ExpertParallel(**config)
+        return str(caught.value)
+
+    for text in commlib.run_ranks(rank_main, 3):
+        assert "hidden is 64 on rank 0, 1, 128 on rank 2" in text
+        assert "topk is 2 on rank 0, 1 on rank 1, 2" in text
+
+
+def test_closing():
+    ep = ExpertParallel(**CONFIG)
+    ep.close()
+    ep.close()
+    with pytest.raises(commlib.CommError, match="closed"):
+        ep.dispatch(rows(), ids())
+
+
+def test_timeout_can_be_changed_but_not_to_nonsense():
+    with ExpertParallel(**CONFIG) as ep:
+        ep.timeout = 1.5
+        assert ep.timeout == 1.5
+        for bad in (0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="positive"):
+                ep.timeout = bad

@@ -1,0 +1,211 @@
+"""Dispatch against a plain PyTorch reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import World, expected_expert_layout, expected_rank_layout, make_world
+
+import commlib
+from commlib import ExpertParallel
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def dispatch_everywhere(world: World, num_sms: int = 1, **options):
+    """One dispatch on in-process ranks; what each rank got, copied, so that slots may go."""
+
+    def rank_main(rank):
+        with ExpertParallel(num_sms=num_sms, **world.config()) as ep:
+            return ep.dispatch(world.x[rank], world.topk_idx[rank], world.topk_weights[rank], **options)
+
+    return commlib.run_ranks(rank_main, world.size)
+
+
+def check(got, want):
+    torch.testing.assert_close(got.x, want.x, rtol=0, atol=0)
+    torch.testing.assert_close(got.topk_weights, want.topk_weights, rtol=0, atol=0)
+    torch.testing.assert_close(got.source, want.source, rtol=0, atol=0)
+    assert got.tokens_per_expert.tolist() == want.tokens_per_expert
+    if want.topk_idx is None:
+        assert got.topk_idx is None
+        assert got.offsets.tolist() == want.offsets
+    else:
+        torch.testing.assert_close(got.topk_idx, want.topk_idx, rtol=0, atol=0)
+        assert got.offsets is None
+
+
+@st.composite
+def worlds(draw):
+    size = draw(st.integers(1, 8))
+    experts = draw(st.integers(1, 24))
+    topk = draw(st.integers(1, min(experts, 8)))
+    tokens = draw(st.lists(st.integers(0, 12), min_size=size, max_size=size))
+    world = make_world(
+        tokens,
+        experts,
+        topk,
+        hidden=draw(st.sampled_from([1, 7, 32, 64, 96])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+        holes=draw(st.sampled_from([0.0, 0.3, 1.0])),
+    )
+    if draw(st.booleans()):  # all tokens to one expert
+        for idx in world.topk_idx:
+            idx[:] = -1
+            idx[:, 0] = experts - 1
+    return world
+
+
+# Ranks come and go by the thousand here, and each example is a job of up to 16 threads.
+relaxed = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@relaxed
+@given(worlds(), st.booleans(), st.integers(1, 2))
+def test_rows_arrive_in_source_then_token_order(world, zero_copy, num_sms):
+    got = dispatch_everywhere(world, num_sms, zero_copy=zero_copy)
+    for rank in range(world.size):
+        check(got[rank], expected_rank_layout(world, rank))
+
+
+@relaxed
+@given(worlds(), st.sampled_from([1, 2, 8]), st.integers(1, 2))
+def test_expert_layout_groups_and_pads(world, align, num_sms):
+    got = dispatch_everywhere(world, num_sms, layout="expert", align=align)
+    for rank in range(world.size):
+        check(got[rank], expected_expert_layout(world, rank, align))
+
+
+def test_results_are_the_same_when_no_slot_can_be_spared():
+    world = make_world([40, 30], hidden=96)
+
+    def rank_main(rank):
+        with ExpertParallel(slots=2, **world.config()) as ep:
+            inputs = (world.x[rank], world.topk_idx[rank], world.topk_weights[rank])
+            kept = [ep.dispatch(*inputs) for _ in range(5)]
+            assert ep.memory_report().slots_in_use == 0
+            return kept
+
+    for rank, results in enumerate(commlib.run_ranks(rank_main, 2)):
+        for got in results:
+            check(got, expected_rank_layout(world, rank))
+
+
+def test_int32_ids_and_rows_that_lie_apart():
+    world = make_world([9, 4], hidden=32)
+
+    def rank_main(rank):
+        wide = torch.zeros(len(world.x[rank]), 50)
+        wide[:, 8:40] = world.x[rank]
+        with ExpertParallel(**world.config()) as ep:
+            return ep.dispatch(wide[:, 8:40], world.topk_idx[rank].int(), world.topk_weights[rank])
+
+    for rank, got in enumerate(commlib.run_ranks(rank_main, 2)):
+        check(got, expected_rank_layout(world, rank))
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_without_weights_none_come(layout):
+    world = make_world([5, 6])
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            d = ep.dispatch(world.x[rank], world.topk_idx[rank], layout=layout)
+            assert d.topk_weights is None
+            return d.x.clone()
+
+    for rank, rows in enumerate(commlib.run_ranks(rank_main, 2)):
+        want = expected_rank_layout if layout == "rank" else lambda w, r: expected_expert_layout(w, r, 1)
+        assert torch.equal(rows, want(world, rank).x)
+
+
+@pytest.mark.parametrize(("layout", "zero_copy"), [("rank", False), ("rank", True), ("expert", False)])
+def test_a_handle_routes_other_rows_the_same_way(layout, zero_copy):
+    world = make_world([11, 0, 7], num_experts=5, topk=3)
+    other = make_world([11, 0, 7], num_experts=5, topk=3, seed=1)
+    other.topk_idx = world.topk_idx
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            first = ep.dispatch(world.x[rank], world.topk_idx[rank], layout=layout, align=2)
+            second = ep.dispatch(
+                other.x[rank],
+                topk_weights=other.topk_weights[rank],
+                handle=first.handle,
+                zero_copy=zero_copy,
+            )
+            assert second.handle is first.handle
+            return second
+
+    for rank, got in enumerate(commlib.run_ranks(rank_main, 3)):
+        if layout == "rank":
+            check(got, expected_rank_layout(other, rank))
+        else:
+            check(got, expected_expert_layout(other, rank, 2))
+
+
+def test_a_thousand_small_dispatches_keep_their_order():
+    worlds = [make_world([3, 1, 2], hidden=16, seed=s) for s in range(10)]
+
+    def rank_main(rank):
+        with ExpertParallel(**worlds[0].config()) as ep:
+            for i in range(300):
+                world = worlds[i % 10]
+                got = ep.dispatch(world.x[rank], world.topk_idx[rank], world.topk_weights[rank])
+                check(got, expected[i % 10][rank])
+
+    expected = [[expected_rank_layout(w, r) for r in range(3)] for w in worlds]
+    commlib.run_ranks(rank_main, 3)
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_overflow_drops_the_last_rows_and_counts_them(layout):
+    world = make_world([6, 5], num_experts=4, topk=2, holes=0.0)
+    capacity = 4
+
+    def rank_main(rank):
+        config = {**world.config(), "capacity": capacity}
+        with ExpertParallel(**config) as ep:
+            d = ep.dispatch(
+                world.x[rank],
+                world.topk_idx[rank],
+                world.topk_weights[rank],
+                layout=layout,
+                overflow="drop",
+            )
+            y = d.x.clone()
+            out = ep.combine(y, d.handle)
+            return d, ep.stats()["dropped"], out
+
+    results = commlib.run_ranks(rank_main, 2)
+    unique = [expected_rank_layout(world, r) for r in range(2)]
+    kept = {(r, *s) for r in range(2) for s in unique[r].source[:capacity].tolist()}
+    assert sum(len(u.x) for u in unique) > len(kept), "nothing overflowed: the test tests nothing"
+    for rank, (d, dropped, out) in enumerate(results):
+        assert {tuple(s) for s in d.source.tolist()} == {s[1:] for s in kept if s[0] == rank}
+        assert d.tokens_per_expert.tolist() == [
+            int((unique[rank].topk_idx[:capacity] == e).sum()) for e in range(2)
+        ]
+        lost = sum(s[0] == rank for r in range(2) for s in unique[r].source[capacity:].tolist())
+        assert dropped == lost
+        for t in range(len(out)):
+            if layout == "rank":
+                copies = sum((r, rank, t) in kept for r in range(2))
+                torch.testing.assert_close(out[t], copies * world.x[rank][t])
+
+
+def test_overflow_is_an_error_on_every_rank_and_the_next_call_works():
+    world = make_world([6, 5], num_experts=4, holes=0.0)
+
+    def rank_main(rank):
+        config = {**world.config(), "capacity": 4}
+        with ExpertParallel(**config) as ep:
+            with pytest.raises(commlib.CapacityExceeded, match=r"rank \d would receive \d+ rows"):
+                ep.dispatch(world.x[rank], world.topk_idx[rank])
+            d = ep.dispatch(world.x[rank][:1], world.topk_idx[rank][:1])
+            return ep.combine(d.x, d.handle)
+
+    for rank, out in enumerate(commlib.run_ranks(rank_main, 2)):
+        ranks = {e // 2 for e in world.topk_idx[rank][0].tolist()}
+        torch.testing.assert_close(out, len(ranks) * world.x[rank][:1])

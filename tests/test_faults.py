@@ -1,0 +1,240 @@
+"""Ranks that hang, die or do something else: every other rank says so, in time, and can go on to exit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import commlib
+from commlib import ExpertParallel
+from commlib.group import ThreadGroup
+
+CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32}
+X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def failures(rank_main, size):
+    """The exception each rank raised (None where it returned), letting no rank's failure reach the others."""
+
+    def guarded(rank):
+        try:
+            rank_main(rank)
+        except Exception as error:
+            return error
+        return None
+
+    return commlib.run_ranks(guarded, size)
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "dispatch with a handle", "combine"])
+def test_a_rank_that_never_comes_is_named(operation):
+    started = time.monotonic()
+
+    def rank_main(rank):
+        with ExpertParallel(timeout=1.0, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX)
+            if rank == 2:
+                ep.group.barrier()
+                return
+            try:
+                if operation == "dispatch":
+                    ep.dispatch(X, IDX)
+                elif operation == "combine":
+                    ep.combine(d.x, d.handle)
+                else:
+                    ep.dispatch(X, handle=d.handle)
+            finally:
+                ep.group.barrier()
+
+    got = failures(rank_main, 4)
+    assert time.monotonic() - started < 10
+    assert got[2] is None
+    for rank in (0, 1, 3):
+        error = got[rank]
+        assert isinstance(error, commlib.PeerTimeout), error
+        assert (error.rank, error.peers, error.op, error.epoch) == (rank, [2], operation, 2)
+        text = str(error)
+        assert f"rank {rank} waited" in text and "rank 2 last called dispatch (epoch 1)" in text
+
+
+def test_all_missing_ranks_are_named():
+    def rank_main(rank):
+        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+            try:
+                if rank == 0:
+                    ep.dispatch(X, IDX)
+            finally:
+                ep.group.barrier()
+
+    error = failures(rank_main, 4)[0]
+    assert isinstance(error, commlib.PeerTimeout)
+    assert error.peers == [1, 2, 3]
+    assert "phase counts" in str(error) and "has not made a call yet" in str(error)
+
+
+def test_a_different_order_of_calls_is_an_error_that_says_who_called_what():
+    def rank_main(rank):
+        with ExpertParallel(timeout=20.0, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX)
+            if rank == 1:
+                ep.combine(d.x, d.handle)
+            else:
+                ep.dispatch(X, IDX)
+
+    started = time.monotonic()
+    got = failures(rank_main, 2)
+    assert time.monotonic() - started < 10, "it waited for the deadline"
+    assert any(isinstance(e, commlib.CallMismatch) for e in got)
+    for error in got:
+        assert isinstance(error, commlib.CommError)
+    text = next(str(e) for e in got if isinstance(e, commlib.CallMismatch))
+    assert "called dispatch" in text and "called combine" in text
+
+
+def test_weights_on_some_ranks_only_is_an_error():
+    def rank_main(rank):
+        with ExpertParallel(timeout=20.0, **CONFIG) as ep:
+            ep.dispatch(X, IDX, torch.ones(4, 2) if rank else None)
+
+    got = failures(rank_main, 2)
+    assert any(isinstance(e, commlib.CallMismatch) and "with weights" in str(e) for e in got)
+
+
+def test_a_rank_that_closes_is_not_waited_for():
+    def rank_main(rank):
+        with ExpertParallel(timeout=60.0, **CONFIG) as ep:
+            ep.dispatch(X, IDX)
+            if rank != 1:
+                ep.dispatch(X, IDX)
+
+    started = time.monotonic()
+    got = failures(rank_main, 3)
+    assert time.monotonic() - started < 10
+    for rank in (0, 2):
+        assert isinstance(got[rank], commlib.PeerTimeout)
+        assert got[rank].peers == [1]
+        assert "closed the communicator" in str(got[rank])
+
+
+def test_after_a_failure_the_communicator_says_that_it_is_broken():
+    def rank_main(rank):
+        with ExpertParallel(timeout=0.3, **CONFIG) as ep:
+            if rank == 0:
+                with pytest.raises(commlib.PeerTimeout):
+                    ep.dispatch(X, IDX)
+                with pytest.raises(commlib.CommError, match=r"cannot use this communicator any more.*waited"):
+                    ep.dispatch(X, IDX)
+            ep.group.barrier()
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_an_asynchronous_failure_is_raised_by_wait():
+    def rank_main(rank):
+        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX)
+            if rank == 0:
+                _, event = ep.combine(d.x, d.handle, async_op=True)
+                with pytest.raises(commlib.PeerTimeout):
+                    event.wait()
+                assert event.query()
+            ep.group.barrier()
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
+    def rank_main(rank):
+        ep = ExpertParallel(timeout=60.0, **CONFIG)
+        if rank == 1:
+            raise KeyError("the user's own mistake")
+        ep.dispatch(X, IDX)
+
+    started = time.monotonic()
+    with pytest.raises(KeyError, match="own mistake"):
+        commlib.run_ranks(rank_main, 3)
+    assert time.monotonic() - started < 10
+
+
+def test_epochs_wrap_around(monkeypatch):
+    """Operation numbers are 32 bits wide: 2**32 of them must not be an end."""
+    from commlib import bootstrap
+
+    make = bootstrap._config
+
+    def near_the_end(*args):
+        config = make(*args)
+        config.first_epoch = 2**32 - 20
+        return config
+
+    monkeypatch.setattr(bootstrap, "_config", near_the_end)
+
+    def rank_main(rank):
+        with ExpertParallel(timeout=20.0, **CONFIG) as ep:
+            for i in range(40):
+                d = ep.dispatch(X * i, IDX)
+                assert torch.equal(ep.combine(d.x, d.handle), 2 * i * X)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_thread_groups_do_not_mix():
+    first, second = ThreadGroup.world(1)[0], ThreadGroup.world(1)[0]
+    with ExpertParallel(first, **CONFIG) as a, ExpertParallel(second, **CONFIG) as b:
+        assert a.dispatch(X, IDX).x.shape == b.dispatch(X, IDX).x.shape == (4, 64)
+
+
+def start(program: str, ranks: int, tmp_path: Path) -> list[subprocess.Popen]:
+    """Processes that find each other through a file store; each writes rank.pid when it is ready."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / program), str(r), str(ranks), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for r in range(ranks)
+    ]
+
+
+def wait_for(files: list[Path], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(f.exists() for f in files):
+        assert time.monotonic() < deadline, f"never written: {files}"
+        time.sleep(0.05)
+
+
+def test_a_killed_rank_is_named_by_all_others_at_once_and_leaves_nothing(tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    processes = start("dispatch_forever.py", 3, tmp_path)
+    wait_for([tmp_path / f"{r}.ready" for r in range(3)])
+    time.sleep(0.3)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    outputs = [p.communicate(timeout=60) for p in processes]
+    assert time.monotonic() - killed < 30, "the deadline is 60 s: the death should be noticed long before"
+    for rank in (0, 2):
+        out, err = outputs[rank]
+        assert processes[rank].returncode == 3, err
+        assert "PeerTimeout" in out and "peers=[1]" in out, out
+        assert f"rank {rank} waited" in out
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_ctrl_c_reaches_a_rank_that_waits(tmp_path):
+    processes = start("wait_for_nobody.py", 2, tmp_path)
+    wait_for([tmp_path / "0.ready"])
+    time.sleep(0.5)
+    processes[0].send_signal(signal.SIGINT)
+    _, err = processes[0].communicate(timeout=20)
+    assert "KeyboardInterrupt" in err, err
+    processes[1].kill()
+    processes[1].communicate()

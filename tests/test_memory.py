@@ -1,0 +1,66 @@
+"""What a communicator holds."""
+
+import gc
+
+import torch
+from reference import make_world
+
+import commlib
+from commlib import ExpertParallel
+
+
+def test_memory_is_reserved_for_the_worst_case_and_taken_as_used(capsys):
+    config = dict(num_experts=8, hidden=7168, topk=2, max_tokens=65536, dtype=torch.bfloat16)
+    with ExpertParallel(**config) as ep:
+        report = ep.memory_report()
+        assert report.reserved > 8 * 65536 * 7168 * 2
+        assert report.touched < 1 << 20
+        d = ep.dispatch(torch.zeros(1024, 7168, dtype=torch.bfloat16), torch.tensor([[0, 1]] * 1024))
+        rows = 1024 * 7168 * 2
+        assert rows <= ep.memory_report().touched < 1.1 * rows + (1 << 20)
+        assert ep.memory_report().slots_in_use == 1
+        del d
+        assert ep.memory_report().slots_in_use == 0
+    out = capsys.readouterr().out
+    assert "heap" in out and "8 slots" in out
+
+
+def test_repeated_operations_do_not_grow():
+    world = make_world([200, 150], hidden=1024)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            seen = []
+            for i in range(40):
+                for layout in ("rank", "expert"):
+                    d = ep.dispatch(world.x[rank], world.topk_idx[rank], layout=layout)
+                    ep.combine(d.x, d.handle)
+                    del d
+                if i % 10 == 9:
+                    gc.collect()
+                    report = ep.memory_report()
+                    seen.append((report.touched, report.idle_buffers))
+            assert seen[1:] == seen[:1] * 3
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_closed_communicators_give_their_memory_back():
+    def open_files():
+        import os
+
+        return len(os.listdir("/proc/self/fd"))
+
+    world = make_world([4, 4])
+
+    def rank_main(rank):
+        for _ in range(20):
+            with ExpertParallel(**world.config()) as ep:
+                ep.dispatch(world.x[rank], world.topk_idx[rank])
+
+    commlib.run_ranks(rank_main, 2)
+    gc.collect()
+    before = open_files()
+    commlib.run_ranks(rank_main, 2)
+    gc.collect()
+    assert open_files() <= before
