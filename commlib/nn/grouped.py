@@ -32,9 +32,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         TypeError: ``x`` and ``w`` of different dtypes.
     """
     if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1]:
-        raise ValueError(
-            f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}"
-        )
+        raise ValueError(f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}")
     if offsets.dim() != 1 or offsets.shape[0] != w.shape[0] + 1:
         raise ValueError(f"offsets must be [{w.shape[0] + 1}], got {tuple(offsets.shape)}")
     if x.dtype != w.dtype:
@@ -50,8 +48,10 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     if _has_kernel(x.dtype, w.shape[1], w.shape[2]):
         return F.grouped_mm(_row_major(x), w, offs=offsets[1:].to(torch.int32))
-    spans = pairwise(offsets.tolist())
-    return torch.cat([x[a:b] @ weight for (a, b), weight in zip(spans, w, strict=True)])
+    out = x.new_empty(x.shape[0], w.shape[2])
+    for (a, b), weight in zip(pairwise(offsets.tolist()), w, strict=True):
+        torch.mm(x[a:b], weight, out=out[a:b])
+    return out
 
 
 @torch.library.custom_op("commlib::grouped_mm_weight_grad", mutates_args=())
@@ -60,7 +60,10 @@ def _weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     if _has_kernel(x.dtype, x.shape[1], grad.shape[1]):
         offs = offsets[1:].to(torch.int32)
         return F.grouped_mm(_row_major(x).mT, _row_major(grad), offs=offs)
-    return torch.stack([x[a:b].mT @ grad[a:b] for a, b in pairwise(offsets.tolist())])
+    out = x.new_empty(offsets.shape[0] - 1, x.shape[1], grad.shape[1])
+    for (a, b), weight_grad in zip(pairwise(offsets.tolist()), out, strict=True):
+        torch.mm(x[a:b].mT, grad[a:b], out=weight_grad)
+    return out
 
 
 @_grouped_mm.register_fake

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class MoEAux(NamedTuple):
     """What :class:`MoELayer` says beside its output, over this rank's own tokens."""
 
-    loss: Tensor  # scalar float32: the router's, load balance by default
+    loss: Tensor  # scalar: the router's, load balance by default
     tokens_per_expert: Tensor  # [num_experts] int64: how often each expert was chosen
 
 
@@ -82,30 +82,29 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         count, hidden, ffn_hidden = self.w1.shape
-        return (
-            f"experts={self.first}..{self.first + count - 1}, {hidden=}, {ffn_hidden=}, "
-            f"dtype={self.w1.dtype}"
-        )
+        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
 
 
 class MoELayer(nn.Module):
     """Mixture of experts: each token is the weighted sum of its K experts' outputs.
 
-    Rank r of R holds experts ``r * E/R .. (r + 1) * E/R - 1`` and sends its tokens to the ranks of
-    the experts they need. Gradients of the experts come from all ranks' tokens, those of the router
-    from the rank's own: see :func:`shared_parameters`. Call it on all ranks, also with no tokens.
+    Each rank holds its block of the experts (``ep.first_expert``, ``ep.num_local_experts``) and
+    sends its tokens to the ranks of the experts they need. The experts' gradients come from all
+    ranks' tokens, the router's from the rank's own: see :func:`expert_parameters`. Call it on all
+    ranks, also with no tokens, and run backward on all or none.
 
     Args:
         hidden: size H of a token.
         ffn_hidden: size of the experts' inner layer.
-        num_experts: E, over all ranks; divisible by their number.
+        num_experts: E, over all ranks.
         topk: experts per token.
         ep: the communicator, which layers may share; ``None``: all experts here and no
             communication, plain PyTorch, the layer to compare with.
         router: module or callable ``x [T, H] -> Routing``; ``None``: :class:`TopKRouter`.
         align: each expert's rows are padded to a multiple of this. ``None``: 16 bytes' worth of
             elements, which CUDA's grouped matmul needs for the weights' gradient.
-        dtype: of the experts; ``None``: torch's default. The default router stays float32.
+        dtype: of experts and tokens, that of ``ep``; ``None``: torch's default. The default
+            router's parameters are float32 (float64 with float64).
         device: of the parameters.
 
     Raises:
@@ -126,22 +125,23 @@ class MoELayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        rank, ranks = (0, 1) if ep is None else (ep.rank, ep.world_size)
+        dtype = dtype or torch.get_default_dtype()
+        first, count = 0, num_experts
         if ep is not None:
-            for name, mine in (("num_experts", num_experts), ("hidden", hidden), ("topk", topk)):
-                if (theirs := getattr(ep, name)) != mine:
-                    raise ValueError(f"the layer has {name}={mine}, its communicator {theirs}")
-        if num_experts % ranks != 0:
-            raise ValueError(f"num_experts={num_experts} is not divisible by {ranks} ranks")
-        count = num_experts // ranks
+            mine = {"hidden": hidden, "num_experts": num_experts, "topk": topk, "dtype": dtype}
+            for name, value in mine.items():
+                if (theirs := getattr(ep.settings, name)) != value:
+                    raise ValueError(f"the layer has {name}={value}, its communicator {theirs}")
+            first, count = ep.first_expert, ep.num_local_experts
         self.hidden = hidden
         self.num_experts = num_experts
         self.topk = topk
         self.ep = ep
         if router is None:
-            router = TopKRouter(hidden, num_experts, topk, device=device)
+            wide = torch.promote_types(dtype, torch.float32)
+            router = TopKRouter(hidden, num_experts, topk, dtype=wide, device=device)
         self.router = router
-        self.experts = Experts(hidden, ffn_hidden, rank * count, count, dtype=dtype, device=device)
+        self.experts = Experts(hidden, ffn_hidden, first, count, dtype=dtype, device=device)
         if align is None:
             align = max(16 // self.experts.w1.element_size(), 1)
         self.align = align
@@ -150,7 +150,7 @@ class MoELayer(nn.Module):
         """Route, send, compute, return.
 
         Args:
-            x: ``[..., hidden]``, dtype of the experts; at most ``ep.max_tokens`` tokens.
+            x: ``[..., hidden]``, dtype of the experts; from 0 to ``ep.max_tokens`` tokens.
 
         Returns:
             The output, ``[..., hidden]`` in the dtype of ``x``, and :class:`MoEAux`.
@@ -168,9 +168,7 @@ class MoELayer(nn.Module):
             out = self._apply_spread(self.ep, rows, topk_idx, topk_weights)
         return out.reshape(x.shape), MoEAux(loss, count_tokens(topk_idx, self.num_experts))
 
-    def _apply_spread(
-        self, ep: ExpertParallel, x: Tensor, topk_idx: Tensor, topk_weights: Tensor
-    ) -> Tensor:
+    def _apply_spread(self, ep: ExpertParallel, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         d = ep.dispatch(x, topk_idx, topk_weights, layout="expert", align=self.align)
         return ep.combine(self.experts(d.x, d.offsets), d.handle, weights=d.topk_weights)
 

@@ -13,12 +13,14 @@ class Routing(NamedTuple):
     """What a router returns for T tokens: any callable that returns such a triple is a router."""
 
     topk_idx: Tensor  # [T, K] int64, global expert ids; -1 leaves a place empty
-    topk_weights: Tensor  # [T, K] float32
-    loss: Tensor  # scalar float32, to be added to the training loss (scaled as you like)
+    topk_weights: Tensor  # [T, K] float32 (float64 for float64 tokens)
+    loss: Tensor  # scalar, to be added to the training loss (scaled as you like)
 
 
 class TopKRouter(nn.Module):
-    """Linear scores and softmax in float32, the K best experts, their weights made to sum to 1.
+    """Linear scores, softmax, the K best experts, their weights made to sum to 1.
+
+    Computed in float32 (float64 for float64 tokens).
 
     With ``topk=1`` the weight stays the expert's probability (as in Switch Transformer): made to
     sum to 1 it would be the constant 1 and give the router no gradient.
@@ -32,6 +34,7 @@ class TopKRouter(nn.Module):
         num_experts: int,
         topk: int,
         *,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class TopKRouter(nn.Module):
             raise ValueError(f"topk must be in 1..num_experts={num_experts}, got {topk}")
         self.num_experts = num_experts
         self.topk = topk
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -51,7 +54,8 @@ class TopKRouter(nn.Module):
         """Route ``x`` ``[T, hidden]``, any float dtype; T may be 0."""
         # bfloat16 has 8 bits of mantissa: too few to rank the scores of many experts.
         with torch.autocast(x.device.type, enabled=False):
-            probs = F.linear(x.float(), self.weight.float()).softmax(-1)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            probs = F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
         topk_weights, topk_idx = probs.topk(self.topk, dim=-1)
         if self.topk > 1:
             topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
@@ -71,11 +75,11 @@ def load_balance_loss(probs: Tensor, topk_idx: Tensor) -> Tensor:
     of this rank, so ranks add no communication and each balances its own batch.
 
     Args:
-        probs: ``[T, E]`` float32, over all experts.
+        probs: ``[T, E]`` float32 or float64, over all experts.
         topk_idx: ``[T, K]``, the experts chosen, or -1.
 
     Returns:
-        Scalar float32; 0 with no tokens.
+        Scalar, dtype of ``probs``; 0 with no tokens.
     """
     tokens, num_experts = probs.shape
     choices = max(tokens * topk_idx.shape[1], 1)
