@@ -118,9 +118,7 @@ class AllToAllBaseline(ABC):
             raise RuntimeError("combine before any dispatch")
         back = self._out_rows[: sum(self._sent)]
         self._start(back, y, self._sent, self._received).wait()
-        return torch.nn.functional.embedding_bag(
-            self._plan.bag, back, self._plan.bag_start, mode="sum"
-        )
+        return torch.nn.functional.embedding_bag(self._plan.bag, back, self._plan.bag_start, mode="sum")
 
     @abstractmethod
     def _exchange_counts(self, counts: Tensor) -> list[int]:

@@ -124,9 +124,7 @@ class Stats:
 
     def text(self, unit: float = 1e-3, digits: int = 1) -> str:
         """``median (lowest-highest)`` in a unit given in seconds."""
-        m, lo, hi = (
-            f"{value / unit:.{digits}f}" for value in (self.median, self.lowest, self.highest)
-        )
+        m, lo, hi = (f"{value / unit:.{digits}f}" for value in (self.median, self.lowest, self.highest))
         return f"{m} ({lo}-{hi})"
 
 

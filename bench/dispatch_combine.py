@@ -3,13 +3,15 @@
     mpirun -n 4 python bench/dispatch_combine.py
     torchrun --nproc-per-node 4 bench/dispatch_combine.py      # without the MPI row
 
-The systems take turns, iteration by iteration, so that whatever else the machine does meets all of
-them. A time is that of the slowest rank. Every system's answer is checked in the same run.
+The systems take turns, iteration by iteration and in changing order, so that whatever else the
+machine does, and whatever is left in the caches, meets all of them. A time is that of the slowest
+rank. Every system's answer is checked in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 from collections.abc import Iterator
@@ -24,15 +26,8 @@ from report import RESULTS, machine, show, table, write_json
 from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, ZERO_COPY, System, open_systems
 from workload import Job, Shape
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-Samples = dict[
-    str, dict[str, list[float]]
-]  # system -> operation -> seconds, iteration by iteration
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
 LATENCY_BLOCK = 50  # iterations a system runs before the next has its turn
 
 
@@ -70,10 +65,12 @@ def measure_throughput(
     wrong: list[str] = []
     local: Samples = {system.name: {"dispatch": [], "combine": []} for system in systems}
     total = warmup + iters
+    turns = random.Random(0)  # the same on all ranks
     with progress(launch, "dispatch and combine", total * len(systems)) as bar:
         for i in range(total):
             report = wrong.append if i in (0, total - 1) else None
-            for system in systems:
+            # Another order each time: who runs before decides what is in the caches.
+            for system in turns.sample(systems, len(systems)):
                 dispatch_seconds, combine_seconds = system.iterate(job, launch, report)
                 if i >= warmup:
                     local[system.name]["dispatch"].append(dispatch_seconds)
@@ -82,14 +79,12 @@ def measure_throughput(
     return slowest_ranks(launch, local), wrong
 
 
-def measure_latency(
-    launch: Launch, job: Job, systems: list[System], iters: int
-) -> tuple[Samples, list[str]]:
+def measure_latency(launch: Launch, job: Job, systems: list[System], iters: int) -> tuple[Samples, list[str]]:
     """Seconds of dispatch + combine, back to back, blocks of iterations in turn."""
 
     def round_trip(system: System) -> float:
-        dispatch_seconds, received = seconds_of(lambda: system.dispatch(job))
-        y = system.place(received.rows)
+        dispatch_seconds, _ = seconds_of(lambda: system.dispatch(job))
+        y = system.place(job)
         combine_seconds, _ = seconds_of(lambda: system.combine(y))
         system.release()
         return dispatch_seconds + combine_seconds

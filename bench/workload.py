@@ -38,7 +38,8 @@ class Job:
     topk_weights: Tensor  # [T, K] float32
     expected: Received
     y: Tensor  # [N, H] what this rank's experts make of the rows
-    expected_sum: Tensor  # [T, H], not rounded to the row's dtype
+    output: Tensor  # [N, H] an ordinary tensor for experts to write y to, before each combine
+    expected_sum: Tensor  # [T, H] float32, not rounded to the rows' dtype
 
     @staticmethod
     def build(shape: Shape, rank: int, ranks: int) -> Job:
@@ -48,21 +49,21 @@ class Job:
         shows.
         """
         local_experts = shape.experts // ranks
-        received = [
-            _rows_for(rank, local_experts, *_tokens_of(shape, source)) for source in range(ranks)
-        ]
+        received = [_rows_for(rank, local_experts, *_tokens_of(shape, source)) for source in range(ranks)]
         rows, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
         x, topk_idx, topk_weights = _tokens_of(shape, rank)
-        total = torch.zeros(x.shape, dtype=_wide(shape.dtype))
+        total = torch.zeros(x.shape, dtype=torch.float32)
         for owner in range(ranks):
             goes = (topk_idx // local_experts == owner).any(1, keepdim=True)
             total += _expert(x, owner) * goes
+        y = _expert(rows, rank)
         return Job(
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             expected=Received(rows, ids, weights),
-            y=_expert(rows, rank),
+            y=y,
+            output=torch.empty_like(y),
             expected_sum=total,
         )
 
@@ -111,8 +112,4 @@ def _rows_for(
 
 
 def _expert(rows: Tensor, rank: int) -> Tensor:
-    return (rows.to(_wide(rows.dtype)) * (1 + rank / 4)).to(rows.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return (rows.float() * (1 + rank / 4)).to(rows.dtype)

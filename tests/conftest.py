@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 def launch():
     """Run a Python program on n processes under mpirun or torchrun; returns the finished process."""
 
-    def run(program: str, ranks: int, launcher: str = "mpirun", timeout: float = 120, **env: str):
+    def run(program, ranks, launcher="mpirun", timeout=120, arguments=(), **env):
         python_bin = os.path.dirname(sys.executable)
         if launcher == "mpirun":
             command = ["mpirun", "--oversubscribe", "-n", str(ranks), sys.executable]
@@ -24,7 +24,7 @@ def launch():
         else:
             command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         return subprocess.run(
-            [*command, program],
+            [*command, program, *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,0 +1,153 @@
+"""MoELayer over ranks is the unsharded layer: the same values, the same gradients."""
+
+import threading
+
+import pytest
+import torch
+
+import commlib
+from commlib import ExpertParallel
+from commlib.nn import MoELayer, TopKRouter, grouped_mm
+from commlib.nn.moe import expert_parameters, shared_parameters
+
+HIDDEN, FFN, TOPK = 32, 48, 2
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-10, atol=1e-12),
+    torch.float32: dict(rtol=1e-4, atol=1e-5),
+    torch.bfloat16: dict(rtol=0.05, atol=0.02),
+}
+
+
+def make_layer(ep, experts, dtype):
+    torch.manual_seed(7)
+    return MoELayer(HIDDEN, FFN, experts, TOPK, ep, dtype=dtype)
+
+
+def inputs(rank, tokens, dtype):
+    g = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(tokens, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
+    upstream = torch.randn(tokens, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
+    return x.requires_grad_(), upstream
+
+
+def run(layer, x, upstream):
+    out, aux = layer(x)
+    ((out * upstream).sum() + aux.loss).backward()
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("experts", "tokens"), [(8, [6, 6]), (6, [5, 0, 9, 2]), (5, [7, 3, 8]), (4, [9])])
+def test_values_and_gradients_are_those_of_the_unsharded_layer(dtype, experts, tokens):
+    ranks = len(tokens)
+
+    def rank_main(rank):
+        config = dict(num_experts=experts, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=dtype)
+        with ExpertParallel(timeout=30.0, **config) as ep:
+            with lock:  # torch.manual_seed is global to the process: ranks are threads here
+                layer = make_layer(ep, experts, dtype)
+            out, x_grad = run(layer, *inputs(rank, tokens[rank], dtype))
+            return out, x_grad, [p.grad for p in expert_parameters(layer)], layer.router.weight.grad
+
+    lock = threading.Lock()
+    results = commlib.run_ranks(rank_main, ranks)
+
+    reference = make_layer(None, experts, dtype)
+    router_grads = []
+    for rank in range(ranks):
+        reference.router.weight.grad = None
+        out, x_grad = run(reference, *inputs(rank, tokens[rank], dtype))
+        torch.testing.assert_close(results[rank][0], out, **TOLERANCE[dtype])
+        torch.testing.assert_close(results[rank][1], x_grad, **TOLERANCE[dtype])
+        router_grads.append(reference.router.weight.grad)
+    for rank in range(ranks):
+        begin, end = rank * experts // ranks, (rank + 1) * experts // ranks
+        whole = [p.grad[begin:end] for p in expert_parameters(reference)]
+        for got, want in zip(results[rank][2], whole, strict=True):
+            torch.testing.assert_close(got, want, **TOLERANCE[dtype])
+        torch.testing.assert_close(results[rank][3], router_grads[rank], **TOLERANCE[dtype])
+
+
+def test_leading_dimensions_are_kept_and_aux_counts_tokens():
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=30, dtype=torch.float32) as ep:
+        layer = make_layer(ep, 4, torch.float32)
+        out, aux = layer(torch.randn(2, 3, 5, HIDDEN))
+        assert out.shape == (2, 3, 5, HIDDEN)
+        assert aux.tokens_per_expert.sum() == 30 * TOPK
+        assert aux.loss.ndim == 0
+        with pytest.raises(ValueError, match=r"x must be \[\.\.\., 32\]"):
+            layer(torch.randn(3, 8))
+
+
+def test_a_router_of_the_user_is_used():
+    def first_experts(x):
+        idx = torch.tensor([[0, 1]]).expand(len(x), 2)
+        return idx, torch.full(idx.shape, 0.5), x.new_zeros(())
+
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=8, dtype=torch.float32) as ep:
+        layer = MoELayer(HIDDEN, FFN, 4, TOPK, ep, router=first_experts)
+        x = torch.randn(5, HIDDEN)
+        out, aux = layer(x)
+        assert aux.tokens_per_expert.tolist() == [5, 5, 0, 0]
+        e = layer.experts
+
+        def expert(i):
+            return (torch.nn.functional.silu(x @ e.w1[i]) * (x @ e.w3[i])) @ e.w2[i]
+
+        torch.testing.assert_close(out, (expert(0) + expert(1)) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_it_compiles_without_a_graph_break():
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=torch.float32) as ep:
+        layer = make_layer(ep, 4, torch.float32)
+        x, upstream = inputs(0, 6, torch.float32)
+        eager = run(layer, x, upstream)
+        eager_grads = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+        x.grad = None
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True)
+        for got, want in zip(run(compiled, x, upstream), eager, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        for p, want in zip(layer.parameters(), eager_grads, strict=True):
+            torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_told_apart():
+    layer = make_layer(None, 4, torch.float32)
+    assert len(list(expert_parameters(layer))) == 3
+    assert [p is layer.router.weight for p in shared_parameters(layer)] == [True]
+
+
+def test_a_layer_that_does_not_fit_its_communicator_says_so():
+    with (
+        ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=torch.float32) as ep,
+        pytest.raises(ValueError, match="num_experts=8, its communicator 4"),
+    ):
+        MoELayer(HIDDEN, FFN, 8, TOPK, ep)
+
+
+def test_router_weights_sum_to_one_and_ids_differ():
+    routing = TopKRouter(HIDDEN, 8, 3)(torch.randn(20, HIDDEN))
+    torch.testing.assert_close(routing.topk_weights.sum(-1), torch.ones(20))
+    assert all(len(set(ids)) == 3 for ids in routing.topk_idx.tolist())
+    assert routing.loss >= 1.0 - 1e-5  # its least value, at perfect balance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("hidden", "out"), [(16, 32), (7, 5)])
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [8, 8, 8]])
+def test_grouped_mm_is_a_matmul_for_each_group(dtype, hidden, out, sizes):
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    x = torch.randn(sum(sizes), hidden).to(dtype).requires_grad_()
+    w = torch.randn(3, hidden, out).to(dtype).requires_grad_()
+    got = grouped_mm(x, w, offsets)
+    got.sum().backward()
+    grads = x.grad.clone(), w.grad.clone()
+    x.grad = w.grad = None
+    want = torch.cat([part @ w[i] for i, part in enumerate(x.split(sizes))])
+    want.sum().backward()
+    tolerance = TOLERANCE[dtype] if dtype != torch.bfloat16 else dict(rtol=0.02, atol=0.1)
+    torch.testing.assert_close(got, want, **tolerance)
+    for a, b in zip(grads, (x.grad, w.grad), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)

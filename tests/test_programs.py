@@ -1,0 +1,38 @@
+"""The programs that users run first: they start, check themselves, and leave what they say they leave."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 4), ("torchrun", 2)])
+def test_sharded_training_has_the_losses_of_unsharded_training(launch, tmp_path, launcher, ranks):
+    arguments = [
+        "--check",
+        "--steps",
+        "6",
+        "--json",
+        str(tmp_path / "l.json"),
+        "--plot",
+        str(tmp_path / "l.png"),
+    ]
+    done = launch(str(ROOT / "examples/train_moe_lm.py"), ranks, launcher, 240, arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    losses = json.loads((tmp_path / "l.json").read_text())
+    assert "losses" in losses or losses
+
+
+def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
+    out = tmp_path / "bench.json"
+    arguments = (
+        ["--tokens", "16", "--hidden", "256", "--experts", "8", "--topk", "2", "--iters", "2", "--warmup", "1", "--latency-iters", "20"]
+    )
+    done = launch(str(ROOT / "bench/dispatch_combine.py"), 2, "mpirun", 240, [*arguments, "--json", str(out)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for system in ("commlib zero-copy", "commlib owned", "gloo", "MPI", "bare limit"):
+        assert system in done.stdout
+    assert json.loads(out.read_text())
