@@ -153,6 +153,30 @@ class GlooBaseline(AllToAllBaseline):
         )
 
 
+class PlainGlooBaseline(GlooBaseline):
+    """The same over gloo as it is usually written: new tensors every time, and `index_add_` in fp32."""
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        plan = self._plan = SendPlan.of(topk_idx, topk_weights, self.ranks, self.local_experts)
+        self._sent = plan.counts.tolist()
+        self._received = self._exchange_counts(plan.counts)
+        rows = x.new_empty(sum(self._received), x.shape[1])
+        meta = plan.meta.new_empty(sum(self._received), plan.meta.shape[1])
+        dist.all_to_all_single(rows, x[plan.tokens], self._received, self._sent, group=self._group)
+        dist.all_to_all_single(meta, plan.meta, self._received, self._sent, group=self._group)
+        self.topk_idx = meta[:, : self.topk]
+        self.topk_weights = meta[:, self.topk :].view(torch.float32)
+        return rows
+
+    def combine(self, y: Tensor) -> Tensor:
+        if self._plan is None:
+            raise RuntimeError("combine before any dispatch")
+        back = y.new_empty(sum(self._sent), y.shape[1])
+        dist.all_to_all_single(back, y, self._sent, self._received, group=self._group)
+        out = torch.zeros(len(self._plan.bag_start), y.shape[1])
+        return out.index_add_(0, self._plan.tokens, back.float()).to(y.dtype)
+
+
 class MpiBaseline(AllToAllBaseline):
     """mpi4py's `Ialltoallv`; one element is a row, so that no count can outgrow an int32."""
 

@@ -19,6 +19,9 @@ from tqdm import tqdm
 SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
 
 
+Interval = tuple[float, float]  # begin and end, seconds of the host's monotonic clock
+
+
 @dataclass(frozen=True)
 class Launch:
     """The ranks of this run. There is always a gloo process group; `comm` only where MPI is."""
@@ -76,15 +79,33 @@ class Launch:
         left = moment.item() - time.monotonic()
         time.sleep(min(max(left, 0.0), SETTLE_SECONDS))  # ranks on another host have other clocks
 
+    def fenced(self, operation: Callable[[], Any]) -> tuple[Interval, Any]:
+        """Time an operation of all ranks that nothing else of this benchmark competes with.
+
+        The second fence matters as much as the first: a rank that is done would go on to work that is
+        not timed, on a core that another rank needs to end the operation.
+        """
+        self.fence()
+        interval, result = timed(operation)
+        self.fence()
+        return interval, result
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def slowest(self, seconds: Sequence[float]) -> list[float]:
-        """For each of a list of times, the longest that any rank measured."""
-        return [max(of_ranks) for of_ranks in zip(*self.gather(list(seconds)), strict=True)]
+    def spans(self, intervals: Sequence[Interval]) -> list[float]:
+        """For each of a list of operations, seconds from the first rank's begin to the last one's end.
+
+        Not the longest time of one rank: with more ranks than cores a rank may begin after another has
+        ended, and its wait for a core is part of the job. Ranks of one host share the clock.
+        """
+        return [
+            max(end for _, end in ranks) - min(begin for begin, _ in ranks)
+            for ranks in zip(*self.gather(list(intervals)), strict=True)
+        ]
 
     def first(self, size: int) -> Launch | None:
         """A launch of ranks 0..size-1 alone; None on the others. Called by all ranks."""
@@ -128,11 +149,11 @@ class Stats:
         return f"{m} ({lo}-{hi})"
 
 
-def seconds_of(operation: Callable[[], Any]) -> tuple[float, Any]:
-    """Run an operation; return how long it took on this rank, and its result."""
-    begin = time.perf_counter()
+def timed(operation: Callable[[], Any]) -> tuple[Interval, Any]:
+    """Run an operation; return when it began and ended on this rank, and its result."""
+    begin = time.monotonic()
     result = operation()
-    return time.perf_counter() - begin, result
+    return (begin, time.monotonic()), result
 
 
 def progress(launch: Launch, title: str, total: int) -> tqdm:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 bench/dispatch_combine.py      # without the MPI row
 
 The systems take turns, iteration by iteration and in changing order, so that whatever else the
-machine does, and whatever is left in the caches, meets all of them. A time is that of the slowest
-rank. Every system's answer is checked in the same run.
+machine does, and whatever is left in the caches, meets all of them. A time goes from the first
+rank's begin to the last rank's end. Every system's answer is checked in the same run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Launch, Stats, progress, seconds_of, usable_cores
+from common import Interval, Launch, Stats, progress, timed, usable_cores
 from report import RESULTS, machine, show, table, write_json
-from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, ZERO_COPY, System, open_systems
+from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
 from workload import Job, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
+Intervals = dict[str, dict[str, list[Interval]]]  # the same on one rank, with begin and end
 LATENCY_BLOCK = 50  # iterations a system runs before the next has its turn
 
 
@@ -63,7 +64,7 @@ def measure_throughput(
 ) -> tuple[Samples, list[str]]:
     """Seconds of every iteration, and what was wrong in the first and the last one."""
     wrong: list[str] = []
-    local: Samples = {system.name: {"dispatch": [], "combine": []} for system in systems}
+    local: Intervals = {system.name: {"dispatch": [], "combine": []} for system in systems}
     total = warmup + iters
     turns = random.Random(0)  # the same on all ranks
     with progress(launch, "dispatch and combine", total * len(systems)) as bar:
@@ -71,43 +72,43 @@ def measure_throughput(
             report = wrong.append if i in (0, total - 1) else None
             # Another order each time: who runs before decides what is in the caches.
             for system in turns.sample(systems, len(systems)):
-                dispatch_seconds, combine_seconds = system.iterate(job, launch, report)
+                dispatched, combined = system.iterate(job, launch, report)
                 if i >= warmup:
-                    local[system.name]["dispatch"].append(dispatch_seconds)
-                    local[system.name]["combine"].append(combine_seconds)
+                    local[system.name]["dispatch"].append(dispatched)
+                    local[system.name]["combine"].append(combined)
                 bar.update()
-    return slowest_ranks(launch, local), wrong
+    return job_spans(launch, local), wrong
 
 
 def measure_latency(launch: Launch, job: Job, systems: list[System], iters: int) -> tuple[Samples, list[str]]:
     """Seconds of dispatch + combine, back to back, blocks of iterations in turn."""
 
-    def round_trip(system: System) -> float:
-        dispatch_seconds, _ = seconds_of(lambda: system.dispatch(job))
+    def round_trip(system: System) -> Interval:
+        (begin, middle), _ = timed(lambda: system.dispatch(job))
         y = system.place(job)
-        combine_seconds, _ = seconds_of(lambda: system.combine(y))
+        (resumed, end), _ = timed(lambda: system.combine(y))
         system.release()
-        return dispatch_seconds + combine_seconds
+        return begin, end - (resumed - middle)
 
     wrong: list[str] = []
     for system in systems:
         system.iterate(job, launch, wrong.append)
-    local: Samples = {system.name: {"round_trip": []} for system in systems}
+    local: Intervals = {system.name: {"round_trip": []} for system in systems}
     with progress(launch, "latency", (iters + LATENCY_BLOCK) * len(systems)) as bar:
         for done in range(-LATENCY_BLOCK, iters, LATENCY_BLOCK):  # the first block warms up
             block = min(LATENCY_BLOCK, iters - done)
             for system in systems:
                 launch.fence()
-                seconds = [round_trip(system) for _ in range(block)]
+                intervals = [round_trip(system) for _ in range(block)]
                 if done >= 0:
-                    local[system.name]["round_trip"] += seconds
+                    local[system.name]["round_trip"] += intervals
                 bar.update(block)
-    return slowest_ranks(launch, local), wrong
+    return job_spans(launch, local), wrong
 
 
-def slowest_ranks(launch: Launch, local: Samples) -> Samples:
+def job_spans(launch: Launch, local: Intervals) -> Samples:
     return {
-        system: {operation: launch.slowest(seconds) for operation, seconds in operations.items()}
+        system: {operation: launch.spans(intervals) for operation, intervals in operations.items()}
         for system, operations in local.items()
     }
 
@@ -143,7 +144,7 @@ def throughput_rows(
     """The table's rows for dispatch or for combine."""
     stats = {name: Stats.of(times[operation]) for name, times in result["samples_s"].items()}
     moved = statistics.mean(result["rows_received"]) * row_bytes
-    for name in (ZERO_COPY, OWNED, GLOO, MPI, LIMIT):
+    for name in (ZERO_COPY, OWNED, PLAIN, GLOO, MPI, LIMIT):
         if name in stats:
             median = stats[name].median
             yield [
@@ -151,7 +152,7 @@ def throughput_rows(
                 name,
                 stats[name].text(unit=1e-3, digits=1),
                 f"{moved / median / 1e9:.2f}",
-                f"{stats[GLOO].median / median:.1f}x" if GLOO in stats else "",
+                *(f"{stats[g].median / median:.1f}x" if g in stats else "" for g in (PLAIN, GLOO)),
                 f"{stats[LIMIT].median / median:.0%}" if LIMIT in stats else "",
             ]
         elif name in skipped:
@@ -160,7 +161,7 @@ def throughput_rows(
 
 def latency_rows(samples: Samples, skipped: dict[str, str]) -> Iterator[list[str]]:
     stats = {name: Stats.of(times["round_trip"]) for name, times in samples.items()}
-    for name in (ZERO_COPY, GLOO, MPI):
+    for name in (ZERO_COPY, PLAIN, GLOO, MPI):
         if name in stats:
             ratio = f"{stats[GLOO].median / stats[name].median:.1f}x" if GLOO in stats else ""
             p90 = statistics.quantiles(samples[name]["round_trip"], n=10)[-1]
@@ -180,7 +181,7 @@ def publish(launch: Launch, args: argparse.Namespace, result: dict[str, Any]) ->
             f"{launch.size} ranks on {facts['cores']} cores ({facts['cpu']}), T={args.tokens} "
             f"H={args.hidden} {args.dtype}, top-{args.topk} of {args.experts} experts, "
             f"median of {args.iters}",
-            ["operation", "system", "ms (min-max)", "GB/s per rank", "over gloo", "of bare limit"],
+            ["", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned", "of limit"],
             [
                 throughput_rows(operation, result["throughput"], row_bytes, skipped)
                 for operation in ("dispatch", "combine")
@@ -191,7 +192,7 @@ def publish(launch: Launch, args: argparse.Namespace, result: dict[str, Any]) ->
         show(
             table(
                 f"Latency: 1 token on each of 2 ranks, median of {args.latency_iters}",
-                ["operation", "system", "µs", "90 % below", "over gloo"],
+                ["", "system", "µs", "90 % below", "x tuned gloo"],
                 [latency_rows(result["latency"]["samples_s"], skipped)],
             )
         )

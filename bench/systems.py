@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from baselines import AllToAllBaseline, GlooBaseline, MpiBaseline
-from common import Launch, seconds_of
+from baselines import AllToAllBaseline, GlooBaseline, MpiBaseline, PlainGlooBaseline
+from common import Interval, Launch
 from torch import Tensor
 from workload import Job, Received, Shape
 
 CHOICES = ("commlib", "gloo", "mpi")
-ZERO_COPY, OWNED, GLOO, MPI, LIMIT = (
+ZERO_COPY, OWNED, PLAIN, GLOO, MPI, LIMIT = (
     "commlib zero-copy",
     "commlib owned",
-    "gloo",
+    "gloo, plain",
+    "gloo, tuned",
     "MPI",
     "bare limit",
 )
@@ -46,23 +47,21 @@ class System:
     def release(self) -> None:
         """Not timed: give back what the dispatch lent."""
 
-    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[float, float]:
-        """One dispatch and one combine; this rank's seconds for each. Called on all ranks.
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
+        """One dispatch and one combine; when each began and ended on this rank. Called on all ranks.
 
         Args:
             report: told of each difference from what the job expects; None: do not look.
         """
-        launch.fence()
-        dispatch_seconds, received = seconds_of(lambda: self.dispatch(job))
+        dispatched, received = launch.fenced(lambda: self.dispatch(job))
         wrong = [] if report is None else job.wrong_rows(received)
         y = self.place(job)
-        launch.fence()
-        combine_seconds, out = seconds_of(lambda: self.combine(y))
+        combined, out = launch.fenced(lambda: self.combine(y))
         if report is not None:
             for text in wrong + job.wrong_sum(out):
                 report(f"{self.name}, rank {launch.rank}: {text}")
         self.release()
-        return dispatch_seconds, combine_seconds
+        return dispatched, combined
 
 
 class Baseline(System):
@@ -117,16 +116,17 @@ class BareLimit(System):
     name = LIMIT
 
     def __init__(self, ep: Any) -> None:
-        from commlib.bench_support import bare_limit
+        from commlib.bench_support import BareMover
 
-        self._ep, self._bare_limit = ep, bare_limit
-        self._handle: Any = None
+        self._ep, self._make, self._mover = ep, BareMover, None
 
-    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[float, float]:
-        if self._handle is None:
-            self._handle = self._ep.dispatch(job.x, job.topk_idx, job.topk_weights).handle
-        launch.fence()
-        return self._bare_limit(self._ep, job.x, self._handle)
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
+        if self._mover is None:
+            handle = self._ep.dispatch(job.x, job.topk_idx).handle
+            self._mover = self._make(self._ep, job.x, handle)
+        dispatched, _ = launch.fenced(self._mover.send)
+        combined, _ = launch.fenced(self._mover.pull)
+        return dispatched, combined
 
 
 @contextmanager
@@ -151,6 +151,7 @@ def open_systems(
             stack.callback(ep.close)
             systems += [CommlibZeroCopy(ep), Commlib(ep), BareLimit(ep)]
         if "gloo" in only:
+            systems.append(Baseline(PLAIN, PlainGlooBaseline(launch.group, **sizes)))
             systems.append(Baseline(GLOO, GlooBaseline(launch.group, **sizes)))
         if "mpi" in only and launch.comm is not None:
             systems.append(Baseline(MPI, MpiBaseline(launch.comm, **sizes)))

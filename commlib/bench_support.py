@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import time
-
 from torch import Tensor
 
 from commlib.expert_parallel import ExpertParallel, Handle
 from commlib.ops import _routing_view, _rows
 
 
-def bare_limit(ep: ExpertParallel, x: Tensor, handle: Handle) -> tuple[float, float]:
-    """Move the rows of a dispatch and of its combine with the same stores and loads, and no protocol.
+class BareMover:
+    """Moves the rows of a dispatch and of its combine with the same stores and loads, and no protocol.
 
-    No plan, no counts, no flags, no waiting: each rank stores its rows into slot 0 of the others, then sums
-    rows from there, with one thread. All ranks call it together while no slot is in use. It says how fast
-    the machine moves these rows, so that a benchmark can print its share of that.
+    No plan, no counts, no metadata, no flags, no waiting: each rank stores its rows into slot 0 of the
+    others, or sums rows from there, with one thread. It says how fast the machine moves these rows, so that
+    a benchmark can print its share of that. All ranks use it together while no slot is in use.
 
-    Returns:
-        This rank's seconds for dispatch and for combine; the job's are the largest of all ranks.
+    Args:
+        ep: the communicator.
+        x: ``[T, hidden]``, the rows.
+        handle: of a dispatch of those rows, layout "rank".
     """
-    routing = handle._tensors()
-    view = _routing_view(routing, grouped=False)
-    rows = _rows(x, None)
-    out = ep._new_rows(handle.num_tokens)
-    ep.group.barrier()
-    start = time.perf_counter()
-    ep._core.bare_send(rows, view)
-    sent = time.perf_counter() - start
-    ep.group.barrier()
-    start = time.perf_counter()
-    ep._core.bare_pull(view, out.data_ptr())
-    return sent, time.perf_counter() - start
+
+    def __init__(self, ep: ExpertParallel, x: Tensor, handle: Handle) -> None:
+        self._core = ep._core
+        self._keep = handle._tensors(), x
+        self._view = _routing_view(handle._tensors(), grouped=False)
+        self._rows = _rows(x, None)
+        self._out = ep._new_rows(handle.num_tokens)
+
+    def send(self) -> None:
+        """Dispatch's stores."""
+        self._core.bare_send(self._rows, self._view)
+
+    def pull(self) -> None:
+        """Combine's loads, sums and stores."""
+        self._core.bare_pull(self._view, self._out.data_ptr())

@@ -28,11 +28,24 @@ def test_sharded_training_has_the_losses_of_unsharded_training(launch, tmp_path,
 
 def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
     out = tmp_path / "bench.json"
-    arguments = (
-        ["--tokens", "16", "--hidden", "256", "--experts", "8", "--topk", "2", "--iters", "2", "--warmup", "1", "--latency-iters", "20"]
-    )
+    arguments = [
+        "--tokens",
+        "16",
+        "--hidden",
+        "256",
+        "--experts",
+        "8",
+        "--topk",
+        "2",
+        "--iters",
+        "2",
+        "--warmup",
+        "1",
+        "--latency-iters",
+        "20",
+    ]
     done = launch(str(ROOT / "bench/dispatch_combine.py"), 2, "mpirun", 240, [*arguments, "--json", str(out)])
     assert done.returncode == 0, done.stdout + done.stderr
-    for system in ("commlib zero-copy", "commlib owned", "gloo", "MPI", "bare limit"):
+    for system in ("commlib zero-copy", "commlib owned", "gloo, plain", "gloo, tuned", "MPI", "bare limit"):
         assert system in done.stdout
     assert json.loads(out.read_text())

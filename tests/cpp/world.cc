@@ -1,0 +1,83 @@
+#include "world.h"
+
+#include <chrono>
+#include <exception>
+#include <thread>
+
+#include "cpu/vector_ops.h"
+
+namespace commlib::testing {
+
+void Meeting::meet() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const uint64_t round = round_;
+  if (++here_ == size_) {
+    here_ = 0;
+    ++round_;
+    changed_.notify_all();
+  }
+  changed_.wait(lock, [&] { return round_ != round || given_up_; });
+  if (round_ == round) throw Failed("another rank has failed");
+}
+
+void Meeting::give_up() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  given_up_ = true;
+  changed_.notify_all();
+}
+
+void Rank::nap_sometimes() {
+  if (random.one_in(3)) std::this_thread::sleep_for(std::chrono::microseconds(random.below(400)));
+}
+
+void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body) {
+  const int size = static_cast<int>(configs.size());
+  Meeting meeting(size);
+  std::vector<PeerAddress> addresses(size);
+  std::mutex mutex;  // guards `first`
+  std::exception_ptr first;
+  const auto run = [&](int rank) {
+    Rank self{rank, nullptr, meeting, Random(static_cast<uint64_t>(rank) << 32)};
+    try {
+      Config config = configs[rank];
+      config.rank = rank;
+      config.size = size;
+      self.comm = std::make_unique<Communicator>(config);
+      addresses[rank] = self.comm->address();
+      self.meet();
+      self.comm->connect(addresses);
+      self.meet();
+      body(self);
+    } catch (...) {
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!first) first = std::current_exception();
+      }
+      meeting.give_up();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) threads.emplace_back(run, rank);
+  for (std::thread& t : threads) t.join();
+  if (first) std::rethrow_exception(first);
+}
+
+void in_ranks(const Config& config, int ranks, const std::function<void(Rank&)>& body) {
+  in_ranks(std::vector<Config>(ranks, config), body);
+}
+
+Config small_config(int ranks) {
+  Config config;
+  config.size = ranks;
+  config.experts = 2 * ranks;
+  config.hidden = 32;
+  config.topk = 2;
+  config.max_tokens = 12;
+  config.capacity = ranks * config.max_tokens;
+  config.timeout = 60;
+  return config;
+}
+
+std::vector<std::string> all_vector_ops() { return available_vector_ops(); }
+
+}  // namespace commlib::testing

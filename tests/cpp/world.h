@@ -1,0 +1,52 @@
+// Ranks as threads of this process, each with its communicator.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "check.h"
+#include "cpu/communicator.h"
+
+namespace commlib::testing {
+
+// A barrier of all ranks' threads. Once one has given up, nobody waits any more.
+class Meeting {
+ public:
+  explicit Meeting(int size) : size_(size) {}
+  void meet();
+  void give_up();
+
+ private:
+  const int size_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int here_ = 0;
+  uint64_t round_ = 0;
+  bool given_up_ = false;
+};
+
+// What one rank's thread works with. Whatever it destroys, the others' communicators are left alone.
+struct Rank {
+  int rank;
+  std::unique_ptr<Communicator> comm;
+  Meeting& meeting;
+  Random random;  // its own: for what may differ by rank, as sleeps do
+
+  void meet() { meeting.meet(); }
+  void nap_sometimes();  // so that ranks come in another order each time
+};
+
+// Runs `body` on each rank's thread, with connected communicators. `configs`: one for each rank, `rank` and `size`
+// filled in here. Rethrows the first exception of any rank; it ends the others' waits.
+void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body);
+void in_ranks(const Config& config, int ranks, const std::function<void(Rank&)>& body);
+
+// A small configuration that suits most tests; capacity for every token of every rank.
+Config small_config(int ranks);
+
+std::vector<std::string> all_vector_ops();
+
+}  // namespace commlib::testing
