@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # Open MPI from PyPI, in .venv; `make bench MPIRUN=mpirun` takes the system's.
 MPIRUN ?= $(BIN)/mpirun
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
-LAUNCH := PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(RANKS) $(BIN)/python
+LAUNCH = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(RANKS) $(BIN)/python
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h')
 LINTED := commlib bench examples tests setup.py
 
@@ -33,7 +33,8 @@ test: setup  ## all tests
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 
-bench-overlap: setup  ## communication threads beside a matmul
+bench-overlap: RANKS = 1
+bench-overlap: setup  ## a communication thread beside a matmul, RANKS=1
 	$(LAUNCH) bench/overlap.py
 
 train: setup  ## a small MoE language model, experts over RANKS ranks, against the unsharded one

@@ -11,7 +11,7 @@ from commlib.group import Group
 from commlib.settings import CORE_DTYPES, Settings
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
-# the very core that a spinning thread holds, so yield soon, then sleep. See docs/waiting.md.
+# the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 
