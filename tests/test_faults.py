@@ -226,7 +226,9 @@ def test_a_killed_rank_is_named_by_all_others_at_once_and_leaves_nothing(tmp_pat
         assert processes[rank].returncode == 3, err
         assert "PeerTimeout" in out and "peers=[1]" in out, out
         assert f"rank {rank} waited" in out
-    assert set(os.listdir("/dev/shm")) <= before
+    # Open MPI jobs of other tests leave segments of their own.
+    left = {name for name in os.listdir("/dev/shm") if not name.startswith("sm_segment")} - before
+    assert not left
 
 
 def test_ctrl_c_reaches_a_rank_that_waits(tmp_path):

@@ -23,7 +23,9 @@ def test_sharded_training_has_the_losses_of_unsharded_training(launch, tmp_path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
     losses = json.loads((tmp_path / "l.json").read_text())
-    assert "losses" in losses or losses
+    sharded, unsharded = (losses[name] for name in ("loss", "unsharded_loss"))
+    assert len(sharded) == len(unsharded) == 6
+    assert max(abs(a - b) for a, b in zip(sharded, unsharded, strict=True)) < 1e-4
 
 
 def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
@@ -49,3 +51,12 @@ def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
     for system in ("commlib zero-copy", "commlib owned", "gloo, plain", "gloo, tuned", "MPI", "bare limit"):
         assert system in done.stdout
     assert json.loads(out.read_text())
+
+
+def test_the_example_in_the_readme_runs_as_it_stands(launch, tmp_path):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    program = tmp_path / "example.py"
+    program.write_text(code)
+    done = launch(str(program), 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(done.stdout.split("\n"))[1:] == [f"{r} of 3 torch.Size([100, 1024])" for r in range(3)]

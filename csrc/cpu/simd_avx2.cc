@@ -41,28 +41,38 @@ struct Avx2 {
   template <class T>
   struct Lanes;
 
-  // Round to nearest even, as in scalar_types.h.
-  static __m128i to_bf16(__m256 v) {
-    const __m256i u = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-  }
-
   static void flush() { _mm_sfence(); }
 };
 
+// Even and odd elements in vectors of their own, as in simd_avx512.cc.
 template <>
-struct Avx2::Lanes<Bf16> : Float8 {
+struct Avx2::Lanes<Bf16> {
+  using Acc = float;
+  struct Vec {
+    __m256 even, odd;
+  };
+  static constexpr int kWidth = 16;
+  static Vec set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.even, b.even), _mm256_mul_ps(a.odd, b.odd)}; }
+  static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)}; }
   static Vec load(const Bf16* p) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
   }
-  static void store(Bf16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(v)); }
-  static void stream(Bf16* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(v)); }
+  // The bf16 in the high half: round to nearest even, as in scalar_types.h.
+  static __m256i rounded(__m256 v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    return _mm256_blendv_epi8(up, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  }
+  static __m256i narrowed(Vec v) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
+  }
+  static void store(Bf16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(v)); }
+  static void stream(Bf16* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrowed(v)); }
 };
 
 template <>

@@ -13,7 +13,8 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl")
 #endif
 
@@ -42,27 +43,39 @@ struct Avx512 {
   template <class T>
   struct Lanes;
 
-  // Round to nearest even, as in scalar_types.h. (VCVTNEPS2BF16 would flush subnormals.)
-  static __m256i to_bf16(__m512 v) {
-    const __m512i u = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
-  }
-
   static void flush() { _mm_sfence(); }
 };
 
+// Even and odd elements in vectors of their own: a bf16 widens by one shift or one mask where it lies, and a
+// whole cache line is stored at once. Converting 16 neighbours instead takes twice the instructions.
 template <>
-struct Avx512::Lanes<Bf16> : Float16 {
+struct Avx512::Lanes<Bf16> {
+  using Acc = float;
+  struct Vec {
+    __m512 even, odd;
+  };
+  static constexpr int kWidth = 32;
+  static Vec set(float v) { return {_mm512_set1_ps(v), _mm512_set1_ps(v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.even, b.even), _mm512_mul_ps(a.odd, b.odd)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.even, b.even), _mm512_add_ps(a.odd, b.odd)}; }
   static Vec load(const Bf16* p) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+    const __m512i v = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
   }
-  static void store(Bf16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
-  static void stream(Bf16* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
+  // The bf16 in the high half: round to nearest even, as in scalar_types.h. (VCVTNE2PS2BF16 would flush
+  // subnormals.)
+  static __m512i rounded(__m512 v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+  }
+  static __m512i narrowed(Vec v) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(v.even), 16), rounded(v.odd));
+  }
+  static void store(Bf16* p, Vec v) { _mm512_storeu_si512(p, narrowed(v)); }
+  static void stream(Bf16* p, Vec v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrowed(v)); }
 };
 
 template <>
