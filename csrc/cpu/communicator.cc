@@ -88,14 +88,14 @@ void Communicator::check_usable() const {
   throw CommFailure(failure);
 }
 
-void Communicator::blame(int rank, const std::string& why) {
+void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
     if (!broken_.empty()) return;
     broken_ = why;
   }
   for (int p = 0; p < peers_.size; ++p) {
-    __atomic_store_n(&peers_.mail_to(p).left, tagged(1, static_cast<uint32_t>(rank)), __ATOMIC_RELEASE);
+    __atomic_store_n(&peers_.mail_to(p).left, tagged(how, static_cast<uint32_t>(blamed)), __ATOMIC_RELEASE);
     ring(peers_.mail_to(p).bell);
   }
 }
@@ -104,16 +104,16 @@ void Communicator::raise(OpContext& op) {
   std::unique_lock<std::mutex> lock(op.mutex);
   Failure failure = op.failure;
   lock.unlock();
-  blame(failure.peers.empty() ? config_.rank : failure.peers.front(), describe(failure));
+  leave(kGaveUp, failure.peers.empty() ? config_.rank : failure.peers.front(), describe(failure));
   throw CommFailure(std::move(failure));
 }
 
-void Communicator::give_up(const std::string& why) { blame(config_.rank, why); }
+void Communicator::give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }
 
 void Communicator::close() {
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
   pool_->drain();
-  blame(config_.rank, "it has been closed");
+  leave(kClosed, config_.rank, "it has been closed");
 }
 
 }  // namespace commlib

@@ -154,7 +154,7 @@ class Communicator {
   Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async);
   [[noreturn]] void raise(OpContext& op);
   void check_usable() const;
-  void blame(int rank, const std::string& why);
+  void leave(uint32_t how, int blamed, const std::string& why);
 
   Config config_;
   Placement placement_;

@@ -31,8 +31,8 @@ std::string describe(const Failure& f) {
       return me + " waited in " + where + " for " + ranks_text(f.peers) + ", whose process has exited; " +
              f.detail;
     case Cause::left:
-      return me + " waited in " + where + " for " + ranks_text(f.peers) +
-             ", which closed the communicator or failed; " + f.detail;
+      return me + " waited " + seconds_text(f.seconds) + " in " + where + " for " + ranks_text(f.peers) +
+             "; " + f.detail;
     case Cause::mismatch:
       return me + " is in " + where + ", but " + f.detail +
              ". All ranks must make the same calls in the same order, all with topk_weights or all without, "

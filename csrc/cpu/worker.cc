@@ -65,6 +65,23 @@ bool CpuWorker::mismatch(int peer, Call theirs) {
   return false;
 }
 
+// Whether a rank left that this operation needs: one that gave up, whichever it is, or one that closed its
+// communicator before it came here.
+bool CpuWorker::someone_left(int peer, Phase phase, double start) {
+  for (int i = 0; i < op_.peers->size; ++i) {
+    const int p = (peer + i) % op_.peers->size;  // the awaited peer first: its own word is the best reason
+    const uint64_t left = load_word(&op_.peers->mail_from(p).left);
+    const bool needed = tag_of(left) == kGaveUp || (tag_of(left) == kClosed && (p == peer || !has_called(p)));
+    if (p == op_.peers->rank || !needed) continue;
+    const int blamed = static_cast<int>(value_of(left));
+    std::string detail = blamed == p ? "it closed the communicator or failed"
+                                     : "rank " + std::to_string(p) + " gave up on it first";
+    detail += "; " + last_words(blamed);
+    return fail(Cause::left, blamed, phase, start, std::move(detail));
+  }
+  return false;
+}
+
 bool CpuWorker::gives_up(int peer, Phase phase, double start) {
   if (op_.failed.load(std::memory_order_acquire)) return true;
   const uint64_t word = load_word(&op_.peers->mail_from(peer).calls[op_.epoch % kCallRing]);
@@ -73,13 +90,7 @@ bool CpuWorker::gives_up(int peer, Phase phase, double start) {
       !theirs.agrees_with(op_.call)) {
     return !mismatch(peer, theirs);
   }
-  const uint64_t left = load_word(&op_.peers->mail_from(peer).left);
-  if (tag_of(left) != 0) {
-    const int blamed = static_cast<int>(value_of(left));
-    std::string detail = last_words(peer);
-    if (blamed != peer) detail = "rank " + std::to_string(peer) + " gave up on it; " + detail;
-    return fail(Cause::left, blamed, phase, start, std::move(detail));
-  }
+  if (someone_left(peer, phase, start)) return true;
   if (op_.processes->has_exited(peer)) return fail(Cause::exited, peer, phase, start, last_words(peer));
   if (index_ == 0 && op_.interrupted && op_.interrupted())
     return fail(Cause::interrupted, peer, phase, start, "");

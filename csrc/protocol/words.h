@@ -43,6 +43,9 @@ constexpr uint16_t kCallDrops = 2;       // overflow="drop"
 constexpr int kCallRing = 64;
 constexpr int kMaxSlots = 32;
 
+constexpr uint32_t kClosed = 1;
+constexpr uint32_t kGaveUp = 2;
+
 // How a CPU thread sleeps until a word changes; see cpu/bell.h. Unused on a GPU.
 struct Bell {
   uint32_t rings = 0;
@@ -60,8 +63,8 @@ struct alignas(64) Mailbox {
   // after a barrier of its workers; the owner reads it (acquire) before it writes again into a slot from
   // which that operation pulled.
   uint64_t pulled;
-  // Tag 1 once src closed its communicator or gave it up; the value is the rank that it blames (itself when
-  // it closed). Written by src (release), read by a waiting owner at its naps (acquire), who says so at once.
+  // Tag: kClosed once src closed its communicator, kGaveUp once it failed; the value is the rank that it
+  // blames. Written by src (release), read by waiting owners at their naps (acquire), who say so at once.
   uint64_t left;
   // Rung by src after it has changed any of its words for this rank; the owner sleeps on it while it waits
   // for src, so nobody is woken for words that he does not wait for.
