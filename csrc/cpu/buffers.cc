@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
 
 namespace commlib {
@@ -12,7 +13,7 @@ BufferPool::~BufferPool() {
 
 std::shared_ptr<void> BufferPool::take(size_t bytes) {
   constexpr size_t kHugePage = size_t{2} << 20;
-  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  bytes = (std::max<size_t>(bytes, 1) + kHugePage - 1) / kHugePage * kHugePage;
   Buffer found{nullptr, 0};
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -24,9 +24,15 @@ Communicator::Communicator(const Config& config)
       epoch_(config.first_epoch - 1),
       dispatches_(config.first_epoch - 1) {
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
-  // Nobody has pulled anything yet: words say "before the first operation", also where epochs wrap around.
+  // Words say "before the first operation", also where epochs wrap around soon.
+  const uint64_t before = tagged(epoch_, 0);
   auto* mail = reinterpret_cast<Mailbox*>(region_->data());
-  for (int s = 0; s < config.size; ++s) mail[s].pulled = tagged(epoch_, 0);
+  for (int s = 0; s < config.size; ++s) {
+    mail[s].pulled = before;
+    std::fill(std::begin(mail[s].calls), std::end(mail[s].calls), before);
+  }
+  auto* counts = reinterpret_cast<uint64_t*>(mail + config.size);
+  std::fill_n(counts, 2 * config.size * count_words(placement_), before);
 }
 
 Communicator::~Communicator() { close(); }

@@ -36,6 +36,15 @@ std::vector<uint64_t> Communicator::next_arrivals() {
   return expected;
 }
 
+// Waits until nobody pulls from the slot any more, so that it may be written.
+void Communicator::await_last_pull(const SlotLease& lease, Call call) {
+  uint32_t epoch;
+  if (!slots_->last_pull(lease.index(), &epoch)) return;
+  auto op = context(call, epoch);
+  CpuWorker caller(*op, 0, 1);
+  if (!await_pulled(caller, peers_, epoch)) raise(*op);
+}
+
 std::shared_ptr<SlotLease> Communicator::take_slot(Call call) {
   auto lease = slots_->take();
   if (!lease) {
@@ -47,12 +56,7 @@ std::shared_ptr<SlotLease> Communicator::take_slot(Call call) {
                     " slots are in use by zero-copy results or lent buffers: release a handle "
                     "(handle.release(), or let its tensors go), or make the communicator with more slots");
   }
-  uint32_t epoch;
-  if (slots_->last_pull(lease->index(), &epoch)) {
-    auto op = context(call, epoch);
-    CpuWorker caller(*op, 0, 1);
-    if (!await_pulled(caller, peers_, epoch)) raise(*op);
-  }
+  await_last_pull(*lease, call);
   return lease;
 }
 
@@ -233,6 +237,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutingView&
   const auto fullest = std::max_element(received.begin(), received.end());
   if (*fullest > config_.capacity) {
     if (!drop) {
+      // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
+      pool_->drain();
       throw CapacityError("rank " + std::to_string(fullest - received.begin()) + " would receive " +
                           std::to_string(*fullest) + " rows, and capacity is " +
                           std::to_string(config_.capacity) +
@@ -292,6 +298,11 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
   if (plain && input.y) lease = slots_->find(input.y);
   const bool in_place = lease != nullptr;
   if (in_place) lease->use();
+  if (in_place && input.has_weight_grads) {
+    // Gradients are written beside rows from which an earlier combine may still be pulled.
+    pool_->drain();
+    await_last_pull(*lease, call);
+  }
   if (!lease) lease = take_slot(call);
   call.slot = static_cast<uint8_t>(lease->index());
 

@@ -47,7 +47,7 @@ void multicast_lines(std::byte* const* dst, int n, const std::byte* src, int64_t
 
 template <class Isa>
 void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
-  bool lines = true;
+  bool lines = n > 0;  // without a target nothing is read either
   for (int j = 0; j < n; ++j) lines = lines && whole_lines(dst[j], bytes);
   if (lines) return multicast_lines<Isa>(dst, n, src, bytes);
   for (int j = 0; j < n; ++j) std::memcpy(dst[j], src, static_cast<size_t>(bytes));
