@@ -33,7 +33,8 @@ void check_equal(const A& got, const B& wanted, const char* what) {
 }
 
 inline void check_contains(const std::string& text, const std::string& part, const char* what) {
-  if (text.find(part) == std::string::npos) throw Failed(std::string(what) + ": no '" + part + "' in: " + text);
+  if (text.find(part) == std::string::npos)
+    throw Failed(std::string(what) + ": no '" + part + "' in: " + text);
 }
 
 // Runs `body`, which must throw an E, and returns that.
@@ -62,7 +63,9 @@ class Random {
   }
   int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
   bool one_in(int64_t n) { return below(n) == 0; }
-  float between_minus_one_and_one() { return static_cast<float>(static_cast<int32_t>(next() >> 32)) * 0x1p-31f; }
+  float between_minus_one_and_one() {
+    return static_cast<float>(static_cast<int32_t>(next() >> 32)) * 0x1p-31f;
+  }
 
  private:
   uint64_t state_;

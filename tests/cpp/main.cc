@@ -17,10 +17,12 @@ std::vector<Test> combine_tests();
 std::vector<Test> interleaving_tests();
 std::vector<Test> fault_tests();
 std::vector<Test> slot_tests();
+std::vector<Test> capacity_tests();
 
 namespace {
 
-constexpr unsigned kSecondsPerTest = 120;  // a test that hangs is killed by SIGALRM; its name is printed by then
+constexpr unsigned kSecondsPerTest =
+    120;  // a test that hangs is killed by SIGALRM; its name is printed by then
 uint64_t run_seed = 0;
 
 bool passes(const Test& test) {
@@ -58,8 +60,8 @@ int main(int argc, char** argv) {
   }
   std::printf("seed %llu (repeat with --seed)\n", static_cast<unsigned long long>(run_seed));
   int passed = 0, failed = 0;
-  for (const auto& tests :
-       {pool_tests(), slot_tests(), dispatch_tests(), combine_tests(), fault_tests(), interleaving_tests()}) {
+  for (const auto& tests : {pool_tests(), slot_tests(), dispatch_tests(), combine_tests(), capacity_tests(),
+                            fault_tests(), interleaving_tests()}) {
     for (const Test& test : tests) {
       if (std::strstr(test.name, part)) ++(passes(test) ? passed : failed);
     }

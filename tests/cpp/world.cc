@@ -4,8 +4,6 @@
 #include <exception>
 #include <thread>
 
-#include "cpu/vector_ops.h"
-
 namespace commlib::testing {
 
 void Meeting::meet() {
@@ -32,12 +30,14 @@ void Rank::nap_sometimes() {
 
 void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body) {
   const int size = static_cast<int>(configs.size());
+  static uint64_t worlds = 0;  // so that ranks do otherwise each time
+  const uint64_t world = ++worlds << 32;
   Meeting meeting(size);
   std::vector<PeerAddress> addresses(size);
   std::mutex mutex;  // guards `first`
   std::exception_ptr first;
   const auto run = [&](int rank) {
-    Rank self{rank, nullptr, meeting, Random(static_cast<uint64_t>(rank) << 32)};
+    Rank self{rank, nullptr, meeting, Random(world + static_cast<uint64_t>(rank))};
     try {
       Config config = configs[rank];
       config.rank = rank;
@@ -77,7 +77,5 @@ Config small_config(int ranks) {
   config.timeout = 60;
   return config;
 }
-
-std::vector<std::string> all_vector_ops() { return available_vector_ops(); }
 
 }  // namespace commlib::testing

@@ -39,14 +39,12 @@ struct Rank {
   void nap_sometimes();  // so that ranks come in another order each time
 };
 
-// Runs `body` on each rank's thread, with connected communicators. `configs`: one for each rank, `rank` and `size`
-// filled in here. Rethrows the first exception of any rank; it ends the others' waits.
+// Runs `body` on each rank's thread, with connected communicators. `configs`: one for each rank, `rank` and
+// `size` filled in here. Rethrows the first exception of any rank; it ends the others' waits.
 void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body);
 void in_ranks(const Config& config, int ranks, const std::function<void(Rank&)>& body);
 
 // A small configuration that suits most tests; capacity for every token of every rank.
 Config small_config(int ranks);
-
-std::vector<std::string> all_vector_ops();
 
 }  // namespace commlib::testing

@@ -1,0 +1,159 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace commlib::testing {
+namespace {
+
+Rows rows_of(const RankCase& r, bool weights) {
+  return {r.x.data(), r.x_stride, r.tokens, weights, weights ? r.weights.data() : nullptr};
+}
+
+// A place for results, on a cache line or not: both ways of storing are taken.
+Buffer room(Rank& self, int64_t bytes) { return Buffer(bytes, self.random.one_in(2) ? 0 : 8); }
+
+Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
+  const Scenario& s = *d.scenario;
+  const RankCase& r = d.mine();
+  Received received;
+  if (r.grouped || !manner.zero_copy) {
+    d.rows = room(self, r.results * s.row_bytes());
+    received.rows = d.rows.data();
+  }
+  if (s.asked.weights) {
+    d.weights = Buffer(r.results * s.weight_bytes() * (r.grouped ? 1 : s.config.topk));
+    received.weights = d.weights.data();
+  }
+  return received;
+}
+
+}  // namespace
+
+Manner random_manner(Random& random) {
+  return {random.one_in(2), random.one_in(2), static_cast<RowsOf>(random.below(3))};
+}
+
+DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner) {
+  auto d = std::make_unique<Dispatched>();
+  d->scenario = &s;
+  d->rank = self.rank;
+  const RankCase& r = d->mine();
+  const int width = std::min(s.config.topk, static_cast<int>(s.ranks.size()));
+  d->routes.resize(r.tokens * width);
+  d->routing.topk_idx = r.topk_idx.data();
+  d->routing.routes = d->routes.data();
+  d->routing.tokens = r.tokens;
+  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop);
+  check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
+  check(pending->rows_per_expert == r.rows_per_expert, "counts are right for each expert");
+  d->dropped = pending->dropped;
+  d->rows_per_expert = pending->rows_per_expert;
+  d->routing.rows = pending->rows;
+  d->routing.grouped_rows = r.results;
+  Received received = room_for(self, *d, manner);
+  if (r.grouped) {
+    d->offsets.resize(r.offsets.size());
+    const auto experts = static_cast<int64_t>(d->rows_per_expert.size());
+    const int64_t grouped = group_offsets(d->rows_per_expert.data(), experts, r.align, d->offsets.data());
+    check_equal(grouped, r.results, "grouped rows");
+    d->places.resize(r.places.size());
+    d->routing.places = d->places.data();
+    d->routing.offsets = d->offsets.data();
+    d->routing.rows_per_expert = d->rows_per_expert.data();
+  } else {
+    d->ids.resize(r.ids.size());
+    received.topk_idx = d->ids.data();
+  }
+  d->source.resize(r.source.size());
+  received.source = d->source.data();
+  d->ticket =
+      self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing, received, manner.async);
+  if (!received.rows) d->lease = pending->lease;
+  return d;
+}
+
+DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
+                               const Manner& manner) {
+  auto d = std::make_unique<Dispatched>();
+  d->scenario = &values;
+  d->rank = self.rank;
+  d->routing = known.routing;
+  const Received received = room_for(self, *d, manner);
+  d->under_way.comm = self.comm.get();
+  d->under_way.ticket = self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
+                                              manner.async, &d->lease);
+  return d;
+}
+
+void check_bytes(const void* got, const Buffer& wanted, const char* what) {
+  check(std::memcmp(got, wanted.data(), static_cast<size_t>(wanted.bytes())) == 0, what);
+}
+
+CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner) {
+  const RankCase& r = values.ranks[self.rank];
+  auto c = std::make_unique<Combined>();
+  CombineInput input;
+  input.y = r.y.data();
+  input.stride = values.row_bytes();
+  if (r.weighted) input.weights = r.y_weights.data();
+  std::shared_ptr<SlotLease> lent;
+  if (!r.weighted && !r.grouped && manner.combine != RowsOf::tensor) {
+    std::shared_ptr<SlotLease> lease = known.lease;
+    if (manner.combine == RowsOf::lent_slot) lease = lent = self.comm->lend_slot();
+    if (lease) {
+      std::memcpy(lease->slot().rows, r.y.data(), static_cast<size_t>(r.y.bytes()));
+      input.y = lease->slot().rows;
+    }
+  }
+  input.has_weight_grads = values.asked.weight_grads;
+  if (input.has_weight_grads) {
+    input.weight_grads = r.weight_grads.data();
+    c->out_weights = Buffer(r.out_weights.bytes());
+  }
+  if (r.biased) {
+    input.bias = r.bias.data();
+    input.bias_stride = values.row_bytes();
+  }
+  c->out = room(self, r.out.bytes());
+  c->under_way.comm = self.comm.get();
+  c->under_way.ticket =
+      self.comm->combine(input, known.routing, c->out.data(),
+                         input.has_weight_grads ? c->out_weights.data() : nullptr, manner.async);
+  return c;
+}
+
+void check_redispatch(Rank& self, const Dispatched& d) {
+  self.comm->wait(d.under_way.ticket);
+  const RankCase& r = d.mine();
+  check_bytes(d.data(), r.received, "rows are in source-then-token order, and bit by bit those sent");
+  if (d.scenario->asked.weights) check_bytes(d.weights.data(), r.received_weights, "weights are right");
+}
+
+void check_dispatch(Rank& self, const Dispatched& d) {
+  check_redispatch(self, d);
+  const RankCase& r = d.mine();
+  check(d.source == r.source, "each row's source rank and token are right, -1 in padding");
+  check(d.ids == (r.grouped ? std::vector<int64_t>{} : r.ids), "each row's local expert ids are right");
+  check(d.offsets == r.offsets, "offsets of the groups are right");
+  check(d.places == r.places, "places of rows in the groups are right");
+  check_equal(d.dropped, r.dropped, "rows dropped");
+}
+
+void check_combine(Rank& self, const Combined& c, const Scenario& values) {
+  self.comm->wait(c.under_way.ticket);
+  const RankCase& r = values.ranks[self.rank];
+  check_bytes(c.out.data(), r.out, "the sum is that of the documented order, bit by bit");
+  if (values.asked.weight_grads)
+    check_bytes(c.out_weights.data(), r.out_weights, "weight gradients are right");
+}
+
+void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner) {
+  const DispatchedPtr d = start_dispatch(self, first, manner);
+  check_dispatch(self, *d);
+  const DispatchedPtr again = start_redispatch(self, *d, second, manner);
+  check_redispatch(self, *again);
+  check_combine(self, *start_combine(self, *d, first, manner), first);
+}
+
+}  // namespace commlib::testing

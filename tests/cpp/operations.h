@@ -1,0 +1,68 @@
+// The operations of a scenario on one rank, started and checked.
+#pragma once
+
+#include <memory>
+
+#include "scenario.h"
+#include "world.h"
+
+namespace commlib::testing {
+
+enum class RowsOf { tensor, receive_slot, lent_slot };
+
+// How a rank asks: may differ by rank, and must not change what comes out.
+struct Manner {
+  bool async = false;
+  bool zero_copy = false;           // layout="rank" only
+  RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where it needs no weighting or grouping
+};
+Manner random_manner(Random& random);
+
+// An operation that uses its owner's memory. Where a test fails while it is under way, it is finished first.
+struct UnderWay {
+  ~UnderWay() {
+    if (ticket && !ticket->done) comm->close();
+  }
+  Communicator* comm = nullptr;
+  Ticket ticket;
+};
+
+struct Dispatched {
+  const Scenario* scenario = nullptr;
+  int rank = 0;
+  std::vector<int64_t> routes, places, offsets, rows_per_expert, ids, source;
+  Buffer rows, weights;
+  std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
+  RoutingView routing;
+  int64_t dropped = 0;
+
+  const RankCase& mine() const { return scenario->ranks[rank]; }
+  const std::byte* data() const { return lease ? lease->slot().rows : rows.data(); }
+
+  UnderWay under_way;  // last, so that it goes first
+};
+using DispatchedPtr = std::unique_ptr<Dispatched>;  // it stays where it is: jobs hold addresses
+
+struct Combined {
+  Buffer out, out_weights;
+  UnderWay under_way;
+};
+using CombinedPtr = std::unique_ptr<Combined>;
+
+DispatchedPtr start_dispatch(Rank& self, const Scenario& scenario, const Manner& manner);
+// The x and weights of another scenario along the routing of `known`.
+DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
+                               const Manner& manner);
+// The y of `values` back along the routing of `known`, which must be finished.
+CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner);
+
+void check_bytes(const void* got, const Buffer& wanted, const char* what);
+// Wait, and compare bit by bit.
+void check_dispatch(Rank& self, const Dispatched& d);
+void check_redispatch(Rank& self, const Dispatched& d);
+void check_combine(Rank& self, const Combined& c, const Scenario& values);
+
+// Dispatch, redispatch and combine, one after another.
+void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner);
+
+}  // namespace commlib::testing

@@ -1,0 +1,242 @@
+// What goes wrong, and how soon every rank knows it.
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "operations.h"
+
+namespace commlib::testing {
+namespace {
+
+class Stopwatch {
+ public:
+  double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+constexpr double kAtOnce =
+    10;  // seconds, on a busy machine under a sanitizer; far below the deadline of a minute
+
+Failure failure_of(const std::function<void()>& body, const char* what) {
+  return check_throws<CommFailure>(body, what).failure;
+}
+
+void check_blames(const Failure& failure, Cause cause, int peer) {
+  check_equal(static_cast<int>(failure.cause), static_cast<int>(cause), "the cause");
+  check(failure.peers == std::vector<int>{peer}, "the one rank at fault is named");
+}
+
+void check_broken(Rank& self, const Scenario& s) {
+  const Failure failure = failure_of([&] { start_dispatch(self, s, {}); }, "a call after a failure");
+  check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::broken), "the cause");
+}
+
+// All ranks dispatch; then rank 1 stays away from `operation`, and the others must say so in time.
+using Operation = void (*)(Rank&, const Dispatched&, const Scenario&);
+
+void stays_away(Operation operation, OpKind kind) {
+  constexpr double kDeadline = 0.4;
+  Random random(80);
+  Config config = small_config(3);
+  config.workers = 2;
+  const Scenario s = random_scenario(config, 3, {}, random);
+  in_ranks(config, 3, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    self.meet();
+    if (self.rank != 1) {
+      self.comm->set_timeout(kDeadline);
+      const Stopwatch watch;
+      const Failure failure = failure_of([&] { operation(self, *d, s); }, "an operation without rank 1");
+      // Whose deadline ends first gives up, and the other need not wait for its own: it blames the same rank.
+      const bool first = failure.cause == Cause::timeout;
+      check_blames(failure, first ? Cause::timeout : Cause::left, 1);
+      check_equal(name_of(failure.op), name_of(kind), "the operation");
+      check(failure.seconds >= (first ? kDeadline : kDeadline / 2) && watch.seconds() < kDeadline + kAtOnce,
+            "the deadline is kept");
+      check_broken(self, s);
+      const Stopwatch end;
+      self.comm.reset();
+      check(end.seconds() < kAtOnce, "destruction does not wait");
+    }
+    self.meet();
+  });
+}
+
+void a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline() {
+  stays_away([](Rank& self, const Dispatched&, const Scenario& s) { start_dispatch(self, s, {}); },
+             OpKind::dispatch);
+}
+
+void a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline() {
+  stays_away([](Rank& self, const Dispatched& d, const Scenario& s) { start_redispatch(self, d, s, {}); },
+             OpKind::redispatch);
+}
+
+void a_rank_that_stays_away_from_combine_is_named_at_the_deadline() {
+  stays_away([](Rank& self, const Dispatched& d, const Scenario& s) { start_combine(self, d, s, {}); },
+             OpKind::combine);
+}
+
+void who_waits_for_an_asynchronous_operation_gets_its_failure() {
+  stays_away(
+      [](Rank& self, const Dispatched& d, const Scenario& s) {
+        Manner manner;
+        manner.async = true;
+        const CombinedPtr back = start_combine(self, d, s, manner);
+        self.comm->wait(back->under_way.ticket);
+      },
+      OpKind::combine);
+}
+
+void destruction_with_an_operation_under_way_ends_by_the_deadline() {
+  Random random(81);
+  Config config = small_config(2);
+  const Scenario s = random_scenario(config, 2, {}, random);
+  in_ranks(config, 2, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    self.meet();
+    if (self.rank == 0) {
+      self.comm->set_timeout(0.3);
+      Manner manner;
+      manner.async = true;
+      const CombinedPtr back = start_combine(self, *d, s, manner);
+      const Stopwatch watch;
+      self.comm.reset();
+      check(watch.seconds() < 0.3 + kAtOnce, "destruction ends by the deadline");
+    }
+    self.meet();
+  });
+}
+
+// Rank 1 leaves in one way or another; the others, who wait with a deadline of a minute, know at once.
+void leaves(void (*leave)(Rank&)) {
+  Random random(82);
+  const Config config = small_config(3);
+  const Scenario s = random_scenario(config, 3, {}, random);
+  in_ranks(config, 3, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    if (self.rank == 1) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      leave(self);
+    } else {
+      const Stopwatch watch;
+      check_blames(failure_of([&] { start_dispatch(self, s, {}); }, "a dispatch without rank 1"), Cause::left,
+                   1);
+      check(watch.seconds() < kAtOnce, "the others know at once");
+      check_broken(self, s);
+    }
+    self.meet();
+    if (self.rank == 1 && self.comm) check_broken(self, s);
+  });
+}
+
+void a_rank_that_closes_fails_the_others_at_once() {
+  leaves([](Rank& self) { self.comm->close(); });
+}
+void a_rank_that_is_destroyed_fails_the_others_at_once() {
+  leaves([](Rank& self) { self.comm.reset(); });
+}
+void a_rank_that_gives_up_fails_the_others_at_once() {
+  leaves([](Rank& self) { self.comm->give_up("out of memory"); });
+}
+
+void a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all() {
+  Random random(83);
+  Config config = small_config(3);
+  config.workers = 2;
+  const Scenario s = random_scenario(config, 3, {}, random);
+  in_ranks(config, 3, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    const Stopwatch watch;
+    if (self.rank == 1) {
+      const Failure failure =
+          failure_of([&] { start_combine(self, *d, s, {}); }, "a combine among dispatches");
+      check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::mismatch), "the cause");
+    } else {
+      const Failure failure =
+          failure_of([&] { start_dispatch(self, s, {}); }, "a dispatch where rank 1 combines");
+      check_blames(failure, Cause::mismatch, 1);
+      check_contains(failure.detail, "rank 1 called combine", "the text");
+    }
+    check(watch.seconds() < kAtOnce, "all know at once");
+    self.meet();
+  });
+}
+
+void ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all() {
+  Random random(84);
+  const Config config = small_config(3);
+  Asked plain, other;
+  const Scenario s = random_scenario(config, 3, plain, random);
+  for (const bool weights : {false, true}) {
+    other.weights = !weights;
+    other.drop = !weights;
+    Scenario t = with_other_values(s, random);
+    t.asked = other;
+    t.asked.drop = !weights;
+    t.asked.weights = !weights;
+    in_ranks(config, 3, [&](Rank& self) {
+      const Scenario& mine = self.rank == 1 ? t : s;
+      const Failure failure =
+          failure_of([&] { start_dispatch(self, mine, {}); }, "a dispatch with disagreement");
+      check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::mismatch), "the cause");
+      self.meet();
+    });
+  }
+}
+
+void a_bad_expert_id_is_refused_before_anything_is_sent() {
+  Random random(85);
+  const Config config = small_config(3);
+  const Scenario s = random_scenario(config, 3, {}, random);
+  in_ranks(config, 3, [&](Rank& self) {
+    for (const int64_t bad : {config.experts, int64_t{-2}, int64_t{1} << 40}) {
+      if (self.rank == 1) {
+        const std::vector<int64_t> ids{0, 1, 2, bad};
+        std::vector<int64_t> routes(4);
+        RoutingView routing;
+        routing.topk_idx = ids.data();
+        routing.routes = routes.data();
+        routing.tokens = 2;
+        const auto error = check_throws<std::invalid_argument>(
+            [&] { self.comm->begin_dispatch(routing, true, false); }, "a bad expert id");
+        check_contains(error.what(), "topk_idx[1, 1] is " + std::to_string(bad), "the text");
+      }
+      check_equal(self.comm->slots_in_use(), 0, "slots in use");
+      check_round_trip(self, s, s, {});
+    }
+  });
+}
+
+}  // namespace
+
+std::vector<Test> fault_tests() {
+  return {
+      {"a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline",
+       a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline},
+      {"a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline",
+       a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline},
+      {"a_rank_that_stays_away_from_combine_is_named_at_the_deadline",
+       a_rank_that_stays_away_from_combine_is_named_at_the_deadline},
+      {"who_waits_for_an_asynchronous_operation_gets_its_failure",
+       who_waits_for_an_asynchronous_operation_gets_its_failure},
+      {"destruction_with_an_operation_under_way_ends_by_the_deadline",
+       destruction_with_an_operation_under_way_ends_by_the_deadline},
+      {"a_rank_that_closes_fails_the_others_at_once", a_rank_that_closes_fails_the_others_at_once},
+      {"a_rank_that_is_destroyed_fails_the_others_at_once",
+       a_rank_that_is_destroyed_fails_the_others_at_once},
+      {"a_rank_that_gives_up_fails_the_others_at_once", a_rank_that_gives_up_fails_the_others_at_once},
+      {"a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all",
+       a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all},
+      {"ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all",
+       ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all},
+      {"a_bad_expert_id_is_refused_before_anything_is_sent",
+       a_bad_expert_id_is_refused_before_anything_is_sent},
+  };
+}
+
+}  // namespace commlib::testing
