@@ -44,12 +44,12 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(filter-out %.mk,$(wildcard tests/cpp/*))
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/cpp/*.cc tests/cpp/*.h)
 
 format: setup  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix --select I $(LINTED)
 	$(BIN)/ruff format $(LINTED)
-	$(BIN)/clang-format -i $(SOURCES) $(filter-out %.mk,$(wildcard tests/cpp/*))
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/cpp/*.cc tests/cpp/*.h)
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info commlib/*.so

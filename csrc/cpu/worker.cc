@@ -82,14 +82,21 @@ bool CpuWorker::someone_left(int peer, Phase phase, double start) {
   return false;
 }
 
+// Whether any rank made another call at this place in the order: the cause, whatever else is late for it.
+bool CpuWorker::someone_calls_otherwise() {
+  for (int p = 0; p < op_.peers->size; ++p) {
+    const uint64_t word = load_word(&op_.peers->mail_from(p).calls[op_.epoch % kCallRing]);
+    const Call theirs = Call::unpack(value_of(word));
+    if (tag_of(word) == op_.epoch && theirs.op != OpKind::none && !theirs.agrees_with(op_.call)) {
+      return !mismatch(p, theirs);
+    }
+  }
+  return false;
+}
+
 bool CpuWorker::gives_up(int peer, Phase phase, double start) {
   if (op_.failed.load(std::memory_order_acquire)) return true;
-  const uint64_t word = load_word(&op_.peers->mail_from(peer).calls[op_.epoch % kCallRing]);
-  const Call theirs = Call::unpack(value_of(word));
-  if (phase != Phase::slot_reuse && tag_of(word) == op_.epoch && theirs.op != OpKind::none &&
-      !theirs.agrees_with(op_.call)) {
-    return !mismatch(peer, theirs);
-  }
+  if (phase != Phase::slot_reuse && someone_calls_otherwise()) return true;
   if (someone_left(peer, phase, start)) return true;
   if (op_.processes->has_exited(peer)) return fail(Cause::exited, peer, phase, start, last_words(peer));
   if (index_ == 0 && op_.interrupted && op_.interrupted())

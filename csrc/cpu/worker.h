@@ -99,6 +99,7 @@ class CpuWorker {
   bool fail(Cause cause, int peer, Phase phase, double start, std::string detail);
   std::string last_words(int peer) const;
   bool has_called(int peer) const;
+  bool someone_calls_otherwise();
   bool someone_left(int peer, Phase phase, double start);
 
   OpContext& op_;

@@ -67,7 +67,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   }
   d->source.resize(r.source.size());
   received.source = d->source.data();
-  d->ticket =
+  d->under_way.comm = self.comm.get();
+  d->under_way.ticket =
       self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing, received, manner.async);
   if (!received.rows) d->lease = pending->lease;
   return d;

@@ -14,7 +14,7 @@ test-sanitize:  ## the C++ core under sanitizers, SEED=n repeats a run
 	@echo "== building the core with sanitizers: about a minute on two cores"
 	@$(MAKE) --no-print-directory -j2 -f tests/cpp/sanitize.mk $(SANITIZE)/asan $(SANITIZE)/tsan
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 $(RUN_SANITIZED) $(SANITIZE)/asan $(SEED)
-	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 $(RUN_SANITIZED) $(SANITIZE)/tsan $(SEED)
+	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions=tests/cpp/tsan.supp $(RUN_SANITIZED) $(SANITIZE)/tsan $(SEED)
 
 $(SANITIZE)/asan: $(SANITIZED:%.cc=$(SANITIZE)/asan-objects/%.o)
 	$(CXX) $(ASAN_FLAGS) -pthread -o $@ $^
