@@ -47,13 +47,6 @@ uint64_t seed() { return run_seed; }
 
 }  // namespace commlib::testing
 
-// libstdc++ counts an exception's owners out of ThreadSanitizer's sight, which then takes the release by the
-// last of them for a race with what another did before it let go.
-extern "C" const char* __tsan_default_suppressions();
-extern "C" const char* __tsan_default_suppressions() {
-  return "race:std::__exception_ptr::exception_ptr::_M_release\n";
-}
-
 int main(int argc, char** argv) {
   using namespace commlib::testing;
   const char* part = "";
