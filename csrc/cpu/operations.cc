@@ -298,6 +298,7 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
   if (plain && input.y) lease = slots_->find(input.y);
   const bool in_place = lease != nullptr;
   if (in_place) lease->use();
+  const bool users_rows = in_place && !lease->lent();
   if (in_place && input.has_weight_grads) {
     // Gradients are written beside rows from which an earlier combine may still be pulled.
     pool_->drain();
@@ -326,7 +327,7 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
   auto op = context(call, announce(call));
   auto barrier = std::make_shared<WorkerBarrier>(config_.workers);
   auto job = std::make_shared<Job>();
-  job->run = [this, op, barrier, stage, pull, arrivals = next_arrivals()](int index) {
+  job->run = [this, op, barrier, stage, pull, users_rows, arrivals = next_arrivals()](int index) {
     CpuWorker w(*op, index, config_.workers);
     stage_rows(w, stage);
     arrive(w, peers_);
@@ -336,7 +337,10 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
     pull_rows(w, mine, peers_);
     w.flush();
     if (!barrier->wait(config_.spin, [&] { return another_failed(*op); })) return;
-    if (index == 0) publish_pulled(w, peers_, op->epoch);
+    if (index != 0) return;
+    publish_pulled(w, peers_, op->epoch);
+    // Rows of a receive slot are the user's tensor, who may write it as soon as this returns.
+    if (users_rows) await_pulled(w, peers_, op->epoch);
   };
   job->finish = [this, op, lease] {
     lease->pulled_in(op->epoch);

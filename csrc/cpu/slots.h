@@ -29,6 +29,7 @@ class SlotLease {
   void pulled_in(uint32_t epoch);
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
+  bool lent() const { return lent_; }
   void use();
 
  private:
