@@ -146,7 +146,6 @@ class Communicator {
   int64_t control_bytes() const;
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
   std::shared_ptr<SlotLease> take_slot(Call call);
-  void await_last_pull(const SlotLease& lease, Call call);
   SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
   PullPlan pull_plan(const RoutingView& routing, std::byte* out) const;
   uint32_t announce(Call call);

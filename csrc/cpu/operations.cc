@@ -36,15 +36,6 @@ std::vector<uint64_t> Communicator::next_arrivals() {
   return expected;
 }
 
-// Waits until nobody pulls from the slot any more, so that it may be written.
-void Communicator::await_last_pull(const SlotLease& lease, Call call) {
-  uint32_t epoch;
-  if (!slots_->last_pull(lease.index(), &epoch)) return;
-  auto op = context(call, epoch);
-  CpuWorker caller(*op, 0, 1);
-  if (!await_pulled(caller, peers_, epoch)) raise(*op);
-}
-
 std::shared_ptr<SlotLease> Communicator::take_slot(Call call) {
   auto lease = slots_->take();
   if (!lease) {
@@ -56,7 +47,12 @@ std::shared_ptr<SlotLease> Communicator::take_slot(Call call) {
                     " slots are in use by zero-copy results or lent buffers: release a handle "
                     "(handle.release(), or let its tensors go), or make the communicator with more slots");
   }
-  await_last_pull(*lease, call);
+  uint32_t epoch;
+  if (slots_->last_pull(lease->index(), &epoch)) {  // nobody may still pull from what is about to be written
+    auto op = context(call, epoch);
+    CpuWorker caller(*op, 0, 1);
+    if (!await_pulled(caller, peers_, epoch)) raise(*op);
+  }
   return lease;
 }
 
@@ -299,11 +295,6 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
   const bool in_place = lease != nullptr;
   if (in_place) lease->use();
   const bool users_rows = in_place && !lease->lent();
-  if (in_place && input.has_weight_grads) {
-    // Gradients are written beside rows from which an earlier combine may still be pulled.
-    pool_->drain();
-    await_last_pull(*lease, call);
-  }
   if (!lease) lease = take_slot(call);
   call.slot = static_cast<uint8_t>(lease->index());
 
@@ -339,7 +330,8 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
     if (!barrier->wait(config_.spin, [&] { return another_failed(*op); })) return;
     if (index != 0) return;
     publish_pulled(w, peers_, op->epoch);
-    // Rows of a receive slot are the user's tensor, who may write it as soon as this returns.
+    // Rows of a receive slot are the user's tensor, who may write it as soon as this returns; so may the next
+    // operation of this rank, which puts weight gradients beside them.
     if (users_rows) await_pulled(w, peers_, op->epoch);
   };
   job->finish = [this, op, lease] {
