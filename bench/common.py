@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -66,6 +67,11 @@ class Launch:
         comm = MPI.COMM_WORLD
         _join_gloo(comm)
         return Launch(comm.rank, comm.size, comm, "")
+
+    @property
+    def ranks(self) -> Any:
+        """What ExpertParallel takes as its group."""
+        return self.group if self.comm is None else self.comm
 
     def fence(self) -> None:
         """Return on all ranks at one agreed moment, all of them rested.
@@ -154,6 +160,15 @@ def timed(operation: Callable[[], Any]) -> tuple[Interval, Any]:
     begin = time.monotonic()
     result = operation()
     return (begin, time.monotonic()), result
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Options for what is moved; `tokens` is the default."""
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def progress(launch: Launch, title: str, total: int) -> tqdm:

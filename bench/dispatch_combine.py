@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Interval, Launch, Stats, progress, timed, usable_cores
+from common import Interval, Launch, Stats, add_shape_arguments, progress, timed, usable_cores
 from report import RESULTS, machine, show, table, write_json
 from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
 from workload import Job, Shape
@@ -36,17 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens on each rank")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
-    parser.add_argument("--topk", type=int, default=8)
+    add_shape_arguments(parser, tokens=1024)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--iters", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--latency-iters", type=int, default=1000, help="0: leave latency out")
     parser.add_argument("--only", default=",".join(CHOICES), help="of commlib,gloo,mpi")
     parser.add_argument("--num-sms", type=int, help="commlib's threads; default: its own choice")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
     args = parser.parse_args()
     args.only = set(args.only.split(","))

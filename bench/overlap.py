@@ -13,10 +13,9 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import Interval, Launch, Stats, progress, usable_cores
+from common import Interval, Launch, Stats, add_shape_arguments, progress, usable_cores
 from report import RESULTS, machine, show, table, write_json
 from workload import Job, Shape
 
@@ -27,15 +26,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens on each rank")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
-    parser.add_argument("--topk", type=int, default=8)
+    add_shape_arguments(parser, tokens=4096)
     parser.add_argument("--num-sms", type=int, default=1, help="communication threads of a rank")
     parser.add_argument("--compute-threads", type=int, default=1, help="torch's threads of a rank")
     parser.add_argument("--size", type=int, default=384, help="of the square fp32 matmul")
     parser.add_argument("--iters", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
     return parser.parse_args()
 
@@ -112,15 +107,7 @@ def main() -> None:
         if launch.rank == 0 and needed > usable_cores():
             show(f"note: {needed} threads on {usable_cores()} cores take turns; expect no gain")
         job = Job.build(shape, launch.rank, launch.size)
-        sizes: dict[str, Any] = {
-            "num_experts": shape.experts,
-            "hidden": shape.hidden,
-            "topk": shape.topk,
-            "max_tokens": shape.tokens,
-            "dtype": shape.dtype,
-        }
-        group = launch.comm if launch.comm is not None else launch.group
-        with commlib.ExpertParallel(group, num_sms=args.num_sms, **sizes) as ep:
+        with commlib.ExpertParallel(launch.ranks, num_sms=args.num_sms, **shape.sizes) as ep:
             work = Workload(ep, job, args.size, launch)
             samples = measure(launch, work, args.iters)
         if launch.rank == 0:

@@ -134,20 +134,13 @@ def open_systems(
     launch: Launch, shape: Shape, only: set[str], num_sms: int | None = None
 ) -> Iterator[list[System]]:
     """Those of `CHOICES` that are in `only` and can run here, ready to be measured."""
-    sizes: dict[str, Any] = {
-        "num_experts": shape.experts,
-        "hidden": shape.hidden,
-        "topk": shape.topk,
-        "max_tokens": shape.tokens,
-        "dtype": shape.dtype,
-    }
+    sizes = shape.sizes
     with ExitStack() as stack:
         systems: list[System] = []
         if "commlib" in only:
             import commlib
 
-            group = launch.comm if launch.comm is not None else launch.group
-            ep = commlib.ExpertParallel(group, device="cpu", num_sms=num_sms, **sizes)
+            ep = commlib.ExpertParallel(launch.ranks, device="cpu", num_sms=num_sms, **sizes)
             stack.callback(ep.close)
             systems += [CommlibZeroCopy(ep), Commlib(ep), BareLimit(ep)]
         if "gloo" in only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ class Shape:
     topk: int
     dtype: torch.dtype
     seed: int
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As ExpertParallel and the baselines call them."""
+        return {
+            "num_experts": self.experts,
+            "hidden": self.hidden,
+            "topk": self.topk,
+            "max_tokens": self.tokens,
+            "dtype": self.dtype,
+        }
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,6 @@ class PendingDispatch:
     @property
     def dropped(self) -> int: ...
     @property
-    def epoch(self) -> int: ...
-    @property
     def lease(self) -> SlotLease: ...
     @property
     def rows(self) -> int: ...
@@ -108,7 +106,6 @@ class RoutingView:
         routes: int,
         tokens: int,
         rows: int = ...,
-        grouped_rows: int = ...,
         places: int = ...,
         offsets: int = ...,
         rows_per_expert: int = ...,

@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from commlib.arrays import as_tensor
-from commlib.settings import Settings, check_timeout
-
-__all__ = [
-    "check_layout",
-    "check_no_grad",
-    "check_timeout",
-    "checked_out",
-    "checked_rows",
-    "checked_topk_idx",
-    "checked_weights",
-]
+from commlib.settings import Settings
 
 
 def checked_rows(name: str, rows: Tensor, settings: Settings, count: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from commlib.errors import HandleError
 from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
-from commlib.settings import Settings
+from commlib.settings import Settings, check_timeout
 
 _numbers = itertools.count()
 _SLOTS_TO_WORK_WITH = 2
@@ -305,7 +305,7 @@ class ExpertParallel:
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        checks.check_timeout(seconds)
+        check_timeout(seconds)
         self._timeout = seconds
         self._core.set_timeout(seconds)
 

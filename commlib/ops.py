@@ -74,7 +74,6 @@ def _routing_view(r: Routing, grouped: bool) -> _core.RoutingView:
         r.routes.data_ptr(),
         r.routes.shape[0],
         r.local.shape[0],
-        r.source.shape[0],
         r.local.data_ptr() if grouped else 0,
         r.offsets.data_ptr(),
         r.tokens_per_expert.data_ptr(),

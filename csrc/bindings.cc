@@ -142,20 +142,14 @@ void bind_structs(py::module_& m) {
       py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"));
 
   py::class_<RoutingView>(m, "RoutingView")
-      .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, int64_t grouped_rows,
-                       Address places, Address offsets, Address rows_per_expert) {
-             return RoutingView{at<int64_t>(topk_idx),
-                                at<int64_t>(routes),
-                                tokens,
-                                rows,
-                                grouped_rows,
-                                at<int64_t>(places),
-                                at<int64_t>(offsets),
-                                at<int64_t>(rows_per_expert)};
+      .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address places,
+                       Address offsets, Address rows_per_expert) {
+             return RoutingView{
+                 at<int64_t>(topk_idx), at<int64_t>(routes),         tokens, rows, at<int64_t>(places),
+                 at<int64_t>(offsets),  at<int64_t>(rows_per_expert)};
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
-           py::arg("grouped_rows") = 0, py::arg("places") = 0, py::arg("offsets") = 0,
-           py::arg("rows_per_expert") = 0);
+           py::arg("places") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0);
 
   py::class_<Received>(m, "Received")
       .def(py::init([](Address rows, Address weights, Address topk_idx, Address source) {
@@ -181,7 +175,6 @@ void bind_structs(py::module_& m) {
   py::class_<PendingDispatch>(m, "PendingDispatch")
       .def_readonly("rows", &PendingDispatch::rows)
       .def_readonly("dropped", &PendingDispatch::dropped)
-      .def_readonly("epoch", &PendingDispatch::epoch)
       .def_readonly("lease", &PendingDispatch::lease)
       .def("write_offsets",
            [](const PendingDispatch& p, int64_t align, Address rows_per_expert, Address offsets) {

@@ -56,7 +56,6 @@ struct RoutingView {
   int64_t* routes = nullptr;          // [tokens][width]
   int64_t tokens = 0;
   int64_t rows = 0;                          // unique rows received
-  int64_t grouped_rows = 0;                  // with places: rows of the grouped layout, padding included
   int64_t* places = nullptr;                 // [rows][topk], layout="expert" only
   const int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   const int64_t* rows_per_expert = nullptr;  // [own experts], layout="expert" only
@@ -146,6 +145,8 @@ class Communicator {
   int64_t control_bytes() const;
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
   std::shared_ptr<SlotLease> take_slot(Call call);
+  StagePlan stage_plan(const CombineInput& input, const RoutingView& routing, const SlotLease& lease,
+                       bool in_place) const;
   SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
   PullPlan pull_plan(const RoutingView& routing, std::byte* out) const;
   uint32_t announce(Call call);

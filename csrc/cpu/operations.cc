@@ -88,6 +88,23 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) c
   return plan;
 }
 
+StagePlan Communicator::stage_plan(const CombineInput& input, const RoutingView& routing,
+                                   const SlotLease& lease, bool in_place) const {
+  StagePlan plan{};
+  plan.dtype = config_.dtype;
+  plan.hidden = config_.hidden;
+  plan.topk = config_.topk;
+  plan.rows = routing.rows;
+  plan.y = in_place ? nullptr : input.y;
+  plan.y_stride = input.stride;
+  plan.places = routing.places;
+  plan.weights = input.weights;
+  plan.weight_grads = input.weight_grads;
+  plan.layout = layout_;
+  plan.slot = lease.slot();
+  return plan;
+}
+
 PullPlan Communicator::pull_plan(const RoutingView& routing, std::byte* out) const {
   PullPlan plan{};
   plan.dtype = config_.dtype;
@@ -298,18 +315,7 @@ Ticket Communicator::combine(const CombineInput& input, const RoutingView& routi
   if (!lease) lease = take_slot(call);
   call.slot = static_cast<uint8_t>(lease->index());
 
-  StagePlan stage{};
-  stage.dtype = config_.dtype;
-  stage.hidden = config_.hidden;
-  stage.topk = config_.topk;
-  stage.rows = routing.rows;
-  stage.y = in_place ? nullptr : input.y;
-  stage.y_stride = input.stride;
-  stage.places = routing.places;
-  stage.weights = input.weights;
-  stage.weight_grads = input.weight_grads;
-  stage.layout = layout_;
-  stage.slot = lease->slot();
+  const StagePlan stage = stage_plan(input, routing, *lease, in_place);
   PullPlan pull = pull_plan(routing, out);
   pull.bias = input.bias;
   pull.bias_stride = input.bias_stride;

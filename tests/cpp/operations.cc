@@ -50,7 +50,6 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->dropped = pending->dropped;
   d->rows_per_expert = pending->rows_per_expert;
   d->routing.rows = pending->rows;
-  d->routing.grouped_rows = r.results;
   Received received = room_for(self, *d, manner);
   if (r.grouped) {
     d->offsets.resize(r.offsets.size());
