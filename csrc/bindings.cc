@@ -18,14 +18,14 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// Rows of host memory that keep their owner (a slot lease, a pooled buffer) alive; torch.from_dlpack takes
-// them.
+// Rows that keep their owner (a slot lease, a pooled buffer) alive; torch.from_dlpack takes them.
 struct Memory {
   std::shared_ptr<void> owner;
   void* data;
   int64_t rows;
   int64_t hidden;
   DType dtype;
+  dlpack::Device device;
 };
 
 struct DlpackContext {
@@ -37,9 +37,8 @@ struct DlpackContext {
 py::capsule to_dlpack(const Memory& m) {
   auto* c = new DlpackContext{{}, m.owner, {m.rows, m.hidden}};
   const uint8_t code = m.dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
-  c->managed.tensor = {
-      m.data, {dlpack::kHost, 0}, 2, {code, static_cast<uint8_t>(8 * size_of(m.dtype)), 1}, c->shape, nullptr,
-      0};
+  c->managed.tensor = {m.data,   m.device, 2, {code, static_cast<uint8_t>(8 * size_of(m.dtype)), 1},
+                       c->shape, nullptr,  0};
   c->managed.context = c;
   c->managed.deleter = [](dlpack::ManagedTensor* t) { delete static_cast<DlpackContext*>(t->context); };
   return py::capsule(&c->managed, "dltensor", [](PyObject* capsule) {
@@ -52,13 +51,17 @@ py::capsule to_dlpack(const Memory& m) {
 
 Memory view_of(std::shared_ptr<SlotLease> lease, int64_t rows, const Communicator& comm) {
   std::byte* data = lease->slot().rows;
-  return {std::move(lease), data, rows, comm.config().hidden, comm.config().dtype};
+  const Config& config = comm.config();
+  const dlpack::Device device =
+      config.stream ? dlpack::Device{dlpack::kCuda, config.device} : dlpack::Device{dlpack::kHost, 0};
+  return {std::move(lease), data, rows, config.hidden, config.dtype, device};
 }
 
-Memory new_rows(const Communicator& comm, int64_t rows) {
+Memory new_rows(const CpuCommunicator& comm, int64_t rows) {
   auto buffer = comm.buffers()->take(static_cast<size_t>(rows * comm.layout().row_bytes));
   void* data = buffer.get();
-  return {std::move(buffer), data, rows, comm.config().hidden, comm.config().dtype};
+  const Config& config = comm.config();
+  return {std::move(buffer), data, rows, config.hidden, config.dtype, {dlpack::kHost, 0}};
 }
 
 // Ctrl-C reaches a rank that waits for its peers. Does nothing on threads other than Python's main thread.
@@ -69,8 +72,8 @@ bool interrupted() {
 
 void set_error(const char* type, const char* text, const Failure* failure = nullptr) {
   const py::object cls = py::module_::import("commlib.errors").attr(type);
-  const py::object error = failure ? cls(text, failure->rank, failure->peers, name_of(failure->op),
-                                         name_of(failure->phase), failure->epoch)
+  const py::object error = failure ? cls(text, failure->rank, failure->peers(), name_of(failure->record.op),
+                                         name_of(failure->record.phase), failure->record.epoch)
                                    : cls(text);
   PyErr_SetObject(cls.ptr(), error.ptr());
 }
@@ -90,10 +93,10 @@ void translate(std::exception_ptr p) {
   try {
     if (p) std::rethrow_exception(p);
   } catch (const CommFailure& e) {
-    if (e.failure.cause == Cause::interrupted && PyErr_Occurred())
+    if (e.failure.record.cause == Cause::interrupted && PyErr_Occurred())
       return;  // KeyboardInterrupt is set already
-    const bool peer = std::string(error_type(e.failure.cause)) == "PeerTimeout";
-    set_error(error_type(e.failure.cause), e.what(), peer ? &e.failure : nullptr);
+    const bool peer = std::string(error_type(e.failure.record.cause)) == "PeerTimeout";
+    set_error(error_type(e.failure.record.cause), e.what(), peer ? &e.failure : nullptr);
   } catch (const Interrupted&) {
     if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CapacityError& e) {
@@ -129,11 +132,14 @@ void bind_structs(py::module_& m) {
       .def_readwrite("capacity", &Config::capacity)
       .def_readwrite("dtype", &Config::dtype)
       .def_readwrite("slots", &Config::slots)
-      .def_readwrite("workers", &Config::workers)
+      .def_readwrite("num_sms", &Config::num_sms)
       .def_readwrite("timeout", &Config::timeout)
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
-      .def_readwrite("first_epoch", &Config::first_epoch);
+      .def_readwrite("first_epoch", &Config::first_epoch)
+      .def_readwrite("device", &Config::device)
+      .def_readwrite("stream", &Config::stream)
+      .def_readwrite("share", &Config::share);
 
   py::class_<Rows>(m, "Rows").def(
       py::init([](Address x, int64_t stride, int64_t count, bool has_weights, Address weights) {
@@ -190,21 +196,23 @@ void bind_structs(py::module_& m) {
   });
   py::class_<Memory>(m, "Memory")
       .def("__dlpack__", [](const Memory& self, py::kwargs) { return to_dlpack(self); })
-      .def("__dlpack_device__", [](const Memory&) { return py::make_tuple(int{dlpack::kHost}, 0); });
+      .def("__dlpack_device__",
+           [](const Memory& m) { return py::make_tuple(int{m.device.type}, int{m.device.id}); });
 }
 
 void bind_communicator(py::module_& m) {
   py::class_<Communicator>(m, "Communicator")
-      .def(py::init<const Config&>(), NoGil())
       .def("address",
-           [](const Communicator& c) {
+           [](Communicator& c) {
              const PeerAddress a = c.address();
-             return py::make_tuple(a.pid, a.fd, a.workers);
+             return py::make_tuple(a.pid, a.fd, a.workers, py::bytes(a.handle));
            })
       .def("connect",
-           [](Communicator& c, const std::vector<std::tuple<int64_t, int, int>>& peers) {
+           [](Communicator& c, const std::vector<std::tuple<int64_t, int, int, std::string>>& peers) {
              std::vector<PeerAddress> addresses;
-             for (const auto& [pid, fd, workers] : peers) addresses.push_back({pid, fd, workers});
+             for (const auto& [pid, fd, workers, handle] : peers)
+               addresses.push_back({pid, fd, workers, handle});
+             py::gil_scoped_release release;
              c.connect(addresses);
            })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
@@ -231,26 +239,32 @@ void bind_communicator(py::module_& m) {
           py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"),
           NoGil())
       .def("wait", &Communicator::wait, NoGil())
+      .def("synchronize", &Communicator::synchronize, NoGil())
+      .def("check_health", &Communicator::check_health, NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())
       .def("view", [](const Communicator& c, std::shared_ptr<SlotLease> lease,
                       int64_t rows) { return view_of(std::move(lease), rows, c); })
-      .def("new_rows", &new_rows, NoGil())
       .def("close", &Communicator::close, NoGil())
       .def("give_up", &Communicator::give_up, NoGil())
       .def("set_timeout", &Communicator::set_timeout)
-      .def("bare_send", &Communicator::bare_send, NoGil())
-      .def(
-          "bare_pull",
-          [](Communicator& c, const RoutingView& routing, Address out) {
-            c.bare_pull(routing, at<std::byte>(out));
-          },
-          NoGil())
-      .def_property_readonly("vector_ops", &Communicator::vector_ops_name)
       .def_property_readonly("slots_in_use", &Communicator::slots_in_use)
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)
-      .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
-      .def_property_readonly("idle_bytes", [](const Communicator& c) { return c.buffers()->idle_bytes(); });
+      .def_property_readonly("touched_bytes", &Communicator::touched_bytes);
+
+  py::class_<CpuCommunicator, Communicator>(m, "CpuCommunicator")
+      .def(py::init<const Config&>(), NoGil())
+      .def("new_rows", &new_rows, NoGil())
+      .def("bare_send", &CpuCommunicator::bare_send, NoGil())
+      .def(
+          "bare_pull",
+          [](CpuCommunicator& c, const RoutingView& routing, Address out) {
+            c.bare_pull(routing, at<std::byte>(out));
+          },
+          NoGil())
+      .def_property_readonly("vector_ops", &CpuCommunicator::vector_ops_name)
+      .def_property_readonly("idle_bytes",
+                             [](const CpuCommunicator& c) { return c.buffers()->idle_bytes(); });
 }
 
 // The data path by itself, for tests of the vector widths against each other.
@@ -265,12 +279,12 @@ void bind_vector_ops(py::module_& m) {
         });
   m.def("reduce", [](const std::string& name, DType dtype, Address dst, const std::vector<Address>& src,
                      const std::vector<Address>& weights, int64_t elements) {
-    std::vector<const std::byte*> rows, scalars;
-    for (Address a : src) rows.push_back(at<std::byte>(a));
-    for (Address a : weights) scalars.push_back(at<std::byte>(a));
-    vector_ops(name).reduce[static_cast<int>(dtype)](at<std::byte>(dst), rows.data(),
-                                                     scalars.empty() ? nullptr : scalars.data(),
-                                                     static_cast<int>(rows.size()), elements);
+    std::vector<Term> terms;
+    for (size_t j = 0; j < src.size(); ++j) {
+      terms.push_back({at<std::byte>(src[j]), weights.empty() ? nullptr : at<std::byte>(weights[j])});
+    }
+    vector_ops(name).reduce[static_cast<int>(dtype)](at<std::byte>(dst), terms.data(),
+                                                     static_cast<int>(terms.size()), elements);
     vector_ops(name).flush();
   });
 }

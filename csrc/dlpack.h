@@ -1,12 +1,12 @@
-// The part of the DLPack ABI (version 0, "dltensor") that commlib hands out: host memory, dense, with an
-// owner. https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of the DLPack ABI (version 0, "dltensor") that commlib hands out: dense memory with an owner.
+// https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <cstdint>
 
 namespace commlib::dlpack {
 
-enum DeviceType : int32_t { kHost = 1 };
+enum DeviceType : int32_t { kHost = 1, kCuda = 2 };
 enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
 
 struct Device {

@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "backend/waiting.h"
 #include "protocol/words.h"
 
 #if defined(__x86_64__)
@@ -42,15 +43,6 @@ inline void cpu_pause() {
   asm volatile("yield");
 #endif
 }
-
-// How long a wait burns its core before it sleeps in the kernel. With a core for each thread the peer
-// answers within microseconds, so spin; with more threads than cores it may need this very core.
-struct SpinPolicy {
-  int pauses = 2000;
-  int yields = 20;
-};
-
-constexpr double kNapSeconds = 0.02;  // between two looks at whether a peer still lives
 
 // Waits until ready(). Each nap at the latest it calls give_up(), and returns false when that says true.
 template <class Ready, class GiveUp>

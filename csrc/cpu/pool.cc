@@ -69,6 +69,7 @@ void WorkerPool::run_part(Job& job, int worker) {
   try {
     job.run(worker);
   } catch (...) {
+    if (job.abandon) job.abandon(std::current_exception());
     std::lock_guard<std::mutex> lock(mutex_);
     if (!job.error) job.error = std::current_exception();
   }
@@ -82,6 +83,7 @@ void WorkerPool::run_part(Job& job, int worker) {
   }
   job.run = nullptr;  // what it holds (slots, tensors) is free from here on
   job.finish = nullptr;
+  job.abandon = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     // `done` is set before the next job can start, and before the queue can be seen empty.

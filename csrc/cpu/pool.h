@@ -14,15 +14,13 @@
 
 namespace commlib {
 
-// Called by a sleeping thread of the user every nap; true: the user wants out (Ctrl-C).
-using InterruptCheck = bool (*)();
-struct Interrupted {};
-
 // One operation in the pool: run(i) is called once for each worker i.
 struct Job {
   std::function<void(int worker)> run;
-  // Called once after all workers have returned, on the last one's thread. May throw.
+  // Called once after all workers have returned, none by an exception, on the last one's thread. May throw.
   std::function<void()> finish;
+  // Called by each worker whose run(i) throws, at once: others wait for it. May be empty.
+  std::function<void(const std::exception_ptr&)> abandon;
 
   std::atomic<int> unfinished{0};  // workers yet to return (acq_rel: the last sees all others' work)
   std::atomic<bool> done{false};   // after `finish` (release), read by waiters (acquire)

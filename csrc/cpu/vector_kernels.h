@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/scalar_types.h"
 #include "cpu/vector_ops.h"
+#include "protocol/scalar_types.h"
 
 namespace commlib {
 namespace {
@@ -54,18 +54,17 @@ void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes
 }
 
 template <class L, class T, int kCount, bool kStream>
-inline void reduce_block(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-                         int64_t i) {
+inline void reduce_block(T* dst, const Term* terms, int n, int64_t i) {
   using Acc = typename L::Acc;
   typename L::Vec acc[kCount];
   for (int u = 0; u < kCount; ++u) acc[u] = L::set(Acc{0});
   for (int j = 0; j < n; ++j) {
-    const T* row = reinterpret_cast<const T*>(src[j]) + i;
+    const T* row = reinterpret_cast<const T*>(terms[j].row) + i;
     for (int64_t b = 0; b < static_cast<int64_t>(kCount * L::kWidth * sizeof(T)); b += 64) {
       __builtin_prefetch(reinterpret_cast<const std::byte*>(row) + kPrefetchBytes + b);
     }
-    if (weights) {
-      const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(weights[j]));
+    if (terms[j].weight) {
+      const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(terms[j].weight));
       for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::mul(w, L::load(row + u * L::kWidth)));
     } else {
       for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::load(row + u * L::kWidth));
@@ -81,36 +80,33 @@ inline void reduce_block(T* dst, const std::byte* const* src, const std::byte* c
 }
 
 template <class T, class Acc>
-inline void reduce_tail(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-                        int64_t i) {
+inline void reduce_tail(T* dst, const Term* terms, int n, int64_t i) {
   Acc acc = 0;
   for (int j = 0; j < n; ++j) {
-    const Acc v = widen(reinterpret_cast<const T*>(src[j])[i]);
-    acc += weights ? *reinterpret_cast<const Acc*>(weights[j]) * v : v;
+    const Acc v = widen(reinterpret_cast<const T*>(terms[j].row)[i]);
+    acc += terms[j].weight ? *reinterpret_cast<const Acc*>(terms[j].weight) * v : v;
   }
   narrow(acc, dst + i);
 }
 
 template <class L, class T, bool kStream>
-void reduce_row(T* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-                int64_t elements) {
+void reduce_row(T* dst, const Term* terms, int n, int64_t elements) {
   int64_t i = 0;
   for (; i + kUnroll * L::kWidth <= elements; i += kUnroll * L::kWidth) {
-    reduce_block<L, T, kUnroll, kStream>(dst, src, weights, n, i);
+    reduce_block<L, T, kUnroll, kStream>(dst, terms, n, i);
   }
-  for (; i + L::kWidth <= elements; i += L::kWidth) reduce_block<L, T, 1, kStream>(dst, src, weights, n, i);
-  for (; i < elements; ++i) reduce_tail<T, typename L::Acc>(dst, src, weights, n, i);
+  for (; i + L::kWidth <= elements; i += L::kWidth) reduce_block<L, T, 1, kStream>(dst, terms, n, i);
+  for (; i < elements; ++i) reduce_tail<T, typename L::Acc>(dst, terms, n, i);
 }
 
 template <class Isa, class T>
-void reduce(std::byte* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-            int64_t elements) {
+void reduce(std::byte* dst, const Term* terms, int n, int64_t elements) {
   using L = typename Isa::template Lanes<T>;
   T* out = reinterpret_cast<T*>(dst);
   if (whole_lines(dst, elements * static_cast<int64_t>(sizeof(T)))) {
-    reduce_row<L, T, true>(out, src, weights, n, elements);
+    reduce_row<L, T, true>(out, terms, n, elements);
   } else {
-    reduce_row<L, T, false>(out, src, weights, n, elements);
+    reduce_row<L, T, false>(out, terms, n, elements);
   }
 }
 

@@ -6,18 +6,17 @@
 #include <string>
 #include <vector>
 
-#include "protocol/types.h"
+#include "protocol/worker.h"
 
 namespace commlib {
 
 // Loads each part of `src` once and stores it n times.
 using MulticastFn = void (*)(std::byte* const* dst, int n, const std::byte* src, int64_t bytes);
 
-// dst[i] = round(sum over j of weights[j] * src[j][i]), accumulated in fp32 (fp64 for fp64 rows) in the order
-// of j; weights: null, or pointers to scalars of the accumulator's type. Multiply and add stay apart (no
-// fused multiply-add), so all vector widths give the same bits. n = 0 writes zeros.
-using ReduceFn = void (*)(std::byte* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-                          int64_t elements);
+// dst[i] = round(sum over j of terms[j].weight * terms[j].row[i]), accumulated in fp32 (fp64 for fp64 rows)
+// in the order of j. Multiply and add stay apart (no fused multiply-add), so all vector widths give the same
+// bits. n = 0 writes zeros.
+using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elements);
 
 struct VectorOps {
   const char* name;

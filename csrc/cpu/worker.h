@@ -1,18 +1,17 @@
-// The CPU worker: one thread of a rank's pool, in one operation. The protocol in protocol/ is written over
-// these primitives; the CUDA worker has the same ones.
+// The CPU worker: one thread of a rank's pool, in one operation. protocol/worker.h says what its members
+// mean.
 #pragma once
 
 #include <atomic>
 #include <cstring>
 #include <mutex>
-#include <utility>
 
 #include "cpu/bell.h"
-#include "cpu/failure.h"
 #include "cpu/pool.h"
 #include "cpu/vector_ops.h"
 #include "heap/symmetric_heap.h"
-#include "protocol/words.h"
+#include "protocol/failure.h"
+#include "protocol/worker.h"
 
 namespace commlib {
 
@@ -23,39 +22,62 @@ struct OpContext {
   const PeerProcesses* processes;
   SpinPolicy spin;
   InterruptCheck interrupted;  // asked by worker 0; null where that is not the user's own thread
-  Call call;
-  uint32_t epoch;
+  Wait wait;
   double timeout;
 
   // Set once by the first worker that gives up (release); the others see it at their next nap (acquire).
   std::atomic<bool> failed{false};
-  std::mutex mutex;  // guards failure
-  Failure failure;
+  std::mutex mutex;  // guards record
+  FailureRecord record{};
 };
 
 inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 
 class CpuWorker {
  public:
+  static constexpr bool kMetadataWithRows = false;
+
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
   int index() const { return index_; }
   int count() const { return count_; }
   static constexpr int lane() { return 0; }
   static constexpr int lanes() { return 1; }
-  // This worker's contiguous part of n items: [first, second).
-  std::pair<int64_t, int64_t> share(int64_t n) const {
-    return {n * index_ / count_, n * (index_ + 1) / count_};
-  }
+  Span share(int64_t n) const { return share_of(n, index_, count_); }
 
-  void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes) {
-    op_.ops->multicast(dst, n, src, bytes);
+  template <class T, class F>
+  List<T> list(int n, F f) {
+    static_assert(sizeof(T) <= sizeof(Term) && alignof(T) <= alignof(Term));
+    T* items = reinterpret_cast<T*>(list_);
+    int kept = 0;
+    for (int j = 0; j < n; ++j) {
+      const T item = f(j);
+      if (item) items[kept++] = item;
+    }
+    return {items, kept};
   }
-  void reduce(DType t, std::byte* dst, const std::byte* const* src, const std::byte* const* weights, int n,
-              int64_t elements) {
-    op_.ops->reduce[static_cast<int>(t)](dst, src, weights, n, elements);
+  static constexpr bool all(bool ok) { return ok; }
+  static constexpr uint64_t any_bits(uint64_t mask) { return mask; }
+  static constexpr int64_t lowest(int64_t value) { return value; }
+  static uint32_t take(bool mine, uint32_t* counter) { return mine ? (*counter)++ : 0; }
+  static uint32_t take_each(int32_t key, uint32_t* counters) { return key < 0 ? 0 : counters[key]++; }
+
+  void multicast(List<Target> to, const std::byte* src, int64_t bytes) {
+    op_.ops->multicast(to.items, to.count, src, bytes);
   }
-  // One scalar of 4 or 8 bytes; null writes zero.
+  void reduce(DType t, std::byte* dst, List<Term> terms, int64_t elements) {
+    op_.ops->reduce[static_cast<int>(t)](dst, terms.items, terms.count, elements);
+  }
+  static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
+  // Orders this worker's streaming stores before its later releases.
+  void flush() { op_.ops->flush(); }
+
+  void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+  void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
+  uint64_t read(const uint64_t* word) { return load_word(word); }
+  void wake(int peer) { ring(op_.peers->mail_to(peer).bell); }
+  // Planning is one thread's work here.
+  static void tally(uint32_t* counter, int n) { *counter += static_cast<uint32_t>(n); }
   static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
     if (!src) {
       std::memset(dst, 0, static_cast<size_t>(bytes));
@@ -66,13 +88,6 @@ class CpuWorker {
     }
   }
 
-  // Orders this worker's streaming stores before its later releases.
-  void flush() { op_.ops->flush(); }
-  void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-  void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
-  uint64_t read(const uint64_t* word) { return load_word(word); }
-  void wake(int peer) { ring(op_.peers->mail_to(peer).bell); }
-
   bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) {
     return await([=] { return tag_of(load_word(word)) == tag; }, peer, phase);
   }
@@ -82,8 +97,6 @@ class CpuWorker {
   bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) {
     return await([=] { return load_word(counter) >= count; }, peer, phase);
   }
-
-  // Records that `peer` made another call; always false.
   bool mismatch(int peer, Call theirs);
 
  private:
@@ -96,15 +109,12 @@ class CpuWorker {
   }
 
   bool gives_up(int peer, Phase phase, double start);
-  bool fail(Cause cause, int peer, Phase phase, double start, std::string detail);
-  std::string last_words(int peer) const;
-  bool has_called(int peer) const;
-  bool someone_calls_otherwise();
-  bool someone_left(int peer, Phase phase, double start);
+  void fail(FailureRecord record, double start);
 
   OpContext& op_;
   int index_;
   int count_;
+  alignas(Term) std::byte list_[(kMaxTopk + 1) * sizeof(Term)];
 };
 
 }  // namespace commlib

@@ -36,29 +36,18 @@ struct PullPlan {
   std::byte* out_weights;  // [tokens][topk] or null
   Placement placement;
   SlotLayout layout;
-  uint8_t slots[kMaxRanks];
+  const uint8_t* slots;  // [ranks]: where each rank's rows lie
 };
 
 template <class Worker>
 COMMLIB_HD void stage_row(Worker& w, const StagePlan& plan, int64_t n) {
   const int64_t wb = plan.layout.weight_bytes;
-  const std::byte* rows[kMaxTopk];
-  const std::byte* weights[kMaxTopk];
-  int count = 0;
-  auto take = [&](int64_t i) {
-    rows[count] = plan.y + i * plan.y_stride;
-    weights[count++] = plan.weights ? plan.weights + i * wb : nullptr;
-  };
-  if (plan.places) {
-    for (int k = 0; k < plan.topk; ++k) {
-      const int64_t place = plan.places[n * plan.topk + k];
-      if (place >= 0) take(place);
-    }
-  } else {
-    take(n);
-  }
-  w.reduce(plan.dtype, plan.slot.rows + n * plan.layout.row_bytes, rows, plan.weights ? weights : nullptr,
-           count, plan.hidden);
+  const auto rows = w.template list<Term>(plan.places ? plan.topk : 1, [&](int k) -> Term {
+    const int64_t i = plan.places ? plan.places[n * plan.topk + k] : n;
+    if (i < 0) return {nullptr, nullptr};
+    return {plan.y + i * plan.y_stride, plan.weights ? plan.weights + i * wb : nullptr};
+  });
+  w.reduce(plan.dtype, plan.slot.rows + n * plan.layout.row_bytes, rows, plan.hidden);
 }
 
 template <class Worker>
@@ -96,16 +85,15 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
 template <class Worker>
 COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peers) {
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
-    const std::byte* rows[kMaxTopk + 1];
     const int64_t* route = plan.routes + t * plan.width;
-    int count = 0;
-    for (; count < plan.width && route[count] != kNoRoute; ++count) {
-      const int p = rank_of(route[count]);
+    const auto rows = w.template list<Term>(plan.width + 1, [&](int j) -> Term {
+      if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
+      if (route[j] == kNoRoute) return {nullptr, nullptr};
+      const int p = rank_of(route[j]);
       const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-      rows[count] = slot.rows + row_of(route[count]) * plan.layout.row_bytes;
-    }
-    if (plan.bias) rows[count++] = plan.bias + t * plan.bias_stride;
-    w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, nullptr, count, plan.hidden);
+      return {slot.rows + row_of(route[j]) * plan.layout.row_bytes, nullptr};
+    });
+    w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);
   }
 }
@@ -113,7 +101,7 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 // Says that this rank has pulled all its rows of the operation: their owners may write there again.
 template <class Worker>
 COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
-  for (int p = 0; p < peers.size; ++p) {
+  for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     w.publish(&peers.mail_to(p).pulled, tagged(epoch, 0));
     w.wake(p);
   }
@@ -121,10 +109,11 @@ COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch
 
 template <class Worker>
 COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
-  for (int p = 0; p < peers.size; ++p) {
-    if (!w.await_reached(&peers.mail_from(p).pulled, epoch, p, Phase::slot_reuse)) return false;
+  bool ok = true;
+  for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
+    ok = w.await_reached(&peers.mail_from(p).pulled, epoch, p, Phase::slot_reuse);
   }
-  return true;
+  return w.all(ok);
 }
 
 }  // namespace commlib

@@ -34,50 +34,65 @@ struct CountsResult {
   int64_t* rows_per_expert;  // [own experts]
 };
 
+// One count word of source s: that of rank i, or of own expert i - ranks.
+COMMLIB_HD void add_count(const PeerTable& peers, const CountsResult& result, int s, int64_t i,
+                          uint32_t rows) {
+  if (i >= peers.size) {
+    result.rows_per_expert[i - peers.size] += rows;
+    return;
+  }
+  if (s < peers.rank) result.base[i] += rows;
+  if (i == peers.rank) result.source_rows[s] = rows;
+  result.received[i] += rows;
+}
+
+// Each lane takes words of its own, from every source in turn, so no two lanes add to one sum.
 template <class Worker>
 COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placement& placement,
-                               uint32_t dispatch, CountsResult result) {
-  const int64_t own_experts = placement.count(peers.rank);
-  for (int p = 0; p < peers.size; ++p) result.base[p] = result.received[p] = 0;
-  for (int64_t e = 0; e < own_experts; ++e) result.rows_per_expert[e] = 0;
-  for (int s = 0; s < peers.size; ++s) {
-    const uint64_t* words = peers.counts(peers.rank, s, dispatch);
-    for (int p = 0; p < peers.size; ++p) {
-      if (!w.await_tag(&words[p], dispatch, s, Phase::counts)) return false;
-      const uint32_t rows = value_of(w.read(&words[p]));
-      if (s < peers.rank) result.base[p] += rows;
-      if (p == peers.rank) result.source_rows[s] = rows;
-      result.received[p] += rows;
-    }
-    for (int64_t e = 0; e < own_experts; ++e) {
-      if (!w.await_tag(&words[peers.size + e], dispatch, s, Phase::counts)) return false;
-      result.rows_per_expert[e] += value_of(w.read(&words[peers.size + e]));
+                               uint32_t dispatch, const CountsResult& result) {
+  const int64_t words = peers.size + placement.count(peers.rank);
+  bool ok = true;
+  for (int64_t i = w.lane(); i < words; i += w.lanes()) {
+    if (i < peers.size) {
+      result.base[i] = result.received[i] = 0;
+    } else {
+      result.rows_per_expert[i - peers.size] = 0;
     }
   }
-  return true;
+  for (int s = 0; s < peers.size; ++s) {
+    const uint64_t* from = peers.counts(peers.rank, s, dispatch);
+    for (int64_t i = w.lane(); ok && i < words; i += w.lanes()) {
+      ok = w.await_tag(&from[i], dispatch, s, Phase::counts);
+      if (ok) add_count(peers, result, s, i, value_of(w.read(&from[i])));
+    }
+  }
+  return w.all(ok);
 }
 
 // Each rank says what it calls, and which of its slots the call may use. Nobody is woken for it: counts, or
 // rows in place, follow and wake those who wait. Only before a redispatch do ranks wait for the call itself.
 template <class Worker>
 COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
-  for (int p = 0; p < peers.size; ++p) {
+  for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     w.publish(&peers.mail_to(p).calls[epoch % kCallRing], tagged(epoch, call.pack()));
     if (call.op == OpKind::redispatch) w.wake(p);
   }
 }
 
-// Reads every rank's call at this epoch: false if one is missing at the deadline, or called something else.
+// Reads every rank's call at this epoch, and the slot it lends: false if one is missing at the deadline, or
+// called something else.
 template <class Worker>
 COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, uint32_t epoch, Call mine, uint8_t* slots) {
-  for (int p = 0; p < peers.size; ++p) {
+  bool ok = true;
+  for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
     const uint64_t* word = &peers.mail_from(p).calls[epoch % kCallRing];
-    if (!w.await_tag(word, epoch, p, Phase::call)) return false;
+    ok = w.await_tag(word, epoch, p, Phase::call);
+    if (!ok) break;
     const Call theirs = Call::unpack(value_of(w.read(word)));
-    if (!theirs.agrees_with(mine)) return w.mismatch(p, theirs);
+    if (!theirs.agrees_with(mine)) ok = w.mismatch(p, theirs);
     slots[p] = theirs.slot;
   }
-  return true;
+  return w.all(ok);
 }
 
 }  // namespace commlib

@@ -19,24 +19,11 @@ struct SendPlan {
   bool with_experts;         // false where the receiver knows the routing already
   Placement placement;
   SlotLayout layout;
-  uint8_t slots[kMaxRanks];  // the slot that each rank lends to this dispatch
+  const uint8_t* slots;  // [ranks]: the slot that each rank lends to this dispatch
 };
 
 COMMLIB_HD Slot slot_of(const SendPlan& plan, const PeerTable& peers, int p) {
   return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-}
-
-template <class Worker>
-COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peers) {
-  for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
-    std::byte* to[kMaxTopk];
-    const int64_t* route = plan.routes + t * plan.width;
-    int n = 0;
-    for (; n < plan.width && route[n] != kNoRoute; ++n) {
-      to[n] = slot_of(plan, peers, rank_of(route[n])).rows + row_of(route[n]) * plan.layout.row_bytes;
-    }
-    w.multicast(to, n, plan.x + t * plan.x_stride, plan.layout.row_bytes);
-  }
 }
 
 // The token, experts and weights of the row that token t has at rank p.
@@ -58,24 +45,47 @@ COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& s
   }
 }
 
-// Metadata goes rank by rank, apart from the rows: one sequential stream of small stores at a time. Between
-// rows, each of its cache lines would wait for its owner.
+template <class Worker>
+COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t,
+                                  int64_t route) {
+  const int p = rank_of(route);
+  if (plan.layout.weight_bytes == 8) {
+    send_row_metadata<double>(w, plan, slot_of(plan, peers, p), p, t, row_of(route));
+  } else {
+    send_row_metadata<float>(w, plan, slot_of(plan, peers, p), p, t, row_of(route));
+  }
+}
+
+// Metadata goes rank by rank, apart from the rows, where small stores between rows would wait for the owners
+// of their cache lines: one sequential stream of them at a time. A GPU's stores wait for nobody, and go with
+// the rows.
 template <class Worker>
 COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers) {
   if (!plan.with_experts && !plan.weights) return;
   for (int i = w.index(); i < peers.size; i += w.count()) {
     const int p = (peers.rank + i) % peers.size;
-    const Slot slot = slot_of(plan, peers, p);
     for (int64_t t = 0; t < plan.tokens; ++t) {
       const int64_t* route = plan.routes + t * plan.width;
       for (int j = 0; j < plan.width && route[j] != kNoRoute && rank_of(route[j]) <= p; ++j) {
-        if (rank_of(route[j]) != p) continue;
-        if (plan.layout.weight_bytes == 8) {
-          send_row_metadata<double>(w, plan, slot, p, t, row_of(route[j]));
-        } else {
-          send_row_metadata<float>(w, plan, slot, p, t, row_of(route[j]));
-        }
+        if (rank_of(route[j]) == p) send_row_metadata(w, plan, peers, t, route[j]);
       }
+    }
+  }
+}
+
+template <class Worker>
+COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peers) {
+  const bool metadata = plan.with_experts || plan.weights;
+  if (!Worker::kMetadataWithRows) send_metadata(w, plan, peers);
+  for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
+    const int64_t* route = plan.routes + t * plan.width;
+    const auto to = w.template list<Target>(plan.width, [&](int j) -> Target {
+      if (route[j] == kNoRoute) return nullptr;
+      return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
+    });
+    w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
+    for (int j = 0; Worker::kMetadataWithRows && metadata && j < to.count; ++j) {
+      send_row_metadata(w, plan, peers, t, route[j]);
     }
   }
 }
@@ -84,7 +94,7 @@ COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& 
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
   w.flush();
-  for (int i = 0; i < peers.size; ++i) {
+  for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
     w.add(&peers.mail_to(p).arrived);
     w.wake(p);
@@ -92,41 +102,14 @@ COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
 }
 
 // Waits until every source's part is in place; `expected` [ranks] counts the arrivals of all operations
-// so far.
+// so far. Each lane waits for sources of its own; all() passes on what they have seen.
 template <class Worker>
 COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, const uint64_t* expected) {
-  for (int s = 0; s < peers.size; ++s) {
-    if (!w.await_count(&peers.mail_from(s).arrived, expected[s], s, Phase::arrival)) return false;
+  bool ok = true;
+  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
+    ok = w.await_count(&peers.mail_from(s).arrived, expected[s], s, Phase::arrival);
   }
-  return true;
-}
-
-// After arrival, layout="expert": each unique row is copied to its places in the groups.
-struct ReplicatePlan {
-  Slot slot;
-  SlotLayout layout;
-  int64_t rows;  // unique rows received
-  int topk;
-  const int64_t* places;  // [rows][topk]; null: layout="rank", one copy of each row in the order received
-  std::byte* out;         // [grouped rows] or [rows]
-};
-
-template <class Worker>
-COMMLIB_HD void replicate_rows(Worker& w, const ReplicatePlan& plan) {
-  const int64_t bytes = plan.layout.row_bytes;
-  for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
-    std::byte* to[kMaxTopk];
-    int count = 0;
-    if (plan.places) {
-      for (int k = 0; k < plan.topk; ++k) {
-        const int64_t place = plan.places[n * plan.topk + k];
-        if (place >= 0) to[count++] = plan.out + place * bytes;
-      }
-    } else {
-      to[count++] = plan.out + n * bytes;
-    }
-    w.multicast(to, count, plan.slot.rows + n * bytes, bytes);
-  }
+  return w.all(ok);
 }
 
 }  // namespace commlib

@@ -1,8 +1,11 @@
 // Plan of a dispatch: from expert ids to the row that each token takes at each rank. Order is by source
 // rank, then token, so the result is the same in every run.
+//
+// Several workers share a rank's tokens in contiguous parts. Each counts its own part; a row's number is
+// first its ordinal in that part, then, when the sums over parts and ranks are known, the row at its rank.
 #pragma once
 
-#include "protocol/types.h"
+#include "protocol/worker.h"
 
 namespace commlib {
 
@@ -26,71 +29,104 @@ struct Routing {
 
 // The rows of one source, counted by destination.
 struct SourceCounts {
-  uint32_t* per_rank;    // [ranks] unique rows
-  uint32_t* per_expert;  // [experts]
+  uint32_t* per_rank;    // [ranks] unique rows of one worker's tokens
+  uint32_t* per_expert;  // [experts], of all workers
 };
 
-struct BadExpert {  // the first id outside [-1, experts), if any
-  int64_t token = -1;
-  int place = 0;
-  int64_t value = 0;
-};
+constexpr int64_t kNoBadId = INT64_MAX;
 
-// First pass. Routes hold each row's ordinal among this source's rows for that rank, until all ranks'
-// counts are known.
-COMMLIB_HD BadExpert count_routes(const Routing& in, int64_t* routes, SourceCounts counts) {
-  for (int64_t t = 0; t < in.tokens; ++t) {
-    const int64_t* ids = in.topk_idx + t * in.topk;
-    uint64_t ranks = 0;
-    for (int k = 0; k < in.topk; ++k) {
-      const int64_t e = ids[k];
-      if (e == -1) continue;
-      if (e < -1 || e >= in.placement.experts) return {t, k, e};
-      ++counts.per_expert[e];
-      ranks |= uint64_t{1} << in.owner[e];
-    }
-    int64_t* route = routes + t * in.width;
-    int n = 0;
-    for (; ranks; ranks &= ranks - 1) {
-      const int p = __builtin_ctzll(ranks);
-      route[n++] = make_route(p, counts.per_rank[p]++);
-    }
-    while (n < in.width) route[n++] = kNoRoute;
-  }
-  return {};
+COMMLIB_HD int lowest_bit(uint64_t mask) {
+#ifdef __CUDA_ARCH__
+  return __ffsll(static_cast<long long>(mask)) - 1;
+#else
+  return __builtin_ctzll(mask);
+#endif
 }
 
-// Drops the routes whose row would lie at or past `capacity` and takes their experts off the counts:
-// those of the last tokens of the last ranks. Ordinals of the others stay as they are.
-COMMLIB_HD int64_t drop_overflow(const Routing& in, int64_t* routes, SourceCounts counts, const int64_t* base,
-                                 int64_t capacity) {
-  int64_t dropped = 0;
-  for (int64_t t = 0; t < in.tokens; ++t) {
-    int64_t* route = routes + t * in.width;
-    int kept = 0;
-    for (int j = 0; j < in.width && route[j] != kNoRoute; ++j) {
-      const int p = rank_of(route[j]);
-      if (base[p] + row_of(route[j]) < capacity) {
-        route[kept++] = route[j];
-        continue;
-      }
-      ++dropped;
-      --counts.per_rank[p];
-      for (int k = 0; k < in.topk; ++k) {
-        const int64_t e = in.topk_idx[t * in.topk + k];
-        if (e >= 0 && in.owner[e] == p) --counts.per_expert[e];
-      }
+// The ranks that own an expert of token t, as a mask; adds to the counts of the experts. An id outside
+// [-1, experts) is taken as -1, and the place of the first such is kept in *bad.
+template <class Worker>
+COMMLIB_HD uint64_t ranks_of_token(Worker& w, const Routing& in, int64_t t, uint32_t* per_expert,
+                                   int64_t* bad) {
+  uint64_t ranks = 0;
+  for (int64_t i = t * in.topk; i < (t + 1) * in.topk; ++i) {
+    const int64_t e = in.topk_idx[i];
+    if (e == -1) continue;
+    if (e < -1 || e >= in.placement.experts) {
+      if (i < *bad) *bad = i;
+      continue;
     }
-    while (kept < in.width && route[kept] != kNoRoute) route[kept++] = kNoRoute;
+    w.tally(&per_expert[e], 1);
+    ranks |= uint64_t{1} << in.owner[e];
   }
+  return ranks;
+}
+
+// First pass, over this worker's part of the tokens. Routes hold ordinals within the part. Returns the first
+// index into topk_idx whose id is out of range, or kNoBadId.
+template <class Worker>
+COMMLIB_HD int64_t count_routes(Worker& w, const Routing& in, int64_t* routes, SourceCounts counts) {
+  const Span part = w.share(in.tokens);
+  int64_t bad = kNoBadId;
+  for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
+    const int64_t t = first + w.lane();
+    const uint64_t ranks = t < part.end ? ranks_of_token(w, in, t, counts.per_expert, &bad) : 0;
+    int64_t* route = routes + t * in.width;
+    int n = 0;
+    for (uint64_t left = w.any_bits(ranks); left; left &= left - 1) {
+      const int p = lowest_bit(left);
+      const bool mine = ranks >> p & 1;
+      const uint32_t ordinal = w.take(mine, &counts.per_rank[p]);
+      if (mine) route[n++] = make_route(p, ordinal);
+    }
+    while (t < part.end && n < in.width) route[n++] = kNoRoute;
+  }
+  return w.lowest(bad);
+}
+
+// Second pass: ordinals of the part become rows. base [ranks]: the part's first row at each rank.
+template <class Worker>
+COMMLIB_HD void place_routes(Worker& w, const Routing& in, int64_t* routes, const int64_t* base) {
+  const Span part = w.share(in.tokens);
+  for (int64_t i = part.begin * in.width + w.lane(); i < part.end * in.width; i += w.lanes()) {
+    if (routes[i] != kNoRoute) routes[i] += base[rank_of(routes[i])];
+  }
+}
+
+// Takes one token's routes that lie at or past `capacity` off, and their experts off the counts; returns how
+// many.
+template <class Worker>
+COMMLIB_HD int drop_token_overflow(Worker& w, const Routing& in, int64_t t, int64_t* route,
+                                   SourceCounts counts, int64_t capacity) {
+  int kept = 0, dropped = 0;
+  for (int j = 0; j < in.width && route[j] != kNoRoute; ++j) {
+    const int p = rank_of(route[j]);
+    if (row_of(route[j]) < capacity) {
+      route[kept++] = route[j];
+      continue;
+    }
+    ++dropped;
+    w.tally(&counts.per_rank[p], -1);
+    for (int64_t i = t * in.topk; i < (t + 1) * in.topk; ++i) {
+      const int64_t e = in.topk_idx[i];
+      if (e >= 0 && in.owner[e] == p) w.tally(&counts.per_expert[e], -1);
+    }
+  }
+  for (int j = kept; j < kept + dropped; ++j) route[j] = kNoRoute;
   return dropped;
 }
 
-// Second pass: ordinals become rows, now that `base` (this source's first row at each rank) is known.
-COMMLIB_HD void place_routes(const Routing& in, int64_t* routes, const int64_t* base) {
-  for (int64_t i = 0; i < in.tokens * in.width; ++i) {
-    if (routes[i] != kNoRoute) routes[i] += base[rank_of(routes[i])];
+// After place_routes: drops the rows that lie at or past `capacity`, those of the last tokens of the last
+// ranks. The others stay where they are. Returns how many this lane dropped.
+template <class Worker>
+COMMLIB_HD int64_t drop_overflow(Worker& w, const Routing& in, int64_t* routes, SourceCounts counts,
+                                 int64_t capacity) {
+  const Span part = w.share(in.tokens);
+  int64_t dropped = 0;
+  for (int64_t t = part.begin + w.lane(); t < part.end; t += w.lanes()) {
+    dropped += drop_token_overflow(w, in, t, routes + t * in.width, counts, capacity);
   }
+  return dropped;
 }
 
 // layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows.
@@ -104,13 +140,27 @@ COMMLIB_HD int64_t group_offsets(const int64_t* rows_per_expert, int64_t experts
   return offsets[experts];
 }
 
-// places [rows][topk]: the grouped row of each (unique row, place), -1 where the expert is another rank's.
-// `next` [experts] is scratch, filled with the groups' first rows.
-COMMLIB_HD void group_rows(const int32_t* experts_of_rows, int64_t rows, int topk, int64_t* next,
+// places [rows][topk]: of each (unique row, place) the ordinal within its expert's group in this worker's
+// part of the rows; -1 where the expert is another rank's. `next` [experts] counts them.
+template <class Worker>
+COMMLIB_HD void group_rows(Worker& w, const int32_t* experts_of_rows, int64_t rows, int topk, uint32_t* next,
                            int64_t* places) {
-  for (int64_t i = 0; i < rows * topk; ++i) {
-    const int32_t e = experts_of_rows[i];
-    places[i] = e < 0 ? -1 : next[e]++;
+  const Span part = w.share(rows);
+  for (int64_t first = part.begin * topk; first < part.end * topk; first += w.lanes()) {
+    const int64_t i = first + w.lane();
+    const int32_t e = i < part.end * topk ? experts_of_rows[i] : -1;
+    const uint32_t ordinal = w.take_each(e, next);
+    if (i < part.end * topk) places[i] = e < 0 ? -1 : static_cast<int64_t>(ordinal);
+  }
+}
+
+// Ordinals become grouped rows. first [experts]: the part's first row in each group.
+template <class Worker>
+COMMLIB_HD void place_groups(Worker& w, const int32_t* experts_of_rows, int64_t rows, int topk,
+                             const int64_t* first, int64_t* places) {
+  const Span part = w.share(rows);
+  for (int64_t i = part.begin * topk + w.lane(); i < part.end * topk; i += w.lanes()) {
+    if (places[i] >= 0) places[i] += first[experts_of_rows[i]];
   }
 }
 

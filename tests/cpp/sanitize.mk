@@ -6,7 +6,7 @@ SANITIZE := build/sanitize
 SANITIZE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -pthread -Icsrc
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN_FLAGS := -fsanitize=thread
-SANITIZED := $(wildcard csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc)
+SANITIZED := $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc)
 RUN_SANITIZED := sh tests/cpp/run_sanitized.sh
 
 .PHONY: test-sanitize
@@ -25,11 +25,11 @@ $(SANITIZE)/tsan: $(SANITIZED:%.cc=$(SANITIZE)/tsan-objects/%.o)
 $(SANITIZE)/asan-objects/%.o: %.cc tests/cpp/sanitize.mk
 	@mkdir -p $(@D)
 	@echo "asan $<"
-	@$(CXX) $(SANITIZE_FLAGS) $(ASAN_FLAGS) -MMD -c -o $@ $<
+	@$(CXX) $(SANITIZE_FLAGS) $(ASAN_FLAGS) -MMD -MP -c -o $@ $<
 
 $(SANITIZE)/tsan-objects/%.o: %.cc tests/cpp/sanitize.mk
 	@mkdir -p $(@D)
 	@echo "tsan $<"
-	@$(CXX) $(SANITIZE_FLAGS) $(TSAN_FLAGS) -MMD -c -o $@ $<
+	@$(CXX) $(SANITIZE_FLAGS) $(TSAN_FLAGS) -MMD -MP -c -o $@ $<
 
 -include $(SANITIZED:%.cc=$(SANITIZE)/asan-objects/%.d) $(SANITIZED:%.cc=$(SANITIZE)/tsan-objects/%.d)

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/scalar_types.h"
+#include "protocol/scalar_types.h"
 
 namespace commlib::testing {
 namespace {

@@ -66,7 +66,7 @@ void dropped_rows_are_counted_and_the_others_arrive() {
   for (int round = 0; round < 6; ++round) {
     const int ranks = 2 + round % 3;
     Config config = narrow_config(ranks);
-    config.workers = 1 + round % 3;
+    config.num_sms = 1 + round % 3;
     config.slots = 3;
     if (round % 2 == 1) config.capacity = round;  // less than one rank's tokens
     const Scenario s = crowd(config, ranks, true, random);

@@ -20,7 +20,7 @@ void sums_are_taken_in_order_of_rank_with_one_rounding() {
   for (int ranks = 1; ranks <= 4; ++ranks) {
     for (int workers = 1; workers <= 3; ++workers) {
       Config config = small_config(ranks);
-      config.workers = workers;
+      config.num_sms = workers;
       config.topk = 1 + static_cast<int>(random.below(4));
       combine_once(config, ranks, {}, {}, random);
     }
@@ -55,7 +55,7 @@ void rows_in_place(RowsOf where, uint64_t stream) {
   for (int round = 0; round < 8; ++round) {
     const int ranks = 1 + round % 4;
     Config config = small_config(ranks);
-    config.workers = 1 + round % 3;
+    config.num_sms = 1 + round % 3;
     config.slots = 3;
     Asked asked;
     asked.may_group = false;
@@ -72,7 +72,7 @@ void rows_left_in_the_receive_slot_are_pulled_from_there() { rows_in_place(RowsO
 void one_routing_serves_many_combines() {
   Random random(25);
   Config config = small_config(3);
-  config.workers = 2;
+  config.num_sms = 2;
   const Scenario first = random_scenario(config, 3, {}, random);
   std::vector<Scenario> others;
   for (int i = 0; i < 6; ++i) others.push_back(with_other_values(first, random));

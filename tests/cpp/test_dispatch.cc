@@ -29,7 +29,7 @@ void rows_arrive_in_source_then_token_order() {
   for (int ranks = 1; ranks <= 4; ++ranks) {
     for (int workers = 1; workers <= 3; ++workers) {
       Config config = small_config(ranks);
-      config.workers = workers;
+      config.num_sms = workers;
       config.topk = 1 + static_cast<int>(random.below(4));
       dispatch_random(config, ranks, rank_layout(), random);
     }
@@ -62,7 +62,7 @@ void ranks_may_have_different_numbers_of_workers() {
   Random random(4);
   for (int round = 0; round < 3; ++round) {
     std::vector<Config> configs(3, small_config(3));
-    for (int p = 0; p < 3; ++p) configs[p].workers = 1 + (p + round) % 3;
+    for (int p = 0; p < 3; ++p) configs[p].num_sms = 1 + (p + round) % 3;
     dispatch_once(configs, random_scenario(configs[0], 3, {}, random));
   }
 }
@@ -136,7 +136,7 @@ void groups_have_offsets_places_and_zero_padding() {
     Config config = small_config(2);
     config.experts = 6;
     config.topk = 4;
-    config.workers = 1 + round % 3;
+    config.num_sms = 1 + round % 3;
     Scenario s = random_scenario(config, 2, rank_layout(), random);
     Scenario grouped{config, {}, {}};
     for (const RankCase& r : s.ranks) {
@@ -157,7 +157,7 @@ void redispatch_equals_dispatch_along_the_same_routing() {
   for (int round = 0; round < 6; ++round) {
     const int ranks = 1 + round % 4;
     Config config = small_config(ranks);
-    config.workers = 1 + round % 3;
+    config.num_sms = 1 + round % 3;
     config.slots = 3;
     const Scenario first = random_scenario(config, ranks, {}, random);
     const Scenario second = with_other_values(first, random);

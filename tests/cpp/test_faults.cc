@@ -26,13 +26,13 @@ Failure failure_of(const std::function<void()>& body, const char* what) {
 }
 
 void check_blames(const Failure& failure, Cause cause, int peer) {
-  check_equal(static_cast<int>(failure.cause), static_cast<int>(cause), "the cause");
-  check(failure.peers == std::vector<int>{peer}, "the one rank at fault is named");
+  check_equal(static_cast<int>(failure.record.cause), static_cast<int>(cause), "the cause");
+  check(failure.peers() == std::vector<int>{peer}, "the one rank at fault is named");
 }
 
 void check_broken(Rank& self, const Scenario& s) {
   const Failure failure = failure_of([&] { start_dispatch(self, s, {}); }, "a call after a failure");
-  check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::broken), "the cause");
+  check_equal(static_cast<int>(failure.record.cause), static_cast<int>(Cause::broken), "the cause");
 }
 
 // All ranks dispatch; then rank 1 stays away from `operation`, and the others must say so in time: each at
@@ -43,7 +43,7 @@ void stays_away(Operation operation, OpKind kind) {
   constexpr double kDeadline = 0.4;
   Random random(80);
   Config config = small_config(3);
-  config.workers = 2;
+  config.num_sms = 2;
   const Scenario s = random_scenario(config, 3, {}, random);
   std::atomic<int> timeouts{0};
   in_ranks(config, 3, [&](Rank& self) {
@@ -53,12 +53,12 @@ void stays_away(Operation operation, OpKind kind) {
       self.comm->set_timeout(kDeadline);
       const Stopwatch watch;
       const Failure failure = failure_of([&] { operation(self, *d, s); }, "an operation without rank 1");
-      check_blames(failure, failure.cause == Cause::left ? Cause::left : Cause::timeout, 1);
-      check_equal(name_of(failure.op), name_of(kind), "the operation");
+      check_blames(failure, failure.record.cause == Cause::left ? Cause::left : Cause::timeout, 1);
+      check_equal(name_of(failure.record.op), name_of(kind), "the operation");
       check(watch.seconds() < kDeadline + kAtOnce, "the deadline is kept");
-      if (failure.cause == Cause::timeout) {
+      if (failure.record.cause == Cause::timeout) {
         ++timeouts;
-        check(failure.seconds >= kDeadline, "nobody is given up before the deadline");
+        check(failure.record.waited_ns >= kDeadline * 1e9, "nobody is given up before the deadline");
       }
       check_broken(self, s);
       const Stopwatch end;
@@ -151,7 +151,7 @@ void a_rank_that_gives_up_fails_the_others_at_once() {
 void a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all() {
   Random random(83);
   Config config = small_config(3);
-  config.workers = 2;
+  config.num_sms = 2;
   const Scenario s = random_scenario(config, 3, {}, random);
   in_ranks(config, 3, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, {});
@@ -159,12 +159,12 @@ void a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all() {
     if (self.rank == 1) {
       const Failure failure =
           failure_of([&] { start_combine(self, *d, s, {}); }, "a combine among dispatches");
-      check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::mismatch), "the cause");
+      check_equal(static_cast<int>(failure.record.cause), static_cast<int>(Cause::mismatch), "the cause");
     } else {
       const Failure failure =
           failure_of([&] { start_dispatch(self, s, {}); }, "a dispatch where rank 1 combines");
       check_blames(failure, Cause::mismatch, 1);
-      check_contains(failure.detail, "rank 1 called combine", "the text");
+      check_contains(describe(failure), "rank 1 called combine", "the text");
     }
     check(watch.seconds() < kAtOnce, "all know at once");
     self.meet();
@@ -204,7 +204,7 @@ void ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all() {
       const Scenario& mine = self.rank == 1 ? t : s;
       const Failure failure =
           failure_of([&] { start_dispatch(self, mine, {}); }, "a dispatch with disagreement");
-      check_equal(static_cast<int>(failure.cause), static_cast<int>(Cause::mismatch), "the cause");
+      check_equal(static_cast<int>(failure.record.cause), static_cast<int>(Cause::mismatch), "the cause");
       self.meet();
     });
   }

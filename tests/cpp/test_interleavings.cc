@@ -51,7 +51,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
     others.push_back(with_other_values(batches.back(), random));
   }
   std::vector<Config> configs(ranks, config);
-  for (int p = 0; p < ranks; ++p) configs[p].workers = 1 + static_cast<int>(random.below(3));
+  for (int p = 0; p < ranks; ++p) configs[p].num_sms = 1 + static_cast<int>(random.below(3));
   in_ranks(configs, [&](Rank& self) { run_pipeline(self, batches, others); });
 }
 
@@ -97,7 +97,7 @@ void two_slots_are_enough_for_owned_results() {
   Random random(104);
   Config config = small_config(3);
   config.slots = 2;
-  config.workers = 2;
+  config.num_sms = 2;
   std::vector<Scenario> batches;
   for (int i = 0; i < 40; ++i) batches.push_back(random_scenario(config, 3, {}, random));
   in_ranks(config, 3, [&](Rank& self) {

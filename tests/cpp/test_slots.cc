@@ -119,10 +119,8 @@ void only_touched_slots_take_memory() {
   const Scenario s = random_scenario(config, 2, {}, random);
   in_ranks(config, 2, [&](Rank& self) {
     for (int i = 0; i < 3; ++i) check_round_trip(self, s, s, {});
-    check(self.comm->heap_bytes() >= static_cast<size_t>(8 * self.comm->layout().bytes()),
-          "the heap has eight slots");
-    check(self.comm->touched_bytes() <= static_cast<size_t>(3 * self.comm->layout().bytes()),
-          "few are ever touched");
+    check(self.comm->heap_bytes() >= 8 * self.comm->layout().bytes(), "the heap has eight slots");
+    check(self.comm->touched_bytes() <= 3 * self.comm->layout().bytes(), "few are ever touched");
   });
 }
 

@@ -42,7 +42,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       Config config = configs[rank];
       config.rank = rank;
       config.size = size;
-      self.comm = std::make_unique<Communicator>(config);
+      self.comm = std::make_unique<CpuCommunicator>(config);
       addresses[rank] = self.comm->address();
       self.meet();
       self.comm->connect(addresses);

@@ -1,8 +1,10 @@
-// bfloat16 and half as bits, and their conversions, for the plain path and for vector tails.
+// bfloat16 and half as bits, and their conversions: the same bits on every processor.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "protocol/types.h"
 
 namespace commlib {
 
@@ -13,33 +15,44 @@ struct Half {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float f) {
+COMMLIB_HD uint32_t bits_of(float f) {
   uint32_t u;
   std::memcpy(&u, &f, sizeof u);
   return u;
 }
-inline float float_of(uint32_t u) {
+COMMLIB_HD float float_of(uint32_t u) {
   float f;
   std::memcpy(&f, &u, sizeof f);
   return f;
 }
 
-inline float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+COMMLIB_HD uint64_t bits_of(double d) {
+  uint64_t u;
+  std::memcpy(&u, &d, sizeof u);
+  return u;
+}
+COMMLIB_HD double double_of(uint64_t u) {
+  double d;
+  std::memcpy(&d, &u, sizeof d);
+  return d;
+}
+
+COMMLIB_HD float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
 // IEEE half to float: shift the exponent and mantissa into place, then let one multiplication by 2^112 fix
 // the exponent's bias; subnormals come out right by themselves.
-inline float widen(Half v) {
+COMMLIB_HD float widen(Half v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t rest = v.bits & 0x7fff;
   if (rest >= 0x7c00)
     return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 1u << 22 : 0));
   return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
 }
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
+COMMLIB_HD float widen(float v) { return v; }
+COMMLIB_HD double widen(double v) { return v; }
 
 // Round to nearest, ties to even.
-inline void narrow(float f, Bf16* out) {
+COMMLIB_HD void narrow(float f, Bf16* out) {
   const uint32_t u = bits_of(f);
   if (f != f) {
     out->bits = static_cast<uint16_t>(u >> 16 | 0x40);  // stays a NaN, made quiet
@@ -48,7 +61,7 @@ inline void narrow(float f, Bf16* out) {
   }
 }
 
-inline void narrow(float f, Half* out) {
+COMMLIB_HD void narrow(float f, Half* out) {
   const uint32_t u = bits_of(f);
   const uint16_t sign = static_cast<uint16_t>(u >> 16 & 0x8000);
   uint32_t magnitude = u & 0x7fffffff;
@@ -64,7 +77,7 @@ inline void narrow(float f, Half* out) {
     out->bits = static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13);
   }
 }
-inline void narrow(float f, float* out) { *out = f; }
-inline void narrow(double f, double* out) { *out = f; }
+COMMLIB_HD void narrow(float f, float* out) { *out = f; }
+COMMLIB_HD void narrow(double f, double* out) { *out = f; }
 
 }  // namespace commlib

@@ -1,26 +1,21 @@
-// What a wait that did not end leaves behind.
+// Errors of the core. bindings.cc turns them into commlib.errors.
 #pragma once
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "protocol/words.h"
+#include "protocol/failure.h"
 
 namespace commlib {
 
-enum class Cause : uint8_t { timeout, exited, left, mismatch, interrupted, broken };
-
+// A wait that did not end, as rank `rank` tells it.
 struct Failure {
-  Cause cause = Cause::timeout;
   int rank = 0;
-  std::vector<int> peers;  // who was waited for
-  OpKind op = OpKind::none;
-  Phase phase = Phase::counts;
-  uint32_t epoch = 0;
-  double seconds = 0;  // how long
-  std::string detail;  // what the peers last said
+  FailureRecord record{};
+  std::string detail;  // Cause::broken: why
+
+  std::vector<int> peers() const;  // who was waited for
 };
 
 std::string describe(const Failure& failure);

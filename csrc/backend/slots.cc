@@ -1,6 +1,6 @@
-#include "cpu/slots.h"
+#include "backend/slots.h"
 
-#include "cpu/failure.h"
+#include "backend/failure.h"
 
 namespace commlib {
 
@@ -26,8 +26,8 @@ void SlotLease::pulled_in(uint32_t epoch) {
   pool_->states_[index_].pulled_in = epoch;
 }
 
-SlotPool::SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout layout, int count)
-    : region_(std::move(region)), slots_(slots), layout_(layout), states_(count) {}
+SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count)
+    : heap_(std::move(heap)), slots_(slots), layout_(layout), states_(count) {}
 
 std::shared_ptr<SlotLease> SlotPool::take() {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -6,7 +6,6 @@
 #include <mutex>
 #include <vector>
 
-#include "heap/symmetric_heap.h"
 #include "protocol/slot.h"
 
 namespace commlib {
@@ -41,7 +40,8 @@ class SlotLease {
 
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
-  SlotPool(std::shared_ptr<Region> region, std::byte* slots, SlotLayout layout, int count);
+  // `heap` keeps the memory at `slots` mapped.
+  SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count);
 
   // The first free slot, or null. Always the first, so that no more slots are ever touched than are needed.
   std::shared_ptr<SlotLease> take();
@@ -61,7 +61,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
     uint32_t pulled_in = 0;
   };
 
-  std::shared_ptr<Region> region_;
+  std::shared_ptr<void> heap_;
   std::byte* slots_;
   SlotLayout layout_;
   std::mutex mutex_;  // guards the members below it

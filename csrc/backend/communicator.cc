@@ -1,0 +1,211 @@
+#include "backend/communicator.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace commlib {
+
+Communicator::Communicator(const Config& config)
+    : config_(config),
+      placement_{config.experts, config.size},
+      width_(std::min(config.topk, config.size)),
+      layout_{config.capacity, config.hidden * size_of(config.dtype), config.topk,
+              accumulator_size(config.dtype)},
+      workers_(config.size),
+      timeout_(config.timeout),
+      epoch_(config.first_epoch - 1),
+      dispatches_(config.first_epoch - 1) {
+  for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
+}
+
+int64_t Communicator::control_bytes() const {
+  const int64_t mail = config_.size * static_cast<int64_t>(sizeof(Mailbox));
+  const int64_t counts = 2 * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
+  return align_up(mail + counts, 4096);
+}
+
+// Words say "before the first operation", also where epochs wrap around soon.
+void Communicator::write_first_words(std::byte* control) const {
+  const uint64_t before = tagged(config_.first_epoch - 1, 0);
+  auto* mail = reinterpret_cast<Mailbox*>(control);
+  for (int s = 0; s < config_.size; ++s) {
+    mail[s].pulled = before;
+    std::fill(std::begin(mail[s].calls), std::end(mail[s].calls), before);
+  }
+  auto* counts = reinterpret_cast<uint64_t*>(mail + config_.size);
+  std::fill_n(counts, 2 * config_.size * count_words(placement_), before);
+}
+
+PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {
+  PeerTable table{};
+  table.rank = config_.rank;
+  table.size = config_.size;
+  table.count_words = count_words(placement_);
+  for (int p = 0; p < config_.size; ++p) {
+    std::byte* counts = heaps[p] + config_.size * sizeof(Mailbox);
+    table.peer[p] = {reinterpret_cast<Mailbox*>(heaps[p]), reinterpret_cast<uint64_t*>(counts),
+                     heaps[p] + control_bytes()};
+  }
+  return table;
+}
+
+void Communicator::check_usable() const {
+  std::lock_guard<std::mutex> lock(broken_mutex_);
+  if (broken_.empty()) return;
+  Failure failure;
+  failure.record.cause = Cause::broken;
+  failure.rank = config_.rank;
+  failure.detail = broken_;
+  throw CommFailure(failure);
+}
+
+void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
+  {
+    std::lock_guard<std::mutex> lock(broken_mutex_);
+    if (!broken_.empty()) return;
+    broken_ = why;
+  }
+  tell_all(tagged(how, static_cast<uint32_t>(blamed)));
+}
+
+void Communicator::raise(const FailureRecord& record) {
+  Failure failure{config_.rank, record, ""};
+  leave(kGaveUp, failure.peers().empty() ? config_.rank : failure.peers().front(), describe(failure));
+  throw CommFailure(std::move(failure));
+}
+
+void Communicator::raise_bad_id(int64_t index, int64_t id) const {
+  throw std::invalid_argument("topk_idx[" + std::to_string(index / config_.topk) + ", " +
+                              std::to_string(index % config_.topk) + "] is " + std::to_string(id) +
+                              "; expert ids lie in [0, " + std::to_string(config_.experts) +
+                              "), and -1 leaves a place empty");
+}
+
+void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
+  throw CapacityError("rank " + std::to_string(rank) + " would receive " + std::to_string(rows) +
+                      " rows, and capacity is " + std::to_string(config_.capacity) +
+                      "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"");
+}
+
+void Communicator::close() {
+  if (closed_.exchange(true, std::memory_order_acq_rel)) return;
+  drain();
+  leave(kClosed, config_.rank, "it has been closed");
+}
+
+std::shared_ptr<SlotLease> Communicator::take_slot() {
+  auto lease = slots_->take();
+  if (!lease) {
+    drain();  // operations under way give theirs back
+    lease = slots_->take();
+  }
+  if (lease) return lease;
+  throw SlotError("all " + std::to_string(config_.slots) +
+                  " slots are in use by zero-copy results or lent buffers: release a handle "
+                  "(handle.release(), or let its tensors go), or make the communicator with more slots");
+}
+
+Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutingView& routing) {
+  // Rows that lie in a slot already, in their order and unweighted, are pulled from there.
+  const bool plain = !routing.places && !input.weights && input.stride == layout_.row_bytes;
+  auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
+  if (!lease) return {take_slot(), false, false};
+  lease->use();
+  const bool users_rows = !lease->lent();
+  return {std::move(lease), true, users_rows};
+}
+
+std::vector<uint64_t> Communicator::next_arrivals() {
+  ++moves_;
+  std::vector<uint64_t> expected;
+  for (int workers : workers_) expected.push_back(moves_ * static_cast<uint64_t>(workers));
+  return expected;
+}
+
+Routing Communicator::routing_of(const RoutingView& view, const uint8_t* owner) const {
+  return {view.topk_idx, view.tokens, config_.topk, width_, placement_, owner};
+}
+
+SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) const {
+  SendPlan plan{};
+  plan.tokens = rows.count;
+  plan.topk = config_.topk;
+  plan.width = width_;
+  plan.x = rows.x;
+  plan.x_stride = rows.stride;
+  plan.routes = routing.routes;
+  plan.topk_idx = routing.topk_idx;
+  plan.weights = rows.weights;
+  plan.placement = placement_;
+  plan.layout = layout_;
+  return plan;
+}
+
+DeliverPlan Communicator::deliver_plan(const RoutingView& routing, const Received& received,
+                                       const SlotLease& lease) const {
+  DeliverPlan plan{};
+  plan.topk = config_.topk;
+  plan.slot = lease.slot();
+  plan.layout = layout_;
+  plan.rows = routing.rows;
+  plan.places = routing.places;
+  plan.offsets = routing.offsets;
+  plan.rows_per_expert = routing.rows_per_expert;
+  plan.experts = placement_.count(config_.rank);
+  plan.out_rows = received.rows;
+  plan.out_weights = received.weights;
+  plan.out_topk_idx = received.topk_idx;
+  plan.out_source = received.source;
+  return plan;
+}
+
+StagePlan Communicator::stage_plan(const CombineInput& input, const RoutingView& routing,
+                                   const CombineSlot& slot) const {
+  StagePlan plan{};
+  plan.dtype = config_.dtype;
+  plan.hidden = config_.hidden;
+  plan.topk = config_.topk;
+  plan.rows = routing.rows;
+  plan.y = slot.in_place ? nullptr : input.y;
+  plan.y_stride = input.stride;
+  plan.places = routing.places;
+  plan.weights = input.weights;
+  plan.weight_grads = input.weight_grads;
+  plan.layout = layout_;
+  plan.slot = slot.lease->slot();
+  return plan;
+}
+
+PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                                 std::byte* out_weights) const {
+  PullPlan plan{};
+  plan.dtype = config_.dtype;
+  plan.hidden = config_.hidden;
+  plan.tokens = routing.tokens;
+  plan.topk = config_.topk;
+  plan.width = width_;
+  plan.routes = routing.routes;
+  plan.topk_idx = routing.topk_idx;
+  plan.out = out;
+  plan.bias = input.bias;
+  plan.bias_stride = input.bias_stride;
+  plan.out_weights = out_weights;
+  plan.placement = placement_;
+  plan.layout = layout_;
+  return plan;
+}
+
+Call dispatch_call(bool has_weights, bool drop) {
+  return {OpKind::dispatch, 0,
+          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0))};
+}
+
+Call redispatch_call(const Rows& rows) {
+  return {OpKind::redispatch, 0, static_cast<uint16_t>(rows.has_weights ? kCallHasWeights : 0)};
+}
+
+Call combine_call(const CombineInput& input) {
+  return {OpKind::combine, 0, static_cast<uint16_t>(input.has_weight_grads ? kCallHasWeights : 0)};
+}
+
+}  // namespace commlib

@@ -1,0 +1,211 @@
+// One rank of an expert-parallel group: what Python talks to, and what all backends have in common. The CPU's
+// is in cpu/communicator.h, that of CUDA GPUs in cuda/communicator.h.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend/failure.h"
+#include "backend/slots.h"
+#include "backend/waiting.h"
+#include "protocol/combine.h"
+#include "protocol/counts.h"
+#include "protocol/deliver.h"
+
+namespace commlib {
+
+struct Config {
+  int rank = 0;
+  int size = 1;
+  int64_t experts = 1;
+  int64_t hidden = 1;
+  int topk = 1;
+  int64_t max_tokens = 1;
+  int64_t capacity = 1;
+  DType dtype = DType::f32;
+  int slots = 2;
+  int num_sms = 1;  // threads (CPU) or blocks (CUDA)
+  double timeout = 60.0;
+  uint32_t first_epoch = 1;  // for tests of the wrap-around
+  InterruptCheck interrupted = nullptr;
+  // CPU
+  SpinPolicy spin;
+  std::string vector_ops;  // "": the widest
+  // CUDA
+  int device = 0;
+  uintptr_t stream = 0;  // of communication
+  std::string share;     // how heaps reach other processes: "fd", "fabric" or "ipc"
+};
+
+// What a rank tells the others when they connect.
+struct PeerAddress {
+  int64_t pid;
+  int fd;              // of the heap; -1: it has none
+  int workers;         // that arrive in each operation
+  std::string handle;  // of a heap without an fd
+};
+
+// The rows a rank sends and where they came from. Addresses; nothing is owned.
+struct Rows {
+  const std::byte* x = nullptr;
+  int64_t stride = 0;  // bytes from row to row
+  int64_t count = 0;
+  bool has_weights = false;            // on all ranks alike, also where there are no rows
+  const std::byte* weights = nullptr;  // [count][topk]
+};
+
+// Routing that a dispatch found, and that later operations use again.
+struct RoutingView {
+  const int64_t* topk_idx = nullptr;  // [tokens][topk]
+  int64_t* routes = nullptr;          // [tokens][width]
+  int64_t tokens = 0;
+  int64_t rows = 0;                          // unique rows received
+  int64_t* places = nullptr;                 // [rows][topk], layout="expert" only
+  const int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
+  const int64_t* rows_per_expert = nullptr;  // [own experts], layout="expert" only
+};
+
+// Where received rows go.
+struct Received {
+  std::byte* rows = nullptr;     // null: they stay in the slot
+  std::byte* weights = nullptr;  // [rows][topk], or [grouped rows]
+  int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
+  int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
+};
+
+// A dispatch whose counts are known and whose rows have not moved yet.
+struct PendingDispatch {
+  uint32_t epoch = 0;
+  Call call;
+  std::shared_ptr<SlotLease> lease;
+  std::vector<int64_t> source_rows;      // [ranks]
+  std::vector<int64_t> rows_per_expert;  // [own experts]
+  std::vector<uint8_t> slots;            // [ranks]
+  int64_t rows = 0;
+  int64_t dropped = 0;  // of this rank's (token, rank) pairs
+};
+
+struct CombineInput {
+  const std::byte* y = nullptr;
+  int64_t stride = 0;
+  const std::byte* weights = nullptr;       // one for each row of y
+  bool has_weight_grads = false;            // on all ranks alike
+  const std::byte* weight_grads = nullptr;  // [rows][topk], or [grouped rows]
+  const std::byte* bias = nullptr;
+  int64_t bias_stride = 0;
+};
+
+struct Job;
+using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  virtual PeerAddress address() = 0;
+  // Maps the others' heaps. All ranks keep theirs until all have connected (a barrier of the caller's).
+  virtual void connect(const std::vector<PeerAddress>& peers) = 0;
+
+  // Plans, sends counts and waits for everyone's. Checks ids before anything is sent: std::invalid_argument.
+  // CapacityError on all ranks alike when one would receive more than `capacity` rows, unless `drop`.
+  virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
+                                                          bool drop) = 0;
+  // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
+  // unless `async`.
+  virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+                                 const Received& received, bool async) = 0;
+  // The rows of other tensors along a known routing; `lease` receives the slot where rows stay in it.
+  virtual Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
+                            bool async, std::shared_ptr<SlotLease>* lease) = 0;
+  virtual Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                         std::byte* out_weights, bool async) = 0;
+  virtual void wait(const Ticket& ticket) = 0;
+  // Waits until all operations issued are done; throws what failed.
+  virtual void synchronize() = 0;
+  // Throws if an operation has failed, or the communicator is closed. Does not wait.
+  virtual void check_health() { check_usable(); }
+  // A slot to write rows for combine into.
+  virtual std::shared_ptr<SlotLease> lend_slot() = 0;
+
+  // Finishes what is under way, and tells the others. May be called twice.
+  void close();
+  // After an error between two halves of an operation: the others need not wait.
+  void give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }
+
+  const Config& config() const { return config_; }
+  const SlotLayout& layout() const { return layout_; }
+  void set_timeout(double seconds) { timeout_.store(seconds, std::memory_order_relaxed); }
+  int slots_in_use() { return slots_->in_use(); }
+  int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
+  virtual int64_t touched_bytes() const = 0;
+
+ protected:
+  explicit Communicator(const Config& config);
+
+  // Waits until operations under way have given their slots back, however they end.
+  virtual void drain() = 0;
+  // Leaves a word with every rank: this one is gone.
+  virtual void tell_all(uint64_t left) = 0;
+
+  // The heap: control words, then slots.
+  int64_t control_bytes() const;
+  void write_first_words(std::byte* control) const;
+  PeerTable table_of(const std::vector<std::byte*>& heaps) const;
+
+  void check_usable() const;
+  // The communicator is of no use from here on; the first reason counts.
+  void leave(uint32_t how, int blamed, const std::string& why);
+  [[noreturn]] void raise(const FailureRecord& record);
+  [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
+  [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;
+
+  std::shared_ptr<SlotLease> take_slot();
+  // The slot that combine pulls from: that of y, if it lies in one in the order received, else a free one.
+  struct CombineSlot {
+    std::shared_ptr<SlotLease> lease;
+    bool in_place;
+    bool users_rows;  // the slot holds a tensor of the user's
+  };
+  CombineSlot combine_slot(const CombineInput& input, const RoutingView& routing);
+
+  // How far each source's `arrived` counter must have come for the operation about to start: by rank.
+  std::vector<uint64_t> next_arrivals();
+  Routing routing_of(const RoutingView& view, const uint8_t* owner) const;
+  SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
+  DeliverPlan deliver_plan(const RoutingView& routing, const Received& received,
+                           const SlotLease& lease) const;
+  StagePlan stage_plan(const CombineInput& input, const RoutingView& routing, const CombineSlot& slot) const;
+  PullPlan pull_plan(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                     std::byte* out_weights) const;
+
+  const Config config_;
+  const Placement placement_;
+  const int width_;
+  std::vector<uint8_t> owner_;  // by expert
+  const SlotLayout layout_;
+  std::shared_ptr<SlotPool> slots_;  // set by the backend, once it has a heap
+  std::vector<int> workers_;         // by rank
+  PeerTable peers_{};
+  std::atomic<double> timeout_;
+
+  std::mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
+  uint32_t epoch_;
+  uint32_t dispatches_;
+  uint64_t moves_ = 0;  // operations that moved rows
+
+ private:
+  mutable std::mutex broken_mutex_;  // guards broken_, which threads of the backend set as well
+  std::string broken_;
+  std::atomic<bool> closed_{false};
+};
+
+Call dispatch_call(bool has_weights, bool drop);
+Call redispatch_call(const Rows& rows);
+Call combine_call(const CombineInput& input);
+
+}  // namespace commlib

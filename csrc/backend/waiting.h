@@ -1,0 +1,19 @@
+// How threads of the host wait.
+#pragma once
+
+namespace commlib {
+
+// How long a wait burns its core before it sleeps in the kernel. With a core for each thread the peer
+// answers within microseconds, so spin; with more threads than cores it may need this very core.
+struct SpinPolicy {
+  int pauses = 2000;
+  int yields = 20;
+};
+
+// Called by a sleeping thread of the user every nap; true: the user wants out (Ctrl-C).
+using InterruptCheck = bool (*)();
+struct Interrupted {};
+
+constexpr double kNapSeconds = 0.02;  // between two looks at whether a peer still lives
+
+}  // namespace commlib
