@@ -1,23 +1,115 @@
-"""Builds commlib._core, the C++ core with the CPU backend. It links against neither PyTorch nor CUDA."""
+"""Builds commlib._core, the C++ core with the CPU backend, and, where there is an nvcc, commlib._cuda.
+
+Neither links against PyTorch or libcuda. COMMLIB_CUDA_ARCHS chooses the GPUs that are compiled for
+(default "80 90 100"); "none" leaves the CUDA backend out.
+"""
 
 import os
+import shutil
+import subprocess
+import sys
 from glob import glob
+from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-SOURCES = sorted(glob("csrc/cpu/*.cc") + glob("csrc/heap/*.cc") + ["csrc/bindings.cc"])
+ARCHS = os.environ.get("COMMLIB_CUDA_ARCHS", "80 90 100").split()
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+
+
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit to build with, or None."""
+    if ARCHS == ["none"]:
+        return None
+    nvcc = shutil.which("nvcc")
+    # A wrapper on the PATH may lie outside the toolkit: what it says of itself counts.
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        candidates.insert(2, str(Path(nvcc).resolve().parent.parent))
+    for home in filter(None, candidates):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime_api.h").exists():
+            return Path(home)
+    return None
+
+
+CUDA_HOME = find_cuda_home()
+
+
+def gencodes(archs: list[str]) -> list[str]:
+    """Machine code for each target, and PTX 9.0 for GPUs yet to come."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*codes, "-gencode=arch=compute_90,code=compute_90"] if "90" in archs else codes
+
+
+def nvcc_command(source: str, target: Path, *options: str) -> list[str]:
+    """How kernels are compiled. -fmad=false: multiply and add stay apart, for the bits of the CPU backend."""
+    return [
+        str(CUDA_HOME / "bin/nvcc"),
+        *("-std=c++17", "-O3", "-fmad=false", "-Icsrc", f"--threads={os.cpu_count() or 1}"),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden," + ",".join(WARNINGS)),
+        *options,
+        *gencodes(ARCHS),
+        *("-c", source, "-o", str(target)),
+    ]
+
+
+class BuildExtensions(build_ext):
+    """Compiles .cu files with nvcc and hands the objects to the linker."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        kernels = [s for s in ext.sources if s.endswith(".cu")]
+        ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
+        for source in kernels:
+            ext.extra_objects.append(self.compile_kernels(source))
+        super().build_extension(ext)
+
+    def compile_kernels(self, source: str) -> str:
+        target = Path(self.build_temp) / f"{Path(source).stem}-{'-'.join(ARCHS)}.o"
+        newest = max(os.path.getmtime(f) for f in [source, "setup.py", *HEADERS])
+        if not target.exists() or target.stat().st_mtime < newest:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = nvcc_command(source, target)
+            print(*command, flush=True)
+            subprocess.run(command, check=True)
+        return str(target)
+
 
 # -ffp-contract=off: multiply and add stay apart, so all vector widths give the same bits.
 core = Pybind11Extension(
     "commlib._core",
-    SOURCES,
+    sorted(glob("csrc/backend/*.cc") + glob("csrc/cpu/*.cc") + glob("csrc/heap/*.cc") + ["csrc/bindings.cc"]),
     include_dirs=["csrc"],
     cxx_std=17,
-    extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"],
+    extra_compile_args=["-O3", "-ffp-contract=off", *WARNINGS],
     extra_link_args=["-pthread"],
-    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    depends=HEADERS,
 )
+extensions = [core]
+if CUDA_HOME is None:
+    print("commlib: no nvcc found (PATH, CUDA_HOME), so the CUDA backend is not built", file=sys.stderr)
+else:
+    extensions.append(
+        Pybind11Extension(
+            "commlib._cuda",
+            sorted(
+                glob("csrc/backend/*.cc")
+                + glob("csrc/heap/*.cc")
+                + glob("csrc/cuda/*.cc")
+                + glob("csrc/cuda/*.cu")
+            ),
+            include_dirs=["csrc", str(CUDA_HOME / "include"), pybind11.get_include()],
+            library_dirs=[str(CUDA_HOME / "lib64"), str(CUDA_HOME / "targets/x86_64-linux/lib")],
+            libraries=["cudart_static", "rt", "dl"],
+            cxx_std=17,
+            extra_compile_args=["-O3", *WARNINGS],
+            extra_link_args=["-pthread", "-Wl,--exclude-libs,ALL"],
+            depends=HEADERS,
+        )
+    )
 
-with ParallelCompile(default=os.cpu_count() or 1):
-    setup(ext_modules=[core], cmdclass={"build_ext": build_ext})
+if __name__ == "__main__":
+    with ParallelCompile(default=os.cpu_count() or 1):
+        setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

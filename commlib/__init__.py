@@ -1,5 +1,6 @@
 """commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
 
+from commlib import cuda
 from commlib.errors import (
     CallMismatch,
     CapacityExceeded,
@@ -27,5 +28,6 @@ __all__ = [
     "Handle",
     "HandleError",
     "PeerTimeout",
+    "cuda",
     "run_ranks",
 ]

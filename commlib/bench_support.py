@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from commlib._core import CpuCommunicator
 from commlib.expert_parallel import ExpertParallel, Handle
 from commlib.ops import _routing_view, _rows
 
@@ -22,6 +23,7 @@ class BareMover:
     """
 
     def __init__(self, ep: ExpertParallel, x: Tensor, handle: Handle) -> None:
+        assert isinstance(ep._core, CpuCommunicator), "only CPUs have a bare mover"
         self._core = ep._core
         self._keep = handle._tensors(), x
         self._view = _routing_view(handle._tensors(), grouped=False)

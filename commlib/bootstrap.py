@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from commlib import _core
+import torch
+
+from commlib import _core, cuda
+from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
+from commlib.fd_exchange import exchange_fds
 from commlib.group import Group
 from commlib.settings import CORE_DTYPES, Settings
 
@@ -15,39 +19,115 @@ from commlib.settings import CORE_DTYPES, Settings
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 
+_DEFAULT_BLOCKS = 8  # SMs for communication on a GPU of its own; on a shared one at most half of the share
 
-def connect(group: Group, settings: Settings) -> _core.Communicator:
-    """A connected communicator for this rank. Every rank calls it; a failure on one is raised on all."""
+
+def resolve_device(device: Any, group: Group) -> torch.device:
+    """The device that ``ExpertParallel(device=...)`` means: with an index where it is a CUDA device."""
+    if device is None:
+        device = group.device or ("cuda" if cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda" or resolved.index is not None or not cuda.is_available():
+        return resolved
+    return torch.device("cuda", cuda.device_index())
+
+
+def connect(group: Group, settings: Settings) -> Backend:
+    """The connected backend of this rank. Every rank calls it; a failure on one is raised on all."""
     error: Exception | None = None
+    facts: dict[str, Any] = {}
     try:
         settings.check(group.size)
+        facts = _facts(settings)
     except (TypeError, ValueError, RuntimeError) as e:
         error = e
-    cpus = sorted(os.sched_getaffinity(0))
-    infos = _gather(group, error, {"shared": settings.shared(), "host": _host(), "cpus": cpus})
+    infos = _gather(group, error, facts | {"shared": settings.shared(), "host": _host(), "pid": os.getpid()})
     _compare([info["shared"] for info in infos])
-    _check_one_host([info["host"] for info in infos])
+    _check_reachable(infos)
+    prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
+    return _make_and_connect(group, *prepare(group, settings, infos))
+
+
+def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Stream | None) -> Backend:
+    error: Exception | None = None
+    core: _core.Communicator | None = None
+    address = None
+    try:
+        if stream is None:
+            core = _core.CpuCommunicator(config)
+        else:
+            core = cuda._cuda.make_communicator(config)
+        address = core.address()
+    except (RuntimeError, MemoryError) as e:
+        error = e
+    addresses = _gather(group, error, address)
+    assert core is not None
+    try:
+        if stream is not None:
+            addresses = exchange_fds(group, addresses)
+        core.connect(addresses)
+    except (RuntimeError, OSError) as e:
+        error = e
+    _gather(group, error, None)
+    if isinstance(core, _core.CpuCommunicator):
+        return CpuBackend(core)
+    assert stream is not None
+    return CudaBackend(core, stream)
+
+
+def _prepare_cpu(
+    group: Group, settings: Settings, infos: list[dict[str, Any]]
+) -> tuple[_core.Config, torch.cuda.Stream | None]:
     cores = len(set().union(*(info["cpus"] for info in infos)))
     workers = settings.num_sms or max(1, cores // (2 * group.size))
     threads = sum(_gather(group, None, workers))
+    return _config(group, settings, workers, threads > cores), None
 
-    core = addresses = None
-    try:
-        core = _core.Communicator(_config(group, settings, workers, threads > cores))
-        addresses = core.address()
-    except (RuntimeError, MemoryError) as e:
-        error = e
-    all_addresses = _gather(group, error, addresses)
-    assert core is not None
-    try:
-        core.connect(all_addresses)
-    except RuntimeError as e:
-        error = e
+
+def _prepare_cuda(
+    group: Group, settings: Settings, infos: list[dict[str, Any]]
+) -> tuple[_core.Config, torch.cuda.Stream | None]:
+    mine = infos[group.rank]
+    beside = [
+        i for i in infos if (i["pid"], i["host"], i["uuid"]) == (mine["pid"], mine["host"], mine["uuid"])
+    ]
+    blocks = settings.num_sms or max(1, min(_DEFAULT_BLOCKS, mine["sms"] // (2 * len(beside))))
+    wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
+    together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
+    error: Exception | None = None
+    stream = None
+    if together > mine["sms"]:
+        error = ValueError(
+            f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but it has {mine['sms']} "
+            "SMs, and all blocks must run at once"
+        )
+    else:
+        stream = torch.cuda.Stream(settings.device, priority=-1)
     _gather(group, error, None)
-    return core
+    assert stream is not None
+    config = _config(group, settings, blocks, crowded=False)
+    config.device, config.stream, config.share = settings.device.index, stream.cuda_stream, _share(infos)
+    return config, stream
 
 
-def _config(group: Group, settings: Settings, workers: int, crowded: bool) -> _core.Config:
+def _share(infos: list[dict[str, Any]]) -> str:
+    """How device memory goes from process to process: what all ranks can do."""
+    if any(info["host"] != infos[0]["host"] for info in infos):
+        return "fabric"
+    return "fd" if all(info["shares_fds"] for info in infos) else "ipc"
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    """What the others must know of this rank's device."""
+    if settings.device.type == "cpu":
+        return {"cpus": sorted(os.sched_getaffinity(0))}
+    p = cuda.properties(settings.device)
+    return {"uuid": p.uuid, "sms": p.sms, "shares_fds": p.shares_fds, "shares_fabric": p.shares_fabric}
+
+
+def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _core.Config:
     config = _core.Config()
     config.rank, config.size = group.rank, group.size
     config.experts, config.hidden, config.topk = (
@@ -57,7 +137,7 @@ def _config(group: Group, settings: Settings, workers: int, crowded: bool) -> _c
     )
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
     config.dtype = CORE_DTYPES[settings.dtype]
-    config.slots, config.workers, config.timeout = settings.slots, workers, settings.timeout
+    config.slots, config.num_sms, config.timeout = settings.slots, num_sms, settings.timeout
     config.spin = _SPIN_SHARED_CORE if crowded else _SPIN_OWN_CORE
     return config
 
@@ -97,10 +177,13 @@ def _host() -> tuple[str, str]:
         return f.read().strip(), os.readlink("/proc/self/ns/pid")
 
 
-def _check_one_host(hosts: list[tuple[str, str]]) -> None:
-    for rank, host in enumerate(hosts):
-        if host != hosts[0]:
-            what = "another host" if host[0] != hosts[0][0] else "another PID namespace (container)"
+def _check_reachable(infos: list[dict[str, Any]]) -> None:
+    if all(info.get("shares_fabric") for info in infos):
+        return  # GPUs of one NVLink domain reach each other across hosts
+    first = infos[0]["host"]
+    for rank, info in enumerate(infos):
+        if info["host"] != first:
+            what = "another host" if info["host"][0] != first[0] else "another PID namespace (container)"
             raise CommError(
-                f"rank {rank} runs on {what} than rank 0; rows move through shared memory only, so far"
+                f"rank {rank} runs on {what} than rank 0; rows move through memory that all ranks map only, so far"
             )

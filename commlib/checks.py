@@ -15,7 +15,7 @@ def checked_rows(name: str, rows: Tensor, settings: Settings, count: int | None 
     """Rows of the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens of them."""
     if rows.dtype != settings.dtype:
         raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}")
-    _check_device(name, rows)
+    _check_device(name, rows, settings.device)
     if rows.dim() != 2 or rows.shape[1] != settings.hidden:
         raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(rows.shape)}")
     if count is None:
@@ -31,24 +31,25 @@ def checked_rows(name: str, rows: Tensor, settings: Settings, count: int | None 
     return rows
 
 
-def checked_topk_idx(topk_idx: Any, tokens: int, topk: int) -> Tensor:
+def checked_topk_idx(topk_idx: Any, tokens: int, settings: Settings) -> Tensor:
     """Expert ids as contiguous int64 ``[tokens, topk]``. Their range is checked in the core."""
     if topk_idx is None:
         raise ValueError("topk_idx is needed unless a handle is given")
     idx = as_tensor("topk_idx", topk_idx)
     if idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_idx must be int64 or int32, got {idx.dtype}")
-    _check_device("topk_idx", idx)
+    _check_device("topk_idx", idx, settings.device)
+    topk = settings.topk
     if tuple(idx.shape) != (tokens, topk):
         raise ValueError(f"topk_idx must be [{tokens}, {topk}] as x and topk say, got {list(idx.shape)}")
     return idx.to(torch.int64).contiguous()
 
 
-def checked_weights(name: str, weights: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Weights of the right dtype and shape, contiguous."""
-    if weights.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {weights.dtype}")
-    _check_device(name, weights)
+def checked_weights(name: str, weights: Tensor, shape: tuple[int, ...], settings: Settings) -> Tensor:
+    """Weights of the right dtype, device and shape, contiguous."""
+    if weights.dtype != settings.weight_dtype:
+        raise ValueError(f"{name} must be {settings.weight_dtype}, got {weights.dtype}")
+    _check_device(name, weights, settings.device)
     if tuple(weights.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(weights.shape)}")
     return weights.contiguous()
@@ -80,6 +81,7 @@ def check_layout(layout: str, align: int, zero_copy: bool, overflow: str) -> Non
         raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')
 
 
-def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, as this communicator is, got {tensor.device}")
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        where = "the CPU" if device.type == "cpu" else str(device)
+        raise ValueError(f"{name} must be on {where}, as this communicator is, got {tensor.device}")

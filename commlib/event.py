@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
+
+import torch
 
 from commlib import _core
 
 
-class Event:
-    """The end of one asynchronous operation on the CPU's pool of communication threads.
+class Event(ABC):
+    """The end of one asynchronous operation.
 
-    Tensors that the operation reads or writes are kept alive until it is done. Reading a result
-    before :meth:`wait` has returned gives undefined values.
+    Tensors that the operation reads or writes are kept alive until it is done. Using a result before
+    :meth:`wait` gives undefined values.
     """
+
+    @abstractmethod
+    def query(self) -> bool:
+        """Whether the operation is done; never blocks."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Make what the caller does next come after the operation.
+
+        CPU: blocks the calling thread. CUDA: the current stream waits, the host does not.
+
+        Raises:
+            PeerTimeout: a rank did not do its part in time (CPU; on CUDA see :meth:`synchronize`).
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block the calling thread until the operation is done.
+
+        Raises:
+            PeerTimeout: a rank did not do its part in time.
+        """
+
+
+class CpuEvent(Event):
+    """On the CPU's pool of communication threads."""
 
     def __init__(self, comm: _core.Communicator, ticket: _core.Ticket, keep: tuple[Any, ...]) -> None:
         self._comm = comm
@@ -20,18 +49,29 @@ class Event:
         self._keep: tuple[Any, ...] | None = keep
 
     def query(self) -> bool:
-        """Whether the operation is done; never blocks."""
         return self._ticket.done
 
     def wait(self) -> None:
-        """Block the calling thread until the operation is done.
-
-        Raises:
-            PeerTimeout: a rank did not do its part in time.
-        """
         self._comm.wait(self._ticket)
         self._keep = None
 
     def synchronize(self) -> None:
-        """The same as :meth:`wait` on the CPU."""
         self.wait()
+
+
+class CudaEvent(Event):
+    """On the communication stream of a CUDA device."""
+
+    def __init__(self, comm: _core.Communicator, event: torch.cuda.Event) -> None:
+        self._comm = comm
+        self._event = event
+
+    def query(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+        self._comm.check_health()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commlib import _core, checks, ops
 from commlib.arrays import as_tensor, exporter_for
-from commlib.bootstrap import connect
+from commlib.bootstrap import connect, resolve_device
 from commlib.errors import HandleError
 from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
@@ -21,7 +21,7 @@ from commlib.settings import Settings, check_timeout
 
 _numbers = itertools.count()
 _SLOTS_TO_WORK_WITH = 2
-_POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
+_DEFAULT_SLOTS = {False: 8, True: 4}  # by whether it is a GPU, whose memory is not lazy
 
 
 class Handle:
@@ -101,13 +101,15 @@ class ExpertParallel:
         topk: experts for each token, at most 32.
         max_tokens: the most tokens that one rank sends in one call.
         dtype: of rows: bfloat16, float16, float32 or float64.
-        device: "cpu" (or None).
-        num_sms: communication threads of this rank, 1 to 64. None: half of this rank's share of the cores.
-        capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens; memory
-            is taken as it is first written, not at once.
+        device: "cpu", "cuda" or "cuda:i". None: the in-process ranks' device, else the current CUDA device if
+            there is one, else "cpu".
+        num_sms: SMs (CUDA) or threads (CPU) for communication on this rank. None: 8 SMs, or half of this
+            rank's share of the cores or of a GPU shared by in-process ranks.
+        capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens.
         slots: 1 to 32, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
             hold one each. So does every other result of layout "rank" while two slots stay free: it need
-            not be copied then. Memory is taken as it is first written, lowest slot first.
+            not be copied then. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of
+            it is taken at once. None: 8 on the CPU, 4 on CUDA.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
 
     Raises:
@@ -128,15 +130,19 @@ class ExpertParallel:
         device: Any = None,
         num_sms: int | None = None,
         capacity: int | None = None,
-        slots: int = 8,
+        slots: int | None = None,
         timeout: float = 60.0,
     ) -> None:
         self.group = resolve_group(group)
         self.rank, self.size = self.group.rank, self.group.size
+        where = resolve_device(device, self.group)
+        if slots is None:
+            slots = _DEFAULT_SLOTS[where.type == "cuda"]
         self.settings = Settings(
-            num_experts, hidden, topk, max_tokens, dtype, device, num_sms, capacity, slots, timeout
+            num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout
         )
-        self._core: _core.Communicator = connect(self.group, self.settings)
+        self._backend = connect(self.group, self.settings)
+        self._core = self._backend.core
         self._number = next(_numbers)
         self._width = min(topk, self.size)
         self._event: Event | None = None
@@ -144,7 +150,6 @@ class ExpertParallel:
         self._timeout = timeout
         self.first_expert = self.rank * num_experts // self.size
         self.num_local_experts = (self.rank + 1) * num_experts // self.size - self.first_expert
-        self.weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         ops.communicators[self._number] = self
         self._finalizer = weakref.finalize(self, self._core.close)
         if isinstance(self.group, ThreadGroup):
@@ -210,7 +215,7 @@ class ExpertParallel:
         grouped = layout == "expert"
         self._before(async_op, previous_event)
         if handle is None:
-            idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings.topk)
+            idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings)
             drop = overflow == "drop"
             out, w, routes, *rest = ops.dispatch(
                 rows, idx, weights, self._number, grouped, align, drop, zero_copy, async_op
@@ -294,7 +299,10 @@ class ExpertParallel:
         self._check_handle(handle)
         if handle.layout != "rank":
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
-        return self._view(self._core.lend_slot(), handle.num_rows)
+        self._backend.begin()
+        buffer = self._view(self._core.lend_slot(), handle.num_rows)
+        self._backend.end(None, (), False)
+        return buffer
 
     # -- the rest ------------------------------------------------------------------------------------------
 
@@ -308,6 +316,16 @@ class ExpertParallel:
         check_timeout(seconds)
         self._timeout = seconds
         self._core.set_timeout(seconds)
+
+    def synchronize(self) -> None:
+        """Block until all operations of this communicator are done.
+
+        On a GPU this is how the host learns that one failed; the next operation says so, too.
+
+        Raises:
+            PeerTimeout, CallMismatch: an operation failed.
+        """
+        self._core.synchronize()
 
     def stats(self) -> dict[str, int]:
         """Counts since construction: operations, rows received, (token, rank) pairs dropped at this rank."""
@@ -340,7 +358,7 @@ class ExpertParallel:
     def _checked_weights(self, name: str, weights: Any, shape: tuple[int, ...]) -> Tensor | None:
         if weights is None:
             return None
-        return checks.checked_weights(name, as_tensor(name, weights), shape, self.weight_dtype)
+        return checks.checked_weights(name, as_tensor(name, weights), shape, self.settings)
 
     def _check_handle(
         self,
@@ -360,7 +378,11 @@ class ExpertParallel:
             raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
         if topk_idx is not None and not torch.compiler.is_compiling():
             given = as_tensor("topk_idx", topk_idx)
-            if given.shape != routing.topk_idx.shape or not bool((given == routing.topk_idx).all()):
+            differs = given.shape != routing.topk_idx.shape or given.device != routing.topk_idx.device
+            # On a GPU the host would have to wait for the values.
+            if not differs and not given.is_cuda:
+                differs = not bool((given == routing.topk_idx).all())
+            if differs:
                 raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
 
     def _before(self, async_op: bool, previous_event: Event | None) -> None:
@@ -386,13 +408,10 @@ class ExpertParallel:
         return torch.from_dlpack(self._core.view(lease, rows))
 
     def _new_rows(self, rows: int) -> Tensor:
-        s = self.settings
-        if rows * s.hidden * s.dtype.itemsize < _POOLED_BYTES:
-            return torch.empty(rows, s.hidden, dtype=s.dtype)
-        return torch.from_dlpack(self._core.new_rows(rows))
+        return self._backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
 
     def _new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
         if given is None:
-            return torch.empty(0, dtype=torch.float32)
+            return self._backend.empty(0, dtype=torch.float32)
         shape = (rows,) if grouped else (rows, self.settings.topk)
-        return torch.empty(shape, dtype=self.weight_dtype)
+        return self._backend.empty(*shape, dtype=self.settings.weight_dtype)

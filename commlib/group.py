@@ -21,6 +21,7 @@ class Group(ABC):
 
     rank: int
     size: int
+    device: str | None = None  # that ExpertParallel uses unless told otherwise; None: it chooses
 
     @abstractmethod
     def allgather(self, obj: Any) -> list[Any]:
@@ -97,16 +98,16 @@ class _Meeting:
 class ThreadGroup(Group):
     """One rank of several that are threads of this process; made by :func:`commlib.run_ranks`."""
 
-    def __init__(self, meeting: _Meeting, rank: int) -> None:
+    def __init__(self, meeting: _Meeting, rank: int, device: str) -> None:
         self._meeting = meeting
-        self.rank, self.size = rank, meeting.size
+        self.rank, self.size, self.device = rank, meeting.size, device
         self.communicators: weakref.WeakSet[Any] = weakref.WeakSet()  # of this rank
 
     @staticmethod
-    def world(size: int) -> list[ThreadGroup]:
+    def world(size: int, device: str = "cpu") -> list[ThreadGroup]:
         """The groups of ``size`` in-process ranks, one for each thread."""
         meeting = _Meeting(size)
-        return [ThreadGroup(meeting, r) for r in range(size)]
+        return [ThreadGroup(meeting, r, device) for r in range(size)]
 
     def allgather(self, obj: Any) -> list[Any]:
         self._meeting.places[self.rank] = obj

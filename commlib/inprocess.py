@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from commlib import cuda
 from commlib.errors import CommError
 from commlib.group import ThreadGroup, set_current_group
 
@@ -13,32 +17,41 @@ from commlib.group import ThreadGroup, set_current_group
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any = None) -> list[Any]:
     """Run ``fn(rank, *args)`` on ``world_size`` threads that are ranks of one group.
 
-    Inside ``fn``, ``ExpertParallel()`` without a group finds that group.
+    Inside ``fn``, ``ExpertParallel()`` without a group finds that group, and its device. On a GPU each thread
+    has a current stream of its own; what ``fn`` returned is complete on the device.
+
+    On a GPU set ``CUDA_MODULE_LOADING=EAGER`` and ``CUDA_DEVICE_MAX_CONNECTIONS=32`` in the environment: a
+    kernel of one rank that is loaded, or queued, behind a waiting one of another rank holds up both.
 
     Args:
         fn: what each rank does.
         world_size: how many ranks, at least 1.
-        device: "cpu" (or None).
+        device: "cpu" (or None), or "cuda" or "cuda:i", which all ranks then share.
 
     Returns:
         What each rank returned, by rank.
 
     Raises:
         ValueError: world_size < 1, or another device.
+        RuntimeError: no CUDA device can be used; the text says why.
         The error of the rank that failed first; the other ranks are told, and do not wait for it.
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
-    if device not in (None, "cpu"):
-        raise ValueError(f'device must be "cpu" (there is no CUDA backend yet), got {device!r}')
-    groups = ThreadGroup.world(world_size)
+    where = torch.device("cpu" if device is None else device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    if where.type == "cuda":
+        cuda.require()
+    groups = ThreadGroup.world(world_size, str(where))
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
 
     def rank_main(rank: int) -> None:
         set_current_group(groups[rank])
         try:
-            results[rank] = fn(rank, *args)
+            with _on(where):
+                results[rank] = fn(rank, *args)
         except BaseException as error:
             failures.append((rank, error))
             groups[rank].abort(f"rank {rank} raised {type(error).__name__}: {error}")
@@ -54,6 +67,19 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     if failures:
         raise _root(failures)
     return results
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """A stream of this thread's own: ranks that shared one would wait for each other in it."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_device(device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _root(failures: list[tuple[int, BaseException]]) -> BaseException:

@@ -46,7 +46,7 @@ def report_memory(ep: ExpertParallel) -> MemoryReport:
         core.heap_bytes,
         core.slot_bytes,
         core.touched_bytes,
-        core.idle_bytes,
+        ep._backend.idle_bytes,
         ep.settings.slots,
         core.slots_in_use,
     )

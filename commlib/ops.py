@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from commlib import _core
-from commlib.event import Event
 
 if TYPE_CHECKING:
     from commlib.expert_parallel import ExpertParallel
@@ -94,16 +93,19 @@ def _dispatch(
     ep = communicators[comm]
     core = ep._core
     tokens, topk = topk_idx.shape
-    routes = torch.empty(tokens, ep._width, dtype=torch.int64)
+    backend = ep._backend
+    routes = backend.empty(tokens, ep._width)
     view = _core.RoutingView(topk_idx.data_ptr(), routes.data_ptr(), tokens)
+    backend.begin()
     pending = core.begin_dispatch(view, topk_weights is not None, drop)
     try:
         experts = ep.num_local_experts
         tokens_per_expert = torch.empty(experts, dtype=torch.int64)
         offsets = torch.empty(experts + 1 if grouped else 0, dtype=torch.int64)
         size = pending.write_offsets(align, tokens_per_expert.data_ptr(), offsets.data_ptr())
-        local = torch.empty(pending.rows, topk, dtype=torch.int64)
-        source = torch.empty(size, 2, dtype=torch.int64)
+        tokens_per_expert, offsets = tokens_per_expert.to(x.device), offsets.to(x.device)
+        local = backend.empty(pending.rows, topk)
+        source = backend.empty(size, 2)
         weights = ep._new_weights(topk_weights, size, grouped)
         in_slot = zero_copy or (not grouped and ep._can_spare_slots(0))
         rows = ep._view(pending.lease, size) if in_slot else ep._new_rows(size)
@@ -114,6 +116,7 @@ def _dispatch(
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
         )
+        backend.begin()
         ticket = core.finish_dispatch(
             pending, _rows(x, topk_weights), _routing_view(routing, grouped), received, async_op
         )
@@ -121,9 +124,7 @@ def _dispatch(
         core.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    if async_op:
-        keep = (x, topk_weights, rows, weights, *routing)
-        ep._event = Event(core, ticket, keep)
+    ep._event = backend.end(ticket, (x, topk_weights, rows, weights, *routing), async_op)
     return rows, weights, routes, local, source, tokens_per_expert, offsets
 
 
@@ -147,6 +148,7 @@ def _redispatch(
     weights = ep._new_weights(topk_weights, size, grouped)
     in_slot = zero_copy or (not grouped and ep._can_spare_slots(1))
     out = None if in_slot else ep._new_rows(size)
+    ep._backend.begin()
     ticket, lease = ep._core.redispatch(
         _rows(x, topk_weights),
         _routing_view(routing, grouped),
@@ -155,8 +157,7 @@ def _redispatch(
     )
     rows = ep._view(lease, size) if out is None else out
     ep._count(redispatches=1, rows_received=local.shape[0])
-    if async_op:
-        ep._event = Event(ep._core, ticket, (x, topk_weights, rows, weights, *routing))
+    ep._event = ep._backend.end(ticket, (x, topk_weights, rows, weights, *routing), async_op)
     return rows, weights
 
 
@@ -181,7 +182,7 @@ def _combine(
     if out is None:
         out = ep._new_rows(routes.shape[0])
     shape = topk_idx.shape if weight_grads is not None else (0,)
-    out_weights = torch.empty(shape, dtype=ep.weight_dtype)
+    out_weights = ep._backend.empty(*shape, dtype=ep.settings.weight_dtype)
     given = _core.CombineInput(
         y.data_ptr(),
         _row_stride(y),
@@ -191,6 +192,7 @@ def _combine(
         _address(bias),
         0 if bias is None else _row_stride(bias),
     )
+    ep._backend.begin()
     ticket = ep._core.combine(
         given,
         _routing_view(routing, grouped),
@@ -199,15 +201,15 @@ def _combine(
         async_op,
     )
     ep._count(combines=1)
-    if async_op:
-        keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
-        ep._event = Event(ep._core, ticket, keep)
+    keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
+    ep._event = ep._backend.end(ticket, keep, async_op)
     return out, out_weights
 
 
-_library.impl("dispatch", _dispatch, "CPU")
-_library.impl("redispatch", _redispatch, "CPU")
-_library.impl("combine", _combine, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("dispatch", _dispatch, _device)
+    _library.impl("redispatch", _redispatch, _device)
+    _library.impl("combine", _combine, _device)
 
 
 # Shapes for torch.compile: how many rows arrive is known at run time only.

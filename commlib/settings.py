@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from commlib import _core
+from commlib import _core, cuda
 
 CORE_DTYPES = {
     torch.bfloat16: _core.DType.bf16,
@@ -16,7 +16,7 @@ CORE_DTYPES = {
     torch.float32: _core.DType.f32,
     torch.float64: _core.DType.f64,
 }
-_MAX_THREADS = 64
+_MAX_SMS = 1024
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
 
 
@@ -29,11 +29,16 @@ class Settings:
     topk: int
     max_tokens: int
     dtype: torch.dtype
-    device: Any
+    device: torch.device
     num_sms: int | None
     capacity: int | None
     slots: int
     timeout: float
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of weights, and of sums."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def check(self, size: int) -> None:
         """Raise ValueError or TypeError, naming the value, where they cannot be used on ``size`` ranks."""
@@ -43,13 +48,15 @@ class Settings:
         _check_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size)
         _check_int("slots", self.slots, 1, _core.MAX_SLOTS)
         if self.num_sms is not None:
-            _check_int("num_sms", self.num_sms, 1, _MAX_THREADS)
+            _check_int("num_sms", self.num_sms, 1, _MAX_SMS)
         if self.capacity is not None:
             _check_int("capacity", self.capacity, 1, _MAX_ROWS)
         if self.dtype not in CORE_DTYPES:
             raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {self.dtype}")
-        if self.device is not None and torch.device(self.device).type != "cpu":
-            raise ValueError(f'device must be "cpu" (there is no CUDA backend yet), got {self.device}')
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f'device must be "cpu" or "cuda", got {self.device}')
+        if self.device.type == "cuda":
+            cuda.require()
         check_timeout(self.timeout)
         if size > _core.MAX_RANKS:
             raise ValueError(f"at most {_core.MAX_RANKS} ranks share memory, got {size}")
@@ -61,9 +68,9 @@ class Settings:
     def shared(self) -> dict[str, Any]:
         """Those that must be equal on all ranks."""
         values = asdict(self)
-        for own in ("num_sms", "timeout", "device"):
+        for own in ("num_sms", "timeout"):
             del values[own]
-        return values
+        return values | {"device": self.device.type}
 
 
 def check_timeout(seconds: float) -> None:

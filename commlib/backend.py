@@ -1,0 +1,95 @@
+"""What differs between devices on the Python side: memory for results, and the order of work."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commlib import _core
+from commlib.event import CpuEvent, CudaEvent, Event
+
+_POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
+
+
+class Backend(ABC):
+    """One rank's device."""
+
+    device: torch.device
+    core: _core.Communicator
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """A new tensor on the device."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @abstractmethod
+    def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """Memory for rows that the user will own."""
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of results given back and kept for the next ones."""
+        return 0
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Communication issued next sees what the caller's work has produced so far."""
+
+    @abstractmethod
+    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
+        """The caller's work issued next sees the results, or with ``async_op`` after the event only.
+
+        ``keep``: tensors that the operation uses, and that must live until it is done.
+        """
+
+
+class CpuBackend(Backend):
+    """Threads on the host: an operation that is not asynchronous is done when its call returns."""
+
+    core: _core.CpuCommunicator
+
+    def __init__(self, core: _core.CpuCommunicator) -> None:
+        self.device = torch.device("cpu")
+        self.core = core
+
+    def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        if rows * hidden * dtype.itemsize < _POOLED_BYTES:
+            return torch.empty(rows, hidden, dtype=dtype)
+        return torch.from_dlpack(self.core.new_rows(rows))
+
+    @property
+    def idle_bytes(self) -> int:
+        return self.core.idle_bytes
+
+    def begin(self) -> None:
+        pass
+
+    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
+        return CpuEvent(self.core, ticket, keep) if async_op and ticket is not None else None
+
+
+class CudaBackend(Backend):
+    """Kernels on a stream of their own: streams order everything, and the host goes on."""
+
+    def __init__(self, core: _core.Communicator, stream: torch.cuda.Stream) -> None:
+        self.device = stream.device
+        self.core = core
+        self.stream = stream
+
+    def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, hidden, dtype=dtype, device=self.device)
+
+    def begin(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
+        if not async_op:
+            # The current stream waits here, so memory that it gives back is not reused too early.
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return None
+        for tensor in keep:
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(self.stream)
+        return CudaEvent(self.core, self.stream.record_event())

@@ -1,0 +1,194 @@
+// Construction, waiting and failure of a communicator on a GPU; its operations are in operations.cc.
+#include "cuda/communicator.h"
+
+#include <time.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "cuda/driver.h"
+#include "cuda/wait.h"
+
+namespace commlib::cuda {
+namespace {
+
+DeviceMemory device_memory(size_t bytes) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, bytes), "cudaMalloc");
+  return DeviceMemory(static_cast<std::byte*>(p), [](std::byte* m) { cudaFree(m); });
+}
+
+std::shared_ptr<HostState> mapped_host_state(int64_t experts) {
+  const size_t bytes = sizeof(HostState) + static_cast<size_t>(experts) * sizeof(int64_t);
+  void* p = nullptr;
+  check(cudaHostAlloc(&p, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+  std::memset(p, 0, bytes);
+  return std::shared_ptr<HostState>(static_cast<HostState*>(p), [](HostState* s) { cudaFreeHost(s); });
+}
+
+// Hands out parts of one allocation, each 256-byte aligned; first without memory, to count.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t n) {
+    const int64_t at = used_;
+    used_ = align_up(used_ + n * static_cast<int64_t>(sizeof(T)), 256);
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace
+
+CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) {
+  const OnDevice guard = on_device();
+  shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
+  region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
+  slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
+  std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
+  write_first_words(control.data());
+  check(cudaMemcpy(region_->data(), control.data(), control.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  host_ = mapped_host_state(placement_.count(config.rank));
+  check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
+        "cudaHostGetDevicePointer");
+  make_scratch();
+  check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+}
+
+CudaCommunicator::~CudaCommunicator() {
+  try {
+    const OnDevice guard = on_device();
+    close();
+    cudaStreamSynchronize(aside_);
+    cudaStreamDestroy(aside_);
+  } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
+  }
+}
+
+void CudaCommunicator::make_scratch() {
+  const int64_t workers = static_cast<int64_t>(config_.num_sms) * kWarps;
+  const int64_t ranks = config_.size, own = placement_.count(config_.rank);
+  uint8_t* owner = nullptr;
+  const auto carve = [&](std::byte* base) {
+    Carver c(base);
+    state_ = c.take<DeviceState>(1);
+    owner = c.take<uint8_t>(config_.experts);
+    scratch_ = {c.take<uint32_t>(workers * ranks),
+                c.take<int64_t>(workers * ranks),
+                c.take<uint32_t>(ranks),
+                c.take<uint32_t>(config_.experts),
+                c.take<int64_t>(workers),
+                c.take<int64_t>(ranks),
+                c.take<int64_t>(ranks),
+                c.take<int64_t>(ranks),
+                c.take<int64_t>(own),
+                c.take<uint8_t>(ranks),
+                c.take<uint32_t>(workers * own),
+                c.take<int64_t>(workers * own)};
+    return c.used();
+  };
+  memory_ = device_memory(static_cast<size_t>(carve(nullptr)));
+  carve(memory_.get());
+  check(cudaMemset(state_, 0, sizeof(DeviceState)), "cudaMemset");
+  check(cudaMemcpy(owner, owner_.data(), owner_.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  owner_on_device_ = owner;
+}
+
+PeerAddress CudaCommunicator::address() {
+  return {getpid(), region_->fd(), config_.num_sms * kWarps, region_->handle()};
+}
+
+void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
+  const OnDevice guard = on_device();
+  std::vector<pid_t> pids;
+  std::vector<std::byte*> heaps;
+  for (int p = 0; p < config_.size; ++p) {
+    const PeerAddress& a = peers[p];
+    pids.push_back(static_cast<pid_t>(a.pid));
+    regions_.push_back(p == config_.rank
+                           ? region_
+                           : DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes()));
+    heaps.push_back(regions_.back()->data());
+    workers_[p] = a.workers;
+  }
+  peers_ = table_of(heaps);
+  processes_ = std::make_unique<PeerProcesses>(pids);
+}
+
+OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
+  OpParams op{};
+  op.peers = peers_;
+  op.wait = {call, epoch};
+  op.timeout_ns = static_cast<uint64_t>(timeout_.load(std::memory_order_relaxed) * 1e9);
+  op.state = state_;
+  op.host = host_on_device_;
+  op.ring_bytes = shape_.ring_bytes;
+  return op;
+}
+
+void CudaCommunicator::check_health() {
+  check_usable();
+  if (load_word(&host_->failed) != 0) raise(host_->record);
+}
+
+void CudaCommunicator::abort_waits(Cause cause, int peer) {
+  store_word(&host_->abort, tagged(static_cast<uint32_t>(cause), static_cast<uint32_t>(peer)));
+}
+
+// What only the host can see while kernels wait.
+void CudaCommunicator::look_around() {
+  for (int p = 0; p < config_.size; ++p) {
+    if (processes_->has_exited(p)) return abort_waits(Cause::exited, p);
+  }
+  if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
+}
+
+bool CudaCommunicator::stream_is_idle() const {
+  const cudaError_t error = cudaStreamQuery(shape_.stream);
+  if (error == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, "a communication kernel");
+  return true;
+}
+
+void CudaCommunicator::wait_for(const std::function<bool()>& done) {
+  HostWait wait(config_.spin);
+  while (!done()) {
+    if (!wait.pause()) continue;
+    look_around();
+    stream_is_idle();  // throws if a kernel crashed
+  }
+  check_health();
+}
+
+void CudaCommunicator::synchronize() {
+  const OnDevice guard = on_device();
+  wait_for([&] { return stream_is_idle(); });
+}
+
+// However operations end: those that fail do so by their deadline.
+void CudaCommunicator::drain() {
+  const OnDevice guard = on_device();
+  cudaStreamSynchronize(shape_.stream);
+}
+
+// By copies beside the kernels, which may be waiting for this very word.
+void CudaCommunicator::tell_all(uint64_t left) {
+  const OnDevice guard = on_device();
+  host_->left = left;
+  for (int p = 0; p < peers_.size; ++p) {
+    check(cudaMemcpyAsync(&peers_.mail_to(p).left, &host_->left, sizeof(uint64_t), cudaMemcpyHostToDevice,
+                          aside_),
+          "cudaMemcpyAsync");
+  }
+  check(cudaStreamSynchronize(aside_), "cudaStreamSynchronize");
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,73 @@
+// A rank on a CUDA GPU: its heap in device memory, its kernels on one stream.
+//
+// Operations run in the order of the stream, on `num_sms` blocks each. The host waits in begin_dispatch, for
+// sizes, and nowhere else. Whoever calls orders the stream after the work that produced the inputs, and later
+// work after the stream.
+#pragma once
+
+#include <functional>
+
+#include "backend/communicator.h"
+#include "cuda/device_heap.h"
+#include "cuda/driver.h"
+#include "cuda/launch.h"
+#include "heap/symmetric_heap.h"
+
+namespace commlib::cuda {
+
+// Memory that is freed with its owner.
+using DeviceMemory = std::shared_ptr<std::byte>;
+
+class CudaCommunicator final : public Communicator {
+ public:
+  explicit CudaCommunicator(const Config& config);  // makes this rank's heap
+  ~CudaCommunicator() override;
+
+  PeerAddress address() override;
+  void connect(const std::vector<PeerAddress>& peers) override;
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
+                                                  bool drop) override;
+  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+                         const Received& received, bool async) override;
+  Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
+                    std::shared_ptr<SlotLease>* lease) override;
+  Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                 std::byte* out_weights, bool async) override;
+  void wait(const Ticket&) override { synchronize(); }
+  void synchronize() override;
+  void check_health() override;
+  std::shared_ptr<SlotLease> lend_slot() override;
+  int64_t touched_bytes() const override { return static_cast<int64_t>(region_->bytes()); }
+
+ private:
+  void drain() override;
+  void tell_all(uint64_t left) override;
+
+  void make_scratch();
+  OpParams params(Call call, uint32_t epoch) const;
+  RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
+                 const Received& received, const SlotLease& lease);
+  // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks; then throws
+  // if an operation has failed.
+  void wait_for(const std::function<bool()>& done);
+  bool stream_is_idle() const;
+  void abort_waits(Cause cause, int peer);
+  void look_around();
+
+  OnDevice on_device() const { return OnDevice(config_.device); }
+
+  LaunchShape shape_;
+  std::shared_ptr<DeviceRegion> region_;                // this rank's
+  std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
+  std::unique_ptr<PeerProcesses> processes_;
+  DeviceMemory memory_;  // owner table, state and scratch
+  std::shared_ptr<HostState> host_;
+  HostState* host_on_device_ = nullptr;
+  DeviceState* state_ = nullptr;
+  const uint8_t* owner_on_device_ = nullptr;
+  uint64_t plans_ = 0;  // launched
+  Scratch scratch_{};
+  cudaStream_t aside_ = nullptr;  // for words to other ranks while kernels run
+};
+
+}  // namespace commlib::cuda

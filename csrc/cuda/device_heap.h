@@ -1,0 +1,44 @@
+// The symmetric heap on GPUs: one region of device memory on each rank, which the GPUs of all ranks map.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace commlib::cuda {
+
+// How a region reaches other processes: a file descriptor or a fabric handle of virtual memory (cuMemCreate),
+// or cudaIpc where the device has neither.
+enum class Share : uint8_t { fd = 0, fabric = 1, ipc = 2 };
+Share share_named(const std::string& name);
+
+class DeviceRegion {
+ public:
+  // New memory of this process on `device`; contents undefined.
+  static std::shared_ptr<DeviceRegion> create(int device, size_t bytes, Share share);
+  // The region that a rank described by handle() and fd(), for use by `device`. `fd`: one of this process,
+  // which is taken over (closed); -1 for the other kinds. A region of this very process is shared, not mapped
+  // twice.
+  static std::shared_ptr<DeviceRegion> open(int device, int64_t owner_pid, int fd, const std::string& handle,
+                                            size_t bytes);
+
+  virtual ~DeviceRegion() = default;
+  std::byte* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  int fd() const { return fd_; }
+  const std::string& handle() const { return handle_; }
+
+ protected:
+  DeviceRegion(int device, size_t bytes) : device_(device), bytes_(bytes) {}
+  // Lets another device of this process use the memory too.
+  virtual void allow(int device) = 0;
+
+  int device_;
+  size_t bytes_;
+  std::byte* data_ = nullptr;
+  int fd_ = -1;
+  std::string handle_;  // kind, number within the process, then what the kind needs
+};
+
+}  // namespace commlib::cuda

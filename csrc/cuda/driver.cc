@@ -1,0 +1,124 @@
+#include "cuda/driver.h"
+
+#include <cstdio>
+#include <stdexcept>
+
+namespace commlib::cuda {
+namespace {
+
+std::string message(const char* call, const char* name, const char* text, const char* hint) {
+  std::string s = std::string(call) + " failed: " + name + " (" + text + ")";
+  return *hint ? s + ". " + hint : s;
+}
+
+// Looks a driver function up; status and pointer are initialised, for an old runtime leaves them as they are.
+template <class Fn>
+void find(const char* name, unsigned version, Fn* fn) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
+  check(cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &status), name,
+        "Is the NVIDIA driver installed?");
+  if (status != cudaDriverEntryPointSuccess || !found) {
+    throw std::runtime_error(std::string("the NVIDIA driver has no ") + name +
+                             ": it is too old for this version of commlib");
+  }
+  *fn = reinterpret_cast<Fn>(found);
+}
+
+Driver find_all() {
+  Driver d{};
+  find("cuGetErrorName", 6000, &d.get_error_name);
+  find("cuGetErrorString", 6000, &d.get_error_string);
+  find("cuDeviceGetAttribute", 2000, &d.device_get_attribute);
+  find("cuMemAddressFree", 10020, &d.mem_address_free);
+  find("cuMemAddressReserve", 10020, &d.mem_address_reserve);
+  find("cuMemCreate", 10020, &d.mem_create);
+  find("cuMemExportToShareableHandle", 10020, &d.mem_export);
+  find("cuMemGetAllocationGranularity", 10020, &d.mem_granularity);
+  find("cuMemImportFromShareableHandle", 10020, &d.mem_import);
+  find("cuMemMap", 10020, &d.mem_map);
+  find("cuMemRelease", 10020, &d.mem_release);
+  find("cuMemSetAccess", 10020, &d.mem_set_access);
+  find("cuMemUnmap", 10020, &d.mem_unmap);
+  return d;
+}
+
+bool attribute(CUdevice_attribute which, int device) {
+  int value = 0;
+  check(driver().device_get_attribute(&value, which, device), "cuDeviceGetAttribute");
+  return value != 0;
+}
+
+}  // namespace
+
+void check(cudaError_t error, const char* call, const char* hint) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and not by the next call again
+  throw std::runtime_error(message(call, cudaGetErrorName(error), cudaGetErrorString(error), hint));
+}
+
+void check(CUresult error, const char* call, const char* hint) {
+  if (error == CUDA_SUCCESS) return;
+  const char *name = "unknown", *text = "unknown error";
+  driver().get_error_name(error, &name);
+  driver().get_error_string(error, &text);
+  throw std::runtime_error(message(call, name, text, hint));
+}
+
+const Driver& driver() {
+  static const Driver found = find_all();
+  return found;
+}
+
+std::string why_not() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no usable NVIDIA driver or GPU: ") + cudaGetErrorName(error) + " (" +
+           cudaGetErrorString(error) + ")";
+  }
+  if (devices == 0) return "no CUDA device is visible";
+  try {
+    driver();
+  } catch (const std::runtime_error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+DeviceFacts facts_of(int device) {
+  cudaDeviceProp p;
+  check(cudaGetDeviceProperties(&p, device), "cudaGetDeviceProperties", "Is there such a device?");
+  DeviceFacts f;
+  f.name = p.name;
+  for (const char c : p.uuid.bytes) {
+    char hex[3];
+    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(c));
+    f.uuid += hex;
+  }
+  f.sms = p.multiProcessorCount;
+  f.capability = p.major * 10 + p.minor;
+  f.memory = static_cast<int64_t>(p.totalGlobalMem);
+  f.shared_per_sm = static_cast<int>(p.sharedMemPerMultiprocessor);
+  f.shared_per_block = static_cast<int>(p.sharedMemPerBlockOptin);
+  f.shares_fds = attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) &&
+                 attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device);
+  f.shares_fabric = attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, device);
+  return f;
+}
+
+OnDevice::OnDevice(int device) {
+  check(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ == device) {
+    before_ = -1;
+  } else {
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+}
+
+OnDevice::~OnDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,87 @@
+#include "cuda/launch.h"
+
+#include <stdexcept>
+
+#include "cuda/driver.h"
+#include "cuda/kernels.cuh"
+
+namespace commlib::cuda {
+namespace {
+
+constexpr int kRingBytes = 12 * 1024;  // times 16 warps: as much as fits beside the rest in 227 KB
+
+using CombineKernel = void (*)(const CombineOp);
+
+CombineKernel combine_kernel_of(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+      return combine_kernel<Bf16>;
+    case DType::f16:
+      return combine_kernel<Half>;
+    case DType::f32:
+      return combine_kernel<float>;
+    case DType::f64:
+      break;
+  }
+  return combine_kernel<double>;
+}
+
+template <class Kernel>
+void prepare(Kernel kernel, const LaunchShape& shape, int sms) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes",
+        "Was commlib built for this GPU? COMMLIB_CUDA_ARCHS chooses the targets of a build.");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+        "cudaFuncSetAttribute");
+  int per_sm = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shape.shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  if (per_sm < 1 || per_sm * sms < shape.blocks) {
+    throw std::runtime_error("num_sms is " + std::to_string(shape.blocks) + ", but the device has " +
+                             std::to_string(sms) + " SMs, and all blocks must run at once");
+  }
+}
+
+template <class Kernel, class Op>
+void launch(Kernel kernel, const LaunchShape& shape, const Op& op, const char* name) {
+  void* arguments[] = {const_cast<Op*>(&op)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(shape.blocks), dim3(kThreads), arguments,
+                         shape.shared_bytes, shape.stream),
+        name);
+}
+
+}  // namespace
+
+LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
+  const DeviceFacts facts = facts_of(device);
+  LaunchShape shape{blocks, 0, facts.capability >= 90 ? kRingBytes : 0, stream};
+  const int needed = kBlockSharedBytes + kWarps * WarpShared::bytes(shape.ring_bytes);
+  const int half = facts.shared_per_sm / 2 + 1024;  // more than half an SM's: no second block fits
+  shape.shared_bytes = needed > half ? needed : half;
+  if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
+  prepare(plan_kernel, shape, facts.sms);
+  prepare(rows_kernel, shape, facts.sms);
+  prepare(await_kernel, shape, facts.sms);
+  for (const DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) {
+    prepare(combine_kernel_of(t), shape, facts.sms);
+  }
+  return shape;
+}
+
+void launch_plan(const LaunchShape& shape, const PlanOp& op) {
+  launch(plan_kernel, shape, op, "plan_kernel");
+}
+
+void launch_rows(const LaunchShape& shape, const RowsOp& op) {
+  launch(rows_kernel, shape, op, "rows_kernel");
+}
+
+void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {
+  launch(combine_kernel_of(dtype), shape, op, "combine_kernel");
+}
+
+void launch_await(const LaunchShape& shape, const AwaitOp& op) {
+  launch(await_kernel, shape, op, "await_kernel");
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,127 @@
+// dispatch, dispatch with a handle, and combine on a GPU: what each kernel is given, and what the host waits
+// for.
+#include <algorithm>
+
+#include "cuda/communicator.h"
+#include "cuda/wait.h"
+
+namespace commlib::cuda {
+
+std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingView& routing,
+                                                                  bool has_weights, bool drop) {
+  const OnDevice guard = on_device();
+  std::lock_guard<std::mutex> issue(issue_mutex_);
+  check_health();
+  auto pending = std::make_unique<PendingDispatch>();
+  Call call = dispatch_call(has_weights, drop);
+  pending->lease = take_slot();
+  call.slot = static_cast<uint8_t>(pending->lease->index());
+  pending->call = call;
+  pending->epoch = ++epoch_;
+
+  PlanOp op{};
+  op.common = params(call, pending->epoch);
+  op.routing = routing_of(routing, owner_on_device_);
+  op.routes = routing.routes;
+  op.scratch = scratch_;
+  op.plan = ++plans_;
+  op.dispatch = dispatches_ + 1;
+  op.capacity = config_.capacity;
+  op.drop = drop;
+  op.reused = slots_->last_pull(pending->lease->index(), &op.reuse_epoch);
+  launch_plan(shape_, op);
+  wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });
+
+  if (host_->plan_status == PlanStatus::bad_id) {
+    --epoch_;  // nobody has heard of it
+    raise_bad_id(host_->bad_index, host_->bad_id);
+  }
+  dispatches_ += static_cast<uint32_t>(host_->rounds);
+  if (host_->plan_status == PlanStatus::overflow) raise_overflow(host_->fullest, host_->fullest_rows);
+  pending->source_rows.assign(host_->source_rows, host_->source_rows + config_.size);
+  pending->slots.assign(host_->slots, host_->slots + config_.size);
+  const int64_t* rows_per_expert = host_->rows_per_expert;
+  pending->rows_per_expert.assign(rows_per_expert, rows_per_expert + placement_.count(config_.rank));
+  for (const int64_t n : pending->source_rows) pending->rows += n;
+  pending->dropped = host_->dropped;
+  return pending;
+}
+
+RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
+                                 const Received& received, const SlotLease& lease) {
+  RowsOp op{};
+  op.common = params(call, epoch);
+  op.send = send_plan(rows, routing);
+  op.deliver = deliver_plan(routing, received, lease);
+  op.scratch = scratch_;
+  const std::vector<uint64_t> arrivals = next_arrivals();
+  std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
+  return op;
+}
+
+Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
+                                         const RoutingView& routing, const Received& received, bool) {
+  const OnDevice guard = on_device();
+  std::lock_guard<std::mutex> issue(issue_mutex_);
+  RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
+  op.send.with_experts = true;
+  op.send.slots = scratch_.slots;
+  op.deliver.source_rows = scratch_.source_rows;
+  op.places = routing.places;
+  launch_rows(shape_, op);
+  // The stream orders what comes after, so a slot that is only passed through is free again.
+  if (received.rows) pending.lease.reset();
+  return nullptr;
+}
+
+Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
+                                    bool, std::shared_ptr<SlotLease>* lease) {
+  const OnDevice guard = on_device();
+  std::lock_guard<std::mutex> issue(issue_mutex_);
+  check_health();
+  Call call = redispatch_call(rows);
+  auto slot = take_slot();
+  call.slot = static_cast<uint8_t>(slot->index());
+  RowsOp op = rows_op(call, ++epoch_, rows, routing, received, *slot);
+  op.reused = slots_->last_pull(slot->index(), &op.reuse_epoch);
+  launch_rows(shape_, op);
+  if (!received.rows) *lease = std::move(slot);
+  return nullptr;
+}
+
+Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+                                 std::byte* out_weights, bool) {
+  const OnDevice guard = on_device();
+  std::lock_guard<std::mutex> issue(issue_mutex_);
+  check_health();
+  Call call = combine_call(input);
+  const CombineSlot slot = combine_slot(input, routing);
+  call.slot = static_cast<uint8_t>(slot.lease->index());
+  CombineOp op{};
+  op.common = params(call, ++epoch_);
+  op.stage = stage_plan(input, routing, slot);
+  op.pull = pull_plan(input, routing, out, out_weights);
+  const std::vector<uint64_t> arrivals = next_arrivals();
+  std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
+  op.users_rows = slot.users_rows;
+  op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), &op.reuse_epoch);
+  launch_combine(shape_, config_.dtype, op);
+  slot.lease->pulled_in(epoch_);
+  return nullptr;
+}
+
+std::shared_ptr<SlotLease> CudaCommunicator::lend_slot() {
+  const OnDevice guard = on_device();
+  std::lock_guard<std::mutex> issue(issue_mutex_);
+  check_health();
+  auto lease = take_slot();
+  AwaitOp op{};
+  if (slots_->last_pull(lease->index(), &op.reuse_epoch)) {
+    op.common = params({OpKind::combine, 0, 0}, op.reuse_epoch);
+    launch_await(shape_, op);
+  }
+  lease->lend();
+  return lease;
+}
+
+}  // namespace commlib::cuda

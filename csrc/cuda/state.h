@@ -1,0 +1,127 @@
+// What the kernels of one communicator share: with each other in device memory, with the host in mapped
+// memory.
+#pragma once
+
+#include "protocol/combine.h"
+#include "protocol/counts.h"
+#include "protocol/deliver.h"
+#include "protocol/failure.h"
+
+namespace commlib::cuda {
+
+constexpr int kWarpLanes = 32;
+constexpr int kWarps = 16;  // workers of a block
+constexpr int kThreads = kWarps * kWarpLanes;
+
+// How a dispatch's counts came out.
+enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed = 3 };
+
+// Zero at the start.
+struct DeviceState {
+  // Counts arrivals of blocks at grid barriers. Added by each block's thread 0 (acq_rel), never reset; a
+  // barrier ends at the next multiple of the grid's blocks.
+  uint64_t barrier;
+  // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
+  // broken.
+  uint64_t failed;
+  // Written by block 0 before a grid barrier, read by all blocks after it.
+  PlanStatus plan_status;
+  uint32_t dropped;
+};
+
+// Mapped host memory. The host reads what the device has written before a release of the flag beside it.
+struct HostState {
+  // 1: `record` says why an operation failed. Written once by the warp that set DeviceState::failed
+  // (release).
+  uint64_t failed;
+  FailureRecord record;
+  // Written by the host while it waits, read by waiting warps: a Cause (in the high half) that only the host
+  // can know, and the peer.
+  uint64_t abort;
+  uint64_t left;  // what the host tells other ranks of this one, to be copied from here
+
+  // The number of the newest plan that is done; written by the plan kernel's block 0 (release) after what
+  // follows, read by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
+  uint64_t planned;
+  PlanStatus plan_status;
+  int64_t bad_index;  // bad_id: into topk_idx, and what it holds
+  int64_t bad_id;
+  int64_t fullest;  // overflow: the rank that would receive most, and how much
+  int64_t fullest_rows;
+  int64_t rounds;  // of counts
+  int64_t dropped;
+  int64_t source_rows[kMaxRanks];
+  uint8_t slots[kMaxRanks];
+  int64_t rows_per_expert[1];  // [own experts]
+};
+
+// Device memory that only lives within an operation, or between the halves of a dispatch.
+struct Scratch {
+  uint32_t* rank_counts;     // [workers][ranks]: rows of each worker's tokens
+  int64_t* rank_firsts;      // [workers][ranks]: the first of them, at each rank
+  uint32_t* rank_totals;     // [ranks]
+  uint32_t* expert_counts;   // [experts]
+  int64_t* bad;              // [workers]
+  int64_t* base;             // [ranks]
+  int64_t* received;         // [ranks]
+  int64_t* source_rows;      // [ranks]
+  int64_t* rows_per_expert;  // [own experts]
+  uint8_t* slots;            // [ranks]
+  uint32_t* group_counts;    // [workers][own experts]
+  int64_t* group_firsts;     // [workers][own experts]
+};
+
+// What every kernel is given.
+struct OpParams {
+  PeerTable peers;
+  Wait wait;
+  uint64_t timeout_ns;
+  DeviceState* state;
+  HostState* host;  // as mapped on the device
+  int ring_bytes;   // of shared memory for each warp's copies; 0: the device has no bulk copies
+};
+
+struct PlanOp {
+  OpParams common;
+  Routing routing;
+  int64_t* routes;
+  Scratch scratch;
+  uint64_t plan;      // its number, told to the host when it is done
+  uint32_t dispatch;  // number of the first round of counts
+  int64_t capacity;
+  bool drop;
+  // The slot that this rank lends was pulled from in operation `reuse_epoch`: wait until all have finished
+  // it.
+  bool reused;
+  uint32_t reuse_epoch;
+};
+
+struct RowsOp {
+  OpParams common;
+  SendPlan send;  // slots: as the plan kernel left them, or null: to be collected
+  DeliverPlan deliver;
+  int64_t* places;  // to be filled: layout="expert" of a fresh dispatch; else null
+  Scratch scratch;
+  uint64_t arrivals[kMaxRanks];
+  // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
+  bool reused;
+  uint32_t reuse_epoch;
+};
+
+struct CombineOp {
+  OpParams common;
+  StagePlan stage;
+  PullPlan pull;
+  uint64_t arrivals[kMaxRanks];
+  bool users_rows;  // the slot holds a tensor of the user's
+  // The slot that rows are staged in was pulled from in operation `reuse_epoch`.
+  bool reused;
+  uint32_t reuse_epoch;
+};
+
+struct AwaitOp {
+  OpParams common;
+  uint32_t reuse_epoch;
+};
+
+}  // namespace commlib::cuda

@@ -1,0 +1,41 @@
+// How the host waits for words that kernels write into mapped memory.
+#pragma once
+
+#include <sched.h>
+#include <time.h>
+
+#include <cstdint>
+
+#include "backend/waiting.h"
+
+namespace commlib::cuda {
+
+inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+inline void store_word(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+
+// Spins, then yields, then sleeps: a kernel's answer takes microseconds, a missing rank's never comes.
+class HostWait {
+ public:
+  explicit HostWait(SpinPolicy spin) : spin_(spin) {}
+
+  // Waits a little; true every nap: time to look around.
+  bool pause() {
+    ++calls_;
+    if (calls_ <= spin_.pauses) return false;
+    if (calls_ <= spin_.pauses + spin_.yields) {
+      sched_yield();
+      return false;
+    }
+    const timespec tick{0, kTickNs};
+    nanosleep(&tick, nullptr);
+    constexpr int64_t ticks_per_nap = static_cast<int64_t>(kNapSeconds * 1e9) / kTickNs;
+    return (calls_ - spin_.pauses - spin_.yields) % ticks_per_nap == 0;
+  }
+
+ private:
+  static constexpr long kTickNs = 50'000;
+  const SpinPolicy spin_;
+  int64_t calls_ = 0;
+};
+
+}  // namespace commlib::cuda

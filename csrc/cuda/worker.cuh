@@ -1,0 +1,403 @@
+// The CUDA worker: one warp. protocol/worker.h says what its members mean.
+//
+// Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its slots and
+// empties them while the warp goes on. One kernel uses either multicast or reduce, so each lays the ring out
+// as it likes.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "cuda/state.h"
+#include "cuda/sum.cuh"
+
+namespace commlib::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr uint64_t kLookNs = 5'000'000;  // between two looks at why a wait does not end
+
+// A warp's shared memory. The ring comes first, for bulk copies want their alignment.
+struct WarpShared {
+  static constexpr int kBarriers = 8;
+  static constexpr int kListBytes = (kMaxTopk + 1) * static_cast<int>(sizeof(Term));
+
+  __host__ __device__ static constexpr int bytes(int ring_bytes) {
+    return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kMaxRanks, 128));
+  }
+  std::byte* ring;
+  uint64_t* barriers;  // [kBarriers], one for each slot of the ring
+  std::byte* list;     // Terms or Targets
+  uint8_t* slots;      // [kMaxRanks]: for collect_calls
+};
+
+constexpr int kBlockSharedBytes = 128;  // words of the block, before those of its warps
+
+// Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
+struct WordReader {
+  __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
+};
+
+// The first warp to give up tells the host why, and the other ranks that it did.
+[[gnu::noinline]] __device__ inline void fail(const OpParams& op, FailureRecord* record, uint64_t start) {
+  if (ptx::exchange_if_gpu(&op.state->failed, 0, 1) != 0) return;
+  record->waited_ns = ptx::globaltimer() - start;
+  op.host->record = *record;
+  ptx::store_release_sys(&op.host->failed, 1);
+  for (int p = 0; p < op.peers.size; ++p) {
+    ptx::store_release_sys(&op.peers.mail_to(p).left, tagged(kGaveUp, static_cast<uint32_t>(record->peer)));
+  }
+}
+
+[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, int peer, Phase phase, uint64_t start) {
+  if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
+  WordReader reader;
+  FailureRecord record{};
+  if (!find_cause(reader, op.peers, op.wait, peer, phase, &record)) {
+    const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
+    if (abort == 0 && ptx::globaltimer() - start < op.timeout_ns) return false;
+    const Cause cause = abort ? static_cast<Cause>(tag_of(abort)) : Cause::timeout;
+    const int blamed = cause == Cause::exited ? static_cast<int>(value_of(abort)) : peer;
+    record = new_record(reader, op.peers, op.wait, cause, blamed, phase);
+  }
+  fail(op, &record, start);
+  return true;
+}
+
+[[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
+  WordReader reader;
+  FailureRecord record = mismatch_record(reader, op.peers, op.wait, peer, theirs);
+  fail(op, &record, ptx::globaltimer());
+}
+
+class WarpWorker {
+ public:
+  static constexpr bool kMetadataWithRows = true;
+
+  __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
+    lane_ = static_cast<int>(threadIdx.x % kWarpLanes);
+    warp_ = static_cast<int>(threadIdx.x / kWarpLanes);
+    std::byte* base = ptx::dynamic_shared() + kBlockSharedBytes + warp_ * WarpShared::bytes(op.ring_bytes);
+    shared_.ring = base;
+    shared_.barriers = reinterpret_cast<uint64_t*>(base + op.ring_bytes);
+    shared_.list = base + op.ring_bytes + WarpShared::kBarriers * 8;
+    shared_.slots = reinterpret_cast<uint8_t*>(shared_.list + WarpShared::kListBytes);
+    if (lane_ < WarpShared::kBarriers) ptx::mbarrier_init(&shared_.barriers[lane_]);
+    ptx::fence_mbarrier_init();
+    __syncwarp();
+  }
+
+  // Warps with neighbouring numbers lie on different SMs, so that little work uses all of them.
+  __device__ int index() const { return warp_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
+  __device__ int count() const { return kWarps * static_cast<int>(gridDim.x); }
+  __device__ int lane() const { return lane_; }
+  __device__ static constexpr int lanes() { return kWarpLanes; }
+  __device__ int warp() const { return warp_; }
+  __device__ Span share(int64_t n) const { return share_of(n, index(), count()); }
+  __device__ uint8_t* slots() const { return shared_.slots; }
+
+  template <class T, class F>
+  __device__ List<T> list(int n, F f);
+  __device__ bool all(bool ok) const {
+    ok = __all_sync(kAllLanes, ok);
+    ptx::fence_proxy_async();  // so that bulk copies see it as well
+    return ok;
+  }
+  __device__ uint64_t any_bits(uint64_t mask) const {
+    for (int step = 16; step > 0; step /= 2) mask |= __shfl_sync(kAllLanes, mask, lane_ ^ step);
+    return mask;
+  }
+  __device__ int64_t lowest(int64_t value) const {
+    for (int step = 16; step > 0; step /= 2) {
+      const int64_t other = __shfl_sync(kAllLanes, value, lane_ ^ step);
+      value = other < value ? other : value;
+    }
+    return value;
+  }
+  __device__ uint32_t take(bool mine, uint32_t* counter) const {
+    const unsigned takers = __ballot_sync(kAllLanes, mine);
+    return take_as(takers, counter, lane_ == 0);
+  }
+  __device__ uint32_t take_each(int32_t key, uint32_t* counters) const {
+    const unsigned takers = __match_any_sync(kAllLanes, key);
+    // Lanes without a key read some counter, and nobody of them writes.
+    return take_as(takers, &counters[key < 0 ? 0 : key], key >= 0 && lane_ == __ffs(takers) - 1);
+  }
+
+  __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
+  template <class T>
+  __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
+  __device__ void zero(std::byte* dst, int64_t bytes) const {
+    for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
+  }
+  // The bulk copies of each lane are complete, and its ordinary stores stay before bulk copies of others that
+  // acquire what is released next; the barrier passes both on to whichever lane releases.
+  __device__ void flush() const {
+    ptx::bulk_wait_written();
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+  __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
+  __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
+  __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
+  __device__ void wake(int) const {}
+  __device__ void tally(uint32_t* counter, int n) const {
+    ptx::add_relaxed_gpu(counter, static_cast<uint32_t>(n));
+  }
+  __device__ static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
+    if (bytes == 4) {
+      *reinterpret_cast<uint32_t*>(dst) = src ? *reinterpret_cast<const uint32_t*>(src) : 0;
+    } else {
+      *reinterpret_cast<uint64_t*>(dst) = src ? *reinterpret_cast<const uint64_t*>(src) : 0;
+    }
+  }
+
+  __device__ bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) const {
+    return await([=] { return tag_of(ptx::load_acquire_sys(word)) == tag; }, peer, phase);
+  }
+  __device__ bool await_reached(const uint64_t* word, uint32_t tag, int peer, Phase phase) const {
+    return await([=] { return reached(tag_of(ptx::load_acquire_sys(word)), tag); }, peer, phase);
+  }
+  __device__ bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) const {
+    return await([=] { return ptx::load_acquire_sys(counter) >= count; }, peer, phase);
+  }
+  __device__ bool mismatch(int peer, Call theirs) const {
+    fail_by_mismatch(op_, peer, theirs);
+    return false;
+  }
+
+  // All threads of the grid: what any of them did before, all see after it, in memory and with ok: whether
+  // all came with `ok` and nobody has failed.
+  __device__ bool grid_barrier(bool ok) const;
+
+ private:
+  static constexpr int kSendSlots = 4;  // of the ring, in multicast
+  static constexpr int kSumSlots = 6;   // in sum
+
+  // Lanes of `takers` get *counter + 0, 1, ...; the lane that says so writes the sum.
+  __device__ uint32_t take_as(unsigned takers, uint32_t* counter, bool writes) const {
+    const uint32_t before = *counter;
+    __syncwarp();
+    if (writes) *counter = before + static_cast<uint32_t>(__popc(takers));
+    __syncwarp();
+    return before + static_cast<uint32_t>(__popc(takers & ((1u << lane_) - 1)));
+  }
+
+  __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes);
+  __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes, bool aligned) const;
+  template <class T>
+  __device__ void bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes);
+
+  // Ring slots are taken in turn, and each mbarrier flips its phase each time round.
+  struct Turn {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ void next(int slots) {
+      if (++slot < slots) return;
+      slot = 0;
+      parity ^= 1;
+    }
+  };
+  __device__ void await_ring(Turn turn) const {
+    while (!ptx::mbarrier_try_wait(&shared_.barriers[turn.slot], turn.parity)) {
+    }
+  }
+  __device__ void load_into_ring(int slot, int slot_bytes, const std::byte* src, int64_t bytes) const {
+    uint64_t* barrier = &shared_.barriers[slot];
+    ptx::mbarrier_expect(barrier, static_cast<uint32_t>(bytes));
+    ptx::bulk_load(shared_.ring + slot * slot_bytes, src, static_cast<uint32_t>(bytes), barrier);
+  }
+
+  template <class Ready>
+  __device__ bool await(Ready ready, int peer, Phase phase) const {
+    if (ready()) return true;
+    const uint64_t start = ptx::globaltimer();
+    uint64_t next_look = start + kLookNs;
+    for (;;) {
+      for (int i = 0; i < 32; ++i) {
+        if (ready()) return true;
+      }
+      ptx::nanosleep(100);
+      const uint64_t now = ptx::globaltimer();
+      if (now < next_look) continue;
+      if (gives_up(op_, peer, phase, start)) return ready();
+      next_look = now + kLookNs;
+    }
+  }
+
+  const OpParams& op_;
+  WarpShared shared_;
+  int lane_, warp_;
+  Turn turn_;
+};
+
+// Lanes evaluate f side by side; a ballot closes the gaps. The barriers keep the list from being overwritten
+// while lanes still read the one before, and make it whole before they read it.
+template <class T, class F>
+__device__ List<T> WarpWorker::list(int n, F f) {
+  static_assert(sizeof(T) <= sizeof(Term));
+  T* items = reinterpret_cast<T*>(shared_.list);
+  int kept = 0;
+  __syncwarp();
+  for (int first = 0; first < n; first += kWarpLanes) {
+    const int j = first + lane_;
+    T item{};
+    if (j < n) item = f(j);
+    const bool keep = static_cast<bool>(item);
+    const unsigned keepers = __ballot_sync(kAllLanes, keep);
+    if (keep) items[kept + __popc(keepers & ((1u << lane_) - 1))] = item;
+    kept += __popc(keepers);
+  }
+  __syncwarp();
+  return {items, kept};
+}
+
+__device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes) {
+  const Target mine = lane_ < to.count ? to.items[lane_] : nullptr;  // at most topk, which is a warp's lanes
+  const auto bits =
+      reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) | static_cast<uintptr_t>(bytes);
+  const bool aligned = __all_sync(kAllLanes, bits % 16 == 0);
+  if (to.count == 0) return;
+  if (op_.ring_bytes > 0 && aligned) {
+    bulk_multicast(mine, src, bytes);
+  } else {
+    plain_multicast(to, src, bytes, aligned);
+  }
+}
+
+// Lane 0 loads chunks of the row, two ahead; each lane stores them to its own target. A slot is loaded again
+// four chunks later: by then all but each lane's newest group of stores must have read it.
+__device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
+  const int slot_bytes = op_.ring_bytes / kSendSlots;
+  constexpr int kAhead = kSendSlots / 2;
+  Turn ahead = turn_;
+  int64_t loaded = 0;
+  const auto load_next = [&] {
+    const int64_t n = bytes - loaded < slot_bytes ? bytes - loaded : slot_bytes;
+    ptx::bulk_wait_read<kAhead - 1>();
+    __syncwarp();
+    if (lane_ == 0) load_into_ring(ahead.slot, slot_bytes, src + loaded, n);
+    ahead.next(kSendSlots);
+    loaded += n;
+  };
+  for (int i = 0; i < kAhead && loaded < bytes; ++i) load_next();
+  for (int64_t sent = 0; sent < bytes; sent += slot_bytes) {
+    if (loaded < bytes) load_next();
+    const int64_t n = bytes - sent < slot_bytes ? bytes - sent : slot_bytes;
+    await_ring(turn_);
+    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.slot * slot_bytes, static_cast<uint32_t>(n));
+    ptx::bulk_commit();
+    turn_.next(kSendSlots);
+  }
+}
+
+__device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::byte* src, int64_t bytes,
+                                                   bool aligned) const {
+  if (aligned) {
+    for (int64_t i = lane_ * 16; i < bytes; i += kWarpLanes * 16) {
+      const ptx::Vec16 v = ptx::load_global(src + i);
+      for (int j = 0; j < to.count; ++j) ptx::store_global(to.items[j] + i, v);
+    }
+    return;
+  }
+  for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) {  // the smallest element has two bytes
+    const uint16_t v = *reinterpret_cast<const uint16_t*>(src + i);
+    for (int j = 0; j < to.count; ++j) *reinterpret_cast<uint16_t*>(to.items[j] + i) = v;
+  }
+}
+
+template <class T>
+__device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elements) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(elements * sizeof(T));
+  for (int j = lane_; j < terms.count; j += kWarpLanes)
+    bits |= reinterpret_cast<uintptr_t>(terms.items[j].row);
+  const bool aligned = __all_sync(kAllLanes, bits % 16 == 0);
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+  if (op_.ring_bytes > 0 && aligned) {
+    bulk_sum<T>(dst, terms, bytes);
+  } else if (aligned) {
+    for (int64_t i = lane_ * 16; i < bytes; i += kWarpLanes * 16) {
+      Sum16<T> s;
+      for (int j = 0; j < terms.count; ++j)
+        s.add(ptx::load_global(terms.items[j].row + i), terms.items[j].weight);
+      ptx::store_global(dst + i, s.rounded());
+    }
+  } else {
+    for (int64_t i = lane_; i < elements; i += kWarpLanes) {
+      reinterpret_cast<T*>(dst)[i] = sum_element<T>(terms, i);
+    }
+  }
+}
+
+// Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
+// of each row, ... Lane 0 keeps every free slot loading.
+template <class T>
+__device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes) {
+  constexpr int kUnroll = 4;
+  constexpr int kChunk = kUnroll * kWarpLanes * 16;
+  Turn ahead = turn_;
+  int64_t load_at = 0;
+  int load_row = 0;
+  const auto load_next = [&](int slot) {
+    const int64_t n = bytes - load_at < kChunk ? bytes - load_at : kChunk;
+    if (lane_ == 0) load_into_ring(slot, kChunk, terms.items[load_row].row + load_at, n);
+    if (++load_row < terms.count) return;
+    load_row = 0;
+    load_at += kChunk;
+  };
+  for (int i = 0; i < kSumSlots && load_at < bytes && terms.count > 0; ++i) {
+    load_next(ahead.slot);
+    ahead.next(kSumSlots);
+  }
+  for (int64_t at = 0; at < bytes; at += kChunk) {
+    Sum16<T> sums[kUnroll];
+    for (int j = 0; j < terms.count; ++j) {
+      await_ring(turn_);
+      const std::byte* slot = shared_.ring + turn_.slot * kChunk;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = (u * kWarpLanes + lane_) * 16;
+        if (at + i < bytes) sums[u].add(ptx::load_shared(slot + i), terms.items[j].weight);
+      }
+      __syncwarp();  // all lanes have read the slot
+      if (load_at < bytes) load_next(turn_.slot);
+      turn_.next(kSumSlots);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = at + (u * kWarpLanes + lane_) * 16;
+      if (i < bytes) ptx::store_global(dst + i, sums[u].rounded());
+    }
+  }
+}
+
+__device__ inline bool WarpWorker::grid_barrier(bool ok) const {
+  uint64_t* block_ok = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
+  if (!ok && lane_ == 0) ptx::exchange_if_gpu(&op_.state->failed, 0, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const uint64_t ticket = ptx::add_acq_rel_gpu(&op_.state->barrier, 1);
+    const uint64_t target = (ticket / gridDim.x + 1) * gridDim.x;
+    bool failed = false;
+    while (ptx::load_acquire_gpu(&op_.state->barrier) < target && !failed) {
+      failed = ptx::load_acquire_gpu(&op_.state->failed) != 0;
+      ptx::nanosleep(50);
+    }
+    failed = failed || ptx::load_acquire_gpu(&op_.state->failed) != 0;
+    *block_ok = failed ? 0 : 1;
+  }
+  __syncthreads();
+  ok = *block_ok != 0;
+  __syncthreads();  // nobody comes back and overwrites it before all have read it
+  return ok;
+}
+
+// Adds rows of T.
+template <class T>
+class SumWorker : public WarpWorker {
+ public:
+  using WarpWorker::WarpWorker;
+  __device__ void reduce(DType, std::byte* dst, List<Term> terms, int64_t elements) {
+    sum<T>(dst, terms, elements);
+  }
+};
+
+}  // namespace commlib::cuda
