@@ -1,0 +1,20 @@
+// Test files here register themselves, so that the makefile need only find them.
+#pragma once
+
+#include <vector>
+
+#include "cpp/check.h"
+
+namespace commlib::testing {
+
+// static const Suite suite({{"what it promises", function}, ...});
+struct Suite {
+  explicit Suite(const std::vector<Test>& tests) { all().insert(all().end(), tests.begin(), tests.end()); }
+
+  static std::vector<Test>& all() {
+    static std::vector<Test> tests;
+    return tests;
+  }
+};
+
+}  // namespace commlib::testing
