@@ -32,7 +32,7 @@ class SendPlan:
         """Plan one dispatch. Runs inside the timed region, so it is a dozen small tensor ops."""
         num_tokens = topk_idx.shape[0]
         owner = topk_idx // local_experts  # floors: -1 stays -1, and goes to line 0 below
-        goes = torch.zeros(ranks + 1, num_tokens, dtype=torch.bool)
+        goes = torch.zeros(ranks + 1, num_tokens, dtype=torch.bool, device=topk_idx.device)
         by_rank = goes.scatter_(0, (owner + 1).t(), True)[1:]  # [R, T]
         rank, tokens = by_rank.nonzero(as_tuple=True)
 
@@ -62,6 +62,7 @@ class AllToAllBaseline(ABC):
         max_tokens: the most tokens a rank sends; buffers hold ``ranks * max_tokens`` rows, of which
             only what is really used is ever touched.
         dtype: of rows.
+        device: of all tensors.
     """
 
     def __init__(
@@ -74,14 +75,15 @@ class AllToAllBaseline(ABC):
         topk: int,
         max_tokens: int,
         dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.rank, self.ranks, self.topk = rank, ranks, topk
         self.local_experts = num_experts // ranks
         most = ranks * max_tokens
         # Rows wait here to be sent; combine, which comes later, receives into it.
-        self._out_rows = torch.empty(most, hidden, dtype=dtype)
-        self._in_rows = torch.empty(most, hidden, dtype=dtype)
-        self._in_meta = torch.empty(most, 2 * topk, dtype=torch.int32)
+        self._out_rows = torch.empty(most, hidden, dtype=dtype, device=device)
+        self._in_rows = torch.empty(most, hidden, dtype=dtype, device=device)
+        self._in_meta = torch.empty(most, 2 * topk, dtype=torch.int32, device=device)
         self._plan: SendPlan | None = None
         self._sent: list[int] = []
         self._received: list[int] = []

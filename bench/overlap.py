@@ -107,7 +107,7 @@ def main() -> None:
         if launch.rank == 0 and needed > usable_cores():
             show(f"note: {needed} threads on {usable_cores()} cores take turns; expect no gain")
         job = Job.build(shape, launch.rank, launch.size)
-        with commlib.ExpertParallel(launch.ranks, num_sms=args.num_sms, **shape.sizes) as ep:
+        with commlib.ExpertParallel(launch.ranks, device="cpu", num_sms=args.num_sms, **shape.sizes) as ep:
             work = Workload(ep, job, args.size, launch)
             samples = measure(launch, work, args.iters)
         if launch.rank == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -15,7 +17,10 @@ from common import Launch, usable_cores
 from rich.console import Console
 from rich.table import Table
 
+from commlib import cuda
+
 RESULTS = Path(__file__).parent / "results"
+CUDA_ENVIRONMENT = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS")
 TABLE_WIDTH = 110
 
 
@@ -38,18 +43,54 @@ def table(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequen
 
 def machine(launch: Launch) -> dict[str, Any]:
     """What the figures depend on besides the configuration."""
+    return host() | {
+        "ranks": launch.size,
+        "threads_per_rank": torch.get_num_threads(),
+        "mpi": _mpi_version(launch),
+    }
+
+
+def host() -> dict[str, Any]:
+    """The part of it that every benchmark has."""
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
-        "ranks": launch.size,
-        "threads_per_rank": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commlib": _version_of("commlib"),
-        "mpi": _mpi_version(launch),
-        "commit": _commit(),
+        "commit": commit(),
     }
+
+
+def gpu(index: int = 0) -> dict[str, Any]:
+    """The GPU and the software that runs it."""
+    properties = cuda.properties(index)
+    return {
+        "gpu": properties.name,
+        "sms": properties.sms,
+        "gpu_memory": properties.total_memory,
+        "gpus": torch.cuda.device_count(),
+        "cuda_of_torch": torch.version.cuda,
+        "driver": _driver(),
+        "environment": {name: os.environ.get(name) for name in CUDA_ENVIRONMENT},
+    }
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def markdown(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]) -> str:
+    """What :func:`table` shows, as a Markdown table."""
+    lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "|".join("---" if place < 2 else "---:" for place in range(len(columns))) + "|")
+    for section in sections:
+        for row in section:
+            cells = [*row, *[""] * (len(columns) - len(row))]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -79,8 +120,28 @@ def _mpi_version(launch: Launch) -> str | None:
     return MPI.Get_library_version().split(",")[0].strip("\0 \n")
 
 
-def _commit() -> str | None:
-    """The checkout's commit, marked where the working tree differs from it; None: no git here."""
+def _driver() -> str | None:
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return asked.stdout.partition("\n")[0].strip() or None
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked where the working tree differs from it.
+
+    Without git, COMMLIB_COMMIT; None: nobody says.
+    """
+    return _described() or os.environ.get("COMMLIB_COMMIT")
+
+
+def _described() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

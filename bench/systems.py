@@ -47,6 +47,14 @@ class System:
     def release(self) -> None:
         """Not timed: give back what the dispatch lent."""
 
+    def wrong_rows(self, job: Job, received: Received) -> list[str]:
+        """What differs from what the job's dispatch must yield."""
+        return job.wrong_rows(received)
+
+    def wrong_sum(self, job: Job, out: Tensor) -> list[str]:
+        """What differs from what the job's combine must yield."""
+        return job.wrong_sum(out)
+
     def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
         """One dispatch and one combine; when each began and ended on this rank. Called on all ranks.
 
@@ -54,11 +62,11 @@ class System:
             report: told of each difference from what the job expects; None: do not look.
         """
         dispatched, received = launch.fenced(lambda: self.dispatch(job))
-        wrong = [] if report is None else job.wrong_rows(received)
+        wrong = [] if report is None else self.wrong_rows(job, received)
         y = self.place(job)
         combined, out = launch.fenced(lambda: self.combine(y))
         if report is not None:
-            for text in wrong + job.wrong_sum(out):
+            for text in wrong + self.wrong_sum(job, out):
                 report(f"{self.name}, rank {launch.rank}: {text}")
         self.release()
         return dispatched, combined
@@ -92,6 +100,13 @@ class Commlib(System):
         d = self._ep.dispatch(job.x, job.topk_idx, job.topk_weights, zero_copy=self.zero_copy)
         self._handle = d.handle
         return Received(d.x, d.topk_idx, d.topk_weights)
+
+    def redispatch(self, job: Job) -> Tensor:
+        """Timed: the rows again, with the routing of the dispatch before."""
+        again = self._ep.dispatch(
+            job.x, topk_weights=job.topk_weights, handle=self._handle, zero_copy=self.zero_copy
+        )
+        return again.x
 
     def combine(self, y: Tensor) -> Tensor:
         return self._ep.combine(y, self._handle)

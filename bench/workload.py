@@ -54,21 +54,23 @@ class Job:
     expected_sum: Tensor  # [T, H] float32, not rounded to the rows' dtype
 
     @staticmethod
-    def build(shape: Shape, rank: int, ranks: int) -> Job:
+    def build(shape: Shape, rank: int, ranks: int, device: torch.device | str = "cpu") -> Job:
         """Make this rank's tokens, and the other ranks' as well to know what must come from them.
 
         An expert here scales a row by its rank's factor, so that a row summed from the wrong rank
-        shows.
+        shows. Another kind of device draws other tokens.
         """
         local_experts = shape.experts // ranks
-        received = [_rows_for(rank, local_experts, *_tokens_of(shape, source)) for source in range(ranks)]
+        received = [
+            _rows_for(rank, local_experts, *_tokens_of(shape, source, device)) for source in range(ranks)
+        ]
         rows, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
-        x, topk_idx, topk_weights = _tokens_of(shape, rank)
-        total = torch.zeros(x.shape, dtype=torch.float32)
+        x, topk_idx, topk_weights = _tokens_of(shape, rank, device)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=device)
         for owner in range(ranks):
             goes = (topk_idx // local_experts == owner).any(1, keepdim=True)
-            total += _expert(x, owner) * goes
-        y = _expert(rows, rank)
+            total += expert(x, owner) * goes
+        y = expert(rows, rank)
         return Job(
             x=x,
             topk_idx=topk_idx,
@@ -99,17 +101,18 @@ class Job:
         exact = self.expected_sum
         rounding = torch.finfo(out.dtype).eps * exact.abs()
         summing = 32 * torch.finfo(exact.dtype).eps * float(self.y.abs().max())
-        off = (out.to(exact.dtype) - exact).abs() > rounding + summing
+        off = ~((out.to(exact.dtype) - exact).abs() <= rounding + summing)  # NaN is off, too
         return [f"sum: {int(off.sum())} of {off.numel()} values differ"] if off.any() else []
 
 
-def _tokens_of(shape: Shape, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens_of(shape: Shape, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """A rank's rows and routing: experts drawn uniformly, none twice for a token."""
-    generator = torch.Generator().manual_seed(shape.seed * 4096 + rank)
-    scores = torch.rand(shape.tokens, shape.experts, generator=generator)
+    generator = torch.Generator(device).manual_seed(shape.seed * 4096 + rank)
+    draw = {"generator": generator, "device": device}
+    scores = torch.rand(shape.tokens, shape.experts, **draw)
     topk_idx = scores.topk(shape.topk, dim=1).indices
-    logits = torch.randn(shape.tokens, shape.topk, generator=generator)
-    x = torch.randn(shape.tokens, shape.hidden, generator=generator).to(shape.dtype)
+    logits = torch.randn(shape.tokens, shape.topk, **draw)
+    x = torch.randn(shape.tokens, shape.hidden, **draw).to(shape.dtype)
     return x, topk_idx, logits.softmax(1)
 
 
@@ -123,5 +126,6 @@ def _rows_for(
     return x[goes], local[goes], torch.where(mine, weights, 0.0)[goes]
 
 
-def _expert(rows: Tensor, rank: int) -> Tensor:
+def expert(rows: Tensor, rank: int) -> Tensor:
+    """What the experts of a rank make of a row."""
     return (rows.float() * (1 + rank / 4)).to(rows.dtype)

@@ -55,10 +55,7 @@ def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Str
     core: _core.Communicator | None = None
     address = None
     try:
-        if stream is None:
-            core = _core.CpuCommunicator(config)
-        else:
-            core = cuda._cuda.make_communicator(config)
+        core = _core.CpuCommunicator(config) if stream is None else cuda._cuda.make_communicator(config)
         address = core.address()
     except (RuntimeError, MemoryError) as e:
         error = e
@@ -185,5 +182,6 @@ def _check_reachable(infos: list[dict[str, Any]]) -> None:
         if info["host"] != first:
             what = "another host" if info["host"][0] != first[0] else "another PID namespace (container)"
             raise CommError(
-                f"rank {rank} runs on {what} than rank 0; rows move through memory that all ranks map only, so far"
+                f"rank {rank} runs on {what} than rank 0; "
+                "so far rows move only through memory that all ranks map"
             )

@@ -141,6 +141,7 @@ class ExpertParallel:
         self.settings = Settings(
             num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout
         )
+        self.device = where
         self._backend = connect(self.group, self.settings)
         self._core = self._backend.core
         self._number = next(_numbers)

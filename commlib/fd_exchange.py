@@ -36,9 +36,12 @@ def exchange_fds(group: Group, addresses: list[Address]) -> list[Address]:
             target=_send, args=(group.rank, own_fd, [names[r] for r in others], errors), daemon=True
         )
         sender.start()
-        for _ in others:
-            said, fds, _, _ = socket.recv_fds(mine, 16, 1)
-            received[int(said)] = fds[0]
+        try:
+            for _ in others:
+                said, fds, _, _ = socket.recv_fds(mine, 16, 1)
+                received[int(said)] = fds[0]
+        except OSError as error:
+            errors.append(error)
         sender.join()
         group.barrier()  # nobody closes its socket before all have sent
     if errors:

@@ -18,7 +18,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     """Run ``fn(rank, *args)`` on ``world_size`` threads that are ranks of one group.
 
     Inside ``fn``, ``ExpertParallel()`` without a group finds that group, and its device. On a GPU each thread
-    has a current stream of its own; what ``fn`` returned is complete on the device.
+    has a current stream of its own, which begins after the caller's work; what ``fn`` returned is complete on
+    the device.
 
     On a GPU set ``CUDA_MODULE_LOADING=EAGER`` and ``CUDA_DEVICE_MAX_CONNECTIONS=32`` in the environment: a
     kernel of one rank that is loaded, or queued, behind a waiting one of another rank holds up both.
@@ -44,13 +45,14 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     if where.type == "cuda":
         cuda.require()
     groups = ThreadGroup.world(world_size, str(where))
+    begun = torch.cuda.current_stream(where).record_event() if where.type == "cuda" else None
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
 
     def rank_main(rank: int) -> None:
         set_current_group(groups[rank])
         try:
-            with _on(where):
+            with _on(where, begun):
                 results[rank] = fn(rank, *args)
         except BaseException as error:
             failures.append((rank, error))
@@ -70,14 +72,18 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """A stream of this thread's own: ranks that shared one would wait for each other in it."""
-    if device.type == "cpu":
+def _on(device: torch.device, begun: torch.cuda.Event | None) -> Iterator[None]:
+    """What ranks on one GPU must not share, for they would wait for each other in it.
+
+    A stream, which goes on after ``begun``, and the thread that autograd keeps for each device.
+    """
+    if begun is None:
         yield
         return
     torch.cuda.set_device(device)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    stream.wait_event(begun)
+    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
         yield
     stream.synchronize()
 

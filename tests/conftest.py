@@ -5,10 +5,39 @@ import subprocess
 import sys
 
 import pytest
+
+# Ranks that share a GPU wait for each other on it. CUDA must then neither load a kernel while one runs,
+# which can wait for the device to be idle, nor put the streams of two ranks into one hardware queue. It
+# reads both when it starts.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 import torch
+
+from commlib import cuda
 
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
+
+_deselected = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """What a test's tensors and ranks are on. One for the session, so that hypothesis may share it."""
+    return request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not cuda.is_available():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[_deselected] = f"gpu: {len(gpu)} tests deselected, no GPU can be used: {cuda.why_not()}"
+
+
+def pytest_report_collectionfinish(config):
+    return config.stash.get(_deselected, [])
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class World:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def device(self) -> torch.device:
+        return self.x[0].device
+
+    @property
     def max_tokens(self) -> int:
         return max(1, *(len(x) for x in self.x))
 
@@ -44,8 +48,16 @@ class World:
             "topk": self.topk,
             "max_tokens": self.max_tokens,
             "dtype": self.dtype,
+            "device": self.device,
             "timeout": 30.0,
         }
+
+    def to(self, device: torch.device | str) -> World:
+        """The same problem with its tensors on ``device``."""
+        x, topk_idx, topk_weights = (
+            [t.to(device) for t in tensors] for tensors in (self.x, self.topk_idx, self.topk_weights)
+        )
+        return replace(self, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
 
 
 def make_world(
@@ -56,8 +68,12 @@ def make_world(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     holes: float = 0.1,
+    device: torch.device | str = "cpu",
 ) -> World:
-    """Random rows and duplicate-free random routing, a share of its places (``holes``) left empty."""
+    """Random rows and duplicate-free random routing, a share of its places (``holes``) left empty.
+
+    The same values on every device.
+    """
     g = torch.Generator().manual_seed(seed)
     idx, x, w = [], [], []
     weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -67,12 +83,12 @@ def make_world(
         idx.append(chosen)
         x.append(torch.randn(t, hidden, generator=g, dtype=torch.float64).to(dtype))
         w.append(torch.rand(t, topk, generator=g, dtype=weight_dtype))
-    return World(num_experts, topk, hidden, dtype, x, idx, w)
+    return World(num_experts, topk, hidden, dtype, x, idx, w).to(device)
 
 
 @dataclass
 class Expected:
-    """A rank's part of a dispatch."""
+    """A rank's part of a dispatch, on the CPU whatever the world's device."""
 
     x: Tensor
     topk_idx: Tensor | None
@@ -84,6 +100,7 @@ class Expected:
 
 def expected_rank_layout(world: World, rank: int) -> Expected:
     """Unique rows, by source rank, then token."""
+    world = world.to("cpu")
     mine = world.experts_of(rank)
     rows, ids, weights, source = [], [], [], []
     counts = [0] * len(mine)
@@ -112,6 +129,7 @@ def expected_rank_layout(world: World, rank: int) -> Expected:
 
 def expected_expert_layout(world: World, rank: int, align: int) -> Expected:
     """Rows grouped by local expert, each group padded with zeros to a multiple of ``align``."""
+    world = world.to("cpu")
     unique = expected_rank_layout(world, rank)
     assert unique.topk_idx is not None
     rows, weights, source, offsets = [], [], [], [0]
@@ -136,13 +154,23 @@ def expected_expert_layout(world: World, rank: int, align: int) -> Expected:
     )
 
 
+def copies_of_tokens(world: World, rank: int) -> Tensor:
+    """To how many ranks each of a rank's tokens goes: ``[T, 1]`` int64, on the world's device."""
+    counts = [
+        sum(any(e in world.experts_of(r) for e in chosen) for r in range(world.size))
+        for chosen in world.topk_idx[rank].tolist()
+    ]
+    return torch.tensor(counts, dtype=torch.int64, device=world.device).view(-1, 1)
+
+
 def expert_scale(expert: int) -> float:
     """A stand-in for an expert: it multiplies its rows. Exact in every dtype."""
     return 1.0 + (expert % 4) / 4
 
 
 def expected_combine(world: World, rank: int) -> Tensor:
-    """sum over a token's experts of weight * expert(row), in float64."""
+    """sum over a token's experts of weight * expert(row), in float64, on the CPU."""
+    world = world.to("cpu")
     out = torch.zeros(len(world.x[rank]), world.hidden, dtype=torch.float64)
     for t, chosen in enumerate(world.topk_idx[rank].tolist()):
         for k, e in enumerate(chosen):

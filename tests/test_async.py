@@ -1,4 +1,4 @@
-"""Asynchronous operations on the communication threads."""
+"""Asynchronous operations on the communication threads, or on the communication stream."""
 
 import threading
 
@@ -13,8 +13,8 @@ from commlib import ExpertParallel
 
 @pytest.mark.parametrize("num_sms", [1, 3])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_an_event_says_when_rows_are_there(num_sms, layout):
-    worlds = [make_world([30, 17, 4], hidden=256, seed=s) for s in range(4)]
+def test_an_event_says_when_rows_are_there(device, num_sms, layout):
+    worlds = [make_world([30, 17, 4], hidden=256, seed=s, device=device) for s in range(4)]
 
     def rank_main(rank):
         with ExpertParallel(num_sms=num_sms, **worlds[0].config()) as ep:
@@ -39,12 +39,12 @@ def test_an_event_says_when_rows_are_there(num_sms, layout):
                         check(d, expected_rank_layout(w, rank))
                 events.clear()
 
-    commlib.run_ranks(rank_main, 3)
+    commlib.run_ranks(rank_main, 3, device=device)
 
 
-def test_operations_return_before_the_rows_have_moved():
+def test_operations_return_before_the_rows_have_moved(device):
     """Rank 1 comes late to the rows: rank 0's call has returned long before."""
-    world = make_world([8, 8])
+    world = make_world([8, 8], device=device)
     may_go_on = threading.Event()
 
     def rank_main(rank):
@@ -59,46 +59,48 @@ def test_operations_return_before_the_rows_have_moved():
             event.wait()
             return out
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
-def test_inputs_live_until_the_operation_is_done():
-    world = make_world([64, 64], hidden=1024)
+def test_inputs_live_until_the_operation_is_done(device):
+    world = make_world([64, 64], hidden=1024, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
             for _ in range(20):
                 d = ep.dispatch(world.x[rank].clone(), world.topk_idx[rank].clone(), async_op=True)
-                noise = [torch.full((64, 1024), float("nan")) for _ in range(4)]
+                noise = [torch.full((64, 1024), float("nan"), device=device) for _ in range(4)]
                 d.event.wait()
-                assert torch.equal(d.x, expected_rank_layout(world, rank).x)
+                assert torch.equal(d.x.cpu(), expected_rank_layout(world, rank).x)
                 del noise
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
-def test_synchronous_and_asynchronous_operations_keep_their_order():
-    world = make_world([10, 12])
+def test_synchronous_and_asynchronous_operations_keep_their_order(device):
+    world = make_world([10, 12], device=device)
 
     def rank_main(rank):
         with ExpertParallel(num_sms=2, **world.config()) as ep:
             for _ in range(30):
                 first = ep.dispatch(world.x[rank], world.topk_idx[rank], async_op=True)
                 second = ep.dispatch(world.x[rank] * 2, handle=first.handle)
+                if device == "cuda":  # there, synchronous means: in the order of the stream
+                    torch.cuda.current_stream().synchronize()
                 assert first.event.query(), "a later synchronous operation overtook it"
                 assert torch.equal(second.x, 2 * first.x)
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
-def test_closing_with_operations_under_way():
-    world = make_world([50, 50], hidden=512)
+def test_closing_with_operations_under_way(device):
+    world = make_world([50, 50], hidden=512, device=device)
 
     def rank_main(rank):
         ep = ExpertParallel(**world.config())
         d = ep.dispatch(world.x[rank], world.topk_idx[rank], async_op=True)
         ep.close()
         d.event.wait()
-        assert torch.equal(d.x, expected_rank_layout(world, rank).x)
+        assert torch.equal(d.x.cpu(), expected_rank_layout(world, rank).x)
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import expert_scale, make_world
+from reference import copies_of_tokens, expert_scale, make_world
 
 import commlib
 from commlib import ExpertParallel
@@ -16,13 +16,17 @@ def nonlinear_experts(rows, offsets, mine):
     return torch.cat([rows[:0], *groups])
 
 
+def scales_of(experts, x):
+    return torch.tensor([expert_scale(e) for e in experts], dtype=x.dtype, device=x.device)
+
+
 def layer(ep, world, rank, x, weights, layout):
     d = ep.dispatch(x, world.topk_idx[rank], weights, layout=layout, align=2)
     if layout == "expert":
         y = nonlinear_experts(d.x, d.offsets.tolist(), world.experts_of(rank))
         return ep.combine(y, d.handle, weights=d.topk_weights)
     # Each unique row goes through all of its experts here; the weights come from d.topk_weights.
-    scale = torch.tensor([expert_scale(e) for e in world.experts_of(rank)], dtype=x.dtype)
+    scale = scales_of(world.experts_of(rank), x)
     by_expert = torch.where(d.topk_idx >= 0, scale[d.topk_idx], 0.0)  # [N, K]
     y = (torch.tanh(d.x.unsqueeze(1) * by_expert.unsqueeze(-1)) * d.topk_weights.unsqueeze(-1)).sum(1)
     return ep.combine(y, d.handle)
@@ -30,16 +34,17 @@ def layer(ep, world, rank, x, weights, layout):
 
 def reference_layer(world, rank, x, weights):
     idx = world.topk_idx[rank]
-    scale = torch.tensor([expert_scale(e) for e in range(world.num_experts)], dtype=x.dtype)
+    scale = scales_of(range(world.num_experts), x)
     by_expert = torch.where(idx >= 0, scale[idx], 0.0)
     rows = torch.tanh(x.unsqueeze(1) * by_expert.unsqueeze(-1))
     return (rows * weights.unsqueeze(-1) * (idx >= 0).unsqueeze(-1)).sum(1)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_gradcheck_on_four_ranks(layout):
+def test_gradcheck_on_four_ranks(device, layout):
     # Every rank has the same number of elements, so all make the same calls.
-    world = make_world([3] * RANKS, num_experts=6, topk=2, hidden=2, dtype=torch.float64)
+    shape = dict(num_experts=6, topk=2, hidden=2, dtype=torch.float64)
+    world = make_world([3] * RANKS, **shape, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -47,16 +52,17 @@ def test_gradcheck_on_four_ranks(layout):
             weights = world.topk_weights[rank].clone().requires_grad_()
             return torch.autograd.gradcheck(lambda x, w: layer(ep, world, rank, x, w, layout), (x, weights))
 
-    assert commlib.run_ranks(rank_main, RANKS) == [True] * RANKS
+    assert commlib.run_ranks(rank_main, RANKS, device=device) == [True] * RANKS
 
 
-def test_gradcheck_of_bias_and_of_weights_given_to_combine():
-    world = make_world([3] * 2, num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+def test_gradcheck_of_bias_and_of_weights_given_to_combine(device):
+    shape = dict(num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+    world = make_world([3] * 2, **shape, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
             x = world.x[rank].clone().requires_grad_()
-            bias = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+            bias = torch.randn(3, 2, dtype=torch.float64, device=device, requires_grad=True)
 
             def f(x, bias):
                 d = ep.dispatch(x, world.topk_idx[rank])
@@ -64,11 +70,12 @@ def test_gradcheck_of_bias_and_of_weights_given_to_combine():
 
             return torch.autograd.gradcheck(f, (x, bias))
 
-    assert commlib.run_ranks(rank_main, 2) == [True] * 2
+    assert commlib.run_ranks(rank_main, 2, device=device) == [True] * 2
 
 
-def test_gradgradcheck_on_two_ranks():
-    world = make_world([2] * 2, num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+def test_gradgradcheck_on_two_ranks(device):
+    shape = dict(num_experts=4, topk=2, hidden=2, dtype=torch.float64, holes=0.0)
+    world = make_world([2] * 2, **shape, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -78,14 +85,15 @@ def test_gradgradcheck_on_two_ranks():
                 lambda x, w: layer(ep, world, rank, x, w, "expert"), (x, weights)
             )
 
-    assert commlib.run_ranks(rank_main, 2) == [True] * 2
+    assert commlib.run_ranks(rank_main, 2, device=device) == [True] * 2
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("tokens", [[5, 0, 9, 2], [0, 0, 0, 3], [7]])
-def test_gradients_equal_those_of_a_plain_layer(layout, tokens):
-    world = make_world(tokens, num_experts=7, topk=3, hidden=48, dtype=torch.float64, holes=0.2)
-    upstream = [torch.randn(t, 48, dtype=torch.float64) for t in tokens]
+def test_gradients_equal_those_of_a_plain_layer(device, layout, tokens):
+    shape = dict(num_experts=7, topk=3, hidden=48, dtype=torch.float64, holes=0.2)
+    world = make_world(tokens, **shape, device=device)
+    upstream = [torch.randn(t, 48, dtype=torch.float64, device=device) for t in tokens]
 
     def gradients(f, rank):
         x = world.x[rank].clone().requires_grad_()
@@ -98,14 +106,14 @@ def test_gradients_equal_those_of_a_plain_layer(layout, tokens):
         with ExpertParallel(**world.config()) as ep:
             return gradients(lambda x, w: layer(ep, world, rank, x, w, layout), rank)
 
-    for rank, got in enumerate(commlib.run_ranks(rank_main, len(tokens))):
+    for rank, got in enumerate(commlib.run_ranks(rank_main, len(tokens), device=device)):
         want = gradients(lambda x, w, r=rank: reference_layer(world, r, x, w), rank)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
 
-def test_backward_of_two_uses_of_one_handle_adds_up():
-    world = make_world([4, 6], hidden=32, dtype=torch.float64)
+def test_backward_of_two_uses_of_one_handle_adds_up(device):
+    world = make_world([4, 6], hidden=32, dtype=torch.float64, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -115,23 +123,22 @@ def test_backward_of_two_uses_of_one_handle_adds_up():
             ep.combine(first.x + second.x, first.handle).sum().backward()
             return x.grad
 
-    for rank, grad in enumerate(commlib.run_ranks(rank_main, 2)):
-        copies = torch.tensor(
-            [len({e // 4 for e in chosen if e >= 0}) for chosen in world.topk_idx[rank].tolist()]
-        )
-        torch.testing.assert_close(grad, 4.0 * copies[:, None].double().expand(-1, 32))
+    for rank, grad in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
+        copies = copies_of_tokens(world, rank).double()
+        torch.testing.assert_close(grad, 4.0 * copies.expand(-1, 32))
 
 
-def test_out_refuses_what_needs_a_gradient():
-    world = make_world([4])
+def test_out_refuses_what_needs_a_gradient(device):
+    world = make_world([4], device=device)
+    out = torch.empty(4, 64, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
             x = world.x[0].clone().requires_grad_()
             d = ep.dispatch(x, world.topk_idx[0])
             with pytest.raises(ValueError, match="not differentiable"):
-                ep.combine(d.x, d.handle, out=torch.empty(4, 64))
+                ep.combine(d.x, d.handle, out=out)
             with torch.no_grad():
-                ep.combine(d.x, d.handle, out=torch.empty(4, 64))
+                ep.combine(d.x, d.handle, out=out)
 
-    commlib.run_ranks(rank_main, 1)
+    commlib.run_ranks(rank_main, 1, device=device)

@@ -25,8 +25,8 @@ def run(f, world, rank):
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_a_compiled_layer_gives_the_same_values_and_gradients(layout):
-    world = make_world([6], num_experts=4, topk=2)
+def test_a_compiled_layer_gives_the_same_values_and_gradients(device, layout):
+    world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
         eager = run(lambda *a: layer(ep, *a, layout), world, 0)
         torch._dynamo.reset()
@@ -35,8 +35,8 @@ def test_a_compiled_layer_gives_the_same_values_and_gradients(layout):
             torch.testing.assert_close(a, b)
 
 
-def test_ops_pass_torchs_own_checks():
-    world = make_world([6], num_experts=4, topk=2)
+def test_ops_pass_torchs_own_checks(device):
+    world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
         x = world.x[0].clone().requires_grad_()
         w = world.topk_weights[0].clone().requires_grad_()
@@ -55,8 +55,8 @@ def test_ops_pass_torchs_own_checks():
         torch.library.opcheck(ops.redispatch, (x, w, *d.handle._arguments(), False, False), test_utils=tests)
 
 
-def test_async_is_refused_inside_a_graph():
-    world = make_world([6])
+def test_async_is_refused_inside_a_graph(device):
+    world = make_world([6], device=device)
     with ExpertParallel(**world.config()) as ep:
         torch._dynamo.reset()
         f = torch.compile(lambda x: ep.dispatch(x, world.topk_idx[0], async_op=True).x, fullgraph=True)
@@ -64,8 +64,8 @@ def test_async_is_refused_inside_a_graph():
             f(world.x[0])
 
 
-def test_activation_checkpointing_dispatches_again_in_backward():
-    world = make_world([6, 9])
+def test_activation_checkpointing_dispatches_again_in_backward(device):
+    world = make_world([6, 9], device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -79,6 +79,6 @@ def test_activation_checkpointing_dispatches_again_in_backward():
             assert ep.stats()["dispatches"] - before == 2
             return plain, saved
 
-    for plain, saved in commlib.run_ranks(rank_main, 2):
+    for plain, saved in commlib.run_ranks(rank_main, 2, device=device):
         for a, b in zip(plain, saved, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)

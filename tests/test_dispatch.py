@@ -13,25 +13,27 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def dispatch_everywhere(world: World, num_sms: int = 1, **options):
-    """One dispatch on in-process ranks; what each rank got, copied, so that slots may go."""
+    """One dispatch on in-process ranks, on the world's device; what each rank got."""
 
     def rank_main(rank):
         with ExpertParallel(num_sms=num_sms, **world.config()) as ep:
             return ep.dispatch(world.x[rank], world.topk_idx[rank], world.topk_weights[rank], **options)
 
-    return commlib.run_ranks(rank_main, world.size)
+    return commlib.run_ranks(rank_main, world.size, device=world.device.type)
 
 
 def check(got, want):
-    torch.testing.assert_close(got.x, want.x, rtol=0, atol=0)
-    torch.testing.assert_close(got.topk_weights, want.topk_weights, rtol=0, atol=0)
-    torch.testing.assert_close(got.source, want.source, rtol=0, atol=0)
+    """What was got, on whatever device, is what was wanted, bit for bit."""
+    equal = dict(rtol=0, atol=0, check_device=False)
+    torch.testing.assert_close(got.x, want.x, **equal)
+    torch.testing.assert_close(got.topk_weights, want.topk_weights, **equal)
+    torch.testing.assert_close(got.source, want.source, **equal)
     assert got.tokens_per_expert.tolist() == want.tokens_per_expert
     if want.topk_idx is None:
         assert got.topk_idx is None
         assert got.offsets.tolist() == want.offsets
     else:
-        torch.testing.assert_close(got.topk_idx, want.topk_idx, rtol=0, atol=0)
+        torch.testing.assert_close(got.topk_idx, want.topk_idx, **equal)
         assert got.offsets is None
 
 
@@ -63,22 +65,22 @@ relaxed = settings(max_examples=60, deadline=None, derandomize=True, suppress_he
 
 @relaxed
 @given(worlds(), st.booleans(), st.integers(1, 2))
-def test_rows_arrive_in_source_then_token_order(world, zero_copy, num_sms):
-    got = dispatch_everywhere(world, num_sms, zero_copy=zero_copy)
+def test_rows_arrive_in_source_then_token_order(device, world, zero_copy, num_sms):
+    got = dispatch_everywhere(world.to(device), num_sms, zero_copy=zero_copy)
     for rank in range(world.size):
         check(got[rank], expected_rank_layout(world, rank))
 
 
 @relaxed
 @given(worlds(), st.sampled_from([1, 2, 8]), st.integers(1, 2))
-def test_expert_layout_groups_and_pads(world, align, num_sms):
-    got = dispatch_everywhere(world, num_sms, layout="expert", align=align)
+def test_expert_layout_groups_and_pads(device, world, align, num_sms):
+    got = dispatch_everywhere(world.to(device), num_sms, layout="expert", align=align)
     for rank in range(world.size):
         check(got[rank], expected_expert_layout(world, rank, align))
 
 
-def test_results_are_the_same_when_no_slot_can_be_spared():
-    world = make_world([40, 30], hidden=96)
+def test_results_are_the_same_when_no_slot_can_be_spared(device):
+    world = make_world([40, 30], hidden=96, device=device)
 
     def rank_main(rank):
         with ExpertParallel(slots=2, **world.config()) as ep:
@@ -87,27 +89,27 @@ def test_results_are_the_same_when_no_slot_can_be_spared():
             assert ep.memory_report().slots_in_use == 0
             return kept
 
-    for rank, results in enumerate(commlib.run_ranks(rank_main, 2)):
+    for rank, results in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
         for got in results:
             check(got, expected_rank_layout(world, rank))
 
 
-def test_int32_ids_and_rows_that_lie_apart():
-    world = make_world([9, 4], hidden=32)
+def test_int32_ids_and_rows_that_lie_apart(device):
+    world = make_world([9, 4], hidden=32, device=device)
 
     def rank_main(rank):
-        wide = torch.zeros(len(world.x[rank]), 50)
+        wide = torch.zeros(len(world.x[rank]), 50, device=device)
         wide[:, 8:40] = world.x[rank]
         with ExpertParallel(**world.config()) as ep:
             return ep.dispatch(wide[:, 8:40], world.topk_idx[rank].int(), world.topk_weights[rank])
 
-    for rank, got in enumerate(commlib.run_ranks(rank_main, 2)):
+    for rank, got in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
         check(got, expected_rank_layout(world, rank))
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_without_weights_none_come(layout):
-    world = make_world([5, 6])
+def test_without_weights_none_come(device, layout):
+    world = make_world([5, 6], device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -115,15 +117,15 @@ def test_without_weights_none_come(layout):
             assert d.topk_weights is None
             return d.x.clone()
 
-    for rank, rows in enumerate(commlib.run_ranks(rank_main, 2)):
+    for rank, rows in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
         want = expected_rank_layout if layout == "rank" else lambda w, r: expected_expert_layout(w, r, 1)
-        assert torch.equal(rows, want(world, rank).x)
+        assert torch.equal(rows.cpu(), want(world, rank).x)
 
 
 @pytest.mark.parametrize(("layout", "zero_copy"), [("rank", False), ("rank", True), ("expert", False)])
-def test_a_handle_routes_other_rows_the_same_way(layout, zero_copy):
-    world = make_world([11, 0, 7], num_experts=5, topk=3)
-    other = make_world([11, 0, 7], num_experts=5, topk=3, seed=1)
+def test_a_handle_routes_other_rows_the_same_way(device, layout, zero_copy):
+    world = make_world([11, 0, 7], num_experts=5, topk=3, device=device)
+    other = make_world([11, 0, 7], num_experts=5, topk=3, seed=1, device=device)
     other.topk_idx = world.topk_idx
 
     def rank_main(rank):
@@ -138,15 +140,15 @@ def test_a_handle_routes_other_rows_the_same_way(layout, zero_copy):
             assert second.handle is first.handle
             return second
 
-    for rank, got in enumerate(commlib.run_ranks(rank_main, 3)):
+    for rank, got in enumerate(commlib.run_ranks(rank_main, 3, device=device)):
         if layout == "rank":
             check(got, expected_rank_layout(other, rank))
         else:
             check(got, expected_expert_layout(other, rank, 2))
 
 
-def test_a_thousand_small_dispatches_keep_their_order():
-    worlds = [make_world([3, 1, 2], hidden=16, seed=s) for s in range(10)]
+def test_a_thousand_small_dispatches_keep_their_order(device):
+    worlds = [make_world([3, 1, 2], hidden=16, seed=s, device=device) for s in range(10)]
 
     def rank_main(rank):
         with ExpertParallel(**worlds[0].config()) as ep:
@@ -156,12 +158,12 @@ def test_a_thousand_small_dispatches_keep_their_order():
                 check(got, expected[i % 10][rank])
 
     expected = [[expected_rank_layout(w, r) for r in range(3)] for w in worlds]
-    commlib.run_ranks(rank_main, 3)
+    commlib.run_ranks(rank_main, 3, device=device)
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_overflow_drops_the_last_rows_and_counts_them(layout):
-    world = make_world([6, 5], num_experts=4, topk=2, holes=0.0)
+def test_overflow_drops_the_last_rows_and_counts_them(device, layout):
+    world = make_world([6, 5], num_experts=4, topk=2, holes=0.0, device=device)
     capacity = 4
 
     def rank_main(rank):
@@ -178,7 +180,7 @@ def test_overflow_drops_the_last_rows_and_counts_them(layout):
             out = ep.combine(y, d.handle)
             return d, ep.stats()["dropped"], out
 
-    results = commlib.run_ranks(rank_main, 2)
+    results = commlib.run_ranks(rank_main, 2, device=device)
     unique = [expected_rank_layout(world, r) for r in range(2)]
     kept = {(r, *s) for r in range(2) for s in unique[r].source[:capacity].tolist()}
     assert sum(len(u.x) for u in unique) > len(kept), "nothing overflowed: the test tests nothing"
@@ -195,8 +197,8 @@ def test_overflow_drops_the_last_rows_and_counts_them(layout):
                 torch.testing.assert_close(out[t], copies * world.x[rank][t])
 
 
-def test_overflow_is_an_error_on_every_rank_and_the_next_call_works():
-    world = make_world([6, 5], num_experts=4, holes=0.0)
+def test_overflow_is_an_error_on_every_rank_and_the_next_call_works(device):
+    world = make_world([6, 5], num_experts=4, holes=0.0, device=device)
 
     def rank_main(rank):
         config = {**world.config(), "capacity": 4}
@@ -206,6 +208,6 @@ def test_overflow_is_an_error_on_every_rank_and_the_next_call_works():
             d = ep.dispatch(world.x[rank][:1], world.topk_idx[rank][:1])
             return ep.combine(d.x, d.handle)
 
-    for rank, out in enumerate(commlib.run_ranks(rank_main, 2)):
+    for rank, out in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
         ranks = {e // 2 for e in world.topk_idx[rank][0].tolist()}
         torch.testing.assert_close(out, len(ranks) * world.x[rank][:1])

@@ -19,7 +19,12 @@ X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-def failures(rank_main, size):
+def inputs(device):
+    """Rows and their routing: each token to the first and the last expert."""
+    return X.to(device), IDX.to(device)
+
+
+def failures(rank_main, size, device="cpu"):
     """The exception each rank raised (None where it returned), letting no rank's failure reach the others."""
 
     def guarded(rank):
@@ -29,30 +34,32 @@ def failures(rank_main, size):
             return error
         return None
 
-    return commlib.run_ranks(guarded, size)
+    return commlib.run_ranks(guarded, size, device=device)
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "dispatch with a handle", "combine"])
-def test_a_rank_that_never_comes_is_named(operation):
+def test_a_rank_that_never_comes_is_named(device, operation):
+    x, idx = inputs(device)
     started = time.monotonic()
 
     def rank_main(rank):
         with ExpertParallel(timeout=1.0, **CONFIG) as ep:
-            d = ep.dispatch(X, IDX)
+            d = ep.dispatch(x, idx)
             if rank == 2:
                 ep.group.barrier()
                 return
             try:
                 if operation == "dispatch":
-                    ep.dispatch(X, IDX)
+                    ep.dispatch(x, idx)
                 elif operation == "combine":
                     ep.combine(d.x, d.handle)
                 else:
-                    ep.dispatch(X, handle=d.handle)
+                    ep.dispatch(x, handle=d.handle)
+                ep.synchronize()  # where an operation only joins a stream, this waits for it
             finally:
                 ep.group.barrier()
 
-    got = failures(rank_main, 4)
+    got = failures(rank_main, 4, device)
     assert time.monotonic() - started < 10
     assert got[2] is None
     for rank in (0, 1, 3):
@@ -63,32 +70,37 @@ def test_a_rank_that_never_comes_is_named(operation):
         assert f"rank {rank} waited" in text and "rank 2 last called dispatch (epoch 1)" in text
 
 
-def test_all_missing_ranks_are_named():
+def test_all_missing_ranks_are_named(device):
+    x, idx = inputs(device)
+
     def rank_main(rank):
         with ExpertParallel(timeout=0.5, **CONFIG) as ep:
             try:
                 if rank == 0:
-                    ep.dispatch(X, IDX)
+                    ep.dispatch(x, idx)
             finally:
                 ep.group.barrier()
 
-    error = failures(rank_main, 4)[0]
+    error = failures(rank_main, 4, device)[0]
     assert isinstance(error, commlib.PeerTimeout)
     assert error.peers == [1, 2, 3]
     assert "phase counts" in str(error) and "has not made a call yet" in str(error)
 
 
-def test_a_different_order_of_calls_is_an_error_that_says_who_called_what():
+def test_a_different_order_of_calls_is_an_error_that_says_who_called_what(device):
+    x, idx = inputs(device)
+
     def rank_main(rank):
         with ExpertParallel(timeout=20.0, **CONFIG) as ep:
-            d = ep.dispatch(X, IDX)
+            d = ep.dispatch(x, idx)
             if rank == 1:
                 ep.combine(d.x, d.handle)
             else:
-                ep.dispatch(X, IDX)
+                ep.dispatch(x, idx)
+            ep.synchronize()
 
     started = time.monotonic()
-    got = failures(rank_main, 2)
+    got = failures(rank_main, 2, device)
     assert time.monotonic() - started < 10, "it waited for the deadline"
     assert any(isinstance(e, commlib.CallMismatch) for e in got)
     for error in got:
@@ -122,31 +134,43 @@ def test_a_rank_that_closes_is_not_waited_for():
         assert "closed the communicator" in str(got[rank])
 
 
-def test_after_a_failure_the_communicator_says_that_it_is_broken():
+def test_after_a_failure_the_communicator_says_that_it_is_broken(device):
+    x, idx = inputs(device)
+
     def rank_main(rank):
         with ExpertParallel(timeout=0.3, **CONFIG) as ep:
             if rank == 0:
                 with pytest.raises(commlib.PeerTimeout):
-                    ep.dispatch(X, IDX)
+                    ep.dispatch(x, idx)
                 with pytest.raises(commlib.CommError, match=r"cannot use this communicator any more.*waited"):
-                    ep.dispatch(X, IDX)
+                    ep.dispatch(x, idx)
             ep.group.barrier()
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
-def test_an_asynchronous_failure_is_raised_by_wait():
+@pytest.mark.parametrize(
+    ("device", "wait"),
+    [
+        ("cpu", "wait"),
+        ("cpu", "synchronize"),
+        pytest.param("cuda", "synchronize", marks=pytest.mark.gpu),  # wait() only orders streams
+    ],
+)
+def test_an_asynchronous_failure_is_raised_by_waiting(device, wait):
+    x, idx = inputs(device)
+
     def rank_main(rank):
         with ExpertParallel(timeout=0.5, **CONFIG) as ep:
-            d = ep.dispatch(X, IDX)
+            d = ep.dispatch(x, idx)
             if rank == 0:
                 _, event = ep.combine(d.x, d.handle, async_op=True)
                 with pytest.raises(commlib.PeerTimeout):
-                    event.wait()
+                    getattr(event, wait)()
                 assert event.query()
             ep.group.barrier()
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
 def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
@@ -186,7 +210,8 @@ def test_epochs_wrap_around(monkeypatch):
 
 def test_thread_groups_do_not_mix():
     first, second = ThreadGroup.world(1)[0], ThreadGroup.world(1)[0]
-    with ExpertParallel(first, **CONFIG) as a, ExpertParallel(second, **CONFIG) as b:
+    config = {**CONFIG, "device": "cpu"}
+    with ExpertParallel(first, **config) as a, ExpertParallel(second, **config) as b:
         assert a.dispatch(X, IDX).x.shape == b.dispatch(X, IDX).x.shape == (4, 64)
 
 

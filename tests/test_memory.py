@@ -1,6 +1,7 @@
 """What a communicator holds."""
 
 import gc
+import os
 
 import torch
 from reference import make_world
@@ -11,7 +12,7 @@ from commlib import ExpertParallel
 
 def test_memory_is_reserved_for_the_worst_case_and_taken_as_used(capsys):
     config = dict(num_experts=8, hidden=7168, topk=2, max_tokens=65536, dtype=torch.bfloat16)
-    with ExpertParallel(**config) as ep:
+    with ExpertParallel(device="cpu", **config) as ep:
         report = ep.memory_report()
         assert report.reserved > 8 * 65536 * 7168 * 2
         assert report.touched < 1 << 20
@@ -25,8 +26,8 @@ def test_memory_is_reserved_for_the_worst_case_and_taken_as_used(capsys):
     assert "heap" in out and "8 slots" in out
 
 
-def test_repeated_operations_do_not_grow():
-    world = make_world([200, 150], hidden=1024)
+def test_repeated_operations_do_not_grow(device):
+    world = make_world([200, 150], hidden=1024, device=device)
 
     def rank_main(rank):
         with ExpertParallel(**world.config()) as ep:
@@ -42,25 +43,31 @@ def test_repeated_operations_do_not_grow():
                     seen.append((report.touched, report.idle_buffers))
             assert seen[1:] == seen[:1] * 3
 
-    commlib.run_ranks(rank_main, 2)
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
-def test_closed_communicators_give_their_memory_back():
-    def open_files():
-        import os
+def held_by_this_process(device):
+    """Open files, and bytes of the GPU that are in use."""
+    gc.collect()
+    files = len(os.listdir("/proc/self/fd"))
+    if device == "cpu":
+        return files, 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return files, total - free
 
-        return len(os.listdir("/proc/self/fd"))
 
-    world = make_world([4, 4])
+def test_closed_communicators_give_their_memory_back(device):
+    world = make_world([4, 4], device=device)
 
     def rank_main(rank):
         for _ in range(20):
             with ExpertParallel(**world.config()) as ep:
                 ep.dispatch(world.x[rank], world.topk_idx[rank])
 
-    commlib.run_ranks(rank_main, 2)
-    gc.collect()
-    before = open_files()
-    commlib.run_ranks(rank_main, 2)
-    gc.collect()
-    assert open_files() <= before
+    commlib.run_ranks(rank_main, 2, device=device)
+    files, memory = held_by_this_process(device)
+    commlib.run_ranks(rank_main, 2, device=device)
+    files_later, memory_later = held_by_this_process(device)
+    assert files_later <= files
+    assert memory_later - memory < 8 << 20  # the device gives 2 MiB at least to each of 40 communicators

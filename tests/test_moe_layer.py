@@ -18,16 +18,16 @@ TOLERANCE = {
 }
 
 
-def make_layer(ep, experts, dtype):
+def make_layer(ep, experts, dtype, device="cpu"):
     torch.manual_seed(7)
-    return MoELayer(HIDDEN, FFN, experts, TOPK, ep, dtype=dtype)
+    return MoELayer(HIDDEN, FFN, experts, TOPK, ep, dtype=dtype, device=device)
 
 
-def inputs(rank, tokens, dtype):
+def inputs(rank, tokens, dtype, device="cpu"):
     g = torch.Generator().manual_seed(100 + rank)
     x = torch.randn(tokens, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
     upstream = torch.randn(tokens, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
-    return x.requires_grad_(), upstream
+    return x.to(device).requires_grad_(), upstream.to(device)
 
 
 def run(layer, x, upstream):
@@ -36,57 +36,67 @@ def run(layer, x, upstream):
     return out.detach(), x.grad
 
 
+def run_unsharded(experts, tokens, dtype, device):
+    """Each rank's output, gradient of x and gradient of the router; then all ranks' of the experts."""
+    layer = make_layer(None, experts, dtype, device)
+    by_rank = []
+    for rank, count in enumerate(tokens):
+        layer.router.weight.grad = None
+        by_rank.append((*run(layer, *inputs(rank, count, dtype, device)), layer.router.weight.grad))
+    return by_rank, [p.grad for p in expert_parameters(layer)]
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("experts", "tokens"), [(8, [6, 6]), (6, [5, 0, 9, 2]), (5, [7, 3, 8]), (4, [9])])
-def test_values_and_gradients_are_those_of_the_unsharded_layer(dtype, experts, tokens):
+def test_values_and_gradients_are_those_of_the_unsharded_layer(device, dtype, experts, tokens):
     ranks = len(tokens)
 
     def rank_main(rank):
         config = dict(num_experts=experts, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=dtype)
         with ExpertParallel(timeout=30.0, **config) as ep:
             with lock:  # torch.manual_seed is global to the process: ranks are threads here
-                layer = make_layer(ep, experts, dtype)
-            out, x_grad = run(layer, *inputs(rank, tokens[rank], dtype))
-            return out, x_grad, [p.grad for p in expert_parameters(layer)], layer.router.weight.grad
+                layer = make_layer(ep, experts, dtype, device)
+            x, upstream = inputs(rank, tokens[rank], dtype, device)
+            layer.router(x)
+            ep.group.barrier()  # on a GPU no rank may wait there for one that still starts its matmuls
+            out, x_grad = run(layer, x, upstream)
+            return (out, x_grad, layer.router.weight.grad), [p.grad for p in expert_parameters(layer)]
 
     lock = threading.Lock()
-    results = commlib.run_ranks(rank_main, ranks)
-
-    reference = make_layer(None, experts, dtype)
-    router_grads = []
-    for rank in range(ranks):
-        reference.router.weight.grad = None
-        out, x_grad = run(reference, *inputs(rank, tokens[rank], dtype))
-        torch.testing.assert_close(results[rank][0], out, **TOLERANCE[dtype])
-        torch.testing.assert_close(results[rank][1], x_grad, **TOLERANCE[dtype])
-        router_grads.append(reference.router.weight.grad)
-    for rank in range(ranks):
+    # Before the ranks: on a GPU it loads the kernels that they share.
+    by_rank, expert_grads = run_unsharded(experts, tokens, dtype, device)
+    for rank, (got, got_expert_grads) in enumerate(commlib.run_ranks(rank_main, ranks, device=device)):
         begin, end = rank * experts // ranks, (rank + 1) * experts // ranks
-        whole = [p.grad[begin:end] for p in expert_parameters(reference)]
-        for got, want in zip(results[rank][2], whole, strict=True):
-            torch.testing.assert_close(got, want, **TOLERANCE[dtype])
-        torch.testing.assert_close(results[rank][3], router_grads[rank], **TOLERANCE[dtype])
+        wanted = [*by_rank[rank], *(grad[begin:end] for grad in expert_grads)]
+        for a, b in zip([*got, *got_expert_grads], wanted, strict=True):
+            torch.testing.assert_close(a, b, **TOLERANCE[dtype])
 
 
-def test_leading_dimensions_are_kept_and_aux_counts_tokens():
-    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=30, dtype=torch.float32) as ep:
-        layer = make_layer(ep, 4, torch.float32)
-        out, aux = layer(torch.randn(2, 3, 5, HIDDEN))
+def one_rank(device, max_tokens=16):
+    """A communicator of float32 rows and 4 experts, outside of run_ranks."""
+    shape = dict(num_experts=4, hidden=HIDDEN, topk=TOPK, dtype=torch.float32)
+    return ExpertParallel(max_tokens=max_tokens, device=device, **shape)
+
+
+def test_leading_dimensions_are_kept_and_aux_counts_tokens(device):
+    with one_rank(device, max_tokens=30) as ep:
+        layer = make_layer(ep, 4, torch.float32, device)
+        out, aux = layer(torch.randn(2, 3, 5, HIDDEN, device=device))
         assert out.shape == (2, 3, 5, HIDDEN)
         assert aux.tokens_per_expert.sum() == 30 * TOPK
         assert aux.loss.ndim == 0
         with pytest.raises(ValueError, match=r"x must be \[\.\.\., 32\]"):
-            layer(torch.randn(3, 8))
+            layer(torch.randn(3, 8, device=device))
 
 
-def test_a_router_of_the_user_is_used():
+def test_a_router_of_the_user_is_used(device):
     def first_experts(x):
-        idx = torch.tensor([[0, 1]]).expand(len(x), 2)
-        return idx, torch.full(idx.shape, 0.5), x.new_zeros(())
+        idx = torch.tensor([[0, 1]], device=device).expand(len(x), 2)
+        return idx, torch.full(idx.shape, 0.5, device=device), x.new_zeros(())
 
-    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=8, dtype=torch.float32) as ep:
-        layer = MoELayer(HIDDEN, FFN, 4, TOPK, ep, router=first_experts)
-        x = torch.randn(5, HIDDEN)
+    with one_rank(device) as ep:
+        layer = MoELayer(HIDDEN, FFN, 4, TOPK, ep, router=first_experts, device=device)
+        x = torch.randn(5, HIDDEN, device=device)
         out, aux = layer(x)
         assert aux.tokens_per_expert.tolist() == [5, 5, 0, 0]
         e = layer.experts
@@ -97,10 +107,10 @@ def test_a_router_of_the_user_is_used():
         torch.testing.assert_close(out, (expert(0) + expert(1)) / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_it_compiles_without_a_graph_break():
-    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=torch.float32) as ep:
-        layer = make_layer(ep, 4, torch.float32)
-        x, upstream = inputs(0, 6, torch.float32)
+def test_it_compiles_without_a_graph_break(device):
+    with one_rank(device) as ep:
+        layer = make_layer(ep, 4, torch.float32, device)
+        x, upstream = inputs(0, 6, torch.float32, device)
         eager = run(layer, x, upstream)
         eager_grads = [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
@@ -121,7 +131,7 @@ def test_parameters_are_told_apart():
 
 def test_a_layer_that_does_not_fit_its_communicator_says_so():
     with (
-        ExpertParallel(num_experts=4, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=torch.float32) as ep,
+        one_rank("cpu") as ep,
         pytest.raises(ValueError, match="num_experts=8, its communicator 4"),
     ):
         MoELayer(HIDDEN, FFN, 8, TOPK, ep)
@@ -137,10 +147,10 @@ def test_router_weights_sum_to_one_and_ids_differ():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("hidden", "out"), [(16, 32), (7, 5)])
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [8, 8, 8]])
-def test_grouped_mm_is_a_matmul_for_each_group(dtype, hidden, out, sizes):
-    offsets = torch.tensor([0, *sizes]).cumsum(0)
-    x = torch.randn(sum(sizes), hidden).to(dtype).requires_grad_()
-    w = torch.randn(3, hidden, out).to(dtype).requires_grad_()
+def test_grouped_mm_is_a_matmul_for_each_group(device, dtype, hidden, out, sizes):
+    offsets = torch.tensor([0, *sizes], device=device).cumsum(0)
+    x = torch.randn(sum(sizes), hidden, device=device).to(dtype).requires_grad_()
+    w = torch.randn(3, hidden, out, device=device).to(dtype).requires_grad_()
     got = grouped_mm(x, w, offsets)
     got.sum().backward()
     grads = x.grad.clone(), w.grad.clone()

@@ -13,7 +13,7 @@ rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)
 group = StoreGroup(dist.FileStore(str(folder / "store"), ranks), rank, ranks)
 ep = commlib.ExpertParallel(
-    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=60.0
+    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, device="cpu", timeout=60.0
 )
 x, idx = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
 try:

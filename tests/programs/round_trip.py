@@ -1,6 +1,7 @@
-"""One rank of a dispatch and combine over the group that KIND names."""
+"""One rank of a dispatch and combine over the group that KIND names. Argument: the device, "cpu" if none."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,8 @@ import torch.distributed as dist
 import commlib
 
 kind = os.environ["KIND"]
+device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+shape = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32)
 group = None
 if kind in ("process group", "subgroup", "device mesh"):
     dist.init_process_group("gloo")
@@ -23,11 +26,9 @@ elif kind != "default":
     if kind == "split communicator":
         group = group.Split(group.rank % 2, group.rank)
 
-with commlib.ExpertParallel(
-    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=30.0
-) as ep:
-    x = torch.full((4, 64), float(ep.rank + 1))
-    d = ep.dispatch(x, torch.tensor([[0, 7]] * 4))
+with commlib.ExpertParallel(group, device=device, timeout=30.0, **shape) as ep:
+    x = torch.full((4, 64), float(ep.rank + 1), device=device)
+    d = ep.dispatch(x, torch.tensor([[0, 7]] * 4, device=device))
     assert torch.equal(ep.combine(d.x, d.handle), (2 if ep.size > 1 else 1) * x)
     print(f"ok rank {ep.rank} of {ep.size}", flush=True)
 if dist.is_initialized():

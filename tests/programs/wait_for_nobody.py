@@ -13,7 +13,7 @@ from commlib.group import StoreGroup
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 group = StoreGroup(dist.FileStore(str(folder / "store"), ranks), rank, ranks)
 ep = commlib.ExpertParallel(
-    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=60.0
+    group, num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, device="cpu", timeout=60.0
 )
 if rank == 0:
     (folder / "0.ready").touch()

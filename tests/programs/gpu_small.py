@@ -1,0 +1,66 @@
+"""Every kind of dispatch and combine once, on few small rows: what compute-sanitizer can watch in a minute.
+
+    python gpu_small.py [device [ranks ...]]        # default: cuda 1 2
+
+The ranks' results are compared with the CPU backend's, bit for bit. Only commlib's kernels run, and one rank
+runs first: it loads them all, so that with more ranks none is loaded while another waits on the GPU.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from reference import make_world
+
+import commlib
+from commlib import ExpertParallel
+
+
+def everything(world, rank):
+    """All results of a rank, on the CPU."""
+    x = world.x[rank].clone().requires_grad_()
+    idx, weights = world.topk_idx[rank], world.topk_weights[rank].clone().requires_grad_()
+    with ExpertParallel(**{**world.config(), "num_sms": 2, "slots": 6, "timeout": 120.0}) as ep:
+        unique = ep.dispatch(x, idx, weights)
+        rows = unique.x.detach()
+        gradients = torch.autograd.grad(
+            [unique.x, unique.topk_weights], [x, weights], [rows, unique.topk_weights.detach()]
+        )
+        with torch.no_grad():
+            grouped = ep.dispatch(x, idx, weights, layout="expert", align=4)
+            again = ep.dispatch(x, topk_weights=weights, handle=unique.handle, zero_copy=True)
+            later, event = ep.combine(rows, unique.handle, bias=x, async_op=True)
+            buffer = ep.combine_buffer(unique.handle).copy_(rows)
+            sums = [
+                ep.combine(buffer, unique.handle),
+                ep.combine(grouped.x, grouped.handle, weights=grouped.topk_weights),
+            ]
+            event.wait()
+        got = [rows, unique.topk_idx, unique.source, grouped.x, grouped.source, again.x, later, *sums]
+        return [t.detach().cpu() for t in (*got, *gradients)]
+
+
+def run(device, ranks, hidden, dtype):
+    world = make_world([9, 0, 14, 5][:ranks], num_experts=8, topk=3, hidden=hidden, dtype=dtype)
+
+    def on(device):
+        there = world.to(device)
+        return commlib.run_ranks(lambda rank: everything(there, rank), ranks, device=device)
+
+    for rank, (got, want) in enumerate(zip(on(device), on("cpu"), strict=True)):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert torch.equal(a, b), f"rank {rank} of {ranks}, hidden {hidden}, {dtype}: result {i} differs"
+
+
+def main():
+    device, *ranks = sys.argv[1:] or ["cuda"]
+    for size in map(int, ranks or ["1", "2"]):
+        for hidden, dtype in ((7, torch.bfloat16), (72, torch.bfloat16), (64, torch.float32)):
+            run(device, size, hidden, dtype)
+        print(f"ok: {size} ranks on {device}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
