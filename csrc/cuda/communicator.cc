@@ -50,14 +50,14 @@ CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) 
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
+  check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
-  check(cudaMemcpy(region_->data(), control.data(), control.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  put(region_->data(), control.data(), control.size());
   host_ = mapped_host_state(placement_.count(config.rank));
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
-  check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
 }
 
 CudaCommunicator::~CudaCommunicator() {
@@ -94,9 +94,17 @@ void CudaCommunicator::make_scratch() {
   };
   memory_ = device_memory(static_cast<size_t>(carve(nullptr)));
   carve(memory_.get());
-  check(cudaMemset(state_, 0, sizeof(DeviceState)), "cudaMemset");
-  check(cudaMemcpy(owner, owner_.data(), owner_.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  const DeviceState zero{};
+  put(state_, &zero, sizeof zero);
+  put(owner, owner_.data(), owner_.size());
   owner_on_device_ = owner;
+}
+
+// Copies to the device, and is done when it returns. On a stream that waits for no other: another rank's
+// kernel may be waiting for this rank.
+void CudaCommunicator::put(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, aside_), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(aside_), "cudaStreamSynchronize");
 }
 
 PeerAddress CudaCommunicator::address() {
@@ -182,13 +190,7 @@ void CudaCommunicator::drain() {
 // By copies beside the kernels, which may be waiting for this very word.
 void CudaCommunicator::tell_all(uint64_t left) {
   const OnDevice guard = on_device();
-  host_->left = left;
-  for (int p = 0; p < peers_.size; ++p) {
-    check(cudaMemcpyAsync(&peers_.mail_to(p).left, &host_->left, sizeof(uint64_t), cudaMemcpyHostToDevice,
-                          aside_),
-          "cudaMemcpyAsync");
-  }
-  check(cudaStreamSynchronize(aside_), "cudaStreamSynchronize");
+  for (int p = 0; p < peers_.size; ++p) put(&peers_.mail_to(p).left, &left, sizeof left);
 }
 
 }  // namespace commlib::cuda

@@ -44,6 +44,7 @@ class CudaCommunicator final : public Communicator {
   void tell_all(uint64_t left) override;
 
   void make_scratch();
+  void put(void* to, const void* from, size_t bytes);
   OpParams params(Call call, uint32_t epoch) const;
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
                  const Received& received, const SlotLease& lease);

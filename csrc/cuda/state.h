@@ -38,7 +38,6 @@ struct HostState {
   // Written by the host while it waits, read by waiting warps: a Cause (in the high half) that only the host
   // can know, and the peer.
   uint64_t abort;
-  uint64_t left;  // what the host tells other ranks of this one, to be copied from here
 
   // The number of the newest plan that is done; written by the plan kernel's block 0 (release) after what
   // follows, read by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.

@@ -212,6 +212,7 @@ class WarpWorker {
     const uint64_t start = ptx::globaltimer();
     uint64_t next_look = start + kLookNs;
     for (;;) {
+#pragma unroll 1
       for (int i = 0; i < 32; ++i) {
         if (ready()) return true;
       }

@@ -32,6 +32,7 @@ struct Wait {
 template <class Worker>
 COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
   uint64_t newest = 0;
+#pragma unroll 1
   for (const uint64_t& word : peers.mail_from(peer).calls) {
     const uint64_t v = w.read(&word);
     const bool said = Call::unpack(value_of(v)).op != OpKind::none;
