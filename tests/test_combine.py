@@ -153,3 +153,19 @@ def test_two_batches_in_flight_do_not_disturb_each_other(device):
 def test_experts_are_told_apart():
     """The stand-in experts differ, or the other tests would not see a row at the wrong expert."""
     assert len({expert_scale(e) for e in range(4)}) == 4
+
+
+def test_rows_received_may_be_written_as_soon_as_combine_returns(device):
+    """Rank 0 pulls nothing and is done at once, while rank 1 pulls from the tensor that rank 0 then writes."""
+    world = make_world([0, 1500], num_experts=4, topk=1, hidden=1024, holes=0.0, device=device)
+    world.topk_idx[1] %= 2  # rank 0's experts
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            for _ in range(5):
+                d = ep.dispatch(world.x[rank], world.topk_idx[rank], zero_copy=True)
+                out = ep.combine(d.x, d.handle)
+                d.x[-1:] = float("nan")  # the row that is pulled last
+            return out
+
+    assert torch.equal(commlib.run_ranks(rank_main, 2, device=device)[1], world.x[1])
