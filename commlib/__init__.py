@@ -1,6 +1,6 @@
 """commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
 
-from commlib import cuda
+from commlib import cuda, overlap
 from commlib.errors import (
     CallMismatch,
     CapacityExceeded,
@@ -29,5 +29,6 @@ __all__ = [
     "HandleError",
     "PeerTimeout",
     "cuda",
+    "overlap",
     "run_ranks",
 ]

@@ -6,16 +6,34 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from commlib import _core
+from commlib import _core, split
+from commlib.split import Split
 
 
 class Event(ABC):
     """The end of one asynchronous operation.
 
     Tensors that the operation reads or writes are kept alive until it is done. Using a result before
-    :meth:`wait` gives undefined values.
+    :meth:`wait` or :meth:`finish` gives undefined values.
     """
+
+    split: Split | None = None  # where autograd records the operation
+
+    def finish(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Wait, and give the operation's results back for use.
+
+        As after :meth:`wait`, but the backward of this call starts the operation's gradient and the backward
+        of the operation waits for it: what runs between the two calls overlaps in backward as well. Not
+        differentiable twice.
+
+        Args:
+            tensors: the operation's floating-point results, in order: ``d.x, d.topk_weights`` of a dispatch
+                (:meth:`commlib.Dispatched.finish` does it), ``out`` of a combine.
+        """
+        self.wait()
+        return tensors if self.split is None else split.finish(self.split, tensors)
 
     @abstractmethod
     def query(self) -> bool:

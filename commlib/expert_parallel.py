@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from commlib import _core, checks, ops
+from commlib import _core, checks, ops, split
 from commlib.arrays import as_tensor, exporter_for
 from commlib.bootstrap import connect, resolve_device
 from commlib.errors import HandleError
@@ -85,6 +85,19 @@ class Dispatched:
     source: Any
     handle: Handle
     event: Event | None = None
+
+    def finish(self) -> Dispatched:
+        """Wait for the rows of a dispatch with ``async_op``; see :meth:`commlib.Event.finish`."""
+        if self.event is None:
+            return self
+        if self.event.split is None:
+            self.event.wait()
+            return replace(self, event=None)
+        if self.topk_weights is None:
+            (x,), weights = self.event.finish(self.x), None
+        else:
+            x, weights = self.event.finish(self.x, self.topk_weights)
+        return replace(self, x=x, topk_weights=weights, event=None)
 
 
 class ExpertParallel:
@@ -217,13 +230,29 @@ class ExpertParallel:
         self._before(async_op, previous_event)
         if handle is None:
             idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings)
-            drop = overflow == "drop"
-            out, w, routes, *rest = ops.dispatch(
-                rows, idx, weights, self._number, grouped, align, drop, zero_copy, async_op
-            )
-            handle = Handle(self, ops.Routing(idx, routes, *rest), layout, align)
+            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op)
+
+            def issue(x: Tensor, w: Tensor | None) -> tuple:
+                return ops.dispatch(x, idx, w, *rest)
+
+            def routing_of(outputs: tuple) -> ops.Routing:
+                return ops.Routing(idx, *outputs[2:])
         else:
-            out, w = ops.redispatch(rows, weights, *handle._arguments(), zero_copy, async_op)
+            known, arguments = handle._tensors(), handle._arguments()
+
+            def issue(x: Tensor, w: Tensor | None) -> tuple:
+                return ops.redispatch(x, w, *arguments, zero_copy, async_op)
+
+            def routing_of(outputs: tuple) -> ops.Routing:
+                return known
+
+        part = None
+        if async_op and split.wants_gradient(rows, weights):
+            part, outputs = split.start_dispatch(self, issue, rows, weights, routing_of, grouped)
+        else:
+            outputs = issue(rows, weights)
+        out, w = outputs[:2]
+        handle = handle or Handle(self, routing_of(outputs), layout, align)
         routing = handle._tensors()
         return Dispatched(
             x=export(out),
@@ -233,7 +262,7 @@ class ExpertParallel:
             offsets=export(routing.offsets) if grouped else None,
             source=export(routing.source),
             handle=handle,
-            event=self._take_event() if async_op else None,
+            event=self._take_event(part) if async_op else None,
         )
 
     def combine(
@@ -278,14 +307,25 @@ class ExpertParallel:
         bias_rows = None if bias is None else self._checked_rows("bias", as_tensor("bias", bias), tokens)
         self._before(async_op, previous_event)
         arguments = (rows, row_weights, bias_rows, None, *handle._arguments(), async_op)
-        if out is None:
+        part = None
+        if out is None and async_op and split.wants_gradient(rows, row_weights, bias_rows):
+
+            def issue(y: Tensor, w: Tensor | None, b: Tensor | None) -> tuple:
+                return ops.combine(y, w, b, *arguments[3:])[:1]
+
+            inputs = (rows, row_weights, bias_rows)
+            part, sums = split.start_combine(
+                self, issue, *inputs, handle._tensors(), handle.layout == "expert"
+            )
+            result = export(sums)
+        elif out is None:
             result = export(ops.combine(*arguments)[0])
         else:
             target = checks.checked_out(as_tensor("out", out), tokens, self.settings)
             checks.check_no_grad(rows, row_weights, bias_rows)
             ops.combine_into(target, arguments)
             result = out
-        return (result, self._take_event()) if async_op else result
+        return (result, self._take_event(part)) if async_op else result
 
     def combine_buffer(self, handle: Handle) -> Tensor:
         """A place in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
@@ -392,9 +432,10 @@ class ExpertParallel:
         if async_op and torch.compiler.is_compiling():
             raise ValueError("async_op cannot be traced by torch.compile")
 
-    def _take_event(self) -> Event:
+    def _take_event(self, part: split.Split | None = None) -> Event:
         event, self._event = self._event, None
         assert event is not None
+        event.split = part
         return event
 
     def _count(self, **increments: int) -> None:

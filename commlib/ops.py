@@ -8,7 +8,7 @@ ops themselves. A communicator is named by a number, since ops cannot take Pytho
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -295,19 +295,46 @@ def _fake_combine(
 # Gradients.
 
 
-def _adjoint_of_dispatch(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Tensor, Tensor | None]:
+def dispatch_adjoint(
+    routing: Sequence[Tensor],
+    comm: int,
+    grouped: bool,
+    g_rows: Tensor,
+    g_weights: Tensor | None,
+    async_op: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and topk_weights: a combine along the same routes."""
+    weight_grads = None if g_weights is None else g_weights.contiguous()
     gx, gw = torch.ops.commlib.combine(
-        g_rows.contiguous(),
-        None,
-        None,
-        g_weights.contiguous() if ctx.has_weights else None,
-        *ctx.saved_tensors,
-        ctx.comm,
-        ctx.grouped,
-        False,
+        g_rows.contiguous(), None, None, weight_grads, *routing, comm, grouped, async_op
     )
-    return gx, gw if ctx.has_weights else None
+    return gx, None if g_weights is None else gw
+
+
+def combine_adjoint(
+    routing: Sequence[Tensor],
+    comm: int,
+    grouped: bool,
+    g_out: Tensor,
+    g_out_weights: Tensor | None,
+    async_op: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of the output's gradient, and gradients of weights that rode back: a dispatch on the routes."""
+    weights = None if g_out_weights is None else g_out_weights.contiguous()
+    rows, g_weight_grads = torch.ops.commlib.redispatch(
+        g_out.contiguous(), weights, *routing, comm, grouped, False, async_op
+    )
+    return rows, None if g_out_weights is None else g_weight_grads
+
+
+def gradients_of_rows(
+    rows: Tensor, y: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y and of its weights, from rows of the output's gradient."""
+    if y is None or weights is None:
+        return rows, None
+    wide = rows.to(weights.dtype)
+    return (wide * weights.unsqueeze(-1)).to(rows.dtype), (wide * y.to(weights.dtype)).sum(-1)
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -317,7 +344,8 @@ def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 
 def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
-    gx, gw = _adjoint_of_dispatch(ctx, g_rows, g_weights)
+    weights = g_weights if ctx.has_weights else None
+    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.comm, ctx.grouped, g_rows, weights)
     return gx, None, gw, None, None, None, None, None, None
 
 
@@ -328,7 +356,8 @@ def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
 
 
 def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Any, ...]:
-    gx, gw = _adjoint_of_dispatch(ctx, g_rows, g_weights)
+    weights = g_weights if ctx.has_weights else None
+    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.comm, ctx.grouped, g_rows, weights)
     return gx, gw, *(None,) * 10
 
 
@@ -343,25 +372,14 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
     routing, weighted = saved[: len(Routing._fields)], saved[len(Routing._fields) :]
-    rows, g_weight_grads = torch.ops.commlib.redispatch(
-        g_out.contiguous(),
-        g_out_weights.contiguous() if ctx.has_weight_grads else None,
-        *routing,
-        ctx.comm,
-        ctx.grouped,
-        False,
-        False,
-    )
-    gy, gw = rows, None
-    if weighted:
-        y, weights = weighted
-        gw = (rows.to(weights.dtype) * y.to(weights.dtype)).sum(-1)
-        gy = (rows.to(weights.dtype) * weights.unsqueeze(-1)).to(rows.dtype)
+    weights = g_out_weights if ctx.has_weight_grads else None
+    rows, g_weight_grads = combine_adjoint(routing, ctx.comm, ctx.grouped, g_out, weights)
+    gy, gw = gradients_of_rows(rows, *weighted)
     return (
         gy,
         gw,
         g_out if ctx.has_bias else None,
-        g_weight_grads if ctx.has_weight_grads else None,
+        g_weight_grads,
         *(None,) * 9,
     )
 

@@ -156,7 +156,7 @@ def test_experts_are_told_apart():
 
 
 def test_rows_received_may_be_written_as_soon_as_combine_returns(device):
-    """Rank 0 pulls nothing and is done at once, while rank 1 pulls from the tensor that rank 0 then writes."""
+    """Rank 0 pulls nothing and is done at once, and writes where rank 1 still pulls."""
     world = make_world([0, 1500], num_experts=4, topk=1, hidden=1024, holes=0.0, device=device)
     world.topk_idx[1] %= 2  # rank 0's experts
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from commlib.overlap import Steps, run_experts
 
 from .grouped import grouped_mm
 from .router import Routing, TopKRouter, count_tokens
@@ -103,6 +106,11 @@ class MoELayer(nn.Module):
         router: module or callable ``x [T, H] -> Routing``; ``None``: :class:`TopKRouter`.
         align: each expert's rows are padded to a multiple of this. ``None``: 16 bytes' worth of
             elements, which CUDA's grouped matmul needs for the weights' gradient.
+        overlap_chunks: tokens go through dispatch, experts and combine in so many chunks, which overlap
+            (:func:`commlib.overlap.run_experts`); the same on all ranks. 1: no overlap, and the layer can be
+            compiled.
+        shared: module ``[T, hidden] -> [T, hidden]`` that every token goes through, added to the output;
+            it runs while the dispatch is under way. Its parameters are the same on every rank.
         dtype: of experts and tokens, that of ``ep``; ``None``: torch's default. The default
             router's parameters are float32 (float64 with float64).
         device: of the parameters.
@@ -121,10 +129,14 @@ class MoELayer(nn.Module):
         router: Callable[[Tensor], Routing] | None = None,
         *,
         align: int | None = None,
+        overlap_chunks: int = 1,
+        shared: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if overlap_chunks < 1:
+            raise ValueError(f"overlap_chunks must be at least 1, got {overlap_chunks}")
         dtype = dtype or torch.get_default_dtype()
         first, count = 0, num_experts
         if ep is not None:
@@ -145,6 +157,8 @@ class MoELayer(nn.Module):
         if align is None:
             align = max(16 // self.experts.w1.element_size(), 1)
         self.align = align
+        self.overlap_chunks = overlap_chunks
+        self.shared = shared
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
         """Route, send, compute, return.
@@ -158,19 +172,53 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: a last dimension that is not ``hidden``.
         """
+        rows, topk_idx, topk_weights, aux = self._route(x)
+        shared = None
+        if self.ep is None:
+            out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
+        elif self.overlap_chunks == 1 and self.shared is None:
+            out = self._apply_spread(self.ep, rows, topk_idx, topk_weights)
+        else:
+            out, shared = run_experts(
+                *(self.ep, self.experts, rows, topk_idx, topk_weights),
+                chunks=self.overlap_chunks,
+                align=self.align,
+                beside=None if self.shared is None else partial(self.shared, rows),
+            )
+        return self._joined(out, shared, rows).reshape(x.shape), aux
+
+    def steps(self, x: Tensor) -> Steps[tuple[Tensor, MoEAux]]:
+        """The same as calling the layer, giving way (``yield``) while its dispatch and its combine are under
+        way: for :class:`commlib.overlap.TwoBatch`.
+        """
+        rows, topk_idx, topk_weights, aux = self._route(x)
+        if self.ep is None:
+            out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
+            return self._joined(out, None, rows).reshape(x.shape), aux
+        d = self.ep.dispatch(rows, topk_idx, topk_weights, layout="expert", align=self.align, async_op=True)
+        yield
+        d = d.finish()
+        y = self.experts(d.x, d.offsets)
+        sums, event = self.ep.combine(y, d.handle, weights=d.topk_weights, async_op=True)
+        yield
+        (out,) = event.finish(sums)
+        return self._joined(out, None, rows).reshape(x.shape), aux
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, MoEAux]:
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x must be [..., {self.hidden}], got {tuple(x.shape)}")
         rows = x.reshape(-1, self.hidden)
         topk_idx, topk_weights, loss = self.router(rows)
-        if self.ep is None:
-            out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
-        else:
-            out = self._apply_spread(self.ep, rows, topk_idx, topk_weights)
-        return out.reshape(x.shape), MoEAux(loss, count_tokens(topk_idx, self.num_experts))
+        return rows, topk_idx, topk_weights, MoEAux(loss, count_tokens(topk_idx, self.num_experts))
 
     def _apply_spread(self, ep: ExpertParallel, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         d = ep.dispatch(x, topk_idx, topk_weights, layout="expert", align=self.align)
         return ep.combine(self.experts(d.x, d.offsets), d.handle, weights=d.topk_weights)
+
+    def _joined(self, out: Tensor, shared: Tensor | None, rows: Tensor) -> Tensor:
+        if self.shared is None:
+            return out
+        return out + (self.shared(rows) if shared is None else shared)
 
 
 def _apply_here(

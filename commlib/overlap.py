@@ -1,0 +1,106 @@
+"""Compute beside communication: a layer in chunks, and micro-batches in turns.
+
+Both only order calls of :class:`commlib.ExpertParallel` with ``async_op=True``. The order is the same on
+every rank, whatever its tokens, and backward runs through it the other way round
+(:meth:`commlib.Event.finish`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from commlib.expert_parallel import Dispatched, ExpertParallel
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]  # gives way at each yield; returns a T
+
+
+def run_experts(
+    ep: ExpertParallel,
+    experts: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    chunks: int = 1,
+    align: int = 1,
+    beside: Callable[[], T] | None = None,
+) -> tuple[Tensor, T | None]:
+    """Dispatch, experts and combine, in chunks that overlap.
+
+    While the experts work on chunk i, the combine of chunk i-1 and the dispatch of chunk i+1 are under way,
+    in forward and in backward. All ranks use the same number of chunks.
+
+    Args:
+        ep: the communicator.
+        experts: ``(rows [M, H], offsets [local experts + 1]) -> [M, H]``.
+        x, topk_idx, topk_weights: ``[T, H]``, ``[T, K]``, ``[T, K]``, as for dispatch.
+        chunks: at least 1; more than T leaves some of them empty.
+        align: as for dispatch.
+        beside: called while the first dispatch is under way: a shared expert, for example.
+
+    Returns:
+        ``[T, H]``, and what ``beside`` returned.
+    """
+    parts = [t.tensor_split(chunks) for t in (x, topk_idx, topk_weights)]
+
+    def send(i: int) -> Dispatched:
+        return ep.dispatch(*(part[i] for part in parts), layout="expert", align=align, async_op=True)
+
+    arriving = send(0)
+    extra = None if beside is None else beside()
+    returning = []
+    for i in range(chunks):
+        d = arriving
+        if i + 1 < chunks:
+            arriving = send(i + 1)
+        d = d.finish()
+        y = experts(d.x, d.offsets)
+        returning.append(ep.combine(y, d.handle, weights=d.topk_weights, async_op=True))
+    return torch.cat([event.finish(out)[0] for out, event in returning]), extra
+
+
+def take_turns(batches: Iterable[Steps[T]]) -> list[T]:
+    """Run generators in turns, each from one ``yield`` to its next.
+
+    Returns:
+        What each returned, in order.
+    """
+    waiting = dict(enumerate(batches))
+    results: dict[int, T] = {}
+    while waiting:
+        for i, batch in list(waiting.items()):
+            try:
+                next(batch)
+            except StopIteration as stop:
+                results[i] = stop.value
+                del waiting[i]
+    return [results[i] for i in sorted(results)]
+
+
+class TwoBatch(Generic[T]):
+    """Two micro-batches through the same steps: one computes while the other communicates.
+
+    Args:
+        steps: a generator function. It yields between the start and the finish of each asynchronous
+            operation, as :meth:`commlib.nn.MoELayer.steps` does::
+
+                def block(x):
+                    x = x + attention(x)
+                    y, aux = yield from moe.steps(x)
+                    return x + y
+
+                out_a, out_b = TwoBatch(block)(a, b)
+    """
+
+    def __init__(self, steps: Callable[..., Steps[T]]) -> None:
+        self.steps = steps
+
+    def __call__(self, first: Any, second: Any) -> tuple[T, T]:
+        a, b = take_turns([self.steps(first), self.steps(second)])
+        return a, b

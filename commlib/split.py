@@ -1,0 +1,146 @@
+"""Asynchronous operations for autograd: two nodes each, so that backward overlaps as forward does.
+
+Forward: *start* issues the operation, *finish* waits for it; what is computed in between runs beside it.
+Backward visits the nodes the other way round: *finish* issues the adjoint operation, *start* waits for it,
+and the gradients of what was computed in between run beside that. An operation that is never finished (its
+event is only waited for) issues and waits in *start*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from commlib import ops
+
+if TYPE_CHECKING:
+    from commlib.expert_parallel import ExpertParallel
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Split:
+    """What the two nodes of one operation share.
+
+    Args:
+        ep: the communicator.
+        adjoint: issues the adjoint operation of the outputs' gradients; asynchronously, or not.
+        complete: from its results, the outputs' gradients and saved inputs to the inputs' gradients.
+    """
+
+    def __init__(
+        self,
+        ep: ExpertParallel,
+        adjoint: Callable[[Sequence[Tensor], bool], Gradients],
+        complete: Callable[[Gradients, Sequence[Tensor], Sequence[Tensor]], Gradients],
+    ) -> None:
+        self._ep = ep
+        self._adjoint = adjoint
+        self._complete = complete
+        self._results: Gradients | None = None
+        self._event: Any = None
+
+    def begin(self, grads: Sequence[Tensor]) -> None:
+        """In finish's backward."""
+        self._results = self._adjoint(grads, True)
+        self._event = self._ep._take_event()
+
+    def end(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
+        """In start's backward."""
+        results, self._results = self._results, None
+        if results is None:
+            results = self._adjoint(grads, False)
+        else:
+            self._event.wait()
+        return self._complete(results, grads, saved)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, split: Split, issue: Callable[..., tuple], saved: tuple, *inputs: Tensor | None
+    ) -> Any:
+        outputs = issue(*inputs)
+        ctx.split = split
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, None, *ctx.split.end(grads, ctx.saved_tensors)
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, split: Split, *tensors: Tensor) -> Any:
+        ctx.split = split
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.split.begin(grads)
+        return None, *grads  # to start, which takes the adjoint's results instead
+
+
+def finish(split: Split, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The second node, for tensors whose operation has been waited for."""
+    return _Finish.apply(split, *tensors)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def start_dispatch(
+    ep: ExpertParallel,
+    issue: Callable[..., tuple],
+    x: Tensor,
+    weights: Tensor | None,
+    routing_of: Callable[[tuple], ops.Routing],
+    grouped: bool,
+) -> tuple[Split, tuple]:
+    """The first node of a dispatch: ``issue(x, weights)`` runs the op, ``routing_of`` finds its routing."""
+    routing: list[ops.Routing] = []
+
+    def adjoint(grads: Sequence[Tensor], async_op: bool) -> Gradients:
+        g_weights = None if weights is None else grads[1]
+        return ops.dispatch_adjoint(routing[0], ep._number, grouped, grads[0], g_weights, async_op)
+
+    split = Split(ep, adjoint, lambda results, *_: results)
+    outputs = _Start.apply(split, issue, (), x, weights)
+    routing.append(routing_of(outputs))
+    return split, outputs
+
+
+def start_combine(
+    ep: ExpertParallel,
+    issue: Callable[..., tuple],
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    routing: ops.Routing,
+    grouped: bool,
+) -> tuple[Split, Tensor]:
+    """The first node of a combine: ``issue(y, weights, bias)`` runs the op."""
+
+    def adjoint(grads: Sequence[Tensor], async_op: bool) -> Gradients:
+        return ops.combine_adjoint(routing, ep._number, grouped, grads[0], None, async_op)
+
+    def complete(results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
+        rows, _ = results
+        assert rows is not None
+        gy, gw = ops.gradients_of_rows(rows, *saved)
+        return gy, gw, None if bias is None else grads[0]
+
+    split = Split(ep, adjoint, complete)
+    saved = () if weights is None else (y, weights)
+    (out,) = _Start.apply(split, issue, saved, y, weights, bias)
+    return split, out

@@ -1,0 +1,128 @@
+"""Asynchronous operations under autograd: the same gradients, whether their halves are split or not."""
+
+import pytest
+import torch
+from reference import make_world
+
+import commlib
+from commlib import ExpertParallel
+
+TOKENS = [7, 0, 12]
+
+
+def layer(ep, x, idx, topk_weights, mode, layout, bias):
+    """Dispatch, a nonlinear stand-in for experts, weighted combine."""
+    if mode == "sync":
+        d = ep.dispatch(x, idx, topk_weights, layout=layout)
+    else:
+        d = ep.dispatch(x, idx, topk_weights, layout=layout, async_op=True)
+        if mode == "finish":
+            d = d.finish()
+        else:
+            d.event.wait()
+    y = torch.tanh(d.x) * 1.5
+    weights = d.topk_weights if layout == "expert" else d.topk_weights.sum(1)
+    if mode == "sync":
+        return ep.combine(y, d.handle, weights=weights, bias=bias)
+    out, event = ep.combine(y, d.handle, weights=weights, bias=bias, async_op=True)
+    if mode == "finish":
+        return event.finish(out)[0]
+    event.wait()
+    return out
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("mode", ["wait", "finish"])
+def test_values_and_gradients_are_those_of_synchronous_calls(device, layout, mode):
+    world = make_world(TOKENS, dtype=torch.float64, device=device)
+
+    def gradients(ep, rank, mode):
+        x = world.x[rank].clone().requires_grad_()
+        w = world.topk_weights[rank].clone().requires_grad_()
+        bias = torch.ones_like(world.x[rank]).requires_grad_()
+        out = layer(ep, x, world.topk_idx[rank], w, mode, layout, bias)
+        (out.sin().sum()).backward()
+        return out.detach(), x.grad, w.grad, bias.grad
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            return gradients(ep, rank, "sync"), gradients(ep, rank, mode)
+
+    for sync, split in commlib.run_ranks(rank_main, len(TOKENS), device=device):
+        for a, b in zip(sync, split, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_handle_can_be_split_as_well(device, with_weights):
+    world = make_world(TOKENS, dtype=torch.float64, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            first = ep.dispatch(world.x[rank], world.topk_idx[rank])
+            x = world.x[rank].clone().requires_grad_()
+            w = world.topk_weights[rank].clone().requires_grad_() if with_weights else None
+            d = ep.dispatch(x, topk_weights=w, handle=first.handle, async_op=True).finish()
+            assert d.event is None
+            loss = d.x.square().sum() + (d.topk_weights.square().sum() if with_weights else 0)
+            loss.backward()
+            copies = sum((world.topk_idx[rank] // 3 == r).any(1, keepdim=True) for r in range(3))
+            return x.grad, 2 * x.detach() * copies, None if w is None else (w.grad, w.detach())
+
+    world.num_experts = 9  # three for each rank, so that owners are easy to tell
+    for got, want, weights in commlib.run_ranks(rank_main, len(TOKENS), device=device):
+        torch.testing.assert_close(got, want)
+        if weights is not None:
+            used = weights[0] != 0
+            torch.testing.assert_close(weights[0][used], 2 * weights[1][used])
+
+
+def test_backward_starts_at_finish_and_ends_at_the_start_of_the_operation(device):
+    """What lies between the halves runs in between, in backward too."""
+    world = make_world([6, 6], device=device)
+    order: list[list[str]] = [[], []]
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            begun = ep.stats()["combines"]
+            x = world.x[rank].clone().requires_grad_()
+            d = ep.dispatch(x, world.topk_idx[rank], async_op=True)
+            other = torch.ones(3, device=device, requires_grad=True) * 2
+            other.register_hook(lambda _: order[rank].append(f"other {ep.stats()['combines'] - begun}"))
+            x.register_hook(lambda _: order[rank].append("x"))
+            d = d.finish()
+            (d.x.sum() + other.sum()).backward()
+
+    commlib.run_ranks(rank_main, 2, device=device)
+    # The combine that carries the gradient back was issued before the gradient of what lay in between.
+    assert order == [["other 1", "x"]] * 2
+
+
+def test_a_second_backward_gives_the_same_again(device):
+    world = make_world([5, 3], dtype=torch.float64, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            loss = ep.dispatch(x, world.topk_idx[rank], async_op=True).finish().x.square().sum()
+            first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+            return first, torch.autograd.grad(loss, x)[0]
+
+    for first, second in commlib.run_ranks(rank_main, 2, device=device):
+        assert torch.equal(first, second)
+
+
+def test_without_gradients_finish_is_wait(device):
+    world = make_world([5, 3], device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            d = ep.dispatch(world.x[rank], world.topk_idx[rank], async_op=True).finish()
+            assert d.event is None and d.finish() is d
+            out, event = ep.combine(d.x, d.handle, async_op=True)
+            (out,) = event.finish(out)
+            assert not out.requires_grad
+            return out, ep.combine(d.x, d.handle)
+
+    for got, want in commlib.run_ranks(rank_main, 2, device=device):
+        assert torch.equal(got, want)
