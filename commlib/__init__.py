@@ -13,6 +13,7 @@ from commlib.event import Event
 from commlib.expert_parallel import Dispatched, ExpertParallel, Handle
 from commlib.group import Group
 from commlib.inprocess import run_ranks
+from commlib.partition import SMPartition
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Handle",
     "HandleError",
     "PeerTimeout",
+    "SMPartition",
     "cuda",
     "overlap",
     "run_ranks",

@@ -61,6 +61,7 @@ class CpuCommunicator(Communicator):
 
 class Config:
     capacity: int
+    cores: list[int]
     device: int
     dtype: DType
     experts: int

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commlib import _core
+from commlib.errors import CommError
 from commlib.event import CpuEvent, CudaEvent, Event
 
 _POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
@@ -82,6 +83,11 @@ class CudaBackend(Backend):
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
 
     def begin(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise CommError(
+                "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
+                "carries the number of the call"
+            )
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:

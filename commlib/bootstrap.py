@@ -78,9 +78,14 @@ def _prepare_cpu(
     group: Group, settings: Settings, infos: list[dict[str, Any]]
 ) -> tuple[_core.Config, torch.cuda.Stream | None]:
     cores = len(set().union(*(info["cpus"] for info in infos)))
-    workers = settings.num_sms or max(1, cores // (2 * group.size))
+    partition = settings.partition
+    share = cores // (2 * group.size) if partition is None else partition.comm // group.size
+    workers = settings.num_sms or max(1, share)
     threads = sum(_gather(group, None, workers))
-    return _config(group, settings, workers, threads > cores), None
+    config = _config(group, settings, workers, threads > cores)
+    if partition is not None:
+        config.cores = partition.comm_cores
+    return config, None
 
 
 def _prepare_cuda(
@@ -90,18 +95,26 @@ def _prepare_cuda(
     beside = [
         i for i in infos if (i["pid"], i["host"], i["uuid"]) == (mine["pid"], mine["host"], mine["uuid"])
     ]
-    blocks = settings.num_sms or max(1, min(_DEFAULT_BLOCKS, mine["sms"] // (2 * len(beside))))
+    partition = settings.partition
+    there_are = mine["sms"] if partition is None else partition.comm
+    most = _DEFAULT_BLOCKS if partition is None else partition.comm
+    blocks = settings.num_sms or max(
+        1, min(most, there_are // (len(beside) * (2 if partition is None else 1)))
+    )
     wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
     error: Exception | None = None
     stream = None
-    if together > mine["sms"]:
+    if together > there_are:
+        place = "it has" if partition is None else "its partition has for communication"
         error = ValueError(
-            f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but it has {mine['sms']} "
+            f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but {place} {there_are} "
             "SMs, and all blocks must run at once"
         )
-    else:
+    elif partition is None:
         stream = torch.cuda.Stream(settings.device, priority=-1)
+    else:
+        stream = partition.new_comm_stream()
     _gather(group, error, None)
     assert stream is not None
     config = _config(group, settings, blocks, crowded=False)

@@ -17,6 +17,7 @@ from commlib.errors import HandleError
 from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
+from commlib.partition import SMPartition
 from commlib.settings import Settings, check_timeout
 
 _numbers = itertools.count()
@@ -124,6 +125,7 @@ class ExpertParallel:
             not be copied then. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of
             it is taken at once. None: 8 on the CPU, 4 on CUDA.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
+        partition: communicate on its SMs (or cores) for communication, and on no others.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).
@@ -145,6 +147,7 @@ class ExpertParallel:
         capacity: int | None = None,
         slots: int | None = None,
         timeout: float = 60.0,
+        partition: SMPartition | None = None,
     ) -> None:
         self.group = resolve_group(group)
         self.rank, self.size = self.group.rank, self.group.size
@@ -152,7 +155,8 @@ class ExpertParallel:
         if slots is None:
             slots = _DEFAULT_SLOTS[where.type == "cuda"]
         self.settings = Settings(
-            num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout
+            *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
+            partition=partition,
         )
         self.device = where
         self._backend = connect(self.group, self.settings)

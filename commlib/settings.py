@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from commlib import _core, cuda
+from commlib.partition import SMPartition
 
 CORE_DTYPES = {
     torch.bfloat16: _core.DType.bf16,
@@ -34,6 +35,7 @@ class Settings:
     capacity: int | None
     slots: int
     timeout: float
+    partition: SMPartition | None = None
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -57,6 +59,8 @@ class Settings:
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device}')
         if self.device.type == "cuda":
             cuda.require()
+        if self.partition is not None:
+            self.partition.check_fits(self.device, self.num_sms)
         check_timeout(self.timeout)
         if size > _core.MAX_RANKS:
             raise ValueError(f"at most {_core.MAX_RANKS} ranks share memory, got {size}")
@@ -67,9 +71,8 @@ class Settings:
 
     def shared(self) -> dict[str, Any]:
         """Those that must be equal on all ranks."""
-        values = asdict(self)
-        for own in ("num_sms", "timeout"):
-            del values[own]
+        own = ("num_sms", "timeout", "partition")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return values | {"device": self.device.type}
 
 

@@ -136,6 +136,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("timeout", &Config::timeout)
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
+      .def_readwrite("cores", &Config::cores)
       .def_readwrite("first_epoch", &Config::first_epoch)
       .def_readwrite("device", &Config::device)
       .def_readwrite("stream", &Config::stream)

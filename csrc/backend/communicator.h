@@ -34,6 +34,7 @@ struct Config {
   // CPU
   SpinPolicy spin;
   std::string vector_ops;  // "": the widest
+  std::vector<int> cores;  // that the pool's threads may run on; empty: any
   // CUDA
   int device = 0;
   uintptr_t stream = 0;  // of communication

@@ -10,7 +10,7 @@ CpuCommunicator::CpuCommunicator(const Config& config)
       ops_(&vector_ops(config.vector_ops)),
       region_(Region::create(static_cast<size_t>(heap_bytes()))),
       buffers_(std::make_shared<BufferPool>()),
-      pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted)) {
+      pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted, config.cores)) {
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
   write_first_words(region_->data());
 }

@@ -5,10 +5,19 @@ namespace {
 
 bool never() { return false; }
 
+// Best effort: a core that has gone meanwhile costs speed, not correctness.
+void pin_this_thread(const std::vector<int>& cores) {
+  if (cores.empty()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : cores) CPU_SET(core, &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
 }  // namespace
 
-WorkerPool::WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted)
-    : workers_(workers), spin_(spin), interrupted_(interrupted) {
+WorkerPool::WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted, std::vector<int> cores)
+    : workers_(workers), spin_(spin), interrupted_(interrupted), cores_(std::move(cores)) {
   if (workers > 1) start_threads(1);
 }
 
@@ -96,6 +105,7 @@ void WorkerPool::run_part(Job& job, int worker) {
 }
 
 void WorkerPool::thread_main(int worker) {
+  pin_this_thread(cores_);
   for (uint64_t next = 1;; ++next) {
     wait_on(
         bell_, spin_,

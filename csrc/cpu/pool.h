@@ -32,7 +32,8 @@ struct Job {
 // starts with the first asynchronous job.
 class WorkerPool {
  public:
-  WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted);
+  // `cores`: that its threads may run on; empty: any.
+  WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted, std::vector<int> cores = {});
   ~WorkerPool();  // finishes what has been submitted
 
   int workers() const { return workers_; }
@@ -60,6 +61,7 @@ class WorkerPool {
   const int workers_;
   const SpinPolicy spin_;
   const InterruptCheck interrupted_;
+  const std::vector<int> cores_;
   std::mutex mutex_;  // guards the members below it
   std::vector<std::thread> threads_;
   std::deque<Entry> queue_;  // front: the job that runs now

@@ -4,6 +4,7 @@ namespace commlib {
 
 // The first failure of an operation is the one that is told.
 void CpuWorker::fail(FailureRecord record, double start) {
+  if (record.cause == Cause::none) return;
   record.waited_ns = static_cast<uint64_t>((monotonic_seconds() - start) * 1e9);
   std::lock_guard<std::mutex> lock(op_.mutex);
   if (op_.failed.load(std::memory_order_relaxed)) return;
@@ -16,13 +17,11 @@ bool CpuWorker::mismatch(int peer, Call theirs) {
   return false;
 }
 
-bool CpuWorker::gives_up(int peer, Phase phase, double start) {
+bool CpuWorker::gives_up(int peer, Phase phase, double start, FailureRecord* record) {
   if (op_.failed.load(std::memory_order_acquire)) return true;
-  FailureRecord record{};
+  if (find_cause(*this, *op_.peers, op_.wait, peer, phase, record)) return true;
   Cause cause = Cause::none;
-  if (find_cause(*this, *op_.peers, op_.wait, peer, phase, &record)) {
-    cause = record.cause;
-  } else if (op_.processes->has_exited(peer)) {
+  if (op_.processes->has_exited(peer)) {
     cause = Cause::exited;
   } else if (index_ == 0 && op_.interrupted && op_.interrupted()) {
     cause = Cause::interrupted;
@@ -30,8 +29,7 @@ bool CpuWorker::gives_up(int peer, Phase phase, double start) {
     cause = Cause::timeout;
   }
   if (cause == Cause::none) return false;
-  if (record.cause == Cause::none) record = new_record(*this, *op_.peers, op_.wait, cause, peer, phase);
-  fail(record, start);
+  *record = new_record(*this, *op_.peers, op_.wait, cause, peer, phase);
   return true;
 }
 

@@ -104,11 +104,16 @@ class CpuWorker {
   bool await(Ready ready, int peer, Phase phase) {
     if (ready()) return true;
     const double start = monotonic_seconds();
-    return wait_on(op_.peers->mail_from(peer).bell, op_.spin, ready,
-                   [&] { return gives_up(peer, phase, start); });
+    return wait_on(op_.peers->mail_from(peer).bell, op_.spin, ready, [&] {
+      FailureRecord record{};
+      if (!gives_up(peer, phase, start, &record)) return false;
+      if (!ready()) fail(record, start);  // who left did its part first, and said so after that
+      return true;
+    });
   }
 
-  bool gives_up(int peer, Phase phase, double start);
+  // Whether a wait is to be given up, and why; Cause::none: another worker knows.
+  bool gives_up(int peer, Phase phase, double start, FailureRecord* record);
   void fail(FailureRecord record, double start);
 
   OpContext& op_;

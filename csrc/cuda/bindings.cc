@@ -4,12 +4,14 @@
 
 #include "cuda/communicator.h"
 #include "cuda/driver.h"
+#include "cuda/partition.h"
 
 namespace py = pybind11;
 using commlib::Communicator;
 using commlib::Config;
 using commlib::cuda::CudaCommunicator;
 using commlib::cuda::DeviceFacts;
+using commlib::cuda::Partition;
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "commlib's CUDA backend. Imports without a driver; why_not() says what is missing.";
@@ -24,6 +26,12 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("shares_fds", &DeviceFacts::shares_fds)
       .def_readonly("shares_fabric", &DeviceFacts::shares_fabric);
   m.def("properties", &commlib::cuda::facts_of, py::arg("device"));
+  py::class_<Partition>(m, "Partition")
+      .def(py::init<int, int>(), py::arg("device"), py::arg("comm"))
+      .def_property_readonly("comm_sms", &Partition::comm_sms)
+      .def_property_readonly("compute_sms", &Partition::compute_sms)
+      .def("new_comm_stream", &Partition::new_comm_stream)
+      .def("new_compute_stream", &Partition::new_compute_stream);
   m.def(
       "make_communicator",
       [](const Config& config) -> std::unique_ptr<Communicator> {

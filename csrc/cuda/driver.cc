@@ -13,16 +13,20 @@ std::string message(const char* call, const char* name, const char* text, const 
 
 // Looks a driver function up; status and pointer are initialised, for an old runtime leaves them as they are.
 template <class Fn>
-void find(const char* name, unsigned version, Fn* fn) {
+void find_newer(const char* name, unsigned version, Fn* fn) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
   check(cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &status), name,
         "Is the NVIDIA driver installed?");
-  if (status != cudaDriverEntryPointSuccess || !found) {
-    throw std::runtime_error(std::string("the NVIDIA driver has no ") + name +
-                             ": it is too old for this version of commlib");
-  }
-  *fn = reinterpret_cast<Fn>(found);
+  *fn = status == cudaDriverEntryPointSuccess ? reinterpret_cast<Fn>(found) : nullptr;
+}
+
+template <class Fn>
+void find(const char* name, unsigned version, Fn* fn) {
+  find_newer(name, version, fn);
+  if (*fn) return;
+  throw std::runtime_error(std::string("the NVIDIA driver has no ") + name +
+                           ": it is too old for this version of commlib");
 }
 
 Driver find_all() {
@@ -40,6 +44,12 @@ Driver find_all() {
   find("cuMemRelease", 10020, &d.mem_release);
   find("cuMemSetAccess", 10020, &d.mem_set_access);
   find("cuMemUnmap", 10020, &d.mem_unmap);
+  find_newer("cuDeviceGetDevResource", 12040, &d.device_get_resource);
+  find_newer("cuDevResourceGenerateDesc", 12040, &d.resource_describe);
+  find_newer("cuDevSmResourceSplitByCount", 12040, &d.resource_split);
+  find_newer("cuGreenCtxDestroy", 12040, &d.green_context_destroy);
+  find_newer("cuGreenCtxStreamCreate", 12050, &d.green_context_stream);
+  if (d.green_context_stream) find_newer("cuGreenCtxCreate", 12040, &d.green_context_create);
   return d;
 }
 

@@ -29,6 +29,13 @@ struct Driver {
   PFN_cuMemRelease_v10020 mem_release;
   PFN_cuMemSetAccess_v10020 mem_set_access;
   PFN_cuMemUnmap_v10020 mem_unmap;
+  // Null on drivers before CUDA 12.5.
+  PFN_cuDeviceGetDevResource_v12040 device_get_resource;
+  PFN_cuDevResourceGenerateDesc_v12040 resource_describe;
+  PFN_cuDevSmResourceSplitByCount_v12040 resource_split;
+  PFN_cuGreenCtxCreate_v12040 green_context_create;
+  PFN_cuGreenCtxDestroy_v12040 green_context_destroy;
+  PFN_cuGreenCtxStreamCreate_v12050 green_context_stream;
 };
 const Driver& driver();
 

@@ -46,7 +46,9 @@ struct WordReader {
   }
 }
 
-[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, int peer, Phase phase, uint64_t start) {
+// Whether a wait is to be given up; `for_good`: records why.
+[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, int peer, Phase phase, uint64_t start,
+                                                  bool for_good) {
   if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
   WordReader reader;
   FailureRecord record{};
@@ -57,7 +59,7 @@ struct WordReader {
     const int blamed = cause == Cause::exited ? static_cast<int>(value_of(abort)) : peer;
     record = new_record(reader, op.peers, op.wait, cause, blamed, phase);
   }
-  fail(op, &record, start);
+  if (for_good) fail(op, &record, start);
   return true;
 }
 
@@ -219,8 +221,13 @@ class WarpWorker {
       ptx::nanosleep(100);
       const uint64_t now = ptx::globaltimer();
       if (now < next_look) continue;
-      if (gives_up(op_, peer, phase, start)) return ready();
-      next_look = now + kLookNs;
+      if (!gives_up(op_, peer, phase, start, false)) {
+        next_look = now + kLookNs;
+        continue;
+      }
+      if (ready()) return true;  // who left did its part first, and said so after that
+      gives_up(op_, peer, phase, start, true);
+      return false;
     }
   }
 

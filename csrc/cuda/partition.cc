@@ -1,0 +1,83 @@
+#include "cuda/partition.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace commlib::cuda {
+namespace {
+
+// Parts of 8 SMs keep thread block clusters whole from sm_90 on; smaller ones go without them, which
+// communication kernels do not use.
+unsigned split_flags(int capability, int comm) {
+  const bool whole_clusters = capability >= 90 && comm % 8 == 0;
+  return whole_clusters ? 0 : static_cast<unsigned>(CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING);
+}
+
+}  // namespace
+
+Partition::Partition(int device, int comm) : device_(device) {
+  const OnDevice guard(device);
+  check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
+  const Driver& d = driver();
+  if (!d.green_context_create) {
+    throw std::runtime_error(
+        "this NVIDIA driver has no green contexts: SM partitions need CUDA 12.5 or newer");
+  }
+  CUdevResource all{}, part{}, rest{};
+  check(d.device_get_resource(device, &all, CU_DEV_RESOURCE_TYPE_SM), "cuDeviceGetDevResource");
+  const auto sms = static_cast<int>(all.sm.smCount);
+  if (comm < 1 || comm >= sms) {
+    throw std::invalid_argument("comm must lie in [1, " + std::to_string(sms) + ") on this GPU, got " +
+                                std::to_string(comm));
+  }
+  unsigned groups = 1;
+  check(d.resource_split(&part, &groups, &all, &rest, split_flags(facts_of(device).capability, comm),
+                         static_cast<unsigned>(comm)),
+        "cuDevSmResourceSplitByCount");
+  if (rest.sm.smCount == 0) {
+    throw std::invalid_argument(std::to_string(comm) +
+                                " SMs for communication leave none for compute: this GPU "
+                                "splits off " +
+                                std::to_string(part.sm.smCount));
+  }
+  comm_ = make_part(device, part);
+  compute_ = make_part(device, rest);
+}
+
+Partition::~Partition() {
+  for (CUstream s : streams_) cudaStreamDestroy(s);
+  for (const Part& part : {comm_, compute_}) {
+    if (part.context) driver().green_context_destroy(part.context);
+  }
+}
+
+Partition::Part Partition::make_part(int device, CUdevResource& sms) {
+  const Driver& d = driver();
+  CUdevResourceDesc description = nullptr;
+  check(d.resource_describe(&description, &sms, 1), "cuDevResourceGenerateDesc");
+  Part part;
+  part.sms = static_cast<int>(sms.sm.smCount);
+  check(d.green_context_create(&part.context, description, device, CU_GREEN_CTX_DEFAULT_STREAM),
+        "cuGreenCtxCreate");
+  return part;
+}
+
+uintptr_t Partition::new_stream(const Part& part, int priority) {
+  const OnDevice guard(device_);
+  CUstream stream = nullptr;
+  check(driver().green_context_stream(&stream, part.context, CU_STREAM_NON_BLOCKING, priority),
+        "cuGreenCtxStreamCreate");
+  std::lock_guard<std::mutex> lock(mutex_);
+  streams_.push_back(stream);
+  return reinterpret_cast<uintptr_t>(stream);
+}
+
+uintptr_t Partition::new_comm_stream() {
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  return new_stream(comm_, greatest);
+}
+
+uintptr_t Partition::new_compute_stream() { return new_stream(compute_, 0); }
+
+}  // namespace commlib::cuda
