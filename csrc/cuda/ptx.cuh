@@ -85,6 +85,22 @@ __device__ __forceinline__ uint64_t globaltimer() {
 // Leaves the issue slots to other warps for about this long.
 __device__ __forceinline__ void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
+// -- half precision ------------------------------------------------------------------------------------------
+
+// Exact. Both give the bits of protocol/scalar_types.h, but for the payload of a NaN.
+__device__ __forceinline__ float float_of_half(uint16_t bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
+// Rounds to nearest, ties to even.
+__device__ __forceinline__ uint16_t half_of_float(float f) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  return bits;
+}
+
 // -- 16-byte accesses
 // ----------------------------------------------------------------------------------------
 

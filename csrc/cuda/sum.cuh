@@ -19,6 +19,24 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::Type;
 
+// Conversions to and from the accumulator: in hardware where there is an instruction.
+template <class T>
+__device__ Accumulator<T> widened(T e) {
+  return widen(e);
+}
+__device__ inline float widened(Half e) { return ptx::float_of_half(e.bits); }
+
+template <class T>
+__device__ T narrowed(Accumulator<T> v) {
+  T e;
+  narrow(v, &e);
+  return e;
+}
+template <>
+__device__ inline Half narrowed<Half>(float v) {
+  return {ptx::half_of_float(v)};
+}
+
 // The i-th element of 16 bytes, i known at compile time.
 __device__ inline Bf16 element_of(const ptx::Vec16& v, int i, Bf16) {
   return {static_cast<uint16_t>(v.word[i / 2] >> (i % 2 * 16))};
@@ -51,23 +69,27 @@ class Sum16 {
   using Acc = Accumulator<T>;
 
   __device__ void add(const ptx::Vec16& row, const std::byte* weight) {
-    const Acc w = weight ? *reinterpret_cast<const Acc*>(weight) : Acc{1};  // times 1 is exact
+    if (!weight) {  // the same for all lanes
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) sums_[i] += w * static_cast<Acc>(widen(element_of(row, i, T{})));
+      for (int i = 0; i < kElements; ++i) sums_[i] += value(row, i);
+      return;
+    }
+    const Acc w = *reinterpret_cast<const Acc*>(weight);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) sums_[i] += w * value(row, i);
   }
   __device__ ptx::Vec16 rounded() const {
     ptx::Vec16 out{};
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      T e{};
-      narrow(sums_[i], &e);
-      set_element(out, i, e);
+      set_element(out, i, narrowed<T>(sums_[i]));
     }
     return out;
   }
 
  private:
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  __device__ static Acc value(const ptx::Vec16& row, int i) { return widened(element_of(row, i, T{})); }
   Acc sums_[kElements] = {};
 };
 
@@ -76,12 +98,10 @@ __device__ T sum_element(List<Term> terms, int64_t i) {
   using Acc = Accumulator<T>;
   Acc sum = 0;
   for (int j = 0; j < terms.count; ++j) {
-    const Acc v = widen(reinterpret_cast<const T*>(terms.items[j].row)[i]);
+    const Acc v = widened(reinterpret_cast<const T*>(terms.items[j].row)[i]);
     sum += terms.items[j].weight ? *reinterpret_cast<const Acc*>(terms.items[j].weight) * v : v;
   }
-  T out{};
-  narrow(sum, &out);
-  return out;
+  return narrowed<T>(sum);
 }
 
 }  // namespace commlib::cuda

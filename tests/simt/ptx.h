@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "protocol/scalar_types.h"
 #include "simt/cuda.h"
 #include "simt/device.h"
 
@@ -44,6 +45,16 @@ __device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) { simt
 
 __device__ __forceinline__ uint64_t globaltimer() { return simt::globaltimer(); }
 __device__ __forceinline__ void nanosleep(uint32_t ns) { simt::nanosleep(ns); }
+
+// -- half precision
+// --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float float_of_half(uint16_t bits) { return widen(Half{bits}); }
+__device__ __forceinline__ uint16_t half_of_float(float f) {
+  Half h;
+  narrow(f, &h);
+  return h.bits;
+}
 
 // -- 16-byte accesses
 // -------------------------------------------------------------------------------------------
