@@ -12,14 +12,13 @@ from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import exchange_fds
 from commlib.group import Group
+from commlib.model import default_num_sms
 from commlib.settings import CORE_DTYPES, Settings
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
-
-_DEFAULT_BLOCKS = 8  # SMs for communication on a GPU of its own; on a shared one at most half of the share
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
@@ -97,10 +96,7 @@ def _prepare_cuda(
     ]
     partition = settings.partition
     there_are = mine["sms"] if partition is None else partition.comm
-    most = _DEFAULT_BLOCKS if partition is None else partition.comm
-    blocks = settings.num_sms or max(
-        1, min(most, there_are // (len(beside) * (2 if partition is None else 1)))
-    )
+    blocks = settings.num_sms or _default_blocks(group, settings, mine, len(beside))
     wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
     error: Exception | None = None
@@ -122,6 +118,23 @@ def _prepare_cuda(
     return config, stream
 
 
+def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:
+    """What the performance model proposes; in a partition all of it, shared by the ranks on the GPU."""
+    if settings.partition is not None:
+        return max(1, settings.partition.comm // ranks_on_device)
+    return default_num_sms(
+        name=facts["name"],
+        sms=facts["sms"],
+        ranks=group.size,
+        max_tokens=settings.max_tokens,
+        hidden=settings.hidden,
+        itemsize=settings.dtype.itemsize,
+        topk=settings.topk,
+        experts=settings.num_experts,
+        ranks_on_device=ranks_on_device,
+    )
+
+
 def _share(infos: list[dict[str, Any]]) -> str:
     """How device memory goes from process to process: what all ranks can do."""
     if any(info["host"] != infos[0]["host"] for info in infos):
@@ -134,7 +147,13 @@ def _facts(settings: Settings) -> dict[str, Any]:
     if settings.device.type == "cpu":
         return {"cpus": sorted(os.sched_getaffinity(0))}
     p = cuda.properties(settings.device)
-    return {"uuid": p.uuid, "sms": p.sms, "shares_fds": p.shares_fds, "shares_fabric": p.shares_fabric}
+    return {
+        "name": p.name,
+        "uuid": p.uuid,
+        "sms": p.sms,
+        "shares_fds": p.shares_fds,
+        "shares_fabric": p.shares_fabric,
+    }
 
 
 def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _core.Config:

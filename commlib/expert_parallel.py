@@ -117,8 +117,8 @@ class ExpertParallel:
         dtype: of rows: bfloat16, float16, float32 or float64.
         device: "cpu", "cuda" or "cuda:i". None: the in-process ranks' device, else the current CUDA device if
             there is one, else "cpu".
-        num_sms: SMs (CUDA) or threads (CPU) for communication on this rank. None: 8 SMs, or half of this
-            rank's share of the cores or of a GPU shared by in-process ranks.
+        num_sms: SMs (CUDA) or threads (CPU) for communication on this rank. None: what the performance model
+            proposes (:func:`commlib.model.default_num_sms`), or half of this rank's share of the cores.
         capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens.
         slots: 1 to 32, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
             hold one each. So does every other result of layout "rank" while two slots stay free: it need

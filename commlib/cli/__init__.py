@@ -1,0 +1,40 @@
+"""The ``commlib`` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; what it returns is the exit status."""
+    parser = argparse.ArgumentParser(prog="commlib", description="Tools beside the library.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine",
+        description="Measure what commlib.model needs to know of this machine (docs/model.md), and write it "
+        "where it is found again. In-process ranks by default; under mpirun or torchrun, their ranks.",
+    )
+    bench.add_argument("--calibrate", action="store_true", required=True, help="measure and write the file")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    bench.add_argument("--out", type=Path, help="default: ~/.config/commlib/, named by the device")
+    bench.add_argument("--ranks", type=int, default=4, help="in-process ranks, default 4")
+    bench.add_argument("--tokens", type=int, help="default: 512 on the CPU, 4096 on a GPU")
+    bench.add_argument("--hidden", type=int, default=7168)
+    bench.add_argument("--topk", type=int, default=8)
+    bench.add_argument("--experts", type=int, default=64)
+    bench.add_argument("--num-sms", type=int, nargs="+", help="numbers of SMs or threads to try")
+    bench.add_argument("--iters", type=int, default=7)
+    bench.add_argument("--copy-mib", type=int, help="size of the plain copy; default: 256, on a GPU 1024")
+    bench.add_argument("--matmul", type=int, help="size of the matrix product; default: 1024, on a GPU 8192")
+    args = parser.parse_args(argv)
+
+    from commlib.cli.calibrate import Plan, calibrate  # what only this command needs
+
+    try:
+        calibrate(Plan.of(args), args.out)
+    except (ValueError, TypeError, RuntimeError) as error:
+        parser.exit(1, f"commlib bench: {error}\n")
+    return 0
