@@ -72,7 +72,7 @@ class SMPartition:
         return self._entered.stream
 
     def new_comm_stream(self) -> torch.cuda.Stream:
-        """A stream on the communication SMs (CUDA only), of the highest priority; a communicator takes one."""
+        """A stream on the communication SMs (CUDA only), with the highest priority: one a communicator."""
         return torch.cuda.ExternalStream(self._part.new_comm_stream(), self.device)
 
     def check_fits(self, device: torch.device, num_sms: int | None) -> None:
