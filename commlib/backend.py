@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from commlib.event import CpuEvent, CudaEvent, Event
 _POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
 
 
+Span = Callable[[], tuple[float, float]]  # begin and end of an operation that is done, in seconds
+
+
 class Backend(ABC):
     """One rank's device."""
 
     device: torch.device
     core: _core.Communicator
+    trace: list[tuple[str, Span]] | None = None  # where operations are noted, while somebody wants to know
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """A new tensor on the device."""
@@ -39,10 +44,16 @@ class Backend(ABC):
         """Communication issued next sees what the caller's work has produced so far."""
 
     @abstractmethod
-    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
+    def end(
+        self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
+    ) -> Event | None:
         """The caller's work issued next sees the results, or with ``async_op`` after the event only.
 
-        ``keep``: tensors that the operation uses, and that must live until it is done.
+        Args:
+            name: of the operation.
+            ticket: what the core returned.
+            keep: tensors that the operation uses, and that must live until it is done.
+            async_op: whether the caller waits for an event.
         """
 
 
@@ -67,8 +78,14 @@ class CpuBackend(Backend):
     def begin(self) -> None:
         pass
 
-    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
-        return CpuEvent(self.core, ticket, keep) if async_op and ticket is not None else None
+    def end(
+        self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
+    ) -> Event | None:
+        if ticket is None:
+            return None
+        if self.trace is not None:
+            self.trace.append((name, lambda: (ticket.begun, ticket.ended)))
+        return CpuEvent(self.core, ticket, keep) if async_op else None
 
 
 class CudaBackend(Backend):
@@ -78,6 +95,8 @@ class CudaBackend(Backend):
         self.device = stream.device
         self.core = core
         self.stream = stream
+        self._begun = torch.cuda.Event()
+        self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
@@ -89,8 +108,20 @@ class CudaBackend(Backend):
                 "carries the number of the call"
             )
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self.trace is not None:
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record(self.stream)
 
-    def end(self, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool) -> Event | None:
+    def end(
+        self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
+    ) -> Event | None:
+        if self.trace is not None:
+            begun, ended = self._begun, torch.cuda.Event(enable_timing=True)
+            ended.record(self.stream)
+            zero = self.zero
+            self.trace.append(
+                (name, lambda: (zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3))
+            )
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
             torch.cuda.current_stream(self.device).wait_stream(self.stream)

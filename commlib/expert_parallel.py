@@ -346,7 +346,7 @@ class ExpertParallel:
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
         self._backend.begin()
         buffer = self._view(self._core.lend_slot(), handle.num_rows)
-        self._backend.end(None, (), False)
+        self._backend.end("lend a slot", None, (), False)
         return buffer
 
     # -- the rest ------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def _dispatch(
         core.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    ep._event = backend.end(ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    ep._event = backend.end("dispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
     return rows, weights, routes, local, source, tokens_per_expert, offsets
 
 
@@ -157,7 +157,7 @@ def _redispatch(
     )
     rows = ep._view(lease, size) if out is None else out
     ep._count(redispatches=1, rows_received=local.shape[0])
-    ep._event = ep._backend.end(ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    ep._event = ep._backend.end("redispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
     return rows, weights
 
 
@@ -202,7 +202,7 @@ def _combine(
     )
     ep._count(combines=1)
     keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
-    ep._event = ep._backend.end(ticket, keep, async_op)
+    ep._event = ep._backend.end("combine", ticket, keep, async_op)
     return out, out_weights
 
 

@@ -192,9 +192,10 @@ void bind_structs(py::module_& m) {
            });
 
   py::class_<SlotLease, std::shared_ptr<SlotLease>>(m, "SlotLease");
-  py::class_<Job, std::shared_ptr<Job>>(m, "Ticket").def_property_readonly("done", [](const Job& job) {
-    return job.done.load(std::memory_order_acquire);
-  });
+  py::class_<Job, std::shared_ptr<Job>>(m, "Ticket")
+      .def_property_readonly("done", [](const Job& job) { return job.done.load(std::memory_order_acquire); })
+      .def_readonly("begun", &Job::begun)
+      .def_readonly("ended", &Job::ended);
   py::class_<Memory>(m, "Memory")
       .def("__dlpack__", [](const Memory& self, py::kwargs) { return to_dlpack(self); })
       .def("__dlpack_device__",

@@ -75,6 +75,7 @@ void WorkerPool::drain() {
 }
 
 void WorkerPool::run_part(Job& job, int worker) {
+  if (worker == 0) job.begun = monotonic_seconds();
   try {
     job.run(worker);
   } catch (...) {
@@ -90,6 +91,7 @@ void WorkerPool::run_part(Job& job, int worker) {
       job.error = std::current_exception();
     }
   }
+  job.ended = monotonic_seconds();
   job.run = nullptr;  // what it holds (slots, tensors) is free from here on
   job.finish = nullptr;
   job.abandon = nullptr;

@@ -25,6 +25,8 @@ struct Job {
   std::atomic<int> unfinished{0};  // workers yet to return (acq_rel: the last sees all others' work)
   std::atomic<bool> done{false};   // after `finish` (release), read by waiters (acquire)
   std::exception_ptr error;        // written before `done`
+  // When worker 0 began and the last worker ended, in seconds of the monotonic clock; written before `done`.
+  double begun = 0, ended = 0;
 };
 
 // Runs jobs strictly one after another, in the order submitted, each on all `workers` threads. A synchronous

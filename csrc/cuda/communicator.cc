@@ -141,7 +141,9 @@ OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
 
 void CudaCommunicator::check_health() {
   check_usable();
-  if (load_word(&host_->failed) != 0) raise(host_->record);
+  if (load_word(&host_->failed) == 0) return;
+  drain();  // kernels leave their waits now, and use their tensors, which the caller may free, until then
+  raise(host_->record);
 }
 
 void CudaCommunicator::abort_waits(Cause cause, int peer) {

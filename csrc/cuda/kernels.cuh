@@ -146,11 +146,12 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant
   if (ok && blockIdx.x == 0) ok = plan_block_0(w, op) != PlanStatus::failed;
   if (!w.grid_barrier(ok)) return;
   const PlanStatus status = op.common.state->plan_status;
-  if (status == PlanStatus::bad_id) return;
+  // Where the host throws, routes may be gone.
+  if (status == PlanStatus::bad_id || (status == PlanStatus::overflow && !op.drop)) return;
   for (int p = w.lane(); p < ranks; p += w.lanes()) firsts[p] += op.scratch.base[p];
   __syncwarp();
   place_routes(w, op.routing, op.routes, firsts);
-  if (status != PlanStatus::overflow || !op.drop) return;
+  if (status != PlanStatus::overflow) return;
   w.grid_barrier(true);  // routes are written by lanes of one token each, and dropped by others
   plan_second_round(w, op);
 }

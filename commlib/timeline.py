@@ -1,0 +1,132 @@
+"""When communication and compute ran: a trace of one rank, as a picture or for Perfetto."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commlib.backend import CudaBackend, Span
+
+if TYPE_CHECKING:
+    from commlib.expert_parallel import ExpertParallel
+
+COMPUTE, COMMUNICATION = "compute", "communication"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that ran: on which lane, what, and from when to when in seconds after the trace began."""
+
+    lane: str
+    name: str
+    begin: float
+    end: float
+
+
+def _covered(intervals: Iterable[Interval]) -> float:
+    """Seconds that lie in any of the intervals, which are in order of their begin."""
+    total = until = 0.0
+    for i in intervals:
+        total += max(0.0, i.end - max(i.begin, until))
+        until = max(until, i.end)
+    return total
+
+
+class Timeline:
+    """Notes every operation of a communicator, and what is computed inside :meth:`compute`.
+
+    ::
+
+        with Timeline(ep) as timeline:
+            with timeline.compute("attention"):
+                ...
+        timeline.save_perfetto("trace.json")
+
+    CPU: the times are those of the communication threads and of the calling thread. CUDA: of the streams.
+
+    Args:
+        ep: the communicator.
+    """
+
+    def __init__(self, ep: ExpertParallel) -> None:
+        self._ep = ep
+        self._backend = ep._backend
+        self._notes: list[tuple[str, str, Span]] = []
+        self.intervals: list[Interval] = []
+
+    def __enter__(self) -> Timeline:
+        self._backend.trace = []
+        self._zero = 0.0
+        if isinstance(self._backend, CudaBackend):
+            self._backend.zero.record(torch.cuda.current_stream(self._backend.device))
+        else:
+            self._zero = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        trace, self._backend.trace = self._backend.trace or [], None
+        if error[0] is not None:
+            return
+        self._ep.synchronize()
+        if isinstance(self._backend, CudaBackend):
+            torch.cuda.synchronize(self._backend.device)
+        notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in trace)]
+        for lane, name, span in notes:
+            begin, end = span()
+            self.intervals.append(Interval(lane, name, begin - self._zero, end - self._zero))
+        self.intervals.sort(key=lambda i: i.begin)
+
+    @contextmanager
+    def compute(self, name: str) -> Iterator[None]:
+        """Note what is computed inside."""
+        if isinstance(self._backend, CudaBackend):
+            stream = torch.cuda.current_stream(self._backend.device)
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            zero = self._backend.zero
+            begun.record(stream)
+            yield
+            ended.record(stream)
+            self._notes.append(
+                (COMPUTE, name, lambda: (zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3))
+            )
+            return
+        begin = time.monotonic()
+        yield
+        end = time.monotonic()
+        self._notes.append((COMPUTE, name, lambda: (begin, end)))
+
+    def busy(self, lane: str) -> float:
+        """Seconds in which anything ran on a lane."""
+        return _covered(i for i in self.intervals if i.lane == lane)
+
+    def both_busy(self) -> float:
+        """Seconds in which communication and compute ran at once."""
+        return self.busy(COMPUTE) + self.busy(COMMUNICATION) - _covered(self.intervals)
+
+    def save_perfetto(self, path: str | Path, process: str = "rank") -> None:
+        """Write a trace that ui.perfetto.dev and chrome://tracing open."""
+        lanes = {lane: n for n, lane in enumerate((COMPUTE, COMMUNICATION))}
+        names = [
+            {"ph": "M", "pid": 0, "tid": n, "name": "thread_name", "args": {"name": lane}}
+            for lane, n in lanes.items()
+        ]
+        names.append({"ph": "M", "pid": 0, "name": "process_name", "args": {"name": process}})
+        events = [
+            {
+                "ph": "X",
+                "pid": 0,
+                "tid": lanes[i.lane],
+                "name": i.name,
+                "ts": i.begin * 1e6,
+                "dur": (i.end - i.begin) * 1e6,
+            }
+            for i in self.intervals
+        ]
+        Path(path).write_text(json.dumps({"traceEvents": [*names, *events]}))
