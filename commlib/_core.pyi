@@ -67,6 +67,7 @@ class Config:
     experts: int
     first_epoch: int
     hidden: int
+    link_gbps: float
     max_tokens: int
     num_sms: int
     rank: int

@@ -167,6 +167,7 @@ def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _c
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
     config.dtype = CORE_DTYPES[settings.dtype]
     config.slots, config.num_sms, config.timeout = settings.slots, num_sms, settings.timeout
+    config.link_gbps = settings.link_gbps or 0.0
     config.spin = _SPIN_SHARED_CORE if crowded else _SPIN_OWN_CORE
     return config
 

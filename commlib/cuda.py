@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from commlib._cuda import DeviceFacts
 
+_cuda: Any
 try:
-    from commlib import _cuda
+    _cuda = import_module("commlib._cuda")
 except ImportError as error:
-    _cuda = None  # type: ignore[assignment]
+    _cuda = None
     _import_error = str(error)
 
 

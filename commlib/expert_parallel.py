@@ -126,6 +126,9 @@ class ExpertParallel:
             it is taken at once. None: 8 on the CPU, 4 on CUDA.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
         partition: communicate on its SMs (or cores) for communication, and on no others.
+        link_gbps: GB/s (1e9 bytes) that rows of this rank may take on its link, one direction, rows for itself not
+            counted: to measure here what a slower interconnect leaves. Dispatch is paced where rows leave,
+            combine where they come in. None: no limit.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).
@@ -148,6 +151,7 @@ class ExpertParallel:
         slots: int | None = None,
         timeout: float = 60.0,
         partition: SMPartition | None = None,
+        link_gbps: float | None = None,
     ) -> None:
         self.group = resolve_group(group)
         self.rank, self.size = self.group.rank, self.group.size
@@ -157,6 +161,7 @@ class ExpertParallel:
         self.settings = Settings(
             *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
             partition=partition,
+            link_gbps=link_gbps,
         )
         self.device = where
         self._backend = connect(self.group, self.settings)

@@ -36,6 +36,7 @@ class Settings:
     slots: int
     timeout: float
     partition: SMPartition | None = None
+    link_gbps: float | None = None
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -61,6 +62,8 @@ class Settings:
             cuda.require()
         if self.partition is not None:
             self.partition.check_fits(self.device, self.num_sms)
+        if self.link_gbps is not None and not (self.link_gbps > 0 and math.isfinite(self.link_gbps)):
+            raise ValueError(f"link_gbps must be a positive number of GB/s, got {self.link_gbps}")
         check_timeout(self.timeout)
         if size > _core.MAX_RANKS:
             raise ValueError(f"at most {_core.MAX_RANKS} ranks share memory, got {size}")
@@ -71,7 +74,7 @@ class Settings:
 
     def shared(self) -> dict[str, Any]:
         """Those that must be equal on all ranks."""
-        own = ("num_sms", "timeout", "partition")
+        own = ("num_sms", "timeout", "partition", "link_gbps")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return values | {"device": self.device.type}
 

@@ -134,6 +134,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("slots", &Config::slots)
       .def_readwrite("num_sms", &Config::num_sms)
       .def_readwrite("timeout", &Config::timeout)
+      .def_readwrite("link_gbps", &Config::link_gbps)
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
       .def_readwrite("cores", &Config::cores)

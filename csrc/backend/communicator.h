@@ -29,6 +29,7 @@ struct Config {
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
   double timeout = 60.0;
+  double link_gbps = 0;      // GB/s of this rank's link, to be emulated; 0: no limit
   uint32_t first_epoch = 1;  // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU

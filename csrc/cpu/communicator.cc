@@ -8,6 +8,7 @@ namespace commlib {
 CpuCommunicator::CpuCommunicator(const Config& config)
     : Communicator(config),
       ops_(&vector_ops(config.vector_ops)),
+      link_(config.link_gbps),
       region_(Region::create(static_cast<size_t>(heap_bytes()))),
       buffers_(std::make_shared<BufferPool>()),
       pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted, config.cores)) {
@@ -37,6 +38,7 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
   auto op = std::make_shared<OpContext>();
   op->peers = &peers_;
   op->ops = ops_;
+  op->link = &link_;
   op->processes = processes_.get();
   op->spin = config_.spin;
   op->interrupted = config_.interrupted;

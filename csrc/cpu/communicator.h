@@ -55,6 +55,7 @@ class CpuCommunicator final : public Communicator {
   void abandon(OpContext& op, const std::exception_ptr& error);
 
   const VectorOps* ops_;
+  mutable Link link_;
   std::shared_ptr<Region> region_;                // this rank's
   std::vector<std::shared_ptr<Region>> regions_;  // by rank
   std::unique_ptr<PeerProcesses> processes_;

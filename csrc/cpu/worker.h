@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "cpu/bell.h"
+#include "cpu/link.h"
 #include "cpu/pool.h"
 #include "cpu/vector_ops.h"
 #include "heap/symmetric_heap.h"
@@ -24,6 +25,7 @@ struct OpContext {
   InterruptCheck interrupted;  // asked by worker 0; null where that is not the user's own thread
   Wait wait;
   double timeout;
+  Link* link;
 
   // Set once by the first worker that gives up (release); the others see it at their next nap (acquire).
   std::atomic<bool> failed{false};
@@ -71,6 +73,9 @@ class CpuWorker {
   static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
   // Orders this worker's streaming stores before its later releases.
   void flush() { op_.ops->flush(); }
+
+  bool link_limited() const { return op_.link->limited(); }
+  void pass_link(int64_t bytes) { op_.link->pass(bytes); }
 
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
   void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }

@@ -135,6 +135,7 @@ OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
   op.timeout_ns = static_cast<uint64_t>(timeout_.load(std::memory_order_relaxed) * 1e9);
   op.state = state_;
   op.host = host_on_device_;
+  op.link = LinkRate::of(config_.link_gbps);
   op.ring_bytes = shape_.ring_bytes;
   return op;
 }

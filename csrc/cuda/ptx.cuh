@@ -85,7 +85,8 @@ __device__ __forceinline__ uint64_t globaltimer() {
 // Leaves the issue slots to other warps for about this long.
 __device__ __forceinline__ void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// -- half precision ------------------------------------------------------------------------------------------
+// -- half precision
+// ------------------------------------------------------------------------------------------
 
 // Exact. Both give the bits of protocol/scalar_types.h, but for the payload of a NaN.
 __device__ __forceinline__ float float_of_half(uint16_t bits) {

@@ -27,6 +27,8 @@ struct DeviceState {
   // Written by block 0 before a grid barrier, read by all blocks after it.
   PlanStatus plan_status;
   uint32_t dropped;
+  // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
+  uint64_t link_free;
 };
 
 // Mapped host memory. The host reads what the device has written before a release of the flag beside it.
@@ -77,7 +79,8 @@ struct OpParams {
   uint64_t timeout_ns;
   DeviceState* state;
   HostState* host;  // as mapped on the device
-  int ring_bytes;   // of shared memory for each warp's copies; 0: the device has no bulk copies
+  LinkRate link;
+  int ring_bytes;  // of shared memory for each warp's copies; 0: the device has no bulk copies
 };
 
 struct PlanOp {

@@ -137,6 +137,22 @@ class WarpWorker {
     __syncwarp();
   }
 
+  __device__ bool link_limited() const { return op_.link.fs_per_byte != 0; }
+  __device__ void pass_link(int64_t bytes) const {
+    if (lane_ == 0) {
+      uint64_t free = ptx::load_acquire_gpu(&op_.state->link_free), end;
+      const uint64_t now = ptx::globaltimer();
+      for (;;) {
+        end = op_.link.end_of(bytes, now, free);
+        const uint64_t before = ptx::exchange_if_gpu(&op_.state->link_free, free, end);
+        if (before == free) break;
+        free = before;
+      }
+      while (ptx::globaltimer() < end) ptx::nanosleep(100);
+    }
+    __syncwarp();
+  }
+
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
   __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }

@@ -93,6 +93,7 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
       const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
       return {slot.rows + row_of(route[j]) * plan.layout.row_bytes, nullptr};
     });
+    pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);
   }

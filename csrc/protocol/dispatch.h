@@ -1,6 +1,7 @@
 // Dispatch: rows go straight from the source's tensor to their final place in the receivers' slots.
 #pragma once
 
+#include "protocol/link.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
 #include "protocol/words.h"
@@ -83,6 +84,7 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
       if (route[j] == kNoRoute) return nullptr;
       return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
     });
+    pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
     for (int j = 0; Worker::kMetadataWithRows && metadata && j < to.count; ++j) {
       send_row_metadata(w, plan, peers, t, route[j]);

@@ -1,30 +1,39 @@
 // What the protocol asks of a worker. The protocol is written once, as templates over these primitives;
 // cpu/worker.h makes a worker of a thread, cuda/worker.cuh of a warp.
 //
-//   index(), count()            this worker's number among those of its rank's operation
-//   lane(), lanes()             this thread's number among those of the worker: 0 and 1 on a CPU
-//   share(n)                    this worker's contiguous part of n items
+//   index(), count()           this worker's number among those of its rank's operation
+//   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
+//   share(n)                   this worker's contiguous part of n items
 //
-// Every lane calls the following, all lanes together:
-//   list<T>(n, f)               those of f(0) .. f(n - 1) that are not null, in order; valid until the next
-//   list all(ok)                     whether ok holds on every lane; what any lane has acquired, all have
-//   then any_bits(mask)              the lanes' masks, or-ed lowest(value)               the least of the
-//   lanes' values take(mine, counter)         where mine: *counter and the number of lower lanes that take;
-//   they are added take_each(key, counters)    the same with counters[key], where key is not negative
-//   multicast(targets, src, bytes)      copies src to every target
-//   reduce(dtype, dst, terms, elements) sums rows in the order of the list, in fp32 (fp64 for fp64), multiply
-//                                       and add apart, one rounding at the end; no terms: zeros
+// All lanes call these together:
+//
+//   list<T>(n, f)              those of f(0) .. f(n - 1) that are not null; lives until the next list
+//   all(ok)                    whether ok holds on every lane; what one has acquired, all have then
+//   any_bits(mask)             the lanes' masks, or-ed
+//   lowest(value)              the least of the lanes' values
+//   take(mine, counter)        where mine: *counter and the number of lower lanes that take; adds them
+//   take_each(key, counters)   the same with counters[key], where key is not negative
+//   multicast(to, src, bytes)  copies src to every target
+//   reduce(dtype, dst, terms, elements)
+//                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
+//                              add apart, one rounding at the end; no terms: zeros
 //   zero(dst, bytes)
-//   flush()                     orders all that this worker wrote before what it publishes or adds next
-//   await_tag, await_reached, await_count(word, value, peer, phase)  each lane waits for its own word; false
-//                               once this rank's operation has failed, which a wait past its deadline causes
+//   link_limited()             whether the rank's link is limited
+//   pass_link(bytes)           waits until they have passed it
+//   flush()                    orders what this worker wrote before what it publishes or adds next
+//   await_tag, await_reached, await_count(word, value, peer, phase)
+//                              each lane waits for its own word; false once this rank's operation has
+//                              failed, which a wait past its deadline causes
 //
-// and by single lanes:
-//   publish(word, value)        a release store;  add(counter)  a release addition of 1
-//   read(word)                  an acquire load;  wake(peer)    rings the peer's bell, where threads sleep
-//   tally(counter, n)           adds to a counter of this rank that several workers share, unordered
-//   copy_scalar(dst, src, bytes)  4 or 8 bytes; null writes zero
-//   mismatch(peer, theirs)      records that the peer made another call; always false
+// Single lanes call these:
+//
+//   publish(word, value)       a release store
+//   add(counter)               a release addition of 1
+//   read(word)                 an acquire load
+//   wake(peer)                 rings the peer's bell, where threads sleep
+//   tally(counter, n)          adds to a counter that workers of this rank share, unordered
+//   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
+//   mismatch(peer, theirs)     records that the peer made another call; always false
 #pragma once
 
 #include <utility>

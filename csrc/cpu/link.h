@@ -1,0 +1,44 @@
+// The limited link of a rank on the CPU: protocol/link.h over the monotonic clock.
+#pragma once
+
+#include <time.h>
+
+#include <atomic>
+
+#include "protocol/link.h"
+
+namespace commlib {
+
+class Link {
+ public:
+  explicit Link(double gbytes_per_s) : rate_(LinkRate::of(gbytes_per_s)) {}
+
+  bool limited() const { return rate_.fs_per_byte != 0; }
+  // Takes the time of `bytes` on the link, after what other workers have taken, and waits for its end. Sleeps
+  // are as coarse as the kernel's timer, so ends that are near are not waited for: the next rows do.
+  void pass(int64_t bytes) {
+    uint64_t free = free_.load(std::memory_order_relaxed), end;
+    const uint64_t now = now_ns();
+    do {
+      end = rate_.end_of(bytes, now, free);
+    } while (!free_.compare_exchange_weak(free, end, std::memory_order_relaxed));
+    if (end < now + kNearNs) return;
+    const timespec nap{static_cast<time_t>((end - now) / 1'000'000'000),
+                       static_cast<long>((end - now) % 1'000'000'000)};
+    nanosleep(&nap, nullptr);
+  }
+
+ private:
+  static constexpr uint64_t kNearNs = 100'000;
+  static uint64_t now_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec);
+  }
+
+  const LinkRate rate_;
+  // When the link is through with all that workers have given it. Only a time: orders nothing (relaxed).
+  std::atomic<uint64_t> free_{0};
+};
+
+}  // namespace commlib
