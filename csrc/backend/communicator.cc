@@ -176,8 +176,8 @@ StagePlan Communicator::stage_plan(const CombineInput& input, const RoutingView&
   return plan;
 }
 
-PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                                 std::byte* out_weights) const {
+PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& routing,
+                                 const StagePlan& stage, std::byte* out, std::byte* out_weights) const {
   PullPlan plan{};
   plan.dtype = config_.dtype;
   plan.hidden = config_.hidden;
@@ -190,6 +190,8 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& r
   plan.bias = input.bias;
   plan.bias_stride = input.bias_stride;
   plan.out_weights = out_weights;
+  if (!stage.places && !stage.weights) plan.own_y = stage.y;
+  plan.own_stride = stage.y_stride;
   plan.placement = placement_;
   plan.layout = layout_;
   return plan;

@@ -182,8 +182,8 @@ class Communicator {
   DeliverPlan deliver_plan(const RoutingView& routing, const Received& received,
                            const SlotLease& lease) const;
   StagePlan stage_plan(const CombineInput& input, const RoutingView& routing, const CombineSlot& slot) const;
-  PullPlan pull_plan(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                     std::byte* out_weights) const;
+  PullPlan pull_plan(const CombineInput& input, const RoutingView& routing, const StagePlan& stage,
+                     std::byte* out, std::byte* out_weights) const;
 
   const Config config_;
   const Placement placement_;

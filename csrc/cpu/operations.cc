@@ -203,7 +203,7 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
   if (!slot.in_place) await_writable(*slot.lease, call);
   call.slot = static_cast<uint8_t>(slot.lease->index());
   const StagePlan stage = stage_plan(input, routing, slot);
-  const PullPlan pull = pull_plan(input, routing, out, out_weights);
+  const PullPlan pull = pull_plan(input, routing, stage, out, out_weights);
 
   auto op = context(call, announce(call));
   auto barrier = std::make_shared<WorkerBarrier>(config_.num_sms);
@@ -211,7 +211,7 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
   job->run = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
               arrivals = next_arrivals()](int index) {
     CpuWorker w(*op, index, config_.num_sms);
-    stage_rows(w, stage);
+    stage_rows(w, stage, rows_not_staged(w, pull, config_.rank));
     arrive(w, peers_);
     PullPlan mine = pull;
     uint8_t slots[kMaxRanks];
@@ -250,7 +250,7 @@ void CpuCommunicator::bare_pull(const RoutingView& routing, std::byte* out) {
   auto op = context({}, 0);
   CpuWorker w(*op, 0, 1);
   const std::vector<uint8_t> slots(config_.size);
-  PullPlan plan = pull_plan({}, routing, out, nullptr);
+  PullPlan plan = pull_plan({}, routing, {}, out, nullptr);
   plan.slots = slots.data();
   pull_rows(w, plan, peers_);
   w.flush();

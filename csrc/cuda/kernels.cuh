@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   pull.slots = w.slots();
   if (ok) {
     if (w.index() == 0) publish_call(w, common.peers, common.wait.epoch, common.wait.call);
-    stage_rows(w, op.stage);
+    stage_rows(w, op.stage, rows_not_staged(w, op.pull, common.peers.rank));
     arrive(w, common.peers);
     ok = collect_calls(w, common.peers, common.wait.epoch, common.wait.call, w.slots());
     ok = ok && await_arrivals(w, common.peers, op.arrivals);

@@ -100,7 +100,7 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& r
   CombineOp op{};
   op.common = params(call, ++epoch_);
   op.stage = stage_plan(input, routing, slot);
-  op.pull = pull_plan(input, routing, out, out_weights);
+  op.pull = pull_plan(input, routing, op.stage, out, out_weights);
   const std::vector<uint64_t> arrivals = next_arrivals();
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   op.users_rows = slot.users_rows;

@@ -34,6 +34,10 @@ struct PullPlan {
   const std::byte* bias;    // [tokens] rows, bias_stride bytes apart, added last; or null
   int64_t bias_stride;
   std::byte* out_weights;  // [tokens][topk] or null
+  // This rank's rows for its own tokens, read from where the user has them: y, if they need no sum first;
+  // null: they are in the slot as well.
+  const std::byte* own_y;
+  int64_t own_stride;
   Placement placement;
   SlotLayout layout;
   const uint8_t* slots;  // [ranks]: where each rank's rows lie
@@ -50,11 +54,39 @@ COMMLIB_HD void stage_row(Worker& w, const StagePlan& plan, int64_t n) {
   w.reduce(plan.dtype, plan.slot.rows + n * plan.layout.row_bytes, rows, plan.hidden);
 }
 
+// The row that token t has at its own rank, or `none`.
+COMMLIB_HD int64_t own_row(const PullPlan& plan, int64_t t, int rank, int64_t none) {
+  const int64_t* route = plan.routes + t * plan.width;
+  for (int j = 0; j < plan.width && route[j] != kNoRoute; ++j) {
+    if (rank_of(route[j]) == rank) return row_of(route[j]);
+  }
+  return none;
+}
+
+// This rank's rows for its own tokens, which nobody else pulls, where they are read from y. They lie side by
+// side, for rows are in order of their source: from the row of the first such token to that of the last.
 template <class Worker>
-COMMLIB_HD void stage_rows(Worker& w, const StagePlan& plan) {
+COMMLIB_HD Span rows_not_staged(Worker& w, const PullPlan& plan, int rank) {
+  if (!plan.own_y) return {0, 0};
+  int64_t first = INT64_MAX, last = INT64_MAX;
+  for (int64_t at = 0; at < plan.tokens && first == INT64_MAX; at += w.lanes()) {
+    const int64_t t = at + w.lane();
+    first = w.lowest(t < plan.tokens ? own_row(plan, t, rank, INT64_MAX) : INT64_MAX);
+  }
+  if (first == INT64_MAX) return {0, 0};
+  for (int64_t at = plan.tokens - 1; last == INT64_MAX; at -= w.lanes()) {
+    const int64_t t = at - w.lane();
+    last = w.lowest(t >= 0 ? -own_row(plan, t, rank, -INT64_MAX) : INT64_MAX);  // the greatest row
+  }
+  return {first, 1 - last};
+}
+
+// `skip`: rows that nobody pulls from the slot.
+template <class Worker>
+COMMLIB_HD void stage_rows(Worker& w, const StagePlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
   for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
-    if (plan.y) stage_row(w, plan, n);
+    if (plan.y && (n < skip.begin || n >= skip.end)) stage_row(w, plan, n);
     if (!plan.weight_grads) continue;
     for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
       const int64_t i = n * plan.topk + k;
@@ -90,6 +122,7 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
       if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
       if (route[j] == kNoRoute) return {nullptr, nullptr};
       const int p = rank_of(route[j]);
+      if (plan.own_y && p == peers.rank) return {plan.own_y + row_of(route[j]) * plan.own_stride, nullptr};
       const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
       return {slot.rows + row_of(route[j]) * plan.layout.row_bytes, nullptr};
     });
