@@ -2,6 +2,7 @@
 
     mpirun -n 4 python bench/dispatch_combine.py
     torchrun --nproc-per-node 4 bench/dispatch_combine.py      # without the MPI row
+    mpirun -n 8 python bench/dispatch_combine.py --preset h800  # on links of that kind, slowed down
 
 The systems take turns, iteration by iteration and in changing order, so that whatever else the
 machine does, and whatever is left in the caches, meets all of them. A time goes from the first
@@ -20,8 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import limited_link
 import torch
 from common import Interval, Launch, Stats, add_shape_arguments, progress, timed, usable_cores
+from limited_link import add_link_arguments
 from report import RESULTS, machine, show, table, write_json
 from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
 from workload import Job, Shape
@@ -44,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(CHOICES), help="of commlib,gloo,mpi")
     parser.add_argument("--num-sms", type=int, help="commlib's threads; default: its own choice")
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
+    add_link_arguments(parser)
     args = parser.parse_args()
     args.only = set(args.only.split(","))
     if not args.only <= set(CHOICES):
@@ -205,6 +209,9 @@ def main() -> None:
         if shape.experts % launch.size:
             sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
         torch.set_num_threads(max(1, usable_cores() // launch.size))
+        if args.preset or args.link_gbps:
+            limited_link.run(launch, shape, args)
+            return
         result = {"throughput": run_throughput(launch, shape, args)}
         if launch.size > 1 and args.latency_iters:
             result["latency"] = run_latency(launch, shape, args)
