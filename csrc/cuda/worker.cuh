@@ -99,6 +99,7 @@ class WarpWorker {
   __device__ List<T> list(int n, F f);
   __device__ bool all(bool ok) const {
     ok = __all_sync(kAllLanes, ok);
+    __syncwarp();              // a vote does not order memory
     ptx::fence_proxy_async();  // so that bulk copies see it as well
     return ok;
   }

@@ -1,28 +1,19 @@
-// Runs the tests of the core: `core-tests [--seed N] [part of a test's name]`.
+// Runs the tests that are linked: `PROGRAM [--seed N] [part of a test's name]`.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 
-#include "check.h"
+#include "suite.h"
 
 namespace commlib::testing {
-
-std::vector<Test> pool_tests();
-std::vector<Test> dispatch_tests();
-std::vector<Test> combine_tests();
-std::vector<Test> interleaving_tests();
-std::vector<Test> fault_tests();
-std::vector<Test> slot_tests();
-std::vector<Test> capacity_tests();
-
 namespace {
 
-constexpr unsigned kSecondsPerTest =
-    120;  // a test that hangs is killed by SIGALRM; its name is printed by then
+constexpr unsigned kSecondsPerTest = 300;  // one that hangs is killed by SIGALRM; its name is printed by then
 uint64_t run_seed = 0;
 
 bool passes(const Test& test) {
@@ -59,12 +50,12 @@ int main(int argc, char** argv) {
     }
   }
   std::printf("seed %llu (repeat with --seed)\n", static_cast<unsigned long long>(run_seed));
+  std::vector<Test> tests = Suite::all();
+  std::sort(tests.begin(), tests.end(),  // files are linked in any order
+            [](const Test& a, const Test& b) { return std::strcmp(a.name, b.name) < 0; });
   int passed = 0, failed = 0;
-  for (const auto& tests : {pool_tests(), slot_tests(), dispatch_tests(), combine_tests(), capacity_tests(),
-                            fault_tests(), interleaving_tests()}) {
-    for (const Test& test : tests) {
-      if (std::strstr(test.name, part)) ++(passes(test) ? passed : failed);
-    }
+  for (const Test& test : tests) {
+    if (std::strstr(test.name, part)) ++(passes(test) ? passed : failed);
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 && passed > 0 ? 0 : 1;

@@ -30,6 +30,25 @@ Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
 
 }  // namespace
 
+UnderWay::~UnderWay() {
+  try {
+    wait();
+  } catch (...) {  // the test fails, or has asked for it
+  }
+}
+
+// A communicator that has gone has finished its operations first.
+void UnderWay::wait() const {
+  const std::shared_ptr<Communicator> comm = std::exchange(comm_, {}).lock();
+  if (comm) comm->wait(ticket_);
+}
+
+std::shared_ptr<SlotLease> lend_slot(Rank& self) {
+  std::shared_ptr<SlotLease> lease = self.comm->lend_slot();
+  settle(*self.comm);
+  return lease;
+}
+
 Manner random_manner(Random& random) {
   return {random.one_in(2), random.one_in(2), static_cast<RowsOf>(random.below(3))};
 }
@@ -66,9 +85,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   }
   d->source.resize(r.source.size());
   received.source = d->source.data();
-  d->under_way.comm = self.comm.get();
-  d->under_way.ticket =
-      self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing, received, manner.async);
+  d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing,
+                                                   received, manner.async)};
   if (!received.rows) d->lease = pending->lease;
   return d;
 }
@@ -80,9 +98,8 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
   d->rank = self.rank;
   d->routing = known.routing;
   const Received received = room_for(self, *d, manner);
-  d->under_way.comm = self.comm.get();
-  d->under_way.ticket = self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
-                                              manner.async, &d->lease);
+  d->under_way = {self, self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
+                                              manner.async, &d->lease)};
   return d;
 }
 
@@ -100,7 +117,7 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   std::shared_ptr<SlotLease> lent;
   if (!r.weighted && !r.grouped && manner.combine != RowsOf::tensor) {
     std::shared_ptr<SlotLease> lease = known.lease;
-    if (manner.combine == RowsOf::lent_slot) lease = lent = self.comm->lend_slot();
+    if (manner.combine == RowsOf::lent_slot) lease = lent = lend_slot(self);
     if (lease) {
       std::memcpy(lease->slot().rows, r.y.data(), static_cast<size_t>(r.y.bytes()));
       input.y = lease->slot().rows;
@@ -116,22 +133,20 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
     input.bias_stride = values.row_bytes();
   }
   c->out = room(self, r.out.bytes());
-  c->under_way.comm = self.comm.get();
-  c->under_way.ticket =
-      self.comm->combine(input, known.routing, c->out.data(),
-                         input.has_weight_grads ? c->out_weights.data() : nullptr, manner.async);
+  std::byte* out_weights = input.has_weight_grads ? c->out_weights.data() : nullptr;
+  c->under_way = {self, self.comm->combine(input, known.routing, c->out.data(), out_weights, manner.async)};
   return c;
 }
 
-void check_redispatch(Rank& self, const Dispatched& d) {
-  self.comm->wait(d.under_way.ticket);
+void check_redispatch(const Dispatched& d) {
+  d.under_way.wait();
   const RankCase& r = d.mine();
   check_bytes(d.data(), r.received, "rows are in source-then-token order, and bit by bit those sent");
   if (d.scenario->asked.weights) check_bytes(d.weights.data(), r.received_weights, "weights are right");
 }
 
-void check_dispatch(Rank& self, const Dispatched& d) {
-  check_redispatch(self, d);
+void check_dispatch(const Dispatched& d) {
+  check_redispatch(d);
   const RankCase& r = d.mine();
   check(d.source == r.source, "each row's source rank and token are right, -1 in padding");
   check(d.ids == (r.grouped ? std::vector<int64_t>{} : r.ids), "each row's local expert ids are right");
@@ -140,8 +155,8 @@ void check_dispatch(Rank& self, const Dispatched& d) {
   check_equal(d.dropped, r.dropped, "rows dropped");
 }
 
-void check_combine(Rank& self, const Combined& c, const Scenario& values) {
-  self.comm->wait(c.under_way.ticket);
+void check_combine(const Rank& self, const Combined& c, const Scenario& values) {
+  c.under_way.wait();
   const RankCase& r = values.ranks[self.rank];
   check_bytes(c.out.data(), r.out, "the sum is that of the documented order, bit by bit");
   if (values.asked.weight_grads)
@@ -150,9 +165,9 @@ void check_combine(Rank& self, const Combined& c, const Scenario& values) {
 
 void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner) {
   const DispatchedPtr d = start_dispatch(self, first, manner);
-  check_dispatch(self, *d);
+  check_dispatch(*d);
   const DispatchedPtr again = start_redispatch(self, *d, second, manner);
-  check_redispatch(self, *again);
+  check_redispatch(*again);
   check_combine(self, *start_combine(self, *d, first, manner), first);
 }
 

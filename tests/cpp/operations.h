@@ -18,13 +18,22 @@ struct Manner {
 };
 Manner random_manner(Random& random);
 
-// An operation that uses its owner's memory. Where a test fails while it is under way, it is finished first.
-struct UnderWay {
-  ~UnderWay() {
-    if (ticket && !ticket->done) comm->close();
-  }
-  Communicator* comm = nullptr;
-  Ticket ticket;
+// An operation that uses its owner's memory, and so is finished before that goes.
+class UnderWay {
+ public:
+  UnderWay() = default;
+  UnderWay(const Rank& self, Ticket ticket) : comm_(self.comm), ticket_(std::move(ticket)) {}
+  UnderWay(UnderWay&&) = default;
+  UnderWay& operator=(UnderWay&&) = default;
+  ~UnderWay();
+
+  // Results are there when it has returned, not before: a GPU's operations are all asynchronous. Throws if
+  // the operation has failed.
+  void wait() const;
+
+ private:
+  mutable std::weak_ptr<Communicator> comm_;  // empty once there is nothing to wait for
+  Ticket ticket_;
 };
 
 struct Dispatched {
@@ -50,6 +59,8 @@ struct Combined {
 using CombinedPtr = std::unique_ptr<Combined>;
 
 DispatchedPtr start_dispatch(Rank& self, const Scenario& scenario, const Manner& manner);
+// A slot that may be written.
+std::shared_ptr<SlotLease> lend_slot(Rank& self);
 // The x and weights of another scenario along the routing of `known`.
 DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
                                const Manner& manner);
@@ -58,9 +69,9 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
 
 void check_bytes(const void* got, const Buffer& wanted, const char* what);
 // Wait, and compare bit by bit.
-void check_dispatch(Rank& self, const Dispatched& d);
-void check_redispatch(Rank& self, const Dispatched& d);
-void check_combine(Rank& self, const Combined& c, const Scenario& values);
+void check_dispatch(const Dispatched& d);
+void check_redispatch(const Dispatched& d);
+void check_combine(const Rank& self, const Combined& c, const Scenario& values);
 
 // Dispatch, redispatch and combine, one after another.
 void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner);

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
+#include "backend/communicator.h"
 #include "check.h"
-#include "cpu/communicator.h"
 
 namespace commlib::testing {
 

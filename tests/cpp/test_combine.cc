@@ -1,6 +1,6 @@
 // What comes back: sums, in the documented order, bit by bit.
-#include "cpu/vector_ops.h"
 #include "operations.h"
+#include "suite.h"
 
 namespace commlib::testing {
 namespace {
@@ -9,7 +9,7 @@ void combine_once(const Config& config, int ranks, const Asked& asked, const Man
   const Scenario s = random_scenario(config, ranks, asked, random);
   in_ranks(config, ranks, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, manner);
-    check_dispatch(self, *d);
+    check_dispatch(*d);
     check_combine(self, *start_combine(self, *d, s, manner), s);
   });
 }
@@ -29,9 +29,9 @@ void sums_are_taken_in_order_of_rank_with_one_rounding() {
 
 void every_vector_path_sums_every_dtype_to_the_same_bits() {
   Random random(21);
-  for (const std::string& name : available_vector_ops()) {
+  for (const std::string& name : vector_paths()) {
     for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
-      for (const int64_t hidden : {1, 31, 96, 160}) {
+      for (const int64_t hidden : {1, 31, 96, 160, 2080}) {
         Config config = small_config(2);
         config.vector_ops = name;
         config.dtype = static_cast<DType>(dtype);
@@ -78,7 +78,7 @@ void one_routing_serves_many_combines() {
   for (int i = 0; i < 6; ++i) others.push_back(with_other_values(first, random));
   in_ranks(config, 3, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, first, {});
-    check_dispatch(self, *d);
+    check_dispatch(*d);
     for (const Scenario& values : others) {
       self.nap_sometimes();
       check_combine(self, *start_combine(self, *d, values, {}), values);
@@ -109,7 +109,7 @@ void a_receive_slot_may_serve_two_combines_with_weight_gradients() {
     Manner manner;
     manner.zero_copy = true;
     const DispatchedPtr d = start_dispatch(self, first, manner);
-    check_dispatch(self, *d);
+    check_dispatch(*d);
     const RankCase& a = first.ranks[self.rank];
     const RankCase& b = second.ranks[self.rank];
     CombineInput input;
@@ -118,29 +118,28 @@ void a_receive_slot_may_serve_two_combines_with_weight_gradients() {
     input.has_weight_grads = true;
     Buffer out(a.out.bytes()), grads_a(a.out_weights.bytes()), grads_b(b.out_weights.bytes());
     input.weight_grads = a.weight_grads.data();
-    self.comm->combine(input, d->routing, out.data(), grads_a.data(), false);
+    const UnderWay one(self, self.comm->combine(input, d->routing, out.data(), grads_a.data(), false));
     input.weight_grads = b.weight_grads.data();
-    self.comm->combine(input, d->routing, out.data(), grads_b.data(), false);
+    const UnderWay two(self, self.comm->combine(input, d->routing, out.data(), grads_b.data(), false));
+    one.wait();
+    two.wait();
     check_bytes(grads_a.data(), a.out_weights, "weight gradients of the first combine are right");
     check_bytes(grads_b.data(), b.out_weights, "weight gradients of the second combine are right");
   });
 }
 
+const Suite suite({{"sums_are_taken_in_order_of_rank_with_one_rounding",
+                    sums_are_taken_in_order_of_rank_with_one_rounding},
+                   {"every_vector_path_sums_every_dtype_to_the_same_bits",
+                    every_vector_path_sums_every_dtype_to_the_same_bits},
+                   {"weight_gradients_need_not_ride_back", weight_gradients_need_not_ride_back},
+                   {"rows_written_into_a_lent_slot_are_pulled_from_there",
+                    rows_written_into_a_lent_slot_are_pulled_from_there},
+                   {"rows_left_in_the_receive_slot_are_pulled_from_there",
+                    rows_left_in_the_receive_slot_are_pulled_from_there},
+                   {"one_routing_serves_many_combines", one_routing_serves_many_combines},
+                   {"a_receive_slot_may_serve_two_combines_with_weight_gradients",
+                    a_receive_slot_may_serve_two_combines_with_weight_gradients}});
+
 }  // namespace
-
-std::vector<Test> combine_tests() {
-  return {{"sums_are_taken_in_order_of_rank_with_one_rounding",
-           sums_are_taken_in_order_of_rank_with_one_rounding},
-          {"every_vector_path_sums_every_dtype_to_the_same_bits",
-           every_vector_path_sums_every_dtype_to_the_same_bits},
-          {"weight_gradients_need_not_ride_back", weight_gradients_need_not_ride_back},
-          {"rows_written_into_a_lent_slot_are_pulled_from_there",
-           rows_written_into_a_lent_slot_are_pulled_from_there},
-          {"rows_left_in_the_receive_slot_are_pulled_from_there",
-           rows_left_in_the_receive_slot_are_pulled_from_there},
-          {"one_routing_serves_many_combines", one_routing_serves_many_combines},
-          {"a_receive_slot_may_serve_two_combines_with_weight_gradients",
-           a_receive_slot_may_serve_two_combines_with_weight_gradients}};
-}
-
 }  // namespace commlib::testing

@@ -1,6 +1,6 @@
 // Where rows go: dispatch in both layouts, and along a known routing.
-#include "cpu/vector_ops.h"
 #include "operations.h"
+#include "suite.h"
 
 namespace commlib::testing {
 namespace {
@@ -10,7 +10,7 @@ void dispatch_once(const std::vector<Config>& configs, const Scenario& s) {
   in_ranks(configs, [&](Rank& self) {
     Manner manner;
     manner.zero_copy = self.rank % 2 == 1;
-    check_dispatch(self, *start_dispatch(self, s, manner));
+    check_dispatch(*start_dispatch(self, s, manner));
   });
 }
 
@@ -38,9 +38,9 @@ void rows_arrive_in_source_then_token_order() {
 
 void every_vector_path_moves_every_dtype_and_row_size() {
   Random random(2);
-  for (const std::string& name : available_vector_ops()) {
+  for (const std::string& name : vector_paths()) {
     for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
-      for (const int64_t hidden : {1, 31, 64, 160}) {  // whole cache lines or not
+      for (const int64_t hidden : {1, 31, 64, 160, 2080}) {  // whole cache lines or not
         Config config = small_config(2);
         config.vector_ops = name;
         config.dtype = static_cast<DType>(dtype);
@@ -122,7 +122,7 @@ void ranks_without_tokens_and_tokens_without_experts_send_nothing() {
 // The last row of x ends where its memory ends.
 void a_token_without_experts_is_not_read() {
   Random random(11);
-  for (const std::string& name : available_vector_ops()) {
+  for (const std::string& name : vector_paths()) {
     Config config = small_config(1);
     config.vector_ops = name;
     config.hidden = 3;
@@ -163,33 +163,30 @@ void redispatch_equals_dispatch_along_the_same_routing() {
     const Scenario second = with_other_values(first, random);
     in_ranks(config, ranks, [&](Rank& self) {
       const DispatchedPtr known = start_dispatch(self, first, {});
-      check_dispatch(self, *known);
+      check_dispatch(*known);
       for (const bool zero_copy : {false, true}) {
         Manner manner;
         manner.zero_copy = zero_copy;
-        check_redispatch(self, *start_redispatch(self, *known, second, manner));
+        check_redispatch(*start_redispatch(self, *known, second, manner));
       }
     });
   }
 }
 
+const Suite suite(
+    {{"rows_arrive_in_source_then_token_order", rows_arrive_in_source_then_token_order},
+     {"every_vector_path_moves_every_dtype_and_row_size", every_vector_path_moves_every_dtype_and_row_size},
+     {"eight_ranks_deliver_in_order", eight_ranks_deliver_in_order},
+     {"ranks_may_have_different_numbers_of_workers", ranks_may_have_different_numbers_of_workers},
+     {"weights_may_stay_at_home", weights_may_stay_at_home},
+     {"experts_need_not_be_a_multiple_of_ranks", experts_need_not_be_a_multiple_of_ranks},
+     {"all_tokens_may_go_to_one_expert", all_tokens_may_go_to_one_expert},
+     {"ranks_without_tokens_and_tokens_without_experts_send_nothing",
+      ranks_without_tokens_and_tokens_without_experts_send_nothing},
+     {"a_token_without_experts_is_not_read", a_token_without_experts_is_not_read},
+     {"groups_have_offsets_places_and_zero_padding", groups_have_offsets_places_and_zero_padding},
+     {"redispatch_equals_dispatch_along_the_same_routing",
+      redispatch_equals_dispatch_along_the_same_routing}});
+
 }  // namespace
-
-std::vector<Test> dispatch_tests() {
-  return {
-      {"rows_arrive_in_source_then_token_order", rows_arrive_in_source_then_token_order},
-      {"every_vector_path_moves_every_dtype_and_row_size", every_vector_path_moves_every_dtype_and_row_size},
-      {"eight_ranks_deliver_in_order", eight_ranks_deliver_in_order},
-      {"ranks_may_have_different_numbers_of_workers", ranks_may_have_different_numbers_of_workers},
-      {"weights_may_stay_at_home", weights_may_stay_at_home},
-      {"experts_need_not_be_a_multiple_of_ranks", experts_need_not_be_a_multiple_of_ranks},
-      {"all_tokens_may_go_to_one_expert", all_tokens_may_go_to_one_expert},
-      {"ranks_without_tokens_and_tokens_without_experts_send_nothing",
-       ranks_without_tokens_and_tokens_without_experts_send_nothing},
-      {"a_token_without_experts_is_not_read", a_token_without_experts_is_not_read},
-      {"groups_have_offsets_places_and_zero_padding", groups_have_offsets_places_and_zero_padding},
-      {"redispatch_equals_dispatch_along_the_same_routing",
-       redispatch_equals_dispatch_along_the_same_routing}};
-}
-
 }  // namespace commlib::testing

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "operations.h"
+#include "suite.h"
 
 namespace commlib::testing {
 namespace {
@@ -76,12 +77,14 @@ void a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline() {
 }
 
 void a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline() {
-  stays_away([](Rank& self, const Dispatched& d, const Scenario& s) { start_redispatch(self, d, s, {}); },
+  stays_away([](Rank& self, const Dispatched& d,
+                const Scenario& s) { start_redispatch(self, d, s, {})->under_way.wait(); },
              OpKind::redispatch);
 }
 
 void a_rank_that_stays_away_from_combine_is_named_at_the_deadline() {
-  stays_away([](Rank& self, const Dispatched& d, const Scenario& s) { start_combine(self, d, s, {}); },
+  stays_away([](Rank& self, const Dispatched& d,
+                const Scenario& s) { start_combine(self, d, s, {})->under_way.wait(); },
              OpKind::combine);
 }
 
@@ -90,8 +93,7 @@ void who_waits_for_an_asynchronous_operation_gets_its_failure() {
       [](Rank& self, const Dispatched& d, const Scenario& s) {
         Manner manner;
         manner.async = true;
-        const CombinedPtr back = start_combine(self, d, s, manner);
-        self.comm->wait(back->under_way.ticket);
+        start_combine(self, d, s, manner)->under_way.wait();
       },
       OpKind::combine);
 }
@@ -158,7 +160,7 @@ void a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all() {
     const Stopwatch watch;
     if (self.rank == 1) {
       const Failure failure =
-          failure_of([&] { start_combine(self, *d, s, {}); }, "a combine among dispatches");
+          failure_of([&] { start_combine(self, *d, s, {})->under_way.wait(); }, "a combine among dispatches");
       check_equal(static_cast<int>(failure.record.cause), static_cast<int>(Cause::mismatch), "the cause");
     } else {
       const Failure failure =
@@ -179,7 +181,7 @@ void a_mismatch_is_told_while_another_rank_is_late() {
   in_ranks(config, 3, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, {});
     const auto call = [&] {
-      if (self.rank == 0) return void(start_combine(self, *d, s, {}));
+      if (self.rank == 0) return start_combine(self, *d, s, {})->under_way.wait();
       start_dispatch(self, s, {});
     };
     if (self.rank != 1) {
@@ -233,32 +235,28 @@ void a_bad_expert_id_is_refused_before_anything_is_sent() {
   });
 }
 
+const Suite suite({
+    {"a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline",
+     a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline},
+    {"a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline",
+     a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline},
+    {"a_rank_that_stays_away_from_combine_is_named_at_the_deadline",
+     a_rank_that_stays_away_from_combine_is_named_at_the_deadline},
+    {"who_waits_for_an_asynchronous_operation_gets_its_failure",
+     who_waits_for_an_asynchronous_operation_gets_its_failure},
+    {"destruction_with_an_operation_under_way_ends_by_the_deadline",
+     destruction_with_an_operation_under_way_ends_by_the_deadline},
+    {"a_rank_that_closes_fails_the_others_at_once", a_rank_that_closes_fails_the_others_at_once},
+    {"a_rank_that_is_destroyed_fails_the_others_at_once", a_rank_that_is_destroyed_fails_the_others_at_once},
+    {"a_rank_that_gives_up_fails_the_others_at_once", a_rank_that_gives_up_fails_the_others_at_once},
+    {"a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all",
+     a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all},
+    {"a_mismatch_is_told_while_another_rank_is_late", a_mismatch_is_told_while_another_rank_is_late},
+    {"ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all",
+     ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all},
+    {"a_bad_expert_id_is_refused_before_anything_is_sent",
+     a_bad_expert_id_is_refused_before_anything_is_sent},
+});
+
 }  // namespace
-
-std::vector<Test> fault_tests() {
-  return {
-      {"a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline",
-       a_rank_that_stays_away_from_dispatch_is_named_at_the_deadline},
-      {"a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline",
-       a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline},
-      {"a_rank_that_stays_away_from_combine_is_named_at_the_deadline",
-       a_rank_that_stays_away_from_combine_is_named_at_the_deadline},
-      {"who_waits_for_an_asynchronous_operation_gets_its_failure",
-       who_waits_for_an_asynchronous_operation_gets_its_failure},
-      {"destruction_with_an_operation_under_way_ends_by_the_deadline",
-       destruction_with_an_operation_under_way_ends_by_the_deadline},
-      {"a_rank_that_closes_fails_the_others_at_once", a_rank_that_closes_fails_the_others_at_once},
-      {"a_rank_that_is_destroyed_fails_the_others_at_once",
-       a_rank_that_is_destroyed_fails_the_others_at_once},
-      {"a_rank_that_gives_up_fails_the_others_at_once", a_rank_that_gives_up_fails_the_others_at_once},
-      {"a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all",
-       a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all},
-      {"a_mismatch_is_told_while_another_rank_is_late", a_mismatch_is_told_while_another_rank_is_late},
-      {"ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all",
-       ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all},
-      {"a_bad_expert_id_is_refused_before_anything_is_sent",
-       a_bad_expert_id_is_refused_before_anything_is_sent},
-  };
-}
-
 }  // namespace commlib::testing

@@ -1,6 +1,7 @@
 // Many operations back to back: synchronous and asynchronous mixed, two batches in flight, epochs that wrap
 // around. ThreadSanitizer looks at the order, the checks at the result.
 #include "operations.h"
+#include "suite.h"
 
 namespace commlib::testing {
 namespace {
@@ -28,14 +29,15 @@ void run_pipeline(Rank& self, const std::vector<Scenario>& batches, const std::v
     }
     const bool combine_first = self.random.one_in(2);
     if (back && combine_first) check_combine(self, *back, batches[i - 1]);
-    if (now) check_dispatch(self, *now);
-    if (again) check_redispatch(self, *again);
+    if (now) check_dispatch(*now);
+    if (again) check_redispatch(*again);
     if (back && !combine_first) check_combine(self, *back, batches[i - 1]);
     last = std::move(now);
   }
 }
 
 constexpr int kRounds = 130;  // three operations in each at most: epochs of all kinds wrap around
+constexpr int kRepeats = 16;
 
 void many_operations_once(Config config, int ranks, Random& random) {
   config.hidden = 24;
@@ -43,7 +45,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
   config.capacity = ranks * config.max_tokens;
   config.slots = 4;  // two receive slots kept, one lent, one at work
   std::vector<Scenario> batches, others;
-  for (int i = 0; i < kRounds; ++i) {
+  for (int i = 0; i < rounds(kRounds); ++i) {
     Asked asked;
     asked.weights = random.one_in(2);
     asked.weight_grads = random.one_in(2);
@@ -57,7 +59,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
 
 void many_operations(const Config& config, int ranks, uint64_t stream) {
   Random random(stream);
-  for (int i = 0; i < 16; ++i) many_operations_once(config, ranks, random);
+  for (int i = 0; i < rounds(kRepeats); ++i) many_operations_once(config, ranks, random);
 }
 
 // Far enough before the end for every word to have been written before the wrap-around, as it is in a long
@@ -99,7 +101,7 @@ void two_slots_are_enough_for_owned_results() {
   config.slots = 2;
   config.num_sms = 2;
   std::vector<Scenario> batches;
-  for (int i = 0; i < 40; ++i) batches.push_back(random_scenario(config, 3, {}, random));
+  for (int i = 0; i < rounds(40); ++i) batches.push_back(random_scenario(config, 3, {}, random));
   in_ranks(config, 3, [&](Rank& self) {
     for (const Scenario& s : batches) {
       Manner manner;
@@ -107,9 +109,9 @@ void two_slots_are_enough_for_owned_results() {
       const DispatchedPtr d = start_dispatch(self, s, manner);
       self.nap_sometimes();
       const DispatchedPtr again = start_redispatch(self, *d, s, manner);
-      check_dispatch(self, *d);
+      check_dispatch(*d);
       const CombinedPtr back = start_combine(self, *d, s, manner);
-      check_redispatch(self, *again);
+      check_redispatch(*again);
       self.nap_sometimes();
       check_combine(self, *back, s);
     }
@@ -135,16 +137,13 @@ void a_communicator_may_start_just_before_the_wrap_around() {
   }
 }
 
+const Suite suite({{"four_ranks_with_epochs_that_wrap_around", four_ranks_with_epochs_that_wrap_around},
+                   {"three_ranks_that_sleep_at_once", three_ranks_that_sleep_at_once},
+                   {"two_ranks_that_spin", two_ranks_that_spin},
+                   {"one_rank_by_itself", one_rank_by_itself},
+                   {"two_slots_are_enough_for_owned_results", two_slots_are_enough_for_owned_results},
+                   {"a_communicator_may_start_just_before_the_wrap_around",
+                    a_communicator_may_start_just_before_the_wrap_around}});
+
 }  // namespace
-
-std::vector<Test> interleaving_tests() {
-  return {{"four_ranks_with_epochs_that_wrap_around", four_ranks_with_epochs_that_wrap_around},
-          {"three_ranks_that_sleep_at_once", three_ranks_that_sleep_at_once},
-          {"two_ranks_that_spin", two_ranks_that_spin},
-          {"one_rank_by_itself", one_rank_by_itself},
-          {"two_slots_are_enough_for_owned_results", two_slots_are_enough_for_owned_results},
-          {"a_communicator_may_start_just_before_the_wrap_around",
-           a_communicator_may_start_just_before_the_wrap_around}};
-}
-
 }  // namespace commlib::testing

@@ -1,10 +1,9 @@
-// Slots, leases and pooled buffers: who may hold memory, and how long.
-#include <unistd.h>
-
+// Slots and leases: who may hold memory, and how long.
 #include <cstring>
 #include <thread>
 
 #include "operations.h"
+#include "suite.h"
 
 namespace commlib::testing {
 namespace {
@@ -17,13 +16,13 @@ void slots_in_use_are_counted_and_none_left_is_an_error() {
     std::vector<std::shared_ptr<SlotLease>> held;
     for (int i = 0; i < config.slots; ++i) {
       check_equal(self.comm->slots_in_use(), i, "slots in use");
-      held.push_back(self.comm->lend_slot());
+      held.push_back(lend_slot(self));
       check_equal(held.back()->index(), i, "the first free slot");
     }
     const auto refused =
         check_throws<SlotError>([&] { start_dispatch(self, s, {}); }, "a dispatch without a slot");
     check_contains(refused.what(), "all 2 slots are in use", "the text");
-    check_throws<SlotError>([&] { self.comm->lend_slot(); }, "a third lent slot");
+    check_throws<SlotError>([&] { lend_slot(self); }, "a third lent slot");
     // Nothing was said to the others, so all may go on.
     held.clear();
     check_equal(self.comm->slots_in_use(), 0, "slots in use");
@@ -39,11 +38,11 @@ void a_slot_under_way_is_waited_for() {
   in_ranks(config, 2, [&](Rank& self) {
     Manner manner;
     manner.async = true;
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < rounds(10); ++i) {
       const DispatchedPtr d = start_dispatch(self, s, manner);
       const DispatchedPtr again = start_redispatch(self, *d, s, manner);  // in the same slot
-      check_dispatch(self, *d);
-      check_redispatch(self, *again);
+      check_dispatch(*d);
+      check_redispatch(*again);
     }
   });
 }
@@ -56,13 +55,13 @@ void a_lent_slot_serves_one_combine() {
   const Scenario s = random_scenario(config, 2, asked, random);
   in_ranks(config, 2, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, {});
-    const std::shared_ptr<SlotLease> lent = self.comm->lend_slot();
+    const std::shared_ptr<SlotLease> lent = lend_slot(self);
     std::memset(lent->slot().rows, 0, static_cast<size_t>(d->routing.rows * s.row_bytes()));
     CombineInput input;
     input.y = lent->slot().rows;
     input.stride = s.row_bytes();
     Buffer out(d->mine().tokens * s.row_bytes());
-    self.comm->combine(input, d->routing, out.data(), nullptr, false);
+    UnderWay(self, self.comm->combine(input, d->routing, out.data(), nullptr, false)).wait();
     check_throws<SlotError>([&] { self.comm->combine(input, d->routing, out.data(), nullptr, false); },
                             "the second combine from a lent slot");
     check_round_trip(self, s, s, {});
@@ -80,7 +79,7 @@ void a_lease_keeps_memory_mapped_after_its_communicator() {
     Manner manner;
     manner.zero_copy = true;
     kept[self.rank] = start_dispatch(self, s, manner);
-    check_dispatch(self, *kept[self.rank]);
+    check_dispatch(*kept[self.rank]);
   });
   for (const DispatchedPtr& d : kept) {
     check_bytes(d->data(), d->mine().received, "rows are there when the communicators are gone");
@@ -93,14 +92,14 @@ void leases_may_be_released_on_any_thread() {
   Asked asked;
   asked.may_group = false;
   std::vector<Scenario> batches;
-  for (int i = 0; i < 20; ++i) batches.push_back(random_scenario(config, 2, asked, random));
+  for (int i = 0; i < rounds(20); ++i) batches.push_back(random_scenario(config, 2, asked, random));
   in_ranks(config, 2, [&](Rank& self) {
     std::thread other;
     Manner manner;
     manner.zero_copy = true;
     for (const Scenario& s : batches) {
       DispatchedPtr d = start_dispatch(self, s, manner);
-      check_dispatch(self, *d);
+      check_dispatch(*d);
       if (other.joinable()) other.join();
       other = std::thread([d = std::move(d)]() mutable {
         check_bytes(d->data(), d->mine().received, "rows can be read on another thread");
@@ -111,64 +110,13 @@ void leases_may_be_released_on_any_thread() {
   });
 }
 
-void only_touched_slots_take_memory() {
-  Random random(45);
-  Config config = small_config(2);
-  config.slots = 8;
-  config.hidden = 4096;
-  const Scenario s = random_scenario(config, 2, {}, random);
-  in_ranks(config, 2, [&](Rank& self) {
-    for (int i = 0; i < 3; ++i) check_round_trip(self, s, s, {});
-    check(self.comm->heap_bytes() >= 8 * self.comm->layout().bytes(), "the heap has eight slots");
-    check(self.comm->touched_bytes() <= 3 * self.comm->layout().bytes(), "few are ever touched");
-  });
-}
-
-void pooled_buffers_are_used_again_and_outlive_their_pool() {
-  auto pool = std::make_shared<BufferPool>();
-  std::shared_ptr<void> kept = pool->take(5000);
-  void* const first = kept.get();
-  check_equal(pool->idle_bytes(), size_t{0}, "idle bytes");
-  kept.reset();
-  check(pool->idle_bytes() >= 5000, "a buffer goes back");
-  kept = pool->take(4000);
-  check(kept.get() == first, "a buffer is used again");
-  pool.reset();
-  std::memset(kept.get(), 1, 4000);
-}
-
-void a_heap_of_this_process_is_mapped_once_and_one_that_is_gone_is_an_error() {
-  auto region = Region::create(5000);
-  const int fd = region->fd();
-  check(Region::open(getpid(), fd, 5000) == region, "the same mapping");
-  check_equal(static_cast<int>(region->data()[4999]), 0, "the last byte");
-  region.reset();
-  const auto error =
-      check_throws<std::runtime_error>([&] { Region::open(getpid(), fd, 5000); }, "a heap that is gone");
-  check_contains(error.what(), "no heap " + std::to_string(fd), "the text");
-}
-
-void a_buffer_may_be_empty() {
-  auto pool = std::make_shared<BufferPool>();
-  pool->take(0).reset();
-}
+const Suite suite({{"slots_in_use_are_counted_and_none_left_is_an_error",
+                    slots_in_use_are_counted_and_none_left_is_an_error},
+                   {"a_slot_under_way_is_waited_for", a_slot_under_way_is_waited_for},
+                   {"a_lent_slot_serves_one_combine", a_lent_slot_serves_one_combine},
+                   {"a_lease_keeps_memory_mapped_after_its_communicator",
+                    a_lease_keeps_memory_mapped_after_its_communicator},
+                   {"leases_may_be_released_on_any_thread", leases_may_be_released_on_any_thread}});
 
 }  // namespace
-
-std::vector<Test> slot_tests() {
-  return {{"slots_in_use_are_counted_and_none_left_is_an_error",
-           slots_in_use_are_counted_and_none_left_is_an_error},
-          {"a_slot_under_way_is_waited_for", a_slot_under_way_is_waited_for},
-          {"a_lent_slot_serves_one_combine", a_lent_slot_serves_one_combine},
-          {"a_lease_keeps_memory_mapped_after_its_communicator",
-           a_lease_keeps_memory_mapped_after_its_communicator},
-          {"leases_may_be_released_on_any_thread", leases_may_be_released_on_any_thread},
-          {"only_touched_slots_take_memory", only_touched_slots_take_memory},
-          {"pooled_buffers_are_used_again_and_outlive_their_pool",
-           pooled_buffers_are_used_again_and_outlive_their_pool},
-          {"a_heap_of_this_process_is_mapped_once_and_one_that_is_gone_is_an_error",
-           a_heap_of_this_process_is_mapped_once_and_one_that_is_gone_is_an_error},
-          {"a_buffer_may_be_empty", a_buffer_may_be_empty}};
-}
-
 }  // namespace commlib::testing

@@ -33,6 +33,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
   static uint64_t worlds = 0;  // so that ranks do otherwise each time
   const uint64_t world = ++worlds << 32;
   Meeting meeting(size);
+  const std::unique_ptr<Machine> machine = make_machine();
   std::vector<PeerAddress> addresses(size);
   std::mutex mutex;  // guards `first`
   std::exception_ptr first;
@@ -42,7 +43,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       Config config = configs[rank];
       config.rank = rank;
       config.size = size;
-      self.comm = std::make_unique<CpuCommunicator>(config);
+      self.comm = machine->communicator(config);
       addresses[rank] = self.comm->address();
       self.meet();
       self.comm->connect(addresses);
@@ -59,6 +60,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) threads.emplace_back(run, rank);
   for (std::thread& t : threads) t.join();
+  if (!machine->error().empty()) throw Failed(machine->error());
   if (first) std::rethrow_exception(first);
 }
 

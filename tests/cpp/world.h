@@ -7,8 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "backend.h"
 #include "check.h"
-#include "cpu/communicator.h"
 
 namespace commlib::testing {
 
@@ -31,7 +31,7 @@ class Meeting {
 // What one rank's thread works with. Whatever it destroys, the others' communicators are left alone.
 struct Rank {
   int rank;
-  std::unique_ptr<Communicator> comm;
+  std::shared_ptr<Communicator> comm;  // the only owner
   Meeting& meeting;
   Random random;  // its own: for what may differ by rank, as sleeps do
 

@@ -17,24 +17,20 @@ void for_lanes(Block& block, unsigned warp, uint32_t mask, const Action& action)
   for (; mask; mask &= mask - 1) action(thread_at(block, warp, static_cast<unsigned>(first_lane(mask))));
 }
 
+[[noreturn]] void fail(Collective kind, uint32_t mask, int lane, const std::string& what) {
+  machine->fail(text_of(kind, mask) + ": lane " + std::to_string(lane) + what);
+}
+
 // What a GPU would hang or misbehave on: waiting for lanes that cannot come.
 void check_can_meet(const Warp& warp, const Thread& me, Collective kind, uint32_t mask) {
   const uint32_t my_bit = 1u << me.lane();
-  const std::string call = text_of(kind, mask);
-  if (!(mask & my_bit))
-    machine->fail(call + ": lane " + std::to_string(me.lane()) + " is not in its own mask");
-  if (mask & warp.exited) {
-    machine->fail(call + ": lane " + std::to_string(first_lane(mask & warp.exited)) + " has exited");
-  }
-  if (mask & warp.at_barrier) {
-    machine->fail(call + ": lane " + std::to_string(first_lane(mask & warp.at_barrier)) +
-                  " waits at __syncthreads");
-  }
+  if (!(mask & my_bit)) fail(kind, mask, static_cast<int>(me.lane()), " is not in its own mask");
+  if (mask & warp.exited) fail(kind, mask, first_lane(mask & warp.exited), " has exited");
+  if (mask & warp.at_barrier) fail(kind, mask, first_lane(mask & warp.at_barrier), " waits at __syncthreads");
   for (const Gathering& other : warp.gatherings) {
     const bool same = other.kind == kind && other.mask == mask;
     if (same || !(other.mask & my_bit) || !(other.arrived & mask)) continue;
-    machine->fail(call + ": lane " + std::to_string(first_lane(other.arrived & mask)) + " waits at " +
-                  text_of(other.kind, other.mask));
+    fail(kind, mask, first_lane(other.arrived & mask), " waits at " + text_of(other.kind, other.mask));
   }
 }
 
@@ -116,6 +112,7 @@ uint64_t collective(Collective kind, uint32_t mask, uint64_t value, int source) 
   give_results(block, me.warp(), kind, mask);
   // Of the collectives only this one orders memory.
   if (kind == Collective::syncwarp) share_with_lanes(block, me.warp(), mask);
+  if (kind == Collective::syncwarp && machine->races) machine->races->meet(block, me.warp(), mask);
   for_lanes(block, me.warp(), mask & ~(1u << me.lane()), [](Thread& t) { machine->make_ready(t); });
   const uint64_t result = me.result;
   machine->preempt();
@@ -142,6 +139,7 @@ void sync_threads() {
     block.at_barrier = 0;
     for (Warp& w : block.warps) w.at_barrier = 0;
     share_with_block(block);
+    if (machine->races) machine->races->meet(block);
     for (Thread& t : block.threads) {
       if (&t != &me) machine->make_ready(t);
     }

@@ -116,6 +116,10 @@ void await_groups(size_t pending, int BulkGroup::* left) {
     while (groups[i].*left > 0) machine->sleep(kPollNs);
     groups[i].awaited_read = true;
   }
+  if (machine->races && committed > pending) {
+    machine->races->know_stores(*self, self->first_group + committed - pending,
+                                left == &BulkGroup::unwritten);
+  }
   forget_done_groups();
 }
 
@@ -129,6 +133,7 @@ void finish_load(const Copy& copy) {
   }
   barrier.bytes -= static_cast<int32_t>(copy.bytes);
   store_and_end_phase(copy.barrier, barrier);
+  if (machine->races) machine->races->end_load(copy);
 }
 
 }  // namespace
@@ -199,17 +204,21 @@ void mbarrier_expect(uint64_t* word, uint32_t bytes) {
   if (bytes > kMostBytes) machine->fail("mbarrier_expect: " + std::to_string(bytes) + " bytes are too many");
   barrier.bytes += static_cast<int32_t>(bytes);
   barrier.flags |= Barrier::kArrived;
+  if (machine->races) machine->races->release_barrier(*self, word);
   store_and_end_phase(word, barrier);
 }
 
 bool mbarrier_try_wait(uint64_t* word, uint32_t parity) {
   constexpr const char* what = "mbarrier_try_wait";
   if (parity > 1) machine->fail(std::string(what) + ": parity " + std::to_string(parity));
-  if (load_checked(word, what).parity != parity) return true;
-  self->polled = word;
-  self->seen = parity;
-  machine->sleep(kPollNs);
-  return load(word).parity != parity;
+  if (load_checked(word, what).parity == parity) {
+    self->polled = word;
+    self->seen = parity;
+    machine->sleep(kPollNs);
+    if (load(word).parity == parity) return false;
+  }
+  if (machine->races) machine->races->acquire_barrier(*self, word);
+  return true;
 }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
@@ -223,6 +232,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   copy.from = static_cast<const std::byte*>(global);
   copy.bytes = bytes;
   copy.barrier = barrier;
+  if (machine->races) machine->races->start_load(*self, copy, __builtin_return_address(0));
   add_copy(std::move(copy));
 }
 
@@ -238,6 +248,7 @@ void bulk_store(void* global, const void* shared, uint32_t bytes) {
   copy.from = static_cast<const std::byte*>(shared);
   copy.bytes = bytes;
   copy.group = self->first_group + self->groups.size() - 1;
+  if (machine->races) machine->races->start_store(*self, copy, __builtin_return_address(0));
   add_copy(std::move(copy));
 }
 
@@ -250,6 +261,7 @@ void bulk_wait_written() { await_groups(0, &BulkGroup::unwritten); }
 void fence_proxy_async() {
   machine->preempt();
   land_known_to(*self);
+  if (machine->races) machine->races->fence(*self);
 }
 
 }  // namespace simt

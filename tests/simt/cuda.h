@@ -6,6 +6,13 @@
 
 #include "simt/device.h"
 
+// CUDA's own headers may have come first.
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __grid_constant__
+#undef __launch_bounds__
 #define __global__
 #define __device__
 #define __host__

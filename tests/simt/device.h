@@ -21,6 +21,7 @@ void sync_threads();
 uint64_t load_acquire(const uint64_t* word);
 void store_release(uint64_t* word, uint64_t v);
 uint64_t add_release(uint64_t* word, uint64_t v);
+uint64_t add_acquire_release(uint64_t* word, uint64_t v);
 uint64_t exchange_if(uint64_t* word, uint64_t expected, uint64_t desired);
 void add_relaxed(uint32_t* word, uint32_t v);
 void min_relaxed(int64_t* word, int64_t v);

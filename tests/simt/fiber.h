@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace simt {
@@ -25,6 +26,12 @@ class Fiber {
   // On the fiber itself: back to whoever resumed it.
   void suspend();
   [[noreturn]] void finish();
+
+  // Whether p is on its stack.
+  bool holds(const void* p) const {
+    const auto at = reinterpret_cast<uintptr_t>(p), base = reinterpret_cast<uintptr_t>(stack_.base);
+    return at >= base && at - base < stack_.bytes;
+  }
 
   // Gives the stack back; a fiber that has not finished is dropped where it stands.
   void release();

@@ -2,6 +2,8 @@
 #include "simt/machine.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -13,6 +15,7 @@ simt::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace simt {
 
 Machine* machine = nullptr;
+thread_local bool on_machine = false;
 Thread* self = nullptr;
 
 namespace {
@@ -56,7 +59,10 @@ Block::Block(Kernel* kernel, unsigned index, Random& random)
     warps[threads[t].warp()].lanes |= 1u << threads[t].lane();
   }
   shared = static_cast<std::byte*>(::operator new(kernel->shared_bytes, kSharedAlignment));
-  for (size_t i = 0; i < kernel->shared_bytes; ++i) shared[i] = static_cast<std::byte>(random.next() >> 56);
+  for (size_t i = 0; i < kernel->shared_bytes; i += sizeof(uint64_t)) {
+    const uint64_t garbage = random.next();
+    std::memcpy(shared + i, &garbage, std::min(sizeof(garbage), kernel->shared_bytes - i));
+  }
 }
 
 Block::~Block() { free_shared(); }
@@ -73,21 +79,36 @@ bool Block::has_shared(const void* p, size_t bytes) const {
 }
 
 void Machine::launch(int stream, unsigned grid, unsigned block, size_t shared_bytes,
-                     std::function<void()> body) {
+                     std::function<void()> body, const void* mapped) {
   if (grid == 0 || block == 0 || block > kMaxBlockThreads || shared_bytes > kMaxSharedBytes) {
     throw std::invalid_argument("simt: no GPU launches " + std::to_string(grid) + " blocks of " +
                                 std::to_string(block) + " threads with " + std::to_string(shared_bytes) +
                                 " bytes of shared memory");
   }
-  Kernel kernel{stream, grid, block, shared_bytes, std::move(body), {}, grid};
+  Mapping* mapping = nullptr;
+  for (const auto& m : mappings) {
+    if (m->device == mapped) mapping = m.get();
+  }
+  Kernel kernel{stream, grid, block, shared_bytes, std::move(body), mapping, {}, grid, {}};
   for (unsigned b = 0; b < grid; ++b) kernel.waiting.push_back(b);
   streams_[stream].push_back(std::move(kernel));
 }
 
 Result Machine::run() {
   Machine* outer = std::exchange(machine, this);
-  while (error_.empty() && !streams_.empty()) step();
+  on_machine = true;
+  while (error_.empty()) {
+    if (host_) host_->take_in();
+    if (!streams_.empty()) {
+      step();
+    } else if (!host_) {
+      break;
+    } else {
+      host_->wait(UINT64_MAX);
+    }
+  }
   machine = outer;
+  on_machine = machine != nullptr;
   return {error_, config.seed, switches_, now};
 }
 
@@ -144,6 +165,7 @@ void Machine::resume(Thread& thread) {
   self = &thread;
   thread.fiber.resume(config.stack_bytes, run_thread);
   self = nullptr;
+  notice_mapped_stores(thread);
   if (thread.state == State::exited) end_thread(thread);
 }
 
@@ -157,8 +179,8 @@ void Machine::block_current(State state) {
   self->fiber.suspend();
 }
 
-void Machine::preempt() {
-  if (config.preempt <= 0 || !random.one_in(static_cast<size_t>(config.preempt))) return;
+void Machine::preempt(int rarer) {
+  if (config.preempt <= 0 || !random.one_in(static_cast<size_t>(config.preempt) * rarer)) return;
   make_ready(*self);
   self->fiber.suspend();
 }
@@ -184,6 +206,11 @@ void Machine::look(const void* word, uint64_t v) {
   }
 }
 
+uint64_t real_time() {
+  const std::chrono::nanoseconds now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(now.count());
+}
+
 // -- time
 // -------------------------------------------------------------------------------------------------------
 
@@ -204,19 +231,25 @@ void Machine::idle() {
 }
 
 // Everything waits for time. While polls find nothing new, ever larger leaps come on top of what the sleepers
-// asked for: a deadline of a minute expires after some 36 of them.
+// asked for: a deadline of a minute expires after some 36 of them. With a host, which may be what they wait
+// for, leaps take the time that they say.
 void Machine::let_time_pass() {
   constexpr int kLargestLeap = 40;
+  constexpr int kFirstWait = 14, kLargestWait = 20;  // of 16 us and 1 ms
   const uint64_t wake = sleepers_.empty() ? UINT64_MAX : sleepers_.top().wake;
-  now = std::max(now, copies.empty() ? wake : std::min(wake, copies.front().due));
-  if (delayed > 0 || !copies.empty() || changes != changes_when_idle_) {
+  const uint64_t next = std::max(now, copies.empty() ? wake : std::min(wake, copies.front().due));
+  if (delayed > delayed_to_host || !copies.empty() || changes != changes_when_idle_) {
+    now = next;
     changes_when_idle_ = changes;
     idle_rounds_ = 0;
     return;
   }
-  idle_rounds_ = std::min(idle_rounds_ + 1, kLargestLeap);
-  now += uint64_t{1} << idle_rounds_;
-  if (now > config.time_limit_ns) report_deadlock("all threads wait or poll, and the time limit has passed");
+  idle_rounds_ = std::min(idle_rounds_ + 1, host_ ? kLargestWait : kLargestLeap);
+  const uint64_t leap = next - now + (uint64_t{1} << idle_rounds_);
+  now += host_ && idle_rounds_ >= kFirstWait ? std::min(leap, host_->wait(leap)) : leap;
+  if (!host_ && now > config.time_limit_ns) {
+    report_deadlock("all threads wait or poll, and the time limit has passed");
+  }
 }
 
 // Late, and some much later than others; the more threads can run, the longer each takes to notice.
@@ -246,7 +279,9 @@ void Machine::land_a_store() {
   size_t i = random.below(blocks_.size());
   while (blocks_[i]->delayed.empty()) i = (i + 1) % blocks_.size();
   Block& block = *blocks_[i];
-  land(block, random.below(block.delayed.size()));
+  const size_t store = random.below(block.delayed.size());
+  if (block.exited < block.threads.size() && block.delayed[store].due > real_time()) return;
+  land(block, store);
   retire_if_done(block);
 }
 
@@ -269,6 +304,7 @@ void Machine::start_block() {
   const unsigned index = std::exchange(chosen, kernel.waiting.back());
   kernel.waiting.pop_back();
   blocks_.push_back(std::make_unique<Block>(&kernel, index, random));
+  if (races) races->start(*blocks_.back());
   for (Thread& thread : blocks_.back()->threads) make_ready(thread);
   ++resident_;
   ++changes;
@@ -276,6 +312,7 @@ void Machine::start_block() {
 
 void Machine::end_thread(Thread& thread) {
   thread.fiber.release();
+  if (races) races->end(thread);
   ++changes;
   Block& block = *thread.block;
   ++block.exited;
@@ -297,9 +334,12 @@ void Machine::retire_if_done(Block& block) {
   std::swap(*it, blocks_.back());
   blocks_.pop_back();
   if (--kernel.unfinished > 0) return;
-  const auto stream = streams_.find(kernel.stream);
+  if (races) races->end(kernel);
+  const int number = kernel.stream;
+  const auto stream = streams_.find(number);
   stream->second.pop_front();
   if (stream->second.empty()) streams_.erase(stream);
+  if (host_) host_->kernel_ended(number);
 }
 
 }  // namespace simt

@@ -15,6 +15,7 @@
 
 #include "simt/device.h"
 #include "simt/fiber.h"
+#include "simt/races.h"
 #include "simt/simt.h"
 
 namespace simt {
@@ -80,6 +81,8 @@ struct Thread {
   uint64_t first_group = 0;         // ordinal of groups[0]
   std::vector<uint64_t*> unfenced;  // mbarriers initialised since the last fence_mbarrier_init
 
+  Clock clock;  // for Races
+
   unsigned warp() const { return index / kLanes; }
   unsigned lane() const { return index % kLanes; }
 };
@@ -106,6 +109,16 @@ struct DelayedStore {
   unsigned warp;     // of the storing thread
   uint32_t lanes;    // of that warp, which know it: the thread itself, and whom __syncwarp told
   bool block_knows;  // __syncthreads told all
+  uint64_t due;  // to the host: lands by itself only then, in real_time(); before, if it is released; or 0
+};
+
+// Host memory that kernels see, in weak mode: the two sides have views of their own, so that what a kernel
+// has written comes to the host when a release says so, and not before by chance. See memory.cc.
+struct Mapping {
+  std::byte* host;
+  std::byte* device;
+  size_t bytes;
+  std::vector<std::byte> host_was, device_was;  // when they were last compared
 };
 
 struct Kernel {
@@ -113,8 +126,10 @@ struct Kernel {
   unsigned grid, block;
   size_t shared_bytes;
   std::function<void()> body;
+  Mapping* mapping;               // that it may write; or null
   std::vector<unsigned> waiting;  // blocks that have not started
   unsigned unfinished;            // blocks that have not ended, or whose stores have not all landed
+  Knowledge known;                // of its threads that have ended
 };
 
 struct Block {
@@ -129,6 +144,7 @@ struct Block {
   std::vector<DelayedStore> delayed;
   std::array<uint16_t, 512> delayed_at{};  // how many of them lie at addresses of this hash
   int copies = 0;                          // bulk copies under way
+  Races::Words barriers;                   // what is known at mbarriers
 
   Block(Kernel* kernel, unsigned index, Random& random);
   ~Block();
@@ -147,21 +163,42 @@ struct Copy {
   uint32_t bytes;
   uint64_t* barrier;                // of a load
   uint64_t group;                   // of a store: its ordinal
+  uint32_t number;                  // of a load, for Races
   uint64_t due;                     // when the step comes, in virtual time
   std::vector<std::byte> captured;  // by a store, when it has read
 
   bool operator<(const Copy& other) const { return due > other.due; }
 };
 
+// The host, as a machine sees it that is on while threads of the host use it (gpu.cc).
+class Host {
+ public:
+  virtual ~Host() = default;
+  // Hands over what has come since. Often called.
+  virtual void take_in() = 0;
+  // Lets real time pass, until something comes or `ns` have passed; UINT64_MAX: however long it takes.
+  // Returns how long it took.
+  virtual uint64_t wait(uint64_t ns) = 0;
+  virtual void kernel_ended(int stream) = 0;
+};
+
 class Machine {
  public:
-  explicit Machine(const Config& config) : config(config), random(config.seed) { choose_mood(); }
+  // With a host, run() goes on until an error is reported, also when nothing is left to do; only the thread
+  // that runs it may call the others; and where time leaps, real time passes.
+  explicit Machine(const Config& config, Host* host = nullptr)
+      : config(config), random(config.seed), host_(host) {
+    choose_mood();
+    if (config.find_races) races = std::make_unique<Races>();
+  }
 
-  void launch(int stream, unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body);
+  // `mapped`: host memory, as seen by kernels, that this one may write.
+  void launch(int stream, unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body,
+              const void* mapped = nullptr);
   Result run();
 
   // Called by fibers.
-  void preempt();                           // lets others run, now and then
+  void preempt(int rarer = 1);              // lets others run, now and then
   void sleep(uint64_t ns);                  // lets others run, and says that this thread only polls
   void look(const void* word, uint64_t v);  // was a poll, perhaps: sleeps if nothing has changed for long
   void block_current(State state);          // until make_ready
@@ -173,13 +210,17 @@ class Machine {
   void make_ready(Thread& thread);
   void schedule(Copy copy);               // its next step
   void report(const std::string& error);  // the first one counts
+  bool has_failed() const { return !error_.empty(); }
 
   const Config config;
   Random random;
-  uint64_t now = 0;          // virtual, in ns
-  uint64_t changes = 0;      // of memory, exits and starts: what a polling thread may be waiting for
-  size_t delayed = 0;        // stores, in all blocks
-  std::vector<Copy> copies;  // a heap, the next to come first
+  uint64_t now = 0;            // virtual, in ns
+  uint64_t changes = 0;        // of memory, exits and starts: what a polling thread may be waiting for
+  size_t delayed_to_host = 0;  // stores, of all delayed ones
+  size_t delayed = 0;          // stores, in all blocks
+  std::vector<std::unique_ptr<Mapping>> mappings;
+  std::unique_ptr<Races> races;  // null unless asked for
+  std::vector<Copy> copies;      // a heap, the next to come first
 
  private:
   struct Sleeper {
@@ -210,6 +251,7 @@ class Machine {
   void end_thread(Thread& thread);
   void report_deadlock(const std::string& why);
 
+  Host* const host_;
   std::map<int, std::deque<Kernel>> streams_;   // the first of each is running
   std::vector<std::unique_ptr<Block>> blocks_;  // resident, or ended with stores that have not landed
   int resident_ = 0;
@@ -222,10 +264,14 @@ class Machine {
   std::string error_;
 };
 
-extern Machine* machine;  // that runs
-extern Thread* self;      // whose fiber runs; null in the scheduler
+uint64_t real_time();  // in ns
+
+extern Machine* machine;              // that runs
+extern thread_local bool on_machine;  // whether this is the thread on which it does
+extern Thread* self;                  // whose fiber runs; null in the scheduler
 
 // report.cc
+std::string name_of(const Block& block);
 std::string name_of(const Thread& thread);  // "stream 0 block 1 thread 2"
 std::string hex(const void* p);
 
@@ -239,6 +285,7 @@ void land(Block& block, size_t i);
 void share_with_lanes(Block& block, unsigned warp, uint32_t lanes);
 void share_with_block(Block& block);
 void land_known_to(const Thread& thread);
+void notice_mapped_stores(const Thread& thread);
 
 // bulk.cc
 bool advance(Copy& copy);  // one step; whether another follows

@@ -32,7 +32,7 @@ __device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
   return simt::load_acquire(word);
 }
 __device__ __forceinline__ uint64_t add_acq_rel_gpu(uint64_t* word, uint64_t v) {
-  return simt::add_release(word, v);
+  return simt::add_acquire_release(word, v);
 }
 __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t expected, uint64_t desired) {
   return simt::exchange_if(word, expected, desired);

@@ -8,10 +8,6 @@ namespace {
 
 constexpr size_t kBlocksShown = 16;
 
-std::string name_of(const Block& block) {
-  return "stream " + std::to_string(block.kernel->stream) + " block " + std::to_string(block.index);
-}
-
 // How many threads of a block are in a state, and the first of them.
 struct Group {
   unsigned count = 0;
@@ -46,6 +42,10 @@ std::ostream& operator<<(std::ostream& out, const Block& block) {
 }
 
 }  // namespace
+
+std::string name_of(const Block& block) {
+  return "stream " + std::to_string(block.kernel->stream) + " block " + std::to_string(block.index);
+}
 
 std::string name_of(const Thread& thread) {
   return name_of(*thread.block) + " thread " + std::to_string(thread.index);

@@ -1,45 +1,61 @@
-# The CUDA kernels on the CPU, under AddressSanitizer and UBSan: with the bulk copy engine and without it.
+# The CUDA backend on the CPU, under AddressSanitizer and UBSan: with the bulk copy engine and without it.
 # Included by the Makefile; works by itself too: `make -f tests/simt/simt.mk test-simt`.
 CXX ?= g++
 SEED ?=
 SIMT := build/simt
 SIMT_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas \
-  -fsanitize=address,undefined -fno-sanitize-recover=all -DCOMMLIB_SIMT -Icsrc -Itests
-SIMT_TESTS := $(wildcard tests/simt/test_*.cc)
-SIMT_CSRC :=  # sources of csrc/ that the tests link
-SIMT_SHIM := $(filter-out $(SIMT_TESTS),$(wildcard tests/simt/*.cc)) $(SIMT_CSRC)
-SIMT_SHIM_OBJECTS := $(SIMT_SHIM:%.cc=$(SIMT)/shim/%.o)
-SIMT_BULK_OBJECTS := $(SIMT_TESTS:%.cc=$(SIMT)/bulk-objects/%.o)
-SIMT_PLAIN_OBJECTS := $(SIMT_TESTS:%.cc=$(SIMT)/plain-objects/%.o)
+  -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -DCOMMLIB_SIMT -Icsrc -Itests
 SIMT_RUN = $(if $(SEED),--seed $(SEED))
 
+# The shim and kernels by themselves.
+SIMT_SHIM := $(filter-out tests/simt/test_%,$(wildcard tests/simt/*.cc)) tests/cpp/main.cc
+SIMT_TESTS := $(wildcard tests/simt/test_*.cc)
+
+# The whole backend, by the tests of tests/cpp/. Of CUDA it takes the headers, and no library.
+SIMT_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
+  $(abspath $(dir $(realpath $(shell command -v nvcc)))..) /usr/local/cuda,\
+  $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
+SIMT_BACKEND := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) \
+  $(filter-out %/bindings.cc %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
+  $(filter-out %/cudart.cc,$(wildcard tests/simt/runtime/*.cc))
+SIMT_KERNELS := csrc/cuda/launch.cu tests/simt/runtime/cudart.cc
+
+# Of each pair, what does not depend on the engine is compiled once.
+objects = $(addsuffix .o,$(addprefix $(SIMT)/$(1)/,$(2)))
+SIMT_PROGRAMS := $(SIMT)/kernels-bulk $(SIMT)/kernels-plain \
+  $(if $(SIMT_CUDA),$(SIMT)/backend-bulk $(SIMT)/backend-plain $(SIMT)/backend-races)
+
 .PHONY: test-simt
-test-simt: $(SIMT)/bulk $(SIMT)/plain  ## the CUDA kernels on simulated GPUs, SEED=n repeats a run
+test-simt: $(SIMT_PROGRAMS)  ## the CUDA backend on simulated GPUs, SEED=n repeats a run
 	sh tests/simt/same_functions.sh csrc/cuda/ptx.cuh tests/simt/ptx.h
-	@echo "== with bulk copies"
-	$(SIMT)/bulk $(SIMT_RUN)
-	@echo "== without bulk copies"
-	$(SIMT)/plain $(SIMT_RUN)
+	for program in $(SIMT_PROGRAMS); do echo "== $$program"; $$program $(SIMT_RUN) || exit 1; done
+	@$(if $(SIMT_CUDA),,echo "== NOT RUN: the CUDA backend as a whole, for want of CUDA's headers (CUDA_HOME, nvcc, /usr/local/cuda)")
 
-$(SIMT)/bulk: $(SIMT_BULK_OBJECTS) $(SIMT_SHIM_OBJECTS)
-	$(CXX) -fsanitize=address,undefined -o $@ $^
+$(SIMT)/kernels-bulk: $(call objects,with-bulk,$(SIMT_TESTS)) $(call objects,any,$(SIMT_SHIM))
+$(SIMT)/kernels-plain: $(call objects,no-bulk,$(SIMT_TESTS)) $(call objects,any,$(SIMT_SHIM))
+$(SIMT)/backend-bulk: $(call objects,with-bulk,$(SIMT_KERNELS)) $(call objects,any,$(SIMT_BACKEND) $(SIMT_SHIM))
+$(SIMT)/backend-plain: $(call objects,no-bulk,$(SIMT_KERNELS)) $(call objects,any,$(SIMT_BACKEND) $(SIMT_SHIM))
+$(SIMT)/backend-races: $(call objects,races,csrc/cuda/launch.cu) $(call objects,with-bulk,tests/simt/runtime/cudart.cc) \
+  $(call objects,any,$(SIMT_BACKEND) $(SIMT_SHIM))
+$(SIMT)/kernels-bulk $(SIMT)/kernels-plain $(SIMT)/backend-bulk $(SIMT)/backend-plain $(SIMT)/backend-races:
+	@echo "simt $@"
+	@$(CXX) -fsanitize=address,undefined -pthread -o $@ $^
 
-$(SIMT)/plain: $(SIMT_PLAIN_OBJECTS) $(SIMT_SHIM_OBJECTS)
-	$(CXX) -fsanitize=address,undefined -o $@ $^
-
-$(SIMT)/shim/%.o: %.cc tests/simt/simt.mk
+$(SIMT)/no-bulk/%.o: SIMT_FLAGS += -DCOMMLIB_SIMT_NO_BULK
+define simt_rules
+$(SIMT)/$(1)/%.cc.o: %.cc tests/simt/simt.mk
+	$$(call simt_compile)
+$(SIMT)/$(1)/%.cu.o: %.cu tests/simt/simt.mk
+	$$(call simt_compile,-include simt/runtime/cudart.h -x c++)
+endef
+define simt_compile
 	@mkdir -p $(@D)
-	@echo "simt $<"
-	@$(CXX) $(SIMT_FLAGS) -MMD -c -o $@ $<
+	@echo "simt $(@:$(SIMT)/%=%)"
+	@$(CXX) $(SIMT_FLAGS) $(if $(SIMT_CUDA),-isystem $(SIMT_CUDA)/include) $(1) -MMD -MP -c -o $@ $<
+endef
+$(SIMT)/any/tests/simt/races.cc.o: SIMT_FLAGS := $(filter-out -O1 -fsanitize=address%,$(SIMT_FLAGS)) -O3
+# g++ has one sanitizer at a time; accesses.cc is the other's library.
+$(SIMT)/races/%.o: SIMT_FLAGS := $(filter-out -fsanitize=address%,$(SIMT_FLAGS)) -fsanitize=thread
+$(foreach kind,any with-bulk no-bulk races,$(eval $(call simt_rules,$(kind))))
 
-$(SIMT)/bulk-objects/%.o: %.cc tests/simt/simt.mk
-	@mkdir -p $(@D)
-	@echo "simt, bulk copies, $<"
-	@$(CXX) $(SIMT_FLAGS) -MMD -c -o $@ $<
-
-$(SIMT)/plain-objects/%.o: %.cc tests/simt/simt.mk
-	@mkdir -p $(@D)
-	@echo "simt, no bulk copies, $<"
-	@$(CXX) $(SIMT_FLAGS) -DCOMMLIB_SIMT_NO_BULK -MMD -c -o $@ $<
-
--include $(SIMT_SHIM_OBJECTS:.o=.d) $(SIMT_BULK_OBJECTS:.o=.d) $(SIMT_PLAIN_OBJECTS:.o=.d)
+-include $(shell find $(SIMT) -name '*.d' 2>/dev/null)

@@ -3,9 +3,9 @@
 #include <string>
 #include <vector>
 
+#include "cpp/suite.h"
 #include "cuda/ptx.cuh"
 #include "simt/simt.h"
-#include "simt/suite.h"
 
 namespace commlib::testing {
 namespace {

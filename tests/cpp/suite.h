@@ -1,9 +1,9 @@
-// Test files here register themselves, so that the makefile need only find them.
+// Test files register themselves, so that the makefile that links them decides which tests there are.
 #pragma once
 
 #include <vector>
 
-#include "cpp/check.h"
+#include "check.h"
 
 namespace commlib::testing {
 

@@ -1,0 +1,32 @@
+// What the tests need to know of a backend; cpu/backend.cc and ../simt/runtime/backend.cc define it, and one
+// of them is linked.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/communicator.h"
+
+namespace commlib::testing {
+
+// What the ranks of one world run on.
+class Machine {
+ public:
+  virtual ~Machine() = default;
+  virtual std::unique_ptr<Communicator> communicator(const Config& config) = 0;  // from any thread
+  virtual std::string error() { return ""; }  // what went wrong that no rank can know
+};
+std::unique_ptr<Machine> make_machine();
+
+// Returns when the host may touch what the operations issued so far work on, also those that are not
+// asynchronous: on a GPU they all only queue.
+void settle(Communicator& comm);
+
+// Values of Config::vector_ops; all must give the same bits.
+std::vector<std::string> vector_paths();
+
+// Of many rounds that differ by chance only, how many to take.
+int rounds(int many);
+
+}  // namespace commlib::testing

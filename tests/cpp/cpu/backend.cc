@@ -1,0 +1,25 @@
+#include "../backend.h"
+
+#include "cpu/communicator.h"
+#include "cpu/vector_ops.h"
+
+namespace commlib::testing {
+namespace {
+
+class Cpu : public Machine {
+  std::unique_ptr<Communicator> communicator(const Config& config) override {
+    return std::make_unique<CpuCommunicator>(config);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Machine> make_machine() { return std::make_unique<Cpu>(); }
+
+void settle(Communicator&) {}
+
+std::vector<std::string> vector_paths() { return available_vector_ops(); }
+
+int rounds(int many) { return many; }
+
+}  // namespace commlib::testing

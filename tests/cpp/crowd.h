@@ -1,0 +1,56 @@
+// More rows than a rank has room for.
+#pragma once
+
+#include <algorithm>
+
+#include "scenario.h"
+#include "world.h"
+
+namespace commlib::testing {
+
+// Rank 0 of a crowd would receive every token of every rank.
+inline Scenario crowd(const Config& config, int ranks, bool drop, Random& random) {
+  Asked asked;
+  asked.drop = drop;
+  Scenario s{config, asked, {}};
+  for (int p = 0; p < ranks; ++p) {
+    RankCase r;
+    r.tokens = config.max_tokens;
+    for (int64_t t = 0; t < r.tokens; ++t) {
+      r.topk_idx.push_back(0);
+      for (int k = 1; k < config.topk; ++k) r.topk_idx.push_back(1 + random.below(config.experts - 1));
+    }
+    r.grouped = drop && random.one_in(2);
+    r.align = r.grouped ? 3 : 1;
+    s.ranks.push_back(std::move(r));
+  }
+  complete(s, random);
+  return s;
+}
+
+// Room for one rank's tokens and a few more.
+inline Config narrow_config(int ranks) {
+  Config config = small_config(ranks);
+  config.capacity = config.max_tokens + 3;
+  return config;
+}
+
+// What such a configuration has room for.
+inline Scenario fitting(Config config, int ranks, Random& random) {
+  config.max_tokens = config.capacity / ranks;
+  return random_scenario(config, ranks, {}, random);
+}
+
+// What a dispatch of a crowd throws. Its routes are gone at once.
+inline CapacityError refusal(Rank& self, const Scenario& many) {
+  const RankCase& r = many.ranks[self.rank];
+  std::vector<int64_t> routes(r.tokens * std::min(many.config.topk, static_cast<int>(many.ranks.size())));
+  RoutingView routing;
+  routing.topk_idx = r.topk_idx.data();
+  routing.routes = routes.data();
+  routing.tokens = r.tokens;
+  return check_throws<CapacityError>([&] { self.comm->begin_dispatch(routing, true, false); },
+                                     "a dispatch past capacity");
+}
+
+}  // namespace commlib::testing

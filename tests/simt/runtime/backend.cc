@@ -1,0 +1,66 @@
+// The CUDA backend for the tests of tests/cpp/: each world has a simulated GPU of its own, each rank a
+// stream.
+#include "cpp/backend.h"
+
+#include <mutex>
+
+#include "cpp/check.h"
+#include "cuda/communicator.h"
+#include "simt/runtime/cudart.h"
+
+namespace commlib::testing {
+namespace {
+
+// Every other world has weak memory.
+simt::Config config_of(uint64_t world) {
+  simt::Config config;
+  config.seed = seed() + world;
+  config.delay_stores = world % 2 == 0;
+  config.find_races = simt::accesses_are_seen();
+  return config;
+}
+
+class SimulatedGpu : public Machine {
+ public:
+  explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)) { simt::gpu = &gpu_; }
+  ~SimulatedGpu() override {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    simt::gpu = nullptr;
+  }
+
+  std::unique_ptr<Communicator> communicator(const Config& asked) override {
+    Config config = asked;
+    config.vector_ops.clear();
+    if (config.share.empty()) config.share = "ipc";  // memory to the byte
+    cudaStream_t stream;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    config.stream = reinterpret_cast<uintptr_t>(stream);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      streams_.push_back(stream);
+    }
+    return std::make_unique<cuda::CudaCommunicator>(config);
+  }
+
+  std::string error() override { return gpu_.error(); }
+
+ private:
+  simt::Gpu gpu_;
+  std::mutex mutex_;  // guards streams_
+  std::vector<cudaStream_t> streams_;
+};
+
+}  // namespace
+
+std::unique_ptr<Machine> make_machine() {
+  static uint64_t worlds = 0;
+  return std::make_unique<SimulatedGpu>(worlds++);
+}
+
+void settle(Communicator& comm) { comm.synchronize(); }
+
+std::vector<std::string> vector_paths() { return {""}; }
+
+int rounds(int many) { return (many + 15) / 16; }
+
+}  // namespace commlib::testing

@@ -1,0 +1,50 @@
+// The CUDA runtime on simulated GPUs: cudart.cc defines its functions, so that csrc/cuda/ links without
+// libcudart. Included before csrc/cuda/launch.cu, which g++ compiles here: it has what nvcc adds to the
+// runtime's headers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "simt/cuda.h"
+#include "simt/gpu.h"
+
+namespace simt {
+
+bool accesses_are_seen();  // of kernels, the ordinary C++ ones: see accesses.cc
+#ifdef __SANITIZE_THREAD__
+bool accesses_are_seen() { return true; }
+#endif
+
+// What all functions work on; set while nobody calls any.
+extern Gpu* gpu;
+
+// nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
+// for.
+struct KernelFacts {
+  size_t argument_bytes;
+  void (*call)(const void* kernel, const void* argument);
+};
+void know_kernel(const void* kernel, const KernelFacts& facts);
+
+}  // namespace simt
+
+template <class Op>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Op)) {
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  simt::know_kernel(address, {sizeof(Op), [](const void* k, const void* argument) {
+                                reinterpret_cast<void (*)(Op)>(k)(*static_cast<const Op*>(argument));
+                              }});
+  return cudaFuncGetAttributes(attributes, address);
+}
+
+template <class Op>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Op), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <class Op>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Op), int threads,
+                                                          size_t shared_bytes) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads,
+                                                       shared_bytes);
+}

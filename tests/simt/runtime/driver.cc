@@ -1,0 +1,127 @@
+// Virtual memory as the driver offers it, on memfd and mmap: an allocation is a file, which processes may
+// share.
+#include "simt/runtime/driver.h"
+
+#include <cuda.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace simt {
+namespace {
+
+constexpr size_t kGranularity = 64 << 10;
+
+void* at(CUdeviceptr p) { return reinterpret_cast<void*>(p); }
+int file_of(CUmemGenericAllocationHandle allocation) { return static_cast<int>(allocation) - 1; }
+
+CUresult allocation_of(int file, CUmemGenericAllocationHandle* allocation) {
+  if (file < 0) return CUDA_ERROR_INVALID_VALUE;
+  *allocation = static_cast<CUmemGenericAllocationHandle>(file) + 1;
+  return CUDA_SUCCESS;
+}
+
+CUresult get_error_name(CUresult error, const char** name) {
+  *name = error == CUDA_ERROR_INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : "another error";
+  return CUDA_SUCCESS;
+}
+
+CUresult get_attribute(int* value, CUdevice_attribute which, CUdevice) {
+  *value = which != CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED;
+  return CUDA_SUCCESS;
+}
+
+CUresult mem_granularity(size_t* bytes, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+  *bytes = kGranularity;
+  return CUDA_SUCCESS;
+}
+
+CUresult mem_create(CUmemGenericAllocationHandle* allocation, size_t bytes, const CUmemAllocationProp* prop,
+                    unsigned long long) {
+  const bool known = prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  if (!known || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  const int file = memfd_create("simulated GPU", MFD_CLOEXEC);
+  if (file >= 0 && ftruncate(file, static_cast<off_t>(bytes)) != 0) return CUDA_ERROR_INVALID_VALUE;
+  return allocation_of(file, allocation);
+}
+
+CUresult mem_release(CUmemGenericAllocationHandle allocation) {
+  return close(file_of(allocation)) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult mem_export(void* file, CUmemGenericAllocationHandle allocation, CUmemAllocationHandleType,
+                    unsigned long long) {
+  const int mine = dup(file_of(allocation));
+  std::memcpy(file, &mine, sizeof(mine));
+  return mine < 0 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+CUresult mem_import(CUmemGenericAllocationHandle* allocation, void* file, CUmemAllocationHandleType) {
+  return allocation_of(dup(static_cast<int>(reinterpret_cast<intptr_t>(file))), allocation);
+}
+
+CUresult map_at(void* p, size_t bytes, int flags, int file, CUdeviceptr* to) {
+  void* got = mmap(p, bytes, PROT_NONE, flags | MAP_NORESERVE, file, 0);
+  if (got == MAP_FAILED) return CUDA_ERROR_INVALID_VALUE;
+  if (to) *to = reinterpret_cast<CUdeviceptr>(got);
+  return CUDA_SUCCESS;
+}
+
+CUresult mem_address_reserve(CUdeviceptr* p, size_t bytes, size_t, CUdeviceptr, unsigned long long) {
+  return map_at(nullptr, bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1, p);
+}
+
+CUresult mem_address_free(CUdeviceptr p, size_t bytes) {
+  return munmap(at(p), bytes) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult mem_map(CUdeviceptr p, size_t bytes, size_t, CUmemGenericAllocationHandle allocation,
+                 unsigned long long) {
+  return map_at(at(p), bytes, MAP_SHARED | MAP_FIXED, file_of(allocation), nullptr);
+}
+
+CUresult mem_unmap(CUdeviceptr p, size_t bytes) {
+  return map_at(at(p), bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, nullptr);
+}
+
+CUresult mem_set_access(CUdeviceptr p, size_t bytes, const CUmemAccessDesc*, size_t) {
+  return mprotect(at(p), bytes, PROT_READ | PROT_WRITE) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+struct Function {
+  const char* name;
+  void* address;
+};
+
+template <class F>
+Function named(const char* name, F* function) {
+  return {name, reinterpret_cast<void*>(function)};
+}
+
+}  // namespace
+
+void* driver_function(const char* name) {
+  static const Function functions[] = {
+      named("cuGetErrorName", get_error_name),
+      named("cuGetErrorString", get_error_name),
+      named("cuDeviceGetAttribute", get_attribute),
+      named("cuMemAddressFree", mem_address_free),
+      named("cuMemAddressReserve", mem_address_reserve),
+      named("cuMemCreate", mem_create),
+      named("cuMemExportToShareableHandle", mem_export),
+      named("cuMemGetAllocationGranularity", mem_granularity),
+      named("cuMemImportFromShareableHandle", mem_import),
+      named("cuMemMap", mem_map),
+      named("cuMemRelease", mem_release),
+      named("cuMemSetAccess", mem_set_access),
+      named("cuMemUnmap", mem_unmap),
+  };
+  for (const Function& f : functions) {
+    if (std::strcmp(f.name, name) == 0) return f.address;
+  }
+  return nullptr;
+}
+
+}  // namespace simt
