@@ -126,9 +126,9 @@ class ExpertParallel:
             it is taken at once. None: 8 on the CPU, 4 on CUDA.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
         partition: communicate on its SMs (or cores) for communication, and on no others.
-        link_gbps: GB/s (1e9 bytes) that rows of this rank may take on its link, one direction, rows for itself not
-            counted: to measure here what a slower interconnect leaves. Dispatch is paced where rows leave,
-            combine where they come in. None: no limit.
+        link_gbps: GB/s (1e9 bytes) of this rank's link, one direction, to measure here what a slower
+            interconnect leaves: dispatch is paced where rows leave, combine where they come in. Rows of a
+            rank for itself do not count. None: no limit.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).

@@ -37,8 +37,8 @@ constexpr const char* name_of(Phase phase) {
 }
 
 // Experts lie on ranks in contiguous, balanced blocks: rank r owns [first_expert(r), first_expert(r + 1)).
-// E need not be a multiple of R; block sizes then differ by one. E is at most 2^20, so products fit in 32 bits,
-// in which a GPU divides much faster.
+// E need not be a multiple of R; block sizes then differ by one. E is at most 2^20, so products fit in 32
+// bits, in which a GPU divides much faster.
 struct Placement {
   int64_t experts;
   int64_t ranks;
