@@ -8,7 +8,7 @@ MPIRUN ?= $(BIN)/mpirun
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
 LAUNCH = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(RANKS) $(BIN)/python
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(wildcard tests/cpp/*.cc tests/cpp/*.h tests/simt/*.cc tests/simt/*.h)
+TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench examples tests setup.py
 
 .PHONY: help setup test bench bench-overlap train lint format cuda-report clean

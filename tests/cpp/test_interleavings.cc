@@ -62,22 +62,22 @@ void many_operations(const Config& config, int ranks, uint64_t stream) {
   for (int i = 0; i < rounds(kRepeats); ++i) many_operations_once(config, ranks, random);
 }
 
-// Far enough before the end for every word to have been written before the wrap-around, as it is in a long
-// run.
-constexpr uint32_t kNearTheEnd = 0u - 80;
+// Before the end of the epochs, and where all rounds are taken so far that every word has been written before
+// the wrap-around, as it is in a long run.
+uint32_t near_the_end() { return 0u - static_cast<uint32_t>(rounds(80)); }
 
 // Each word and each row passes through code that ThreadSanitizer sees.
 void four_ranks_with_epochs_that_wrap_around() {
   Config config = small_config(4);
   config.vector_ops = "plain";
-  config.first_epoch = kNearTheEnd;
+  config.first_epoch = near_the_end();
   many_operations(config, 4, 100);
 }
 
 void three_ranks_that_sleep_at_once() {
   Config config = small_config(3);
   config.spin = {0, 0};
-  config.first_epoch = kNearTheEnd;
+  config.first_epoch = near_the_end();
   many_operations(config, 3, 101);
 }
 

@@ -59,6 +59,15 @@ Knowledge::Warp& Knowledge::of_warp(uint32_t warp) {
   return all[block].own()[warp % kBlockWarps].own();
 }
 
+void Knowledge::set_own(uint32_t thread, const std::array<uint32_t, kActors>& steps) {
+  const uint32_t first = thread * kActors;
+  Warp& warp = of_warp(first / kWarpActors);
+  for (uint32_t i = 0; i < kActors; ++i) {
+    uint32_t& step = warp[first % kWarpActors + i];
+    step = std::max(step, steps[i]);
+  }
+}
+
 void Knowledge::set(uint32_t actor, uint32_t step) {
   if (of(actor) != step) of_warp(actor / kWarpActors)[actor % kWarpActors] = step;
 }
@@ -142,8 +151,14 @@ void Races::start(Block& block) {
   forget(block.shared, block.kernel->shared_bytes);
   const uint32_t first = block_number(block) * kBlockThreads;
   for (Thread& thread : block.threads) {
-    const auto& steps = steps_[first + thread.index];
-    thread.clock = {first + thread.index, steps[0] + 1, steps[1], steps[2], ended_, ended_, nullptr, 0};
+    Clock& c = thread.clock;
+    c.number = first + thread.index;
+    c.own = steps_[c.number];
+    c.loads = c.own[static_cast<size_t>(Actor::load)];
+    c.store_steps = c.own[static_cast<size_t>(Actor::store_read)];
+    c.own_fenced = c.own;
+    ++c.own[0];
+    c.known = c.fenced = ended_;
   }
 }
 
@@ -151,11 +166,11 @@ void Races::start(Block& block) {
 void Races::end(Thread& thread) {
   Clock& c = thread.clock;
   const auto groups = static_cast<uint32_t>(thread.first_group + thread.groups.size());
-  steps_[c.number] = {c.step, c.loads, c.store_steps + groups, c.store_steps + groups};
-  for (uint32_t actor = 0; actor < kActors; ++actor) {
-    c.known.set(c.number * kActors + actor, steps_[c.number][actor]);
-  }
-  thread.block->kernel->known.add(c.known);
+  c.own = {c.own[0], c.loads, c.store_steps + groups, c.store_steps + groups};
+  steps_[c.number] = c.own;
+  Knowledge& of_all = thread.block->kernel->known;
+  of_all.add(c.known);
+  of_all.set_own(c.number, c.own);
   c.known = {};
   c.fenced = {};
 }
@@ -170,12 +185,12 @@ void Races::renew(Block& block, unsigned warp, uint32_t lanes, Knowledge& known,
     known.add(c.known);
     fenced.add(c.fenced);
   }
-  known.set_some(threads->clock.number / kLanes, [&](auto& steps) {
-    for (uint32_t left = lanes; left; left &= left - 1) {
-      const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
-      steps[lane * kActors] = threads[lane].clock.step++;
-    }
-  });
+  for (uint32_t left = lanes; left; left &= left - 1) {
+    Clock& c = threads[__builtin_ctz(left)].clock;
+    known.set_own(c.number, c.own);
+    fenced.set_own(c.number, c.own_fenced);
+    ++c.own[0];
+  }
 }
 
 void Races::meet(Block& block, unsigned warp, uint32_t lanes) {
@@ -205,18 +220,26 @@ void Races::acquire(Thread& thread, const Words& words, const void* word) {
   if (c.polled == word && c.version == w.version) return;
   c.polled = word;
   c.version = w.version;
-  c.known.add(w.known);
-  c.fenced.add(w.fenced);
+  Acquired& last = last_acquired_;
+  if (last.version != w.version || !(last.known == c.known) || !(last.fenced == c.fenced)) {
+    last = {w.version, c.known, c.fenced, c.known, c.fenced};
+    last.new_known.add(w.known);
+    last.new_fenced.add(w.fenced);
+  }
+  c.known = last.new_known;
+  c.fenced = last.new_fenced;
 }
 
 void Races::release(Thread& thread, Words& words, const void* word, bool adds) {
   Clock& c = thread.clock;
-  c.known.set(actor_of(thread, Actor::thread), c.step++);
   Word& w = words[word];
   if (!adds) w = {};
   w.version = ++versions_;
   w.known.add(c.known);
+  w.known.set_own(c.number, c.own);
   w.fenced.add(c.fenced);
+  w.fenced.set_own(c.number, c.own_fenced);
+  ++c.own[0];
 }
 
 void Races::acquire(Thread& thread, const void* word) { acquire(thread, words_, word); }
@@ -230,8 +253,9 @@ void Races::release_barrier(Thread& thread, const void* mbarrier) {
 
 void Races::fence(Thread& thread) {
   Clock& c = thread.clock;
-  c.known.set(actor_of(thread, Actor::thread), c.step++);
   c.fenced = c.known;
+  c.own_fenced = c.own;
+  ++c.own[0];
 }
 
 // -- who accesses what
@@ -262,12 +286,14 @@ void Races::forget(const void* p, size_t bytes) {
 // known, but known at the last fence; what it has brought to shared memory itself, it knows.
 bool Races::knows(const Thread& thread, const Access& access, bool by_engine) {
   const Clock& c = thread.clock;
-  if (access.actor == actor_of(thread, Actor::thread) && !by_engine) return true;
-  const bool writes = access.kind % 2 == write;
+  const uint32_t actor = access.actor % kActors;
   const bool needs_fence =
-      by_engine && writes && access.actor % kActors != static_cast<uint32_t>(Actor::load);
-  if (needs_fence) return c.fenced.of(access.actor) >= access.step;
-  return access.actor == actor_of(thread, Actor::thread) || c.known.of(access.actor) >= access.step;
+      by_engine && access.kind % 2 == write && actor != static_cast<uint32_t>(Actor::load);
+  if (access.actor / kActors == c.number) {
+    if (actor == 0 && !needs_fence) return true;
+    if ((needs_fence ? c.own_fenced : c.own)[actor] >= access.step) return true;
+  }
+  return (needs_fence ? c.fenced : c.known).of(access.actor) >= access.step;
 }
 
 void Races::access_as(Thread& thread, Actor actor, uint32_t step, const void* p, size_t bytes, Kind kind,
@@ -304,7 +330,7 @@ void Races::access_as(Thread& thread, Actor actor, uint32_t step, const void* p,
 }
 
 void Races::access(Thread& thread, const void* p, size_t bytes, Kind kind, const void* code) {
-  access_as(thread, Actor::thread, thread.clock.step, p, bytes, kind, code);
+  access_as(thread, Actor::thread, thread.clock.own[0], p, bytes, kind, code);
 }
 
 void Races::start_load(Thread& thread, Copy& copy, const void* code) {
@@ -327,11 +353,11 @@ void Races::start_store(Thread& thread, const Copy& copy, const void* code) {
 }
 
 void Races::know_stores(Thread& thread, uint64_t groups, bool written) {
-  const uint32_t step = thread.clock.store_steps + static_cast<uint32_t>(groups);
+  Clock& c = thread.clock;
+  const uint32_t step = c.store_steps + static_cast<uint32_t>(groups);
   for (const Actor actor : {Actor::store_read, Actor::store_write}) {
-    const uint32_t number = actor_of(thread, actor);
-    if (actor == Actor::store_write && !written) continue;
-    if (thread.clock.known.of(number) < step) thread.clock.known.set(number, step);
+    uint32_t& own = c.own[static_cast<size_t>(actor)];
+    if (actor == Actor::store_read || written) own = std::max(own, step);
   }
 }
 

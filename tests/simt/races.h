@@ -68,13 +68,11 @@ class Knowledge {
  public:
   static constexpr uint32_t kWarpActors = 32 * kActors, kBlockWarps = 32;
 
+  bool operator==(const Knowledge& other) const { return all_ == other.all_; }  // the very same
   uint32_t of(uint32_t actor) const;
   void set(uint32_t actor, uint32_t step);
-  // The steps of some actors of one warp.
-  template <class F>
-  void set_some(uint32_t warp, const F& change) {
-    change(of_warp(warp));
-  }
+  // Those of a thread's actors, where they are newer.
+  void set_own(uint32_t thread, const std::array<uint32_t, kActors>& steps);
   void add(const Knowledge& other);
 
  private:
@@ -90,13 +88,15 @@ class Knowledge {
   Ref<All> all_;
 };
 
-// Of a thread.
+// Of a thread: what it knows of others, and apart from that, so that many threads can share it, of itself.
 struct Clock {
+  using Own = std::array<uint32_t, kActors>;
+
   uint32_t number = 0;           // of the thread
-  uint32_t step = 0;             // grows when it tells others what it has done
   uint32_t loads = 0;            // bulk loads so far
-  uint32_t store_steps = 0;      // of the kernels before
-  Knowledge known, fenced;       // by itself, and by the copy engine: when it last fenced
+  uint32_t store_steps = 0;      // groups of stores in the kernels before
+  Knowledge known, fenced;       // by itself, and by the copy engine: as it was at the last fence
+  Own own{}, own_fenced{};       // own[0], the thread's own step, grows when it tells others what it has done
   const void* polled = nullptr;  // the word that it last acquired, and its version
   uint64_t version = 0;
 };
@@ -127,8 +127,8 @@ class Races {
   void start_load(Thread& thread, Copy& copy, const void* code);
   void end_load(const Copy& copy);
   void start_store(Thread& thread, const Copy& copy, const void* code);
-  void know_stores(Thread& thread, uint64_t groups,
-                   bool written);  // the first so many have read, or written too
+  // The first so many groups have read, or `written` too.
+  void know_stores(Thread& thread, uint64_t groups, bool written);
 
  private:
   struct Access {
@@ -145,7 +145,7 @@ class Races {
   using Page = std::array<Byte, kPage>;
 
   uint32_t block_number(const Block& block);
-  void renew(Block& block, unsigned warp, uint32_t lanes, Knowledge& known, Knowledge& fenced);
+  static void renew(Block& block, unsigned warp, uint32_t lanes, Knowledge& known, Knowledge& fenced);
   void acquire(Thread& thread, const Words& words, const void* word);
   void release(Thread& thread, Words& words, const void* word, bool adds);
 
@@ -158,14 +158,20 @@ class Races {
 
   std::map<std::pair<int, unsigned>, uint32_t> blocks_;  // numbers of (stream, block)
   std::vector<std::string> names_;                       // of blocks, by number
-  std::unordered_map<uint32_t, std::array<uint32_t, kActors>>
-      steps_;  // of threads that have ended, by number
+  std::unordered_map<uint32_t, Clock::Own> steps_;       // of threads that have ended, by number
   Words words_;
   uint64_t versions_ = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_ = 0;
   Page* last_ = nullptr;
   Knowledge ended_;  // of all kernels that have
+
+  // What acquiring a version of a word has last made of some knowledge: it is the same for many threads.
+  struct Acquired {
+    uint64_t version = 0;
+    Knowledge known, fenced, new_known, new_fenced;
+  };
+  Acquired last_acquired_;
 };
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-# The CUDA backend on the CPU, under AddressSanitizer and UBSan: with the bulk copy engine and without it.
+# The CUDA backend on the CPU, under AddressSanitizer and UBSan: with the bulk copy engine and without it. And once
+# more, looking for races.
 # Included by the Makefile; works by itself too: `make -f tests/simt/simt.mk test-simt`.
 CXX ?= g++
 SEED ?=
@@ -13,7 +14,7 @@ SIMT_TESTS := $(wildcard tests/simt/test_*.cc)
 
 # The whole backend, by the tests of tests/cpp/. Of CUDA it takes the headers, and no library.
 SIMT_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
-  $(abspath $(dir $(realpath $(shell command -v nvcc)))..) /usr/local/cuda,\
+  $(abspath $(dir $(realpath $(shell command -v nvcc 2>/dev/null)))..) /usr/local/cuda,\
   $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
 SIMT_BACKEND := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) \
   $(filter-out %/bindings.cc %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
@@ -25,11 +26,19 @@ objects = $(addsuffix .o,$(addprefix $(SIMT)/$(1)/,$(2)))
 SIMT_PROGRAMS := $(SIMT)/kernels-bulk $(SIMT)/kernels-plain \
   $(if $(SIMT_CUDA),$(SIMT)/backend-bulk $(SIMT)/backend-plain $(SIMT)/backend-races)
 
-.PHONY: test-simt
-test-simt: $(SIMT_PROGRAMS)  ## the CUDA backend on simulated GPUs, SEED=n repeats a run
+SIMT_RUNS := $(addsuffix .run,$(SIMT_PROGRAMS))
+
+.PHONY: test-simt $(SIMT_RUNS)
+test-simt:  ## the CUDA backend on simulated GPUs, SEED=n repeats a run
 	sh tests/simt/same_functions.sh csrc/cuda/ptx.cuh tests/simt/ptx.h
-	for program in $(SIMT_PROGRAMS); do echo "== $$program"; $$program $(SIMT_RUN) || exit 1; done
-	@$(if $(SIMT_CUDA),,echo "== NOT RUN: the CUDA backend as a whole, for want of CUDA's headers (CUDA_HOME, nvcc, /usr/local/cuda)")
+	@echo "== building simulated GPUs: about two minutes on two cores"
+	@$(MAKE) --no-print-directory -j2 -f tests/simt/simt.mk $(SIMT_PROGRAMS)
+	@$(MAKE) --no-print-directory -j2 -Otarget -f tests/simt/simt.mk $(SIMT_RUNS)
+	@$(if $(SIMT_CUDA),,echo "== NOT RUN: the backend as a whole, for want of CUDA's headers (CUDA_HOME, nvcc, /usr/local/cuda)")
+
+$(SIMT_RUNS): %.run: %
+	@echo "== $*"
+	@$* $(SIMT_RUN)
 
 $(SIMT)/kernels-bulk: $(call objects,with-bulk,$(SIMT_TESTS)) $(call objects,any,$(SIMT_SHIM))
 $(SIMT)/kernels-plain: $(call objects,no-bulk,$(SIMT_TESTS)) $(call objects,any,$(SIMT_SHIM))
@@ -53,7 +62,9 @@ define simt_compile
 	@echo "simt $(@:$(SIMT)/%=%)"
 	@$(CXX) $(SIMT_FLAGS) $(if $(SIMT_CUDA),-isystem $(SIMT_CUDA)/include) $(1) -MMD -MP -c -o $@ $<
 endef
-$(SIMT)/any/tests/simt/races.cc.o: SIMT_FLAGS := $(filter-out -O1 -fsanitize=address%,$(SIMT_FLAGS)) -O3
+# The machine itself, at every step of every thread.
+$(foreach file,machine barriers races,$(SIMT)/any/tests/simt/$(file).cc.o): SIMT_FLAGS := \
+  $(filter-out -O1 -fsanitize=address%,$(SIMT_FLAGS)) -O3
 # g++ has one sanitizer at a time; accesses.cc is the other's library.
 $(SIMT)/races/%.o: SIMT_FLAGS := $(filter-out -fsanitize=address%,$(SIMT_FLAGS)) -fsanitize=thread
 $(foreach kind,any with-bulk no-bulk races,$(eval $(call simt_rules,$(kind))))
