@@ -60,14 +60,7 @@ void require_peer_access(int device, int owner) {
 class VirtualRegion : public DeviceRegion {
  public:
   VirtualRegion(int device, size_t bytes, Share share) : DeviceRegion(device, bytes) {
-    CUmemAllocationProp prop{};
-    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, device};
-    prop.requestedHandleTypes = handle_type(share);
-    size_t granularity = 0;
-    check(driver().mem_granularity(&granularity, &prop, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-          "cuMemGetAllocationGranularity");
-    mapped_ = (bytes + granularity - 1) / granularity * granularity;
+    const CUmemAllocationProp prop = properties(share);
     check(driver().mem_create(&allocation_, mapped_, &prop, 0), "cuMemCreate", kOutOfMemory);
     map();
     Handle h{};
@@ -85,16 +78,9 @@ class VirtualRegion : public DeviceRegion {
 
   // Another process's; `imported` names it as `share` wants.
   VirtualRegion(int device, size_t bytes, Share share, void* imported) : DeviceRegion(device, bytes) {
-    check(driver().mem_import(&allocation_, imported, handle_type(share)), "cuMemImportFromShareableHandle",
-          kUnreachable);
-    CUmemAllocationProp prop{};
-    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, device};
-    prop.requestedHandleTypes = handle_type(share);
-    size_t granularity = 0;
-    check(driver().mem_granularity(&granularity, &prop, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-          "cuMemGetAllocationGranularity");
-    mapped_ = (bytes + granularity - 1) / granularity * granularity;
+    const CUmemAllocationProp prop = properties(share);
+    check(driver().mem_import(&allocation_, imported, prop.requestedHandleTypes),
+          "cuMemImportFromShareableHandle", kUnreachable);
     map();
   }
 
@@ -106,8 +92,18 @@ class VirtualRegion : public DeviceRegion {
   }
 
  private:
-  static CUmemAllocationHandleType handle_type(Share share) {
-    return share == Share::fd ? CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR : CU_MEM_HANDLE_TYPE_FABRIC;
+  // How the memory is to be made; sets mapped_ to the size that such memory comes in.
+  CUmemAllocationProp properties(Share share) {
+    CUmemAllocationProp prop{};
+    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device_}};
+    prop.requestedHandleTypes =
+        share == Share::fd ? CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR : CU_MEM_HANDLE_TYPE_FABRIC;
+    size_t granularity = 0;
+    check(driver().mem_granularity(&granularity, &prop, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+          "cuMemGetAllocationGranularity");
+    mapped_ = (bytes_ + granularity - 1) / granularity * granularity;
+    return prop;
   }
   CUdeviceptr address() const { return reinterpret_cast<CUdeviceptr>(data_); }
 
