@@ -4,6 +4,7 @@ Neither links against PyTorch or libcuda. COMMLIB_CUDA_ARCHS chooses the GPUs th
 (default "80 90 100"); "none" leaves the CUDA backend out.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -35,7 +36,18 @@ def find_cuda_home() -> Path | None:
     return None
 
 
+def find_ucx_headers() -> list[str]:
+    """Where ucp/api/ucp.h lies, or nothing: the library itself is loaded at run time."""
+    homes = [os.environ.get("UCX_HOME"), "/opt/ucx", "/opt/hpcx/ucx", "/usr", "/usr/local"]
+    wheel = importlib.util.find_spec("libucx")
+    if wheel and wheel.origin:
+        homes.append(str(Path(wheel.origin).parent))
+    includes = [Path(home) / "include" for home in filter(None, homes)]
+    return [str(i) for i in includes if (i / "ucp/api/ucp.h").exists()][:1]
+
+
 CUDA_HOME = find_cuda_home()
+UCX_INCLUDE = find_ucx_headers()
 
 
 def gencodes(archs: list[str]) -> list[str]:
@@ -80,8 +92,14 @@ class BuildExtensions(build_ext):
 # -ffp-contract=off: multiply and add stay apart, so all vector widths give the same bits.
 core = Pybind11Extension(
     "commlib._core",
-    sorted(glob("csrc/backend/*.cc") + glob("csrc/cpu/*.cc") + glob("csrc/heap/*.cc") + ["csrc/bindings.cc"]),
-    include_dirs=["csrc"],
+    sorted(
+        glob("csrc/backend/*.cc")
+        + glob("csrc/cpu/*.cc")
+        + glob("csrc/heap/*.cc")
+        + glob("csrc/net/*.cc")
+        + ["csrc/bindings.cc"]
+    ),
+    include_dirs=["csrc", *UCX_INCLUDE],
     cxx_std=17,
     extra_compile_args=["-O3", "-ffp-contract=off", *WARNINGS],
     extra_link_args=["-pthread"],
@@ -97,6 +115,7 @@ else:
             sorted(
                 glob("csrc/backend/*.cc")
                 + glob("csrc/heap/*.cc")
+                + ["csrc/net/network.cc", "csrc/net/topology.cc"]  # UCX is _core's
                 + glob("csrc/cuda/*.cc")
                 + glob("csrc/cuda/*.cu")
             ),

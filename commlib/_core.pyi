@@ -20,7 +20,7 @@ class CombineInput:
     ) -> None: ...
 
 class Communicator:
-    def address(self) -> tuple[int, int, int, bytes]: ...
+    def address(self) -> tuple[int, int, int, bytes, bytes]: ...
     def begin_dispatch(self, routing: RoutingView, has_weights: bool, drop: bool) -> PendingDispatch: ...
     def check_health(self) -> None: ...
     def close(self) -> None: ...
@@ -68,6 +68,10 @@ class Config:
     first_epoch: int
     hidden: int
     link_gbps: float
+    node_of: list[int]
+    hierarchical: bool
+    chunk_bytes: int
+    chunks: int
     max_tokens: int
     num_sms: int
     rank: int

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import torch
 
-from commlib import _core, cuda
+from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
 from commlib.settings import CORE_DTYPES, Settings
+from commlib.topology import Topology, find_topology, node_size
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
@@ -33,8 +35,11 @@ def resolve_device(device: Any, group: Group) -> torch.device:
     return torch.device("cuda", cuda.device_index())
 
 
-def connect(group: Group, settings: Settings) -> Backend:
-    """The connected backend of this rank. Every rank calls it; a failure on one is raised on all."""
+def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
+    """The connected backend of this rank, and where all ranks are.
+
+    Every rank calls it; a failure on one is raised on all.
+    """
     error: Exception | None = None
     facts: dict[str, Any] = {}
     try:
@@ -42,11 +47,19 @@ def connect(group: Group, settings: Settings) -> Backend:
         facts = _facts(settings)
     except (TypeError, ValueError, RuntimeError) as e:
         error = e
-    infos = _gather(group, error, facts | {"shared": settings.shared(), "host": _host(), "pid": os.getpid()})
+    infos = _gather(group, error, facts | own_place() | {"pid": os.getpid()} | _shared(settings, error))
     _compare([info["shared"] for info in infos])
-    _check_reachable(infos)
+    topology = _topology(infos, settings)
+    _gather(group, _why_unreachable(topology, settings), None)
     prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
-    return _make_and_connect(group, *prepare(group, settings, infos))
+    config, stream = prepare(group, settings, infos)
+    if len(topology.hosts) > 1:
+        config.node_of = list(topology.node_of)
+        config.hierarchical = (
+            topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
+        )
+        config.use_ucx()
+    return _make_and_connect(group, config, stream), topology
 
 
 def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Stream | None) -> Backend:
@@ -76,11 +89,13 @@ def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Str
 def _prepare_cpu(
     group: Group, settings: Settings, infos: list[dict[str, Any]]
 ) -> tuple[_core.Config, torch.cuda.Stream | None]:
-    cores = len(set().union(*(info["cpus"] for info in infos)))
+    beside = [rank for rank, info in enumerate(infos) if info["host"] == infos[group.rank]["host"]]
+    cores = len(set().union(*(infos[rank]["cpus"] for rank in beside)))
     partition = settings.partition
-    share = cores // (2 * group.size) if partition is None else partition.comm // group.size
+    share = cores // (2 * len(beside)) if partition is None else partition.comm // len(beside)
     workers = settings.num_sms or max(1, share)
-    threads = sum(_gather(group, None, workers))
+    everyones = _gather(group, None, workers)
+    threads = sum(everyones[rank] for rank in beside)
     config = _config(group, settings, workers, threads > cores)
     if partition is not None:
         config.cores = partition.comm_cores
@@ -201,20 +216,36 @@ def _ranks(ranks: list[int]) -> str:
     return shown if len(ranks) <= 4 else f"{shown} and {len(ranks) - 4} more"
 
 
-def _host() -> tuple[str, str]:
-    """What two processes have in common when they can open each other's memory through /proc."""
+def own_place() -> dict[str, Any]:
+    """Of this process: "host" has in common who can open each other's memory through /proc; and its name."""
     with open("/proc/sys/kernel/random/boot_id") as f:
-        return f.read().strip(), os.readlink("/proc/self/ns/pid")
+        return {
+            "host": (f.read().strip(), os.readlink("/proc/self/ns/pid")),
+            "host_name": socket.gethostname(),
+        }
 
 
-def _check_reachable(infos: list[dict[str, Any]]) -> None:
-    if all(info.get("shares_fabric") for info in infos):
-        return  # GPUs of one NVLink domain reach each other across hosts
-    first = infos[0]["host"]
-    for rank, info in enumerate(infos):
-        if info["host"] != first:
-            what = "another host" if info["host"][0] != first[0] else "another PID namespace (container)"
-            raise CommError(
-                f"rank {rank} runs on {what} than rank 0; "
-                "so far rows move only through memory that all ranks map"
-            )
+def _shared(settings: Settings, error: Exception | None) -> dict[str, Any]:
+    return {"shared": {} if error else settings.shared()}
+
+
+def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
+    # GPUs of one NVLink domain map each other's memory across hosts.
+    domain = all(info.get("shares_fabric") for info in infos)
+    hosts = ["domain" if domain else info["host"] for info in infos]
+    return find_topology(hosts, [info["host_name"] for info in infos], node_size(settings.ranks_per_node))
+
+
+def _why_unreachable(topology: Topology, settings: Settings) -> Exception | None:
+    """Why this rank cannot reach other nodes, if there are any."""
+    if len(topology.hosts) == 1:
+        return None
+    if settings.link_gbps is not None:
+        return ValueError(
+            "link_gbps limits the memory that ranks of one node share, and these are several nodes"
+        )
+    try:
+        ucx.load()
+    except CommError as error:
+        return error
+    return None

@@ -152,6 +152,8 @@ class ExpertParallel:
         timeout: float = 60.0,
         partition: SMPartition | None = None,
         link_gbps: float | None = None,
+        routing: str = "auto",
+        ranks_per_node: int | None = None,
     ) -> None:
         self.group = resolve_group(group)
         self.rank, self.size = self.group.rank, self.group.size
@@ -162,9 +164,11 @@ class ExpertParallel:
             *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
             partition=partition,
             link_gbps=link_gbps,
+            routing=routing,
+            ranks_per_node=ranks_per_node,
         )
         self.device = where
-        self._backend = connect(self.group, self.settings)
+        self._backend, self.topology = connect(self.group, self.settings)
         self._core = self._backend.core
         self._number = next(_numbers)
         self._width = min(topk, self.size)

@@ -47,8 +47,8 @@ def exchange_fds(group: Group, addresses: list[Address]) -> list[Address]:
     if errors:
         raise errors[0]
     return [
-        (pid, received.get(rank, fd), workers, handle)
-        for rank, (pid, fd, workers, handle) in enumerate(addresses)
+        (pid, received.get(rank, fd), workers, handle, net)
+        for rank, (pid, fd, workers, handle, net) in enumerate(addresses)
     ]
 
 

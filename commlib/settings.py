@@ -10,6 +10,7 @@ import torch
 
 from commlib import _core, cuda
 from commlib.partition import SMPartition
+from commlib.topology import ROUTINGS, node_size
 
 CORE_DTYPES = {
     torch.bfloat16: _core.DType.bf16,
@@ -37,6 +38,8 @@ class Settings:
     timeout: float
     partition: SMPartition | None = None
     link_gbps: float | None = None
+    routing: str = "auto"
+    ranks_per_node: int | None = None
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -64,9 +67,12 @@ class Settings:
             self.partition.check_fits(self.device, self.num_sms)
         if self.link_gbps is not None and not (self.link_gbps > 0 and math.isfinite(self.link_gbps)):
             raise ValueError(f"link_gbps must be a positive number of GB/s, got {self.link_gbps}")
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
+        node_size(self.ranks_per_node)
         check_timeout(self.timeout)
         if size > _core.MAX_RANKS:
-            raise ValueError(f"at most {_core.MAX_RANKS} ranks share memory, got {size}")
+            raise ValueError(f"at most {_core.MAX_RANKS} ranks, got {size}")
 
     def capacity_on(self, size: int) -> int:
         """Rows a slot holds."""
@@ -76,7 +82,7 @@ class Settings:
         """Those that must be equal on all ranks."""
         own = ("num_sms", "timeout", "partition", "link_gbps")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        return values | {"device": self.device.type}
+        return values | {"device": self.device.type, "ranks_per_node": node_size(self.ranks_per_node)}
 
 
 def check_timeout(seconds: float) -> None:

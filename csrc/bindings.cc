@@ -4,6 +4,7 @@
 
 #include "cpu/communicator.h"
 #include "dlpack.h"
+#include "net/ucx_transport.h"
 
 namespace py = pybind11;
 
@@ -135,6 +136,16 @@ void bind_structs(py::module_& m) {
       .def_readwrite("num_sms", &Config::num_sms)
       .def_readwrite("timeout", &Config::timeout)
       .def_readwrite("link_gbps", &Config::link_gbps)
+      .def_readwrite("node_of", &Config::node_of)
+      .def_readwrite("hierarchical", &Config::hierarchical)
+      .def_readwrite("chunk_bytes", &Config::chunk_bytes)
+      .def_readwrite("chunks", &Config::chunks)
+      .def("use_ucx",
+           [](Config& c) {
+             c.make_transport = [rank = c.rank, size = c.size, gpu = c.stream != 0] {
+               return make_ucx_transport(rank, size, gpu);
+             };
+           })
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
       .def_readwrite("cores", &Config::cores)
@@ -208,13 +219,14 @@ void bind_communicator(py::module_& m) {
       .def("address",
            [](Communicator& c) {
              const PeerAddress a = c.address();
-             return py::make_tuple(a.pid, a.fd, a.workers, py::bytes(a.handle));
+             return py::make_tuple(a.pid, a.fd, a.workers, py::bytes(a.handle), py::bytes(a.net));
            })
       .def("connect",
-           [](Communicator& c, const std::vector<std::tuple<int64_t, int, int, std::string>>& peers) {
+           [](Communicator& c,
+              const std::vector<std::tuple<int64_t, int, int, std::string, std::string>>& peers) {
              std::vector<PeerAddress> addresses;
-             for (const auto& [pid, fd, workers, handle] : peers)
-               addresses.push_back({pid, fd, workers, handle});
+             for (const auto& [pid, fd, workers, handle, net] : peers)
+               addresses.push_back({pid, fd, workers, handle, net});
              py::gil_scoped_release release;
              c.connect(addresses);
            })
@@ -300,6 +312,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MAX_RANKS") = commlib::kMaxRanks;
   m.attr("MAX_TOPK") = commlib::kMaxTopk;
   m.attr("MAX_SLOTS") = commlib::kMaxSlots;
+  m.def("load_ucx", &commlib::load_ucx, pybind11::arg("paths"));
   pybind11::register_exception_translator(commlib::translate);
   commlib::bind_structs(m);
   commlib::bind_communicator(m);

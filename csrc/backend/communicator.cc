@@ -3,7 +3,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "net/network.h"
+
 namespace commlib {
+namespace {
+
+constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
+constexpr int kMaxLanes = 16;        // GPUs have workers enough to fill any link several times over
+
+}  // namespace
 
 Communicator::Communicator(const Config& config)
     : config_(config),
@@ -17,6 +25,8 @@ Communicator::Communicator(const Config& config)
       dispatches_(config.first_epoch - 1) {
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
 }
+
+Communicator::~Communicator() = default;
 
 int64_t Communicator::control_bytes() const {
   const int64_t mail = config_.size * static_cast<int64_t>(sizeof(Mailbox));
@@ -41,12 +51,39 @@ PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {
   table.rank = config_.rank;
   table.size = config_.size;
   table.count_words = count_words(placement_);
+  table.hops = network_ ? &network_->hops() : nullptr;
   for (int p = 0; p < config_.size; ++p) {
-    std::byte* counts = heaps[p] + config_.size * sizeof(Mailbox);
-    table.peer[p] = {reinterpret_cast<Mailbox*>(heaps[p]), reinterpret_cast<uint64_t*>(counts),
-                     heaps[p] + control_bytes()};
+    std::byte* heap = heaps[p] ? heaps[p] : network_->control_for(p);
+    if (heaps[p]) table.near |= uint64_t{1} << p;
+    table.peer[p] = {reinterpret_cast<Mailbox*>(heap),
+                     reinterpret_cast<uint64_t*>(heap + config_.size * sizeof(Mailbox)),
+                     heaps[p] ? heap + control_bytes() : nullptr};
   }
   return table;
+}
+
+void Communicator::connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail) {
+  if (!network_) return;
+  std::vector<std::string> addresses;
+  int lanes = kMaxLanes;
+  for (const PeerAddress& a : peers) {
+    addresses.push_back(a.net);
+    lanes = std::min(lanes, a.workers);
+  }
+  network_->connect(addresses, lanes, mail);
+  for (int p = 0; p < config_.size; ++p) {
+    if (!(network_->topology().near >> p & 1)) workers_[p] = lanes;
+  }
+}
+
+void Communicator::tell_far(uint64_t left) {
+  for (int p = 0; p < peers_.size; ++p) {
+    if (peers_.is_near(p)) continue;
+    uint64_t* word = &peers_.mail_to(p).left;
+    __atomic_store_n(word, left, __ATOMIC_RELEASE);
+    const auto offset = reinterpret_cast<std::byte*>(word) - network_->control_for(p);
+    network_->post({PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left});
+  }
 }
 
 void Communicator::check_usable() const {
@@ -70,6 +107,7 @@ void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
 
 void Communicator::raise(const FailureRecord& record) {
   Failure failure{config_.rank, record, ""};
+  if (record.cause == Cause::lost) failure.detail = network_->why_lost(record.peer);
   leave(kGaveUp, failure.peers().empty() ? config_.rank : failure.peers().front(), describe(failure));
   throw CommFailure(std::move(failure));
 }
@@ -91,6 +129,7 @@ void Communicator::close() {
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
   drain();
   leave(kClosed, config_.rank, "it has been closed");
+  if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
@@ -115,10 +154,13 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   return {std::move(lease), true, users_rows};
 }
 
-std::vector<uint64_t> Communicator::next_arrivals() {
+std::vector<uint64_t> Communicator::next_arrivals(OpKind op) {
   ++moves_;
+  if (op != OpKind::combine) ++far_moves_;
   std::vector<uint64_t> expected;
-  for (int workers : workers_) expected.push_back(moves_ * static_cast<uint64_t>(workers));
+  for (int p = 0; p < config_.size; ++p) {
+    expected.push_back((peers_.is_near(p) ? moves_ : far_moves_) * static_cast<uint64_t>(workers_[p]));
+  }
   return expected;
 }
 

@@ -11,6 +11,7 @@
 #include "backend/failure.h"
 #include "backend/slots.h"
 #include "backend/waiting.h"
+#include "net/transport.h"
 #include "protocol/combine.h"
 #include "protocol/counts.h"
 #include "protocol/deliver.h"
@@ -29,7 +30,12 @@ struct Config {
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
   double timeout = 60.0;
-  double link_gbps = 0;      // GB/s of this rank's link, to be emulated; 0: no limit
+  double link_gbps = 0;  // GB/s of this rank's link, to be emulated; 0: no limit
+  // Across nodes
+  std::vector<int> node_of;             // by rank; empty: all share one
+  bool hierarchical = true;             // one gateway for each node, or each rank its own
+  int64_t chunk_bytes = 0, chunks = 0;  // of rings; 0: what suits
+  TransportFactory make_transport;
   uint32_t first_epoch = 1;  // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU
@@ -48,6 +54,7 @@ struct PeerAddress {
   int fd;              // of the heap; -1: it has none
   int workers;         // that arrive in each operation
   std::string handle;  // of a heap without an fd
+  std::string net;     // for ranks on other nodes
 };
 
 // The rows a rank sends and where they came from. Addresses; nothing is owned.
@@ -100,12 +107,13 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
+class Network;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
 
 class Communicator {
  public:
-  virtual ~Communicator() = default;
+  virtual ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
@@ -157,7 +165,11 @@ class Communicator {
   // The heap: control words, then slots.
   int64_t control_bytes() const;
   void write_first_words(std::byte* control) const;
+  // heaps: by rank; null: on another node.
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
+  // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
+  void connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail);
+  void tell_far(uint64_t left);
 
   void check_usable() const;
   // The communicator is of no use from here on; the first reason counts.
@@ -176,7 +188,7 @@ class Communicator {
   CombineSlot combine_slot(const CombineInput& input, const RoutingView& routing);
 
   // How far each source's `arrived` counter must have come for the operation about to start: by rank.
-  std::vector<uint64_t> next_arrivals();
+  std::vector<uint64_t> next_arrivals(OpKind op);
   Routing routing_of(const RoutingView& view, const uint8_t* owner) const;
   SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
   DeliverPlan deliver_plan(const RoutingView& routing, const Received& received,
@@ -190,15 +202,17 @@ class Communicator {
   const int width_;
   std::vector<uint8_t> owner_;  // by expert
   const SlotLayout layout_;
-  std::shared_ptr<SlotPool> slots_;  // set by the backend, once it has a heap
-  std::vector<int> workers_;         // by rank
+  std::shared_ptr<SlotPool> slots_;   // set by the backend, once it has a heap
+  std::vector<int> workers_;          // by rank
+  std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
   std::atomic<double> timeout_;
 
   std::mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
   uint32_t epoch_;
   uint32_t dispatches_;
-  uint64_t moves_ = 0;  // operations that moved rows
+  uint64_t moves_ = 0;      // operations that moved rows
+  uint64_t far_moves_ = 0;  // of these, those that moved rows here from other nodes
 
  private:
   mutable std::mutex broken_mutex_;  // guards broken_, which threads of the backend set as well

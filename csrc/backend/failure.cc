@@ -61,6 +61,8 @@ std::string describe(const Failure& f) {
       return waited + "; " + last_words(r) + ". Is it alive, and did it make the same call?";
     case Cause::exited:
       return waited + ", whose process has exited; " + last_words(r);
+    case Cause::lost:
+      return waited + ", to which the connection was lost (" + f.detail + "); " + last_words(r);
     case Cause::left: {
       const bool itself = r.teller == r.peer;
       return waited + "; " +

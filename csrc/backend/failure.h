@@ -13,7 +13,7 @@ namespace commlib {
 struct Failure {
   int rank = 0;
   FailureRecord record{};
-  std::string detail;  // Cause::broken: why
+  std::string detail;  // Cause::broken, Cause::lost: why
 
   std::vector<int> peers() const;  // who was waited for
 };

@@ -14,22 +14,31 @@ CpuCommunicator::CpuCommunicator(const Config& config)
       pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted, config.cores)) {
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
   write_first_words(region_->data());
+  if (!config.node_of.empty()) {
+    network_ = std::make_unique<Network>(config, control_bytes(), host_network_memory(region_->data()));
+  }
 }
 
 CpuCommunicator::~CpuCommunicator() { close(); }
 
-PeerAddress CpuCommunicator::address() { return {getpid(), region_->fd(), config_.num_sms, ""}; }
+PeerAddress CpuCommunicator::address() {
+  return {getpid(), region_->fd(), config_.num_sms, "", network_ ? network_->address() : ""};
+}
 
 void CpuCommunicator::connect(const std::vector<PeerAddress>& peers) {
   std::vector<pid_t> pids;
   std::vector<std::byte*> heaps;
   for (int p = 0; p < config_.size; ++p) {
-    const auto pid = static_cast<pid_t>(peers[p].pid);
-    pids.push_back(pid);
-    regions_.push_back(p == config_.rank ? region_ : Region::open(pid, peers[p].fd, region_->bytes()));
-    heaps.push_back(regions_.back()->data());
     workers_[p] = peers[p].workers;
+    const bool near = !network_ || network_->topology().near >> p & 1;
+    const auto pid = static_cast<pid_t>(peers[p].pid);
+    pids.push_back(near ? pid : PeerProcesses::kNotHere);
+    regions_.push_back(p == config_.rank ? region_
+                       : near            ? Region::open(pid, peers[p].fd, region_->bytes())
+                                         : nullptr);
+    heaps.push_back(near ? regions_.back()->data() : nullptr);
   }
+  connect_network(peers, reinterpret_cast<Mailbox*>(region_->data()));
   peers_ = table_of(heaps);
   processes_ = std::make_unique<PeerProcesses>(pids);
 }
@@ -40,6 +49,7 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
   op->ops = ops_;
   op->link = &link_;
   op->processes = processes_.get();
+  op->network = network_.get();
   op->spin = config_.spin;
   op->interrupted = config_.interrupted;
   op->wait = {call, epoch};
@@ -49,9 +59,11 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
 
 void CpuCommunicator::tell_all(uint64_t left) {
   for (int p = 0; p < peers_.size; ++p) {
+    if (!peers_.is_near(p)) continue;
     __atomic_store_n(&peers_.mail_to(p).left, left, __ATOMIC_RELEASE);
     ring(peers_.mail_to(p).bell);
   }
+  if (network_) tell_far(left);
 }
 
 void CpuCommunicator::raise_failed(OpContext& op) {

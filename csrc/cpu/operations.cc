@@ -3,6 +3,8 @@
 #include <vector>
 
 #include "cpu/communicator.h"
+#include "protocol/combine_hops.h"
+#include "protocol/dispatch_hops.h"
 
 namespace commlib {
 
@@ -70,7 +72,7 @@ struct CpuCommunicator::Transfer {
 };
 
 Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
-  t->arrivals = next_arrivals();
+  t->arrivals = next_arrivals(t->op->wait.call.op);
   if (t->deliver.places) {
     const DeliverPlan& d = t->deliver;
     t->offsets.assign(d.offsets, d.offsets + d.experts + 1);
@@ -95,9 +97,7 @@ void CpuCommunicator::run_transfer(Transfer& t, int index) {
   uint8_t slots[kMaxRanks];
   send.slots = t.slots.empty() ? slots : t.slots.data();
   if (t.slots.empty() && !collect_calls(w, peers_, t.op->wait.epoch, t.op->wait.call, slots)) return;
-  send_rows(w, send, peers_);
-  arrive(w, peers_);
-  if (!await_arrivals(w, peers_, t.arrivals.data())) return;
+  if (!move_rows(w, send, peers_, t.op->wait, t.arrivals.data())) return;
   if (t.places) {
     if (index == 0) {  // one thread is fast enough: its part is all rows
       CpuWorker alone(*t.op, 0, 1);
@@ -209,8 +209,9 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
   auto barrier = std::make_shared<WorkerBarrier>(config_.num_sms);
   auto job = std::make_shared<Job>();
   job->run = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
-              arrivals = next_arrivals()](int index) {
+              arrivals = next_arrivals(OpKind::combine)](int index) {
     CpuWorker w(*op, index, config_.num_sms);
+    start_pull(w, pull, peers_, op->wait);
     stage_rows(w, stage, rows_not_staged(w, pull, config_.rank));
     arrive(w, peers_);
     PullPlan mine = pull;
@@ -218,7 +219,7 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
     mine.slots = slots;
     if (!collect_calls(w, peers_, op->wait.epoch, op->wait.call, slots)) return;
     if (!await_arrivals(w, peers_, arrivals.data())) return;
-    pull_rows(w, mine, peers_);
+    if (!pull_all(w, mine, peers_, op->wait)) return;
     w.flush();
     if (!barrier->wait(config_.spin, [&] { return another_failed(*op); })) return;
     if (index != 0) return;

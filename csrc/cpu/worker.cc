@@ -21,16 +21,29 @@ bool CpuWorker::gives_up(int peer, Phase phase, double start, FailureRecord* rec
   if (op_.failed.load(std::memory_order_acquire)) return true;
   if (find_cause(*this, *op_.peers, op_.wait, peer, phase, record)) return true;
   Cause cause = Cause::none;
-  if (op_.processes->has_exited(peer)) {
+  int blamed = peer;
+  if (op_.peers->is_near(peer) ? op_.processes->has_exited(peer) : find_exited(&blamed)) {
     cause = Cause::exited;
+  } else if (op_.network && op_.network->has_lost(peer)) {
+    cause = Cause::lost;
   } else if (index_ == 0 && op_.interrupted && op_.interrupted()) {
     cause = Cause::interrupted;
   } else if (monotonic_seconds() - start >= op_.timeout) {
     cause = Cause::timeout;
   }
   if (cause == Cause::none) return false;
-  *record = new_record(*this, *op_.peers, op_.wait, cause, peer, phase);
+  *record = new_record(*this, *op_.peers, op_.wait, cause, blamed, phase);
   return true;
+}
+
+// What comes from other nodes comes through ranks of this one.
+bool CpuWorker::find_exited(int* rank) const {
+  for (int p = 0; p < op_.peers->size; ++p) {
+    if (!op_.peers->is_near(p) || !op_.processes->has_exited(p)) continue;
+    *rank = p;
+    return true;
+  }
+  return false;
 }
 
 }  // namespace commlib

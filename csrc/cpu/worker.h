@@ -11,6 +11,7 @@
 #include "cpu/pool.h"
 #include "cpu/vector_ops.h"
 #include "heap/symmetric_heap.h"
+#include "net/network.h"
 #include "protocol/failure.h"
 #include "protocol/worker.h"
 
@@ -21,6 +22,7 @@ struct OpContext {
   const PeerTable* peers;
   const VectorOps* ops;
   const PeerProcesses* processes;
+  Network* network;  // null: all ranks share a node
   SpinPolicy spin;
   InterruptCheck interrupted;  // asked by worker 0; null where that is not the user's own thread
   Wait wait;
@@ -38,6 +40,7 @@ inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, _
 class CpuWorker {
  public:
   static constexpr bool kMetadataWithRows = false;
+  static constexpr bool kHops = true;
 
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
@@ -80,7 +83,8 @@ class CpuWorker {
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
   void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
   uint64_t read(const uint64_t* word) { return load_word(word); }
-  void wake(int peer) { ring(op_.peers->mail_to(peer).bell); }
+  static void wake(Mailbox& mail) { ring(mail.bell); }
+  void post(const Outbox&, const Post& post) { op_.network->post(post); }
   // Planning is one thread's work here.
   static void tally(uint32_t* counter, int n) { *counter += static_cast<uint32_t>(n); }
   static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
@@ -102,14 +106,21 @@ class CpuWorker {
   bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) {
     return await([=] { return load_word(counter) >= count; }, peer, phase);
   }
+  bool await_change(const Hops& hops, uint64_t seen, int peer) {
+    return await_on(*hops.bell, [&] { return load_word(hops.news) != seen; }, peer, Phase::network);
+  }
   bool mismatch(int peer, Call theirs);
 
  private:
   template <class Ready>
   bool await(Ready ready, int peer, Phase phase) {
+    return await_on(op_.peers->mail_from(peer).bell, ready, peer, phase);
+  }
+  template <class Ready>
+  bool await_on(Bell& bell, Ready ready, int peer, Phase phase) {
     if (ready()) return true;
     const double start = monotonic_seconds();
-    return wait_on(op_.peers->mail_from(peer).bell, op_.spin, ready, [&] {
+    return wait_on(bell, op_.spin, ready, [&] {
       FailureRecord record{};
       if (!gives_up(peer, phase, start, &record)) return false;
       if (!ready()) fail(record, start);  // who left did its part first, and said so after that
@@ -120,6 +131,7 @@ class CpuWorker {
   // Whether a wait is to be given up, and why; Cause::none: another worker knows.
   bool gives_up(int peer, Phase phase, double start, FailureRecord* record);
   void fail(FailureRecord record, double start);
+  bool find_exited(int* rank) const;
 
   OpContext& op_;
   int index_;

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/driver.h"
+#include "cuda/network_memory.h"
 #include "cuda/wait.h"
 
 namespace commlib::cuda {
@@ -58,6 +59,10 @@ CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) 
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
+  if (!config.node_of.empty()) {
+    network_ = std::make_unique<Network>(config, control_bytes(),
+                                         gpu_network_memory(config.device, region_->data()));
+  }
 }
 
 CudaCommunicator::~CudaCommunicator() {
@@ -108,7 +113,8 @@ void CudaCommunicator::put(void* to, const void* from, size_t bytes) {
 }
 
 PeerAddress CudaCommunicator::address() {
-  return {getpid(), region_->fd(), config_.num_sms * kWarps, region_->handle()};
+  return {getpid(), region_->fd(), config_.num_sms * kWarps, region_->handle(),
+          network_ ? network_->address() : ""};
 }
 
 void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
@@ -117,14 +123,21 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   std::vector<std::byte*> heaps;
   for (int p = 0; p < config_.size; ++p) {
     const PeerAddress& a = peers[p];
-    pids.push_back(static_cast<pid_t>(a.pid));
-    regions_.push_back(p == config_.rank
-                           ? region_
-                           : DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes()));
-    heaps.push_back(regions_.back()->data());
     workers_[p] = a.workers;
+    const bool near = !network_ || network_->topology().near >> p & 1;
+    pids.push_back(near ? static_cast<pid_t>(a.pid) : PeerProcesses::kNotHere);
+    regions_.push_back(p == config_.rank ? region_
+                       : near ? DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes())
+                              : nullptr);
+    heaps.push_back(near ? regions_.back()->data() : nullptr);
   }
+  connect_network(peers, nullptr);
   peers_ = table_of(heaps);
+  if (network_) {
+    hops_on_device_ = device_memory(sizeof(Hops));
+    put(hops_on_device_.get(), &network_->hops(), sizeof(Hops));
+    peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
+  }
   processes_ = std::make_unique<PeerProcesses>(pids);
 }
 
@@ -155,6 +168,7 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
 void CudaCommunicator::look_around() {
   for (int p = 0; p < config_.size; ++p) {
     if (processes_->has_exited(p)) return abort_waits(Cause::exited, p);
+    if (network_ && network_->has_lost(p)) return abort_waits(Cause::lost, p);
   }
   if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
 }
@@ -193,7 +207,10 @@ void CudaCommunicator::drain() {
 // By copies beside the kernels, which may be waiting for this very word.
 void CudaCommunicator::tell_all(uint64_t left) {
   const OnDevice guard = on_device();
-  for (int p = 0; p < peers_.size; ++p) put(&peers_.mail_to(p).left, &left, sizeof left);
+  for (int p = 0; p < peers_.size; ++p) {
+    if (peers_.is_near(p)) put(&peers_.mail_to(p).left, &left, sizeof left);
+  }
+  if (network_) tell_far(left);
 }
 
 }  // namespace commlib::cuda

@@ -62,6 +62,7 @@ class CudaCommunicator final : public Communicator {
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
   std::unique_ptr<PeerProcesses> processes_;
   DeviceMemory memory_;  // owner table, state and scratch
+  DeviceMemory hops_on_device_;
   std::shared_ptr<HostState> host_;
   HostState* host_on_device_ = nullptr;
   DeviceState* state_ = nullptr;

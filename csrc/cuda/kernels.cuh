@@ -6,6 +6,8 @@
 #pragma once
 
 #include "cuda/worker.cuh"
+#include "protocol/combine_hops.h"
+#include "protocol/dispatch_hops.h"
 
 namespace commlib::cuda {
 
@@ -184,8 +186,9 @@ __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
   publish_call(w, common.peers, common.wait.epoch, common.wait.call);
 }
 
+template <class Worker>
 __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant__ RowsOp op) {
-  WarpWorker w(op.common);
+  Worker w(op.common);
   SendPlan send = op.send;
   bool ok = true;
   if (!send.slots) {
@@ -193,11 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
     ok = collect_calls(w, op.common.peers, op.common.wait.epoch, op.common.wait.call, w.slots());
     send.slots = w.slots();
   }
-  if (ok) {
-    send_rows(w, send, op.common.peers);
-    arrive(w, op.common.peers);
-    ok = await_arrivals(w, op.common.peers, op.arrivals);
-  }
+  ok = ok && move_rows(w, send, op.common.peers, op.common.wait, op.arrivals);
   if (op.places) ok = group(w, op, ok);
   if (ok) {
     if (op.deliver.out_rows) {
@@ -218,21 +217,22 @@ __global__ void __launch_bounds__(kThreads, 1) await_kernel(const __grid_constan
 // -- combine
 // -------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineOp op) {
-  SumWorker<T> w(op.common);
+  SumWorker<T, Worker> w(op.common);
   const OpParams& common = op.common;
   bool ok = !op.reused || await_pulled(w, common.peers, op.reuse_epoch);
   PullPlan pull = op.pull;
   pull.slots = w.slots();
   if (ok) {
     if (w.index() == 0) publish_call(w, common.peers, common.wait.epoch, common.wait.call);
+    start_pull(w, pull, common.peers, common.wait);
     stage_rows(w, op.stage, rows_not_staged(w, op.pull, common.peers.rank));
     arrive(w, common.peers);
     ok = collect_calls(w, common.peers, common.wait.epoch, common.wait.call, w.slots());
     ok = ok && await_arrivals(w, common.peers, op.arrivals);
   }
-  if (ok) pull_rows(w, pull, common.peers);
+  ok = ok && pull_all(w, pull, common.peers, common.wait);
   w.flush();
   ok = w.grid_barrier(ok);
   if (!ok || w.index() != 0) return;

@@ -12,18 +12,19 @@ constexpr int kRingBytes = 12 * 1024;  // times 16 warps: as much as fits beside
 
 using CombineKernel = void (*)(const CombineOp);
 
+template <class Worker>
 CombineKernel combine_kernel_of(DType dtype) {
   switch (dtype) {
     case DType::bf16:
-      return combine_kernel<Bf16>;
+      return combine_kernel<Bf16, Worker>;
     case DType::f16:
-      return combine_kernel<Half>;
+      return combine_kernel<Half, Worker>;
     case DType::f32:
-      return combine_kernel<float>;
+      return combine_kernel<float, Worker>;
     case DType::f64:
       break;
   }
-  return combine_kernel<double>;
+  return combine_kernel<double, Worker>;
 }
 
 template <class Kernel>
@@ -39,6 +40,14 @@ void prepare(Kernel kernel, const LaunchShape& shape, int sms) {
   if (per_sm < 1 || per_sm * sms < shape.blocks) {
     throw std::runtime_error("num_sms is " + std::to_string(shape.blocks) + ", but the device has " +
                              std::to_string(sms) + " SMs, and all blocks must run at once");
+  }
+}
+
+template <class Worker>
+void prepare_rows(const LaunchShape& shape, int sms) {
+  prepare(rows_kernel<Worker>, shape, sms);
+  for (const DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) {
+    prepare(combine_kernel_of<Worker>(t), shape, sms);
   }
 }
 
@@ -60,11 +69,9 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   shape.shared_bytes = needed > half ? needed : half;
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
   prepare(plan_kernel, shape, facts.sms);
-  prepare(rows_kernel, shape, facts.sms);
   prepare(await_kernel, shape, facts.sms);
-  for (const DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) {
-    prepare(combine_kernel_of(t), shape, facts.sms);
-  }
+  prepare_rows<WarpWorker>(shape, facts.sms);
+  prepare_rows<HopsWorker>(shape, facts.sms);
   return shape;
 }
 
@@ -73,11 +80,13 @@ void launch_plan(const LaunchShape& shape, const PlanOp& op) {
 }
 
 void launch_rows(const LaunchShape& shape, const RowsOp& op) {
-  launch(rows_kernel, shape, op, "rows_kernel");
+  launch(op.common.peers.hops ? rows_kernel<HopsWorker> : rows_kernel<WarpWorker>, shape, op, "rows_kernel");
 }
 
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {
-  launch(combine_kernel_of(dtype), shape, op, "combine_kernel");
+  const bool hops = op.common.peers.hops != nullptr;
+  launch(hops ? combine_kernel_of<HopsWorker>(dtype) : combine_kernel_of<WarpWorker>(dtype), shape, op,
+         "combine_kernel");
 }
 
 void launch_await(const LaunchShape& shape, const AwaitOp& op) {

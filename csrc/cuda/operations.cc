@@ -54,7 +54,7 @@ RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, co
   op.send = send_plan(rows, routing);
   op.deliver = deliver_plan(routing, received, lease);
   op.scratch = scratch_;
-  const std::vector<uint64_t> arrivals = next_arrivals();
+  const std::vector<uint64_t> arrivals = next_arrivals(call.op);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   return op;
 }
@@ -101,7 +101,7 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& r
   op.common = params(call, ++epoch_);
   op.stage = stage_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.stage, out, out_weights);
-  const std::vector<uint64_t> arrivals = next_arrivals();
+  const std::vector<uint64_t> arrivals = next_arrivals(OpKind::combine);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   op.users_rows = slot.users_rows;
   op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), &op.reuse_epoch);

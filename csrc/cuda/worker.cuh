@@ -35,6 +35,19 @@ struct WordReader {
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
 };
 
+// An outbox is larger than what is ever in it, unless the network's thread stands still: then the operation
+// fails at its deadline.
+__device__ inline void post_to(const OpParams& op, const Outbox& box, const Post& post) {
+  const uint64_t ticket = ptx::add_acq_rel_gpu(box.tickets, 1);
+  OutboxEntry& entry = box.entries[ticket % box.size];
+  while (ptx::load_acquire_sys(&entry.turn) != ticket) {
+    if (ptx::load_acquire_gpu(&op.state->failed) != 0) return;
+    ptx::nanosleep(100);
+  }
+  entry.post = post;
+  ptx::store_release_sys(&entry.turn, ticket + 1);
+}
+
 // The first warp to give up tells the host why, and the other ranks that it did.
 [[gnu::noinline]] __device__ inline void fail(const OpParams& op, FailureRecord* record, uint64_t start) {
   if (ptx::exchange_if_gpu(&op.state->failed, 0, 1) != 0) return;
@@ -43,7 +56,7 @@ struct WordReader {
   ptx::store_release_sys(&op.host->failed, 1);
   for (int p = 0; p < op.peers.size; ++p) {
     ptx::store_release_sys(&op.peers.mail_to(p).left, tagged(kGaveUp, static_cast<uint32_t>(record->peer)));
-  }
+  }  // and the host tells those on other nodes, when it raises
 }
 
 // Whether a wait is to be given up; `for_good`: records why.
@@ -56,7 +69,8 @@ struct WordReader {
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
     if (abort == 0 && ptx::globaltimer() - start < op.timeout_ns) return false;
     const Cause cause = abort ? static_cast<Cause>(tag_of(abort)) : Cause::timeout;
-    const int blamed = cause == Cause::exited ? static_cast<int>(value_of(abort)) : peer;
+    const bool gone = cause == Cause::exited || cause == Cause::lost;
+    const int blamed = gone ? static_cast<int>(value_of(abort)) : peer;
     record = new_record(reader, op.peers, op.wait, cause, blamed, phase);
   }
   if (for_good) fail(op, &record, start);
@@ -72,6 +86,7 @@ struct WordReader {
 class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
+  static constexpr bool kHops = false;
 
   __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
     lane_ = static_cast<int>(threadIdx.x % kWarpLanes);
@@ -125,7 +140,8 @@ class WarpWorker {
   }
 
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
-  template <class T>
+  // kUnroll: 16-byte pieces that each lane sums at once.
+  template <class T, int kUnroll>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
   __device__ void zero(std::byte* dst, int64_t bytes) const {
     for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
@@ -157,7 +173,8 @@ class WarpWorker {
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
   __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
-  __device__ void wake(int) const {}
+  __device__ void wake(const Mailbox&) const {}
+  __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
   __device__ void tally(uint32_t* counter, int n) const {
     ptx::add_relaxed_gpu(counter, static_cast<uint32_t>(n));
   }
@@ -177,6 +194,10 @@ class WarpWorker {
   }
   __device__ bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) const {
     return await([=] { return ptx::load_acquire_sys(counter) >= count; }, peer, phase);
+  }
+  __device__ bool await_change(const Hops& hops, uint64_t seen, int peer) const {
+    const uint64_t* news = hops.news;
+    return all(await([=] { return ptx::load_acquire_sys(news) != seen; }, peer, Phase::network));
   }
   __device__ bool mismatch(int peer, Call theirs) const {
     fail_by_mismatch(op_, peer, theirs);
@@ -202,7 +223,7 @@ class WarpWorker {
 
   __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes);
   __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes, bool aligned) const;
-  template <class T>
+  template <class T, int kUnroll>
   __device__ void bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes);
 
   // Ring slots are taken in turn, and each mbarrier flips its phase each time round.
@@ -329,7 +350,7 @@ __device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::b
   }
 }
 
-template <class T>
+template <class T, int kUnroll>
 __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elements) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(elements * sizeof(T));
   for (int j = lane_; j < terms.count; j += kWarpLanes)
@@ -337,7 +358,7 @@ __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elemen
   const bool aligned = __all_sync(kAllLanes, bits % 16 == 0);
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
   if (op_.ring_bytes > 0 && aligned) {
-    bulk_sum<T>(dst, terms, bytes);
+    bulk_sum<T, kUnroll>(dst, terms, bytes);
   } else if (aligned) {
     for (int64_t i = lane_ * 16; i < bytes; i += kWarpLanes * 16) {
       Sum16<T> s;
@@ -354,9 +375,8 @@ __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elemen
 
 // Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
 // of each row, ... Lane 0 keeps every free slot loading.
-template <class T>
+template <class T, int kUnroll>
 __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes) {
-  constexpr int kUnroll = 4;
   constexpr int kChunk = kUnroll * kWarpLanes * 16;
   Turn ahead = turn_;
   int64_t load_at = 0;
@@ -415,13 +435,20 @@ __device__ inline bool WarpWorker::grid_barrier(bool ok) const {
   return ok;
 }
 
-// Adds rows of T.
-template <class T>
-class SumWorker : public WarpWorker {
+// Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.
+class HopsWorker : public WarpWorker {
  public:
   using WarpWorker::WarpWorker;
+  static constexpr bool kHops = true;
+};
+
+// Adds rows of T.
+template <class T, class Base>
+class SumWorker : public Base {
+ public:
+  using Base::Base;
   __device__ void reduce(DType, std::byte* dst, List<Term> terms, int64_t elements) {
-    sum<T>(dst, terms, elements);
+    this->template sum<T, Base::kHops ? 2 : 4>(dst, terms, elements);  // so that none needs more registers
   }
 };
 

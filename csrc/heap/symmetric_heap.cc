@@ -90,7 +90,7 @@ size_t Region::touched_bytes() const {
 
 PeerProcesses::PeerProcesses(const std::vector<pid_t>& pids) {
   for (pid_t pid : pids) {
-    const bool other = pid != getpid();
+    const bool other = pid != getpid() && pid != kNotHere;
     pidfds_.push_back(other ? static_cast<int>(syscall(SYS_pidfd_open, pid, 0)) : -1);
   }
 }

@@ -40,6 +40,7 @@ class Region {
 // Watches the processes of other ranks through pidfds, which cannot be confused by a reused pid.
 class PeerProcesses {
  public:
+  static constexpr pid_t kNotHere = -1;  // on another node: not to be watched
   explicit PeerProcesses(const std::vector<pid_t>& pids);
   ~PeerProcesses();
   PeerProcesses(const PeerProcesses&) = delete;

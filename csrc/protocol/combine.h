@@ -106,6 +106,7 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
     const std::byte* from = nullptr;
     for (int j = 0; e >= 0 && j < plan.width && route[j] != kNoRoute; ++j) {
       const int p = rank_of(route[j]);
+      if (!peers.is_near(p)) continue;
       if (e < plan.placement.first_expert(p) || e >= plan.placement.first_expert(p + 1)) continue;
       const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
       from = slot.weights + (row_of(route[j]) * plan.topk + k) * wb;
@@ -114,18 +115,32 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
   }
 }
 
+// What token t gets from this node at place j of its routes, and, after them, the bias.
+COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, int64_t t, int j) {
+  if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
+  const int64_t route = plan.routes[t * plan.width + j];
+  if (route == kNoRoute) return {nullptr, nullptr};
+  const int p = rank_of(route);
+  if (plan.own_y && p == peers.rank) return {plan.own_y + row_of(route) * plan.own_stride, nullptr};
+  const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+  return {slot.rows + row_of(route) * plan.layout.row_bytes, nullptr};
+}
+
+COMMLIB_HD bool all_near(const PeerTable& peers, const int64_t* route, int width) {
+  for (int j = 0; j < width && route[j] != kNoRoute; ++j) {
+    if (!peers.is_near(rank_of(route[j]))) return false;
+  }
+  return true;
+}
+
+// Tokens whose rows all lie on this node.
 template <class Worker>
 COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peers) {
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
-    const auto rows = w.template list<Term>(plan.width + 1, [&](int j) -> Term {
-      if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
-      if (route[j] == kNoRoute) return {nullptr, nullptr};
-      const int p = rank_of(route[j]);
-      if (plan.own_y && p == peers.rank) return {plan.own_y + row_of(route[j]) * plan.own_stride, nullptr};
-      const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-      return {slot.rows + row_of(route[j]) * plan.layout.row_bytes, nullptr};
-    });
+    if (Worker::kHops && !all_near(peers, route, plan.width)) continue;
+    const auto rows =
+        w.template list<Term>(plan.width + 1, [&](int j) { return near_term(plan, peers, t, j); });
     pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);
@@ -136,8 +151,9 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 template <class Worker>
 COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
+    if (!peers.is_near(p)) continue;
     w.publish(&peers.mail_to(p).pulled, tagged(epoch, 0));
-    w.wake(p);
+    w.wake(peers.mail_to(p));
   }
 }
 
@@ -145,6 +161,7 @@ template <class Worker>
 COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
   bool ok = true;
   for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
+    if (!peers.is_near(p)) continue;
     ok = w.await_reached(&peers.mail_from(p).pulled, epoch, p, Phase::slot_reuse);
   }
   return w.all(ok);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "protocol/plan.h"
-#include "protocol/words.h"
+#include "protocol/tell.h"
 
 namespace commlib {
 
@@ -22,7 +22,7 @@ COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placemen
     for (int64_t e = w.lane(); e < placement.count(p); e += w.lanes()) {
       w.publish(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
     }
-    w.wake(p);
+    tell(w, peers, p, words, peers.count_words);
   }
 }
 
@@ -74,8 +74,13 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placemen
 template <class Worker>
 COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
-    w.publish(&peers.mail_to(p).calls[epoch % kCallRing], tagged(epoch, call.pack()));
-    if (call.op == OpKind::redispatch) w.wake(p);
+    uint64_t* word = &peers.mail_to(p).calls[epoch % kCallRing];
+    w.publish(word, tagged(epoch, call.pack()));
+    if (!peers.is_near(p)) {
+      ship_words(w, peers, p, word, 1);
+    } else if (call.op == OpKind::redispatch) {
+      w.wake(peers.mail_to(p));
+    }
   }
 }
 

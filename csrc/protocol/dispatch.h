@@ -27,11 +27,10 @@ COMMLIB_HD Slot slot_of(const SendPlan& plan, const PeerTable& peers, int p) {
   return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
 }
 
-// The token, experts and weights of the row that token t has at rank p.
-template <class Weight, class Worker>
-COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
-                                  int64_t row) {
-  const int64_t* ids = plan.topk_idx + t * plan.topk;
+// The token, experts and weights of a row at rank p. ids, weights: [topk], of its token.
+template <class Weight, class Id, class Worker>
+COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
+                                   int64_t row, const Id* ids, const Weight* weights) {
   const auto first = static_cast<uint64_t>(plan.placement.first_expert(p));
   const auto count = static_cast<uint64_t>(plan.placement.count(p));
   if (plan.with_experts && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(t);
@@ -39,10 +38,17 @@ COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const Slot& s
     const uint64_t expert = static_cast<uint64_t>(ids[k]) - first;  // -1 and other ranks' wrap around
     const int64_t to = row * plan.topk + k;
     if (plan.with_experts) slot.experts[to] = expert < count ? static_cast<int32_t>(expert) : -1;
-    if (plan.weights) {
-      const Weight given = reinterpret_cast<const Weight*>(plan.weights)[t * plan.topk + k];
-      reinterpret_cast<Weight*>(slot.weights)[to] = expert < count ? given : Weight{0};
-    }
+    if (weights) reinterpret_cast<Weight*>(slot.weights)[to] = expert < count ? weights[k] : Weight{0};
+  }
+}
+
+template <class Id, class Worker>
+COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
+                                   int64_t row, const Id* ids, const std::byte* weights) {
+  if (plan.layout.weight_bytes == 8) {
+    write_row_metadata(w, plan, slot, p, t, row, ids, reinterpret_cast<const double*>(weights));
+  } else {
+    write_row_metadata(w, plan, slot, p, t, row, ids, reinterpret_cast<const float*>(weights));
   }
 }
 
@@ -50,11 +56,10 @@ template <class Worker>
 COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t,
                                   int64_t route) {
   const int p = rank_of(route);
-  if (plan.layout.weight_bytes == 8) {
-    send_row_metadata<double>(w, plan, slot_of(plan, peers, p), p, t, row_of(route));
-  } else {
-    send_row_metadata<float>(w, plan, slot_of(plan, peers, p), p, t, row_of(route));
-  }
+  const std::byte* weights = plan.weights;
+  if (weights) weights += t * plan.topk * plan.layout.weight_bytes;
+  write_row_metadata(w, plan, slot_of(plan, peers, p), p, t, row_of(route), plan.topk_idx + t * plan.topk,
+                     weights);
 }
 
 // Metadata goes rank by rank, apart from the rows, where small stores between rows would wait for the owners
@@ -65,6 +70,7 @@ COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& 
   if (!plan.with_experts && !plan.weights) return;
   for (int i = w.index(); i < peers.size; i += w.count()) {
     const int p = (peers.rank + i) % peers.size;
+    if (!peers.is_near(p)) continue;
     for (int64_t t = 0; t < plan.tokens; ++t) {
       const int64_t* route = plan.routes + t * plan.width;
       for (int j = 0; j < plan.width && route[j] != kNoRoute && rank_of(route[j]) <= p; ++j) {
@@ -74,6 +80,7 @@ COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& 
   }
 }
 
+// Rows to ranks of this node.
 template <class Worker>
 COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peers) {
   const bool metadata = plan.with_experts || plan.weights;
@@ -81,25 +88,26 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
     const auto to = w.template list<Target>(plan.width, [&](int j) -> Target {
-      if (route[j] == kNoRoute) return nullptr;
+      if (route[j] == kNoRoute || !peers.is_near(rank_of(route[j]))) return nullptr;
       return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
     });
     pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
-    for (int j = 0; Worker::kMetadataWithRows && metadata && j < to.count; ++j) {
-      send_row_metadata(w, plan, peers, t, route[j]);
+    for (int j = 0; Worker::kMetadataWithRows && metadata && j < plan.width && route[j] != kNoRoute; ++j) {
+      if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
     }
   }
 }
 
-// Says to every rank that this worker's part of the operation is in place.
+// Says to every rank of this node that this worker's part of the operation is in place.
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
   w.flush();
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
+    if (!peers.is_near(p)) continue;
     w.add(&peers.mail_to(p).arrived);
-    w.wake(p);
+    w.wake(peers.mail_to(p));
   }
 }
 

@@ -24,7 +24,7 @@ COMMLIB_HD constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DT
 COMMLIB_HD constexpr int accumulator_size(DType t) { return t == DType::f64 ? 8 : 4; }
 
 enum class OpKind : uint8_t { none = 0, dispatch = 1, redispatch = 2, combine = 3 };
-enum class Phase : uint8_t { counts = 0, arrival = 1, slot_reuse = 2, call = 3 };
+enum class Phase : uint8_t { counts = 0, arrival = 1, slot_reuse = 2, call = 3, network = 4 };
 
 constexpr const char* name_of(OpKind op) {
   constexpr const char* names[] = {"nothing", "dispatch", "dispatch with a handle", "combine"};
@@ -32,7 +32,7 @@ constexpr const char* name_of(OpKind op) {
 }
 
 constexpr const char* name_of(Phase phase) {
-  constexpr const char* names[] = {"counts", "arrival", "slot reuse", "call"};
+  constexpr const char* names[] = {"counts", "arrival", "slot reuse", "call", "network"};
   return names[static_cast<int>(phase)];
 }
 

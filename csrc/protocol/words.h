@@ -56,12 +56,14 @@ struct Bell {
 struct alignas(64) Mailbox {
   // Grows by workers(src) with each operation that moves rows, when src's rows for it are in place: at the
   // receiver (dispatch) or in src's own slot, ready to be pulled (combine). Added by each worker of src
-  // after its stores are flushed (release); read by the owner of the block (acquire). Operations run one
+  // after its stores are flushed (release); read by the owner of the block (acquire). Where src is on another
+  // node, it grows by lanes with each dispatch, added by src's gateway here. Operations run one
   // after another on each rank, and the counter is never reset, so a late reader cannot miss it.
   uint64_t arrived;
   // Tag: the last operation that src has finished, rows pulled and all. Written by src's worker 0 (release)
   // after a barrier of its workers; the owner reads it (acquire) before it writes again into a slot from
-  // which that operation pulled.
+  // which that operation pulled. Ranks on other nodes pull from no slot; their gateways do, as part of the
+  // same operation.
   uint64_t pulled;
   // Tag: kClosed once src closed its communicator, kGaveUp once it failed; the value is the rank that it
   // blames. Written by src (release), read by waiting owners at their naps (acquire), who say so at once.
@@ -74,19 +76,25 @@ struct alignas(64) Mailbox {
   uint64_t calls[kCallRing];
 };
 
-// Addresses of one rank's memory, as mapped here.
+// Addresses of one rank's memory, as mapped here. Of a rank on another node only what this rank says to it,
+// as a copy here that the network takes there: its own mailbox and counts.
 struct PeerBlock {
   Mailbox* mail;     // [ranks], by source
   uint64_t* counts;  // [2][ranks][count_words], by parity of the dispatch, then source
   std::byte* slots;  // [slots][slot_bytes]
 };
 
+struct Hops;
+
 struct PeerTable {
   int rank;
   int size;
   int64_t count_words;
+  uint64_t near;     // the ranks whose memory is mapped here, as a mask
+  const Hops* hops;  // to the others; null: there are none
   PeerBlock peer[kMaxRanks];
 
+  COMMLIB_HD bool is_near(int p) const { return near >> p & 1; }
   COMMLIB_HD const PeerBlock& self() const { return peer[rank]; }
   COMMLIB_HD Mailbox& mail_to(int p) const { return peer[p].mail[rank]; }
   COMMLIB_HD Mailbox& mail_from(int p) const { return peer[rank].mail[p]; }

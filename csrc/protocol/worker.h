@@ -3,6 +3,7 @@
 //
 //   index(), count()           this worker's number among those of its rank's operation
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
+//   kHops                      whether there may be ranks on other nodes
 //   share(n)                   this worker's contiguous part of n items
 //
 // All lanes call these together:
@@ -21,6 +22,8 @@
 //   link_limited()             whether the rank's link is limited
 //   pass_link(bytes)           waits until they have passed it
 //   flush()                    orders what this worker wrote before what it publishes or adds next
+//   await_change(hops, seen, peer)
+//                              waits until the news of other nodes are no longer `seen`; `peer` is to blame
 //   await_tag, await_reached, await_count(word, value, peer, phase)
 //                              each lane waits for its own word; false once this rank's operation has
 //                              failed, which a wait past its deadline causes
@@ -30,7 +33,8 @@
 //   publish(word, value)       a release store
 //   add(counter)               a release addition of 1
 //   read(word)                 an acquire load
-//   wake(peer)                 rings the peer's bell, where threads sleep
+//   wake(mailbox)              rings its bell, where threads sleep
+//   post(outbox, post)         hands something to the network
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false

@@ -152,7 +152,14 @@ T staged(const Scenario& s, const RankCase& from, int64_t n, int64_t h, double* 
   return rounded;
 }
 
-// The combine at rank p: rows of all ranks in ascending order, the bias last, one rounding. That it is near
+// Which of the ranks' rows come to rank p in one sum, rounded once: 0: its own row by itself.
+int sums_of(const Config& config, int p, int q) {
+  if (config.node_of.empty() || !config.hierarchical || config.node_of[p] == config.node_of[q]) return 0;
+  return 1 + config.node_of[q];
+}
+
+// The combine at rank p: rows of all ranks in ascending order, the bias last, one rounding; rows of another
+// node are summed there, and take the place of the first of them. That it is near
 // the exact sum shows that this reference is itself right.
 template <class T, class Acc>
 void sum_up(Scenario& s, int p) {
@@ -168,17 +175,29 @@ void sum_up(Scenario& s, int p) {
   std::memset(r.out_weights.data(), 0, r.out_weights.bytes());
   for (int64_t t = 0; t < r.tokens; ++t) {
     std::vector<std::pair<const RankCase*, int64_t>> parts;
+    std::vector<int> sums;  // of each part
     for (size_t q = 0; q < s.ranks.size(); ++q) {
       const RankCase& from = s.ranks[q];
       for (size_t n = 0; n < from.rows.size(); ++n) {
         if (from.rows[n].source == p && from.rows[n].token == t)
-          parts.push_back({&from, static_cast<int64_t>(n)});
+          parts.push_back({&from, static_cast<int64_t>(n)}),
+              sums.push_back(sums_of(s.config, p, static_cast<int>(q)));
       }
     }
     for (int64_t h = 0; h < hidden; ++h) {
       Acc sum = 0;
       double exact = 0, magnitude = 0;
-      for (const auto& [from, n] : parts) sum += widen(staged<T, Acc>(s, *from, n, h, &exact, &magnitude));
+      for (size_t i = 0; i < parts.size(); ++i) {
+        if (sums[i] && std::find(sums.begin(), sums.begin() + i, sums[i]) != sums.begin() + i) continue;
+        Acc part = 0;
+        for (size_t j = i; j < parts.size(); ++j) {
+          if (j != i && (!sums[i] || sums[j] != sums[i])) continue;
+          part += widen(staged<T, Acc>(s, *parts[j].first, parts[j].second, h, &exact, &magnitude));
+        }
+        T rounded;
+        narrow(part, &rounded);
+        sum += widen(rounded);
+      }
       if (r.biased) {
         const Acc bias = widen(r.bias.as<T>()[t * hidden + h]);
         sum += bias;

@@ -94,6 +94,20 @@ void one_rank_by_itself() {
   many_operations(config, 1, 103);
 }
 
+void four_ranks_on_two_nodes() {
+  Config config = small_config(4);
+  config.vector_ops = "plain";
+  config.node_of = {0, 0, 1, 1};
+  config.chunk_bytes = 500;
+  config.chunks = 2;
+  config.first_epoch = near_the_end();
+  Random random(106);
+  for (int i = 0; i < rounds(4); ++i) {
+    config.hierarchical = i % 2 == 0;
+    many_operations_once(config, 4, random);
+  }
+}
+
 // With two slots, each operation waits for one before it; all results are owned.
 void two_slots_are_enough_for_owned_results() {
   Random random(104);
@@ -141,6 +155,7 @@ const Suite suite({{"four_ranks_with_epochs_that_wrap_around", four_ranks_with_e
                    {"three_ranks_that_sleep_at_once", three_ranks_that_sleep_at_once},
                    {"two_ranks_that_spin", two_ranks_that_spin},
                    {"one_rank_by_itself", one_rank_by_itself},
+                   {"four_ranks_on_two_nodes", four_ranks_on_two_nodes},
                    {"two_slots_are_enough_for_owned_results", two_slots_are_enough_for_owned_results},
                    {"a_communicator_may_start_just_before_the_wrap_around",
                     a_communicator_may_start_just_before_the_wrap_around}});

@@ -33,16 +33,18 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
   static uint64_t worlds = 0;  // so that ranks do otherwise each time
   const uint64_t world = ++worlds << 32;
   Meeting meeting(size);
+  SlowNetwork net(size, world);
   const std::unique_ptr<Machine> machine = make_machine();
   std::vector<PeerAddress> addresses(size);
   std::mutex mutex;  // guards `first`
   std::exception_ptr first;
   const auto run = [&](int rank) {
-    Rank self{rank, nullptr, meeting, Random(world + static_cast<uint64_t>(rank))};
+    Rank self{rank, nullptr, meeting, Random(world + static_cast<uint64_t>(rank)), &net};
     try {
       Config config = configs[rank];
       config.rank = rank;
       config.size = size;
+      config.make_transport = [&net, rank] { return net.transport(rank); };
       self.comm = machine->communicator(config);
       addresses[rank] = self.comm->address();
       self.meet();

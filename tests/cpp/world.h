@@ -9,6 +9,7 @@
 
 #include "backend.h"
 #include "check.h"
+#include "slow_network.h"
 
 namespace commlib::testing {
 
@@ -33,7 +34,8 @@ struct Rank {
   int rank;
   std::shared_ptr<Communicator> comm;  // the only owner
   Meeting& meeting;
-  Random random;  // its own: for what may differ by rank, as sleeps do
+  Random random;     // its own: for what may differ by rank, as sleeps do
+  SlowNetwork* net;  // between nodes, where there are several
 
   void meet() { meeting.meet(); }
   void nap_sometimes();  // so that ranks come in another order each time

@@ -1,0 +1,40 @@
+"""Where UCX is found, which carries rows between nodes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from commlib import _core
+from commlib.errors import CommError
+
+_ADVICE = (
+    "Install UCX: the cluster's own, which knows its network (a module, HPC-X, or a package of the "
+    "distribution; UCX_HOME says where its lib folder is, if it is not on the library path), or "
+    "pip install commlib[nodes], which has TCP and shared memory. `commlib topo` tries it."
+)
+
+
+def candidates() -> list[str]:
+    """Libraries to try, in order: UCX_HOME's, the system's, that of the libucx package."""
+    homes = [os.environ.get("UCX_HOME")]
+    found = [str(Path(home) / "lib" / "libucp.so.0") for home in homes if home] + ["libucp.so.0"]
+    package = importlib.util.find_spec("libucx")
+    if package is not None and package.origin is not None:
+        found.append(str(Path(package.origin).parent / "lib" / "libucp.so.0"))
+    return found
+
+
+def load() -> str:
+    """Load UCX, once for all, and return its version.
+
+    Raises:
+        CommError: there is none that works; the text says what was tried and what to do.
+    """
+    try:
+        return _core.load_ucx(candidates())
+    except RuntimeError as error:
+        raise CommError(
+            f"ranks lie on several nodes, and rows go between nodes through UCX, but {error}\n{_ADVICE}"
+        ) from None

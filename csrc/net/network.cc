@@ -1,0 +1,318 @@
+#include "net/network.h"
+
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "backend/communicator.h"
+
+namespace commlib {
+namespace {
+
+constexpr int64_t kChunkBytes = 256 << 10;  // large enough for a message's fixed cost, and for RDMA
+constexpr int64_t kRingsBytes = 64 << 20;   // of all rings of a rank, unless chunks must be larger
+constexpr int32_t kLeastChunks = 2, kMostChunks = 16;
+constexpr uint64_t kOutboxSize = 4096;
+constexpr int kNapMs = 100;  // nobody needs to be seen sooner: posts wake the thread
+constexpr long kGpuNapNs = 20'000;
+
+class HostMemory final : public NetworkMemory {
+ public:
+  explicit HostMemory(std::byte* control) : control_(control) {}
+  ~HostMemory() override {
+    for (const auto& [data, bytes] : mapped_) munmap(data, bytes);
+  }
+
+  std::byte* rings(size_t bytes) override { return words(bytes); }
+  std::byte* words(size_t bytes) override {
+    void* p =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    mapped_.push_back({p, bytes});
+    return static_cast<std::byte*>(p);
+  }
+  void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) override {
+    auto* to = reinterpret_cast<uint64_t*>(control_ + offset);
+    for (uint64_t i = 0; i < bytes / 8; ++i) {
+      uint64_t word;
+      std::memcpy(&word, words + i * 8, 8);
+      __atomic_store_n(&to[i], word, __ATOMIC_RELEASE);
+    }
+  }
+
+ private:
+  std::byte* control_;
+  std::vector<std::pair<void*, size_t>> mapped_;
+};
+
+FrameLayout largest_frame(const Config& config, const Topology& topology) {
+  const int64_t row = config.hidden * size_of(config.dtype);
+  return FrameLayout::of(topology.served_most, config.topk, config.topk * accumulator_size(config.dtype),
+                         row);
+}
+
+int64_t or_else(int64_t asked, int64_t otherwise) { return asked ? asked : otherwise; }
+
+}  // namespace
+
+std::unique_ptr<NetworkMemory> host_network_memory(std::byte* control) {
+  return std::make_unique<HostMemory>(control);
+}
+
+Network::Network(const Config& config, int64_t control_bytes, std::unique_ptr<NetworkMemory> memory)
+    : topology_(Topology::of(config)),
+      size_(config.size),
+      control_bytes_(control_bytes),
+      spin_(config.spin),
+      memory_(std::move(memory)),
+      transport_(config.make_transport()),
+      largest_(largest_frame(config, topology_)),
+      asked_chunk_bytes_(config.chunk_bytes),
+      asked_chunks_(config.chunks),
+      shadows_(config.size, nullptr),
+      wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      why_(config.size) {
+  if (wake_ < 0) throw std::runtime_error("eventfd: too many open files? (ulimit -n)");
+}
+
+Network::~Network() {
+  close(0);
+  ::close(wake_);
+}
+
+void Network::connect(const std::vector<std::string>& addresses, int lanes, Mailbox* mail) {
+  mail_ = mail;
+  make_rings(lanes);
+  std::vector<std::string> far(size_);
+  for (int p = 0; p < size_; ++p) {
+    if (topology_.near >> p & 1) continue;
+    far[p] = addresses[p];
+    shadows_[p] = memory_->words(static_cast<size_t>(control_bytes_));
+  }
+  transport_->connect(far, *this);
+  thread_ = std::thread([this] { run(); });
+}
+
+int64_t Network::chunk_bytes() const {
+  const auto one_frame = static_cast<int64_t>(sizeof(ChunkHeader)) + largest_.bytes;
+  return align_up(std::max(or_else(asked_chunk_bytes_, kChunkBytes), one_frame), kRowAlign);
+}
+
+// Every channel has as many chunks as fit into the memory for all rings of the rank that has most of them.
+void Network::make_rings(int lanes) {
+  const int64_t chunk = chunk_bytes();
+  const int64_t rings = int64_t{2} * topology_.channels_most * lanes;
+  const int64_t fit = kRingsBytes / std::max<int64_t>(1, rings * chunk);
+  auto chunks = static_cast<int32_t>(or_else(asked_chunks_, kLeastChunks));
+  while (!asked_chunks_ && chunks < kMostChunks && 2 * chunks <= fit) chunks *= 2;
+  hops_.shape = {chunk, chunks, lanes};
+  const int64_t ends = 2 * static_cast<int64_t>(topology_.gateways.size() + topology_.sources.size());
+  const int64_t ring_bytes = ends * lanes * chunks * chunk;
+  const int64_t states = ends * lanes * static_cast<int64_t>(sizeof(LaneState));
+  std::byte* ring = memory_->rings(static_cast<size_t>(ring_bytes + states + 8));
+  auto* state = reinterpret_cast<LaneState*>(ring + ring_bytes);
+  const int64_t words = 1 + ends * lanes * chunks;
+  auto* word = reinterpret_cast<uint64_t*>(memory_->words(static_cast<size_t>(8 * words)));
+  transport_->use_memory(ring, static_cast<size_t>(ring_bytes));
+  bytes_ = ring_bytes + states + 8 * words;
+  if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(ring + ring_bytes + states));
+  hops_.news = word++;
+  hops_.bell = &bell_;
+
+  const auto new_end = [&](int peer) {
+    const ChannelEnd end{peer, ring, word, state};
+    ring += lanes * chunks * chunk;
+    word += lanes * chunks;
+    state += lanes;
+    return end;
+  };
+  hops_.served = topology_.served;
+  hops_.served_most = topology_.served_most;
+  for (const Topology::Peer& g : topology_.gateways) {
+    const int i = hops_.gateways++;
+    hops_.gateway[i] = {g.rank, g.serves};
+    hops_.to_gateway[i] = new_end(g.rank);
+    hops_.from_gateway[i] = new_end(g.rank);
+  }
+  for (int s : topology_.sources) {
+    const int i = hops_.sources++;
+    hops_.from_source[i] = new_end(s);
+    hops_.to_source[i] = new_end(s);
+  }
+  for (int p = 0; p < size_; ++p) hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+}
+
+void Network::make_outbox(uint64_t* tickets) {
+  std::byte* entries = memory_->words(kOutboxSize * sizeof(OutboxEntry));
+  hops_.outbox = {reinterpret_cast<OutboxEntry*>(entries), kOutboxSize, tickets};
+  for (uint64_t i = 0; i < kOutboxSize; ++i) hops_.outbox.entries[i].turn = i;
+  bytes_ += static_cast<int64_t>(kOutboxSize * sizeof(OutboxEntry));
+}
+
+// -- posts
+
+void Network::post(const Post& post) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  posts_.push_back(post);
+  if (asleep_) wake();
+}
+
+void Network::wake() {
+  const uint64_t one = 1;
+  if (write(wake_, &one, sizeof one) < 0) return;  // it is full: the thread will wake
+}
+
+bool Network::take_posts() {
+  std::vector<Post> posts;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    posts.swap(posts_);
+  }
+  for (const Post& post : posts) send(post);
+  return take_from_outbox() || !posts.empty();
+}
+
+bool Network::take_from_outbox() {
+  const Outbox& box = hops_.outbox;
+  bool any = false;
+  for (; box.entries; any = true) {
+    OutboxEntry& entry = box.entries[taken_ % box.size];
+    if (__atomic_load_n(&entry.turn, __ATOMIC_ACQUIRE) != taken_ + 1) break;
+    const Post post = entry.post;
+    __atomic_store_n(&entry.turn, taken_ + box.size, __ATOMIC_RELEASE);
+    ++taken_;
+    send(post);
+  }
+  return any;
+}
+
+void Network::send(const Post& post) {
+  const ChannelShape& shape = hops_.shape;
+  const std::byte* data = nullptr;
+  if (post.kind == PostKind::words) {
+    data = shadows_[post.peer] + post.number;
+  } else if (post.kind == PostKind::chunk) {
+    data = find(post, post.peer, true)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+  }
+  transport_->send(post, data);
+}
+
+// -- what comes
+
+const ChannelEnd* Network::find(const Post& post, int peer, bool sending) const {
+  const bool outward = post.stream == Stream::outward;
+  const ChannelEnd* ends = sending ? (outward ? hops_.to_gateway : hops_.to_source)
+                                   : (outward ? hops_.from_source : hops_.from_gateway);
+  const int count = outward == sending ? hops_.gateways : hops_.sources;  // sources get what is outward
+  for (int i = 0; i < count; ++i) {
+    if (ends[i].peer == peer) return &ends[i];
+  }
+  return nullptr;
+}
+
+std::byte* Network::place_for(int from, const Post& post) {
+  const ChannelEnd* end = find(post, from, false);
+  const ChannelShape& shape = hops_.shape;
+  if (!end || post.lane >= shape.lanes || post.bytes > static_cast<uint64_t>(shape.chunk_bytes))
+    return nullptr;
+  return end->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+}
+
+// First the word, then the news: who has read the news finds the word.
+void Network::publish(uint64_t* word, uint64_t value) {
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+  __atomic_fetch_add(hops_.news, 1, __ATOMIC_RELEASE);
+  ring(bell_);
+}
+
+void Network::arrived(int from, const Post& post, const std::byte* words) {
+  if (post.kind == PostKind::words) {
+    if (post.number % 8 || post.bytes % 8 || post.number + post.bytes > static_cast<uint64_t>(control_bytes_))
+      return;
+    memory_->write_control(post.number, words, post.bytes);
+    if (mail_) ring(mail_[from].bell);
+    return;
+  }
+  const ChannelEnd* end = find(post, from, post.kind == PostKind::taken);
+  if (!end || post.lane >= hops_.shape.lanes) return;
+  if (post.kind == PostKind::taken) {
+    uint64_t* word = end->words + hops_.shape.place(post.lane, 0);
+    // Messages may overtake each other.
+    if (post.number > __atomic_load_n(word, __ATOMIC_RELAXED)) publish(word, post.number);
+  } else {
+    publish(end->words + hops_.shape.place(post.lane, post.number), post.number + 1);
+  }
+}
+
+void Network::lost(int peer, const std::string& why) {
+  {
+    std::lock_guard<std::mutex> lock(why_mutex_);
+    if (why_[peer].empty()) why_[peer] = why;
+  }
+  lost_.fetch_or(uint64_t{1} << peer, std::memory_order_acq_rel);
+  __atomic_fetch_add(hops_.news, 1, __ATOMIC_RELEASE);
+  ring(bell_);
+  if (mail_) ring(mail_[peer].bell);
+}
+
+std::string Network::why_lost(int peer) const {
+  std::lock_guard<std::mutex> lock(why_mutex_);
+  return why_[peer];
+}
+
+// -- the thread
+
+void Network::run() {
+  int idle = 0;
+  while (!stopping_.load(std::memory_order_acquire)) {
+    const bool posted = take_posts();
+    if (transport_->progress() || posted) {
+      idle = 0;
+    } else if (++idle < spin_.pauses + spin_.yields) {
+      idle < spin_.pauses ? cpu_pause() : static_cast<void>(sched_yield());
+    } else {
+      sleep();
+      idle = 0;
+    }
+  }
+  take_posts();
+  transport_->close(closing_seconds_);
+}
+
+void Network::sleep() {
+  if (memory_->on_gpu()) {  // nobody would wake it
+    const timespec nap{0, kGpuNapNs};
+    nanosleep(&nap, nullptr);
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!posts_.empty() || stopping_.load(std::memory_order_relaxed)) return;
+    asleep_ = true;
+  }
+  transport_->sleep(wake_, kNapMs);
+  std::lock_guard<std::mutex> lock(mutex_);
+  asleep_ = false;
+  uint64_t wakes;
+  if (read(wake_, &wakes, sizeof wakes) < 0) return;  // nobody woke it
+}
+
+void Network::close(double seconds) {
+  if (!thread_.joinable()) return;
+  closing_seconds_ = seconds;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_.store(true, std::memory_order_release);
+  }
+  wake();
+  thread_.join();
+}
+
+}  // namespace commlib

@@ -1,0 +1,105 @@
+// A rank's ends of the channels to other nodes, and the thread that works them.
+//
+// Why a thread, and not the workers themselves: TCP moves only while somebody moves it, on both sides, also
+// while this rank's workers compute or sleep; a GPU's workers cannot call UCX at all; and UCX's worker, which
+// only one thread uses, needs no locks. See docs/decisions.md.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "backend/waiting.h"
+#include "cpu/bell.h"
+#include "net/topology.h"
+#include "net/transport.h"
+#include "protocol/channel.h"
+
+namespace commlib {
+
+// Where rings and words lie, and how words get into this rank's control block. The CPU's is plain memory.
+class NetworkMemory {
+ public:
+  virtual ~NetworkMemory() = default;
+  // Workers cannot call, so they post into an outbox, and the network's thread never sleeps.
+  virtual bool on_gpu() const { return false; }
+  // Zeros. Rings are the workers' memory; words are read and written by workers and by the host alike.
+  virtual std::byte* rings(size_t bytes) = 0;
+  virtual std::byte* words(size_t bytes) = 0;
+  // Each word is whole and, on its own, a release.
+  virtual void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) = 0;
+};
+
+std::unique_ptr<NetworkMemory> host_network_memory(std::byte* control);
+
+class Network final : Receiver {
+ public:
+  Network(const Config& config, int64_t control_bytes, std::unique_ptr<NetworkMemory> memory);
+  ~Network() override;
+
+  std::string address() { return transport_->address(); }
+  // By rank, as address() gave them there. lanes: of every channel, on all ranks the same. `mail`: this
+  // rank's, whose bells are rung for words.
+  void connect(const std::vector<std::string>& addresses, int lanes, Mailbox* mail);
+
+  const Topology& topology() const { return topology_; }
+  const Hops& hops() const { return hops_; }  // once connected
+  // What this rank writes for a rank on another node: like that rank's control block.
+  std::byte* control_for(int peer) const { return shadows_[peer]; }
+  // From any thread of the host.
+  void post(const Post& post);
+  void wake();
+  // Nothing comes from this rank any more.
+  bool has_lost(int peer) const { return lost_.load(std::memory_order_acquire) >> peer & 1; }
+  std::string why_lost(int peer) const;
+  // Sends what has been posted, at most for so long, and ends the thread. May be called twice.
+  void close(double seconds);
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* place_for(int from, const Post& post) override;
+  void arrived(int from, const Post& post, const std::byte* words) override;
+  void lost(int peer, const std::string& why) override;
+
+  int64_t chunk_bytes() const;
+  void make_rings(int lanes);
+  void make_outbox(uint64_t* tickets);
+  const ChannelEnd* find(const Post& post, int peer, bool sending) const;
+  void publish(uint64_t* word, uint64_t value);
+  void run();
+  bool take_posts();
+  bool take_from_outbox();
+  void send(const Post& post);
+  void sleep();
+
+  const Topology topology_;
+  const int size_;
+  const int64_t control_bytes_;
+  const SpinPolicy spin_;
+  const std::unique_ptr<NetworkMemory> memory_;
+  const std::unique_ptr<Transport> transport_;
+  const FrameLayout largest_;  // of frames
+  const int64_t asked_chunk_bytes_, asked_chunks_;
+  Hops hops_{};
+  Bell bell_{};
+  std::vector<std::byte*> shadows_;  // by rank
+  Mailbox* mail_ = nullptr;
+  int64_t bytes_ = 0;
+
+  uint64_t taken_ = 0;  // from the outbox; the thread's own
+  int wake_;            // an eventfd
+  std::mutex mutex_;    // guards the members below it
+  std::vector<Post> posts_;
+  bool asleep_ = false;  // a post must wake the thread, which looks for posts once more before it sleeps
+  std::atomic<bool> stopping_{false};  // set once (release)
+  double closing_seconds_ = 0;         // written before `stopping_`
+  std::atomic<uint64_t> lost_{0};      // set by the thread (release), read by waiting workers (acquire)
+  mutable std::mutex why_mutex_;       // guards why_
+  std::vector<std::string> why_;       // by rank
+  std::thread thread_;
+};
+
+}  // namespace commlib

@@ -1,0 +1,31 @@
+// Which ranks share a node, and who is whose gateway.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace commlib {
+
+struct Config;
+
+struct Topology {
+  int rank;
+  uint64_t near;  // the ranks of this rank's node, as a mask
+
+  struct Peer {
+    int rank;
+    uint64_t serves;
+  };
+  std::vector<Peer> gateways;   // that this rank sends to, by the lowest rank they serve
+  std::vector<int> sources;     // whose gateway this rank is
+  std::vector<int> gateway_of;  // by rank: an index into gateways; -1 for ranks of this node
+  uint64_t served;              // the ranks that this one passes rows on to
+  int served_most;              // by any gateway
+  int channels_most;            // that any rank has, in each direction: as many as outward
+  bool one_node() const { return gateways.empty(); }
+
+  // Reads rank, size, node_of and hierarchical.
+  static Topology of(const Config& config);
+};
+
+}  // namespace commlib

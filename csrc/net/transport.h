@@ -1,0 +1,51 @@
+// What commlib asks of a network: messages between ranks, each a Post and the bytes that it announces. UCX is
+// the one there is (ucx_transport.h); tests have another that is slow, late and cut at will.
+//
+// All calls after connect() come from one thread, the network's.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "protocol/hops.h"
+
+namespace commlib {
+
+// Whom a transport tells what comes. It calls from within progress().
+class Receiver {
+ public:
+  virtual ~Receiver() = default;
+  // Where the bytes of a chunk from rank `from` go; null: such a chunk is not expected, and is dropped.
+  virtual std::byte* place_for(int from, const Post& post) = 0;
+  // A message is there, a chunk's bytes in their place. `words`: those of PostKind::words.
+  virtual void arrived(int from, const Post& post, const std::byte* words) = 0;
+  // Nothing comes from this rank any more.
+  virtual void lost(int peer, const std::string& why) = 0;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // What the others need to connect to this rank.
+  virtual std::string address() = 0;
+  // By rank; empty: not to be connected to.
+  virtual void connect(const std::vector<std::string>& addresses, Receiver& receiver) = 0;
+  // Memory that chunks are sent from and arrive in.
+  virtual void use_memory(std::byte* data, size_t bytes) = 0;
+
+  // Sends post.bytes bytes from `data`, which stay as they are until the receiver has answered in some way.
+  virtual void send(const Post& post, const std::byte* data) = 0;
+  // Moves what can be moved; whether anything was.
+  virtual bool progress() = 0;
+  // Sleeps until there is something to move, `wake` can be read, or the time is over.
+  virtual void sleep(int wake, int milliseconds) = 0;
+  // Sends what is under way, at most for so long, and disconnects.
+  virtual void close(double seconds) = 0;
+};
+
+using TransportFactory = std::function<std::unique_ptr<Transport>()>;
+
+}  // namespace commlib

@@ -1,0 +1,23 @@
+// Messages over UCX: RDMA, RoCE, TCP or shared memory, whatever UCX finds between two nodes.
+//
+// Chunks are active messages, not puts: the receiver says where bytes go when a message announces itself, so
+// UCX may choose for each path between sending at once (TCP) and fetching by RDMA, and stages what is in a
+// GPU's memory where nothing can read it directly; and completion at the receiver is one call, with no flags
+// that a network would have to order behind data. See docs/decisions.md.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "net/transport.h"
+
+namespace commlib {
+
+// Loads the UCX library at the first of `paths` that loads; "libucp.so.0" is that which the system finds. The
+// library stays loaded. Returns its version; throws std::runtime_error with what went wrong with each.
+std::string load_ucx(const std::vector<std::string>& paths);
+
+// device_memory: rings lie in that of a GPU.
+std::unique_ptr<Transport> make_ucx_transport(int rank, int size, bool device_memory);
+
+}  // namespace commlib

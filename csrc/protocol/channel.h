@@ -1,0 +1,216 @@
+// Chunks and frames: how the two ends of a channel fill and empty it.
+#pragma once
+
+#include "protocol/hops.h"
+#include "protocol/plan.h"
+#include "protocol/slot.h"
+
+namespace commlib {
+
+struct ChunkHeader {
+  uint32_t frames;
+  uint32_t last;  // nothing follows in this operation
+  uint32_t epoch;
+  uint32_t padding[13];
+};
+
+constexpr int64_t kFrameAlign = 16;  // bulk copies want it
+
+// One token's part of a chunk. Which fields it has depends on what the chunk is for.
+struct FrameLayout {
+  int32_t rows_at;     // int32 [served]: its row at each rank that the gateway serves, in order; -1: none
+  int32_t experts_at;  // int32 [topk]: global ids
+  int32_t weights_at;  // [topk]
+  int32_t row_at;
+  int32_t bytes;
+
+  COMMLIB_HD static FrameLayout of(int64_t served, int64_t experts, int64_t weight_bytes, int64_t row_bytes) {
+    constexpr int64_t kRowsAt = 4;  // the token comes first
+    const int64_t experts_at = kRowsAt + 4 * served;
+    const int64_t weights_at = align_up(experts_at + 4 * experts, 8);
+    const int64_t row_at = align_up(weights_at + weight_bytes, kFrameAlign);
+    return {static_cast<int32_t>(kRowsAt), static_cast<int32_t>(experts_at), static_cast<int32_t>(weights_at),
+            static_cast<int32_t>(row_at), static_cast<int32_t>(row_at + align_up(row_bytes, kFrameAlign))};
+  }
+  COMMLIB_HD int64_t per_chunk(const ChannelShape& shape) const {
+    return (shape.chunk_bytes - static_cast<int64_t>(sizeof(ChunkHeader))) / bytes;
+  }
+};
+
+struct Frame {
+  std::byte* at;
+  const FrameLayout& layout;
+
+  COMMLIB_HD int32_t* token() const { return reinterpret_cast<int32_t*>(at); }
+  COMMLIB_HD int32_t* rows() const { return reinterpret_cast<int32_t*>(at + layout.rows_at); }
+  COMMLIB_HD int32_t* experts() const { return reinterpret_cast<int32_t*>(at + layout.experts_at); }
+  COMMLIB_HD std::byte* weights() const { return at + layout.weights_at; }
+  COMMLIB_HD std::byte* row() const { return at + layout.row_at; }
+};
+
+// One lane's end of a channel, in one operation.
+struct LaneEnd {
+  const Hops& hops;
+  const ChannelEnd& end;
+  Stream stream;
+  int lane;
+  uint32_t epoch;
+
+  COMMLIB_HD LaneState& state() const { return end.lanes[lane]; }
+  COMMLIB_HD uint64_t* word(uint64_t chunk) const { return end.words + hops.shape.place(lane, chunk); }
+  COMMLIB_HD std::byte* chunk() const {
+    return end.ring + hops.shape.place(lane, state().chunks) * hops.shape.chunk_bytes;
+  }
+  COMMLIB_HD const ChunkHeader& header() const { return *reinterpret_cast<const ChunkHeader*>(chunk()); }
+  COMMLIB_HD Frame frame(const FrameLayout& layout, int64_t i) const {
+    return {chunk() + sizeof(ChunkHeader) + i * layout.bytes, layout};
+  }
+  // Epochs count modulo 2^32, and 0 is one of them.
+  COMMLIB_HD bool finished() const { return state().finished == (uint64_t{1} << 32 | epoch); }
+
+  // -- sending
+  template <class Worker>
+  COMMLIB_HD bool has_room(Worker& w) const {
+    return w.all(state().chunks - w.read(word(0)) < static_cast<uint64_t>(hops.shape.chunks));
+  }
+  // Sends the chunk: all lanes have written their frames.
+  template <class Worker>
+  COMMLIB_HD void send(Worker& w, const FrameLayout& layout, int64_t frames, bool last,
+                       int64_t cursor) const {
+    if (w.lane() == 0) {
+      auto* header = reinterpret_cast<ChunkHeader*>(chunk());
+      *header = {static_cast<uint32_t>(frames), last ? 1u : 0u, epoch, {}};
+    }
+    w.flush();
+    if (w.lane() == 0) {
+      const auto bytes =
+          static_cast<uint64_t>(static_cast<int64_t>(sizeof(ChunkHeader)) + frames * layout.bytes);
+      w.post(hops.outbox,
+             {PostKind::chunk, stream, static_cast<uint16_t>(lane), end.peer, state().chunks, bytes});
+      ++state().chunks;
+      advance(cursor, last);
+    }
+    w.all(true);
+  }
+
+  // -- receiving
+  template <class Worker>
+  COMMLIB_HD bool arrived(Worker& w) const {
+    return w.all(w.read(word(state().chunks)) == state().chunks + 1);
+  }
+  // Goes on to frame `cursor` of the chunk.
+  template <class Worker>
+  COMMLIB_HD void stay(Worker& w, int64_t cursor) const {
+    w.all(true);
+    if (w.lane() == 0) state().cursor = cursor;
+    w.all(true);
+  }
+  // All frames have been read: the sender may fill the chunk again.
+  template <class Worker>
+  COMMLIB_HD void take(Worker& w) const {
+    const bool last = header().last != 0;
+    w.flush();
+    if (w.lane() == 0) {
+      ++state().chunks;
+      advance(0, last);
+      w.post(hops.outbox,
+             {PostKind::taken, stream, static_cast<uint16_t>(lane), end.peer, state().chunks, 0});
+    }
+    w.all(true);
+  }
+
+ private:
+  COMMLIB_HD void advance(int64_t cursor, bool last) const {
+    state().cursor = last ? 0 : cursor;
+    if (last) state().finished = uint64_t{1} << 32 | epoch;
+  }
+};
+
+COMMLIB_HD LaneEnd lane_end(const Hops& hops, const ChannelEnd& end, Stream stream, int lane,
+                            uint32_t epoch) {
+  return {hops, end, stream, lane, epoch};
+}
+
+// Whether this worker sends to other nodes, and passes on what comes from there.
+template <class Worker>
+COMMLIB_HD bool has_lane(Worker& w, const PeerTable& peers) {
+  return Worker::kHops && peers.hops && w.index() < peers.hops->shape.lanes;
+}
+
+// -- which rows go where
+
+COMMLIB_HD bool has(uint64_t mask, int rank) { return mask >> rank & 1; }
+
+COMMLIB_HD int count_bits(uint64_t mask) {
+#ifdef __CUDA_ARCH__
+  return __popcll(mask);
+#else
+  return __builtin_popcountll(mask);
+#endif
+}
+
+// The place of `rank` in a list of the ranks in `mask`, and the rank at a place.
+COMMLIB_HD int place_in(uint64_t mask, int rank) { return count_bits(mask & ((uint64_t{1} << rank) - 1)); }
+COMMLIB_HD int rank_at(uint64_t mask, int place) {
+  while (place-- > 0) mask &= mask - 1;
+  return lowest_bit(mask);
+}
+
+// The route of a token to one of `ranks`, at place j or after; `width`: there is none.
+COMMLIB_HD int route_to(const int64_t* route, int width, int j, uint64_t ranks) {
+  for (; j < width && route[j] != kNoRoute; ++j) {
+    if (has(ranks, rank_of(route[j]))) return j;
+  }
+  return width;
+}
+
+// The first token from t on, and before `end`, that has a row at one of `ranks`; else `end`.
+template <class Worker>
+COMMLIB_HD int64_t next_token_to(Worker& w, const int64_t* routes, int width, int64_t t, int64_t end,
+                                 uint64_t ranks) {
+  for (; t < end; t += w.lanes()) {
+    const int64_t mine = t + w.lane();
+    const bool goes = mine < end && route_to(routes + mine * width, width, 0, ranks) < width;
+    const int64_t first = w.lowest(goes ? mine : INT64_MAX);
+    if (first != INT64_MAX) return first;
+  }
+  return end;
+}
+
+// The token's rows at the ranks that a gateway serves.
+template <class Worker>
+COMMLIB_HD void write_rows(Worker& w, const Frame& frame, const int64_t* route, int width, int64_t token,
+                           uint64_t serves, int served) {
+  if (w.lane() == 0) *frame.token() = static_cast<int32_t>(token);
+  for (int i = w.lane(); i < served; i += w.lanes()) frame.rows()[i] = -1;
+  w.all(true);
+  for (int j = w.lane(); j < width; j += w.lanes()) {
+    if (route[j] == kNoRoute || !has(serves, rank_of(route[j]))) continue;
+    frame.rows()[place_in(serves, rank_of(route[j]))] = static_cast<int32_t>(row_of(route[j]));
+  }
+}
+
+template <class Worker>
+COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk_idx, int topk) {
+  for (int k = w.lane(); k < topk; k += w.lanes()) frame.experts()[k] = static_cast<int32_t>(topk_idx[k]);
+}
+
+// One chunk of a source's frames for one gateway, if there is room: fill(frame, token) writes each. Whether
+// anything was sent.
+template <class Worker, class Fill>
+COMMLIB_HD bool send_frames(Worker& w, const LaneEnd& to, const FrameLayout& layout, const int64_t* routes,
+                            int width, int64_t tokens, uint64_t serves, Fill fill) {
+  if (to.finished() || !to.has_room(w)) return false;
+  const Span part = share_of(tokens, to.lane, to.hops.shape.lanes);
+  const int64_t begin = part.begin + to.state().cursor;
+  int64_t t = next_token_to(w, routes, width, begin, part.end, serves);
+  int64_t frames = 0;
+  for (const int64_t most = layout.per_chunk(to.hops.shape); frames < most && t < part.end; ++frames) {
+    fill(to.frame(layout, frames), t);
+    t = next_token_to(w, routes, width, t + 1, part.end, serves);
+  }
+  to.send(w, layout, frames, t >= part.end, t - part.begin);
+  return true;
+}
+
+}  // namespace commlib

@@ -1,0 +1,256 @@
+// Combine from other nodes. A source asks each gateway for its tokens, with their rows at the ranks that the
+// gateway serves; the gateway sums those rows, in ascending order of rank, with one rounding, and one row for
+// each (token, node) comes back. Answers come in order of token, so the source sums a token as soon as the
+// next answer of each gateway that it needs is there, in the order in which its routes name them.
+#pragma once
+
+#include "protocol/channel.h"
+#include "protocol/combine.h"
+#include "protocol/failure.h"
+
+namespace commlib {
+
+// A lane's part in one combine.
+struct CombineLane {
+  const PullPlan& plan;
+  const PeerTable& peers;
+  const Hops& hops;
+  FrameLayout request, answer;
+  bool with_weights;  // weight gradients ride back; on all ranks alike
+  int lane;
+  uint32_t epoch;
+
+  COMMLIB_HD LaneEnd to_gateway(int g) const {
+    return lane_end(hops, hops.to_gateway[g], Stream::outward, lane, epoch);
+  }
+  COMMLIB_HD LaneEnd from_gateway(int g) const {
+    return lane_end(hops, hops.from_gateway[g], Stream::homeward, lane, epoch);
+  }
+  COMMLIB_HD LaneEnd from_source(int s) const {
+    return lane_end(hops, hops.from_source[s], Stream::outward, lane, epoch);
+  }
+  COMMLIB_HD LaneEnd to_source(int s) const {
+    return lane_end(hops, hops.to_source[s], Stream::homeward, lane, epoch);
+  }
+};
+
+COMMLIB_HD FrameLayout request_layout(const PullPlan& plan, const Hops& hops, bool with_weights) {
+  return FrameLayout::of(hops.served_most, with_weights ? plan.topk : 0, 0, 0);
+}
+COMMLIB_HD FrameLayout answer_layout(const PullPlan& plan, bool with_weights) {
+  return FrameLayout::of(0, 0, with_weights ? plan.topk * plan.layout.weight_bytes : 0,
+                         plan.layout.row_bytes);
+}
+
+template <class Worker>
+COMMLIB_HD bool ask_gateway(Worker& w, const CombineLane& c, int g) {
+  const PullPlan& plan = c.plan;
+  const uint64_t serves = c.hops.gateway[g].serves;
+  return send_frames(w, c.to_gateway(g), c.request, plan.routes, plan.width, plan.tokens, serves,
+                     [&](const Frame& frame, int64_t t) {
+                       write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, serves,
+                                  c.hops.served_most);
+                       if (c.with_weights) write_experts(w, frame, plan.topk_idx + t * plan.topk, plan.topk);
+                     });
+}
+
+// -- the gateway's part
+
+COMMLIB_HD Slot slot_of(const PullPlan& plan, const PeerTable& peers, int p) {
+  return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+}
+
+template <class Worker>
+COMMLIB_HD void answer_weights(Worker& w, const CombineLane& c, const Frame& asked, const Frame& answer) {
+  const PullPlan& plan = c.plan;
+  const int64_t wb = plan.layout.weight_bytes;
+  for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
+    const int32_t e = asked.experts()[k];
+    const int p = e < 0 ? c.peers.rank : plan.placement.owner(e);
+    const int32_t row = e < 0 || !has(c.hops.served, p) ? -1 : asked.rows()[place_in(c.hops.served, p)];
+    const std::byte* from =
+        row < 0 ? nullptr : slot_of(plan, c.peers, p).weights + (int64_t{row} * plan.topk + k) * wb;
+    w.copy_scalar(answer.weights() + k * wb, from, wb);
+  }
+}
+
+template <class Worker>
+COMMLIB_HD void answer_frame(Worker& w, const CombineLane& c, const Frame& asked, const Frame& answer) {
+  const PullPlan& plan = c.plan;
+  if (w.lane() == 0) *answer.token() = *asked.token();
+  if (c.with_weights) answer_weights(w, c, asked, answer);
+  const auto rows = w.template list<Term>(count_bits(c.hops.served), [&](int i) -> Term {
+    const int32_t row = asked.rows()[i];
+    if (row < 0) return {nullptr, nullptr};
+    return {slot_of(plan, c.peers, rank_at(c.hops.served, i)).rows + row * plan.layout.row_bytes, nullptr};
+  });
+  w.reduce(plan.dtype, answer.row(), rows, plan.hidden);
+}
+
+// One chunk of answers for a source, if it has asked and there is room.
+template <class Worker>
+COMMLIB_HD bool answer_source(Worker& w, const CombineLane& c, int s) {
+  const LaneEnd from = c.from_source(s), to = c.to_source(s);
+  if (from.finished() || !from.arrived(w) || !to.has_room(w)) return false;
+  const int64_t most = c.answer.per_chunk(c.hops.shape);
+  const int64_t frames = from.header().frames;
+  const bool last = from.header().last != 0;
+  int64_t f = from.state().cursor, answers = 0;
+  for (; answers < most && f < frames; ++answers, ++f) {
+    answer_frame(w, c, from.frame(c.request, f), to.frame(c.answer, answers));
+  }
+  to.send(w, c.answer, answers, last && f == frames, 0);
+  if (f == frames) {
+    from.take(w);
+  } else {
+    from.stay(w, f);
+  }
+  return true;
+}
+
+// -- the source's part
+
+// The gateways that token t waits for, as a mask.
+COMMLIB_HD uint64_t gateways_of(const CombineLane& c, const int64_t* route) {
+  uint64_t gateways = 0;
+  for (int j = 0; j < c.plan.width && route[j] != kNoRoute; ++j) {
+    const int p = rank_of(route[j]);
+    if (!c.peers.is_near(p)) gateways |= uint64_t{1} << c.hops.gateway_of[p];
+  }
+  return gateways;
+}
+
+// Whether the next answer of gateway g is there. Takes chunks that have no more.
+template <class Worker>
+COMMLIB_HD bool has_answer(Worker& w, const LaneEnd& from) {
+  while (!from.finished() && from.arrived(w)) {
+    if (from.state().cursor < from.header().frames) return true;
+    from.take(w);
+  }
+  return false;
+}
+
+// Gradients of topk_weights come with the rows of those who own the experts.
+template <class Worker>
+COMMLIB_HD void take_weights(Worker& w, const CombineLane& c, int64_t t) {
+  const PullPlan& plan = c.plan;
+  const int64_t wb = plan.layout.weight_bytes;
+  for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
+    const int64_t e = plan.topk_idx[t * plan.topk + k];
+    if (e < 0) continue;
+    const int p = plan.placement.owner(e);
+    // A token whose row there was dropped has no answer from it.
+    if (c.peers.is_near(p) ||
+        route_to(plan.routes + t * plan.width, plan.width, 0, uint64_t{1} << p) == plan.width)
+      continue;
+    const LaneEnd from = c.from_gateway(c.hops.gateway_of[p]);
+    w.copy_scalar(plan.out_weights + (t * plan.topk + k) * wb,
+                  from.frame(c.answer, from.state().cursor).weights() + k * wb, wb);
+  }
+}
+
+template <class Worker>
+COMMLIB_HD void sum_token(Worker& w, const CombineLane& c, int64_t t, uint64_t gateways) {
+  const PullPlan& plan = c.plan;
+  const int64_t* route = plan.routes + t * plan.width;
+  const auto rows = w.template list<Term>(plan.width + 1, [&](int j) -> Term {
+    if (j == plan.width || route[j] == kNoRoute || c.peers.is_near(rank_of(route[j])))
+      return near_term(plan, c.peers, t, j);
+    const int g = c.hops.gateway_of[rank_of(route[j])];
+    if (route_to(route, plan.width, 0, c.hops.gateway[g].serves) != j)
+      return {nullptr, nullptr};  // has been added
+    const LaneEnd from = c.from_gateway(g);
+    return {from.frame(c.answer, from.state().cursor).row(), nullptr};
+  });
+  w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
+  if (plan.out_weights) {
+    pull_weights(w, plan, c.peers, t);
+    take_weights(w, c, t);
+  }
+  for (; gateways; gateways &= gateways - 1) {
+    const LaneEnd from = c.from_gateway(lowest_bit(gateways));
+    from.stay(w, from.state().cursor + 1);
+  }
+}
+
+// Sums tokens from *t on, as far as answers are there.
+template <class Worker>
+COMMLIB_HD bool sum_tokens(Worker& w, const CombineLane& c, int64_t* t, int64_t end) {
+  bool moved = false;
+  for (; *t < end; ++*t) {
+    const uint64_t gateways = gateways_of(c, c.plan.routes + *t * c.plan.width);
+    for (uint64_t left = gateways; left; left &= left - 1) {
+      if (!has_answer(w, c.from_gateway(lowest_bit(left)))) return moved;
+    }
+    if (!gateways) continue;  // pull_rows does those
+    sum_token(w, c, *t, gateways);
+    moved = true;
+  }
+  for (int g = 0; g < c.hops.gateways; ++g) has_answer(w, c.from_gateway(g));  // a last chunk may be empty
+  return moved;
+}
+
+// Everything that can be done now; `awaited`: whom the lane needs yet, or -1.
+template <class Worker>
+COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, int* awaited) {
+  bool moved = false;
+  *awaited = -1;
+  for (int g = 0; g < c.hops.gateways; ++g) moved |= ask_gateway(w, c, g);
+  for (int s = 0; s < c.hops.sources; ++s) {
+    moved |= answer_source(w, c, s);
+    if (!c.from_source(s).finished()) *awaited = c.hops.from_source[s].peer;
+  }
+  moved |= sum_tokens(w, c, t, end);
+  for (int g = 0; g < c.hops.gateways; ++g) {
+    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished()) *awaited = c.hops.gateway[g].rank;
+  }
+  return moved;
+}
+
+COMMLIB_HD CombineLane combine_lane(const PullPlan& plan, const PeerTable& peers, const Wait& wait,
+                                    int lane) {
+  const Hops& hops = *peers.hops;
+  const bool with_weights = wait.call.flags & kCallHasWeights;
+  return {plan,
+          peers,
+          hops,
+          request_layout(plan, hops, with_weights),
+          answer_layout(plan, with_weights),
+          with_weights,
+          lane,
+          wait.epoch};
+}
+
+// Asks for as much as there is room for, before anybody waits for anything.
+template <class Worker>
+COMMLIB_HD void start_pull(Worker& w, const PullPlan& plan, const PeerTable& peers, const Wait& wait) {
+  if (!has_lane(w, peers)) return;
+  const CombineLane c = combine_lane(plan, peers, wait, w.index());
+  for (int g = 0; g < c.hops.gateways; ++g) {
+    while (ask_gateway(w, c, g)) {
+    }
+  }
+}
+
+// Tokens that have rows on other nodes, and what ranks there ask for.
+template <class Worker>
+COMMLIB_HD bool pull_through_hops(Worker& w, const PullPlan& plan, const PeerTable& peers, const Wait& wait) {
+  const CombineLane c = combine_lane(plan, peers, wait, w.index());
+  const Span part = share_of(plan.tokens, c.lane, c.hops.shape.lanes);
+  for (int64_t t = part.begin;;) {
+    const uint64_t seen = w.read(c.hops.news);
+    int awaited;
+    const bool moved = advance_combine(w, c, &t, part.end, &awaited);
+    if (awaited < 0) return true;
+    if (!moved && !w.await_change(c.hops, seen, awaited)) return false;
+  }
+}
+
+// All tokens: first those whose rows all lie on this node.
+template <class Worker>
+COMMLIB_HD bool pull_all(Worker& w, const PullPlan& plan, const PeerTable& peers, const Wait& wait) {
+  pull_rows(w, plan, peers);
+  return !has_lane(w, peers) || pull_through_hops(w, plan, peers, wait);
+}
+
+}  // namespace commlib

@@ -1,0 +1,146 @@
+// Dispatch to other nodes. Each lane's worker is source and gateway at once, and never waits for one while it
+// could do the other's work: so no two ranks can wait for each other.
+#pragma once
+
+#include "protocol/channel.h"
+#include "protocol/dispatch.h"
+#include "protocol/failure.h"
+
+namespace commlib {
+
+COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Hops& hops, bool with_weights) {
+  return FrameLayout::of(hops.served_most, plan.with_experts || with_weights ? plan.topk : 0,
+                         with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes);
+}
+
+// A lane's part in one dispatch.
+struct DispatchLane {
+  const SendPlan& plan;
+  const PeerTable& peers;
+  const Hops& hops;
+  FrameLayout layout;
+  bool with_weights;  // on all ranks alike, also where there are no tokens
+  int lane;
+  uint32_t epoch;
+
+  COMMLIB_HD LaneEnd to_gateway(int g) const {
+    return lane_end(hops, hops.to_gateway[g], Stream::outward, lane, epoch);
+  }
+  COMMLIB_HD LaneEnd from_source(int s) const {
+    return lane_end(hops, hops.from_source[s], Stream::outward, lane, epoch);
+  }
+};
+
+COMMLIB_HD DispatchLane dispatch_lane(const SendPlan& plan, const PeerTable& peers, const Wait& wait,
+                                      int lane) {
+  const Hops& hops = *peers.hops;
+  const bool with_weights = wait.call.flags & kCallHasWeights;
+  return {plan, peers, hops, dispatch_layout(plan, hops, with_weights), with_weights, lane, wait.epoch};
+}
+
+template <class Worker>
+COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchLane& d, int g) {
+  const SendPlan& plan = d.plan;
+  const Gateway& gateway = d.hops.gateway[g];
+  return send_frames(w, d.to_gateway(g), d.layout, plan.routes, plan.width, plan.tokens, gateway.serves,
+                     [&](const Frame& frame, int64_t t) {
+                       write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, gateway.serves,
+                                  d.hops.served_most);
+                       if (plan.with_experts || d.with_weights)
+                         write_experts(w, frame, plan.topk_idx + t * plan.topk, plan.topk);
+                       const int64_t wb = plan.layout.weight_bytes;
+                       for (int k = w.lane(); d.with_weights && k < plan.topk; k += w.lanes()) {
+                         w.copy_scalar(frame.weights() + k * wb, plan.weights + (t * plan.topk + k) * wb, wb);
+                       }
+                       const auto to = w.template list<Target>(1, [&](int) -> Target { return frame.row(); });
+                       w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
+                     });
+}
+
+// Passes one token's row on to those ranks of this node that want it.
+template <class Worker>
+COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame) {
+  const SendPlan& plan = d.plan;
+  const int served = count_bits(d.hops.served);
+  for (int i = 0; (plan.with_experts || d.with_weights) && i < served; ++i) {
+    const int32_t row = frame.rows()[i];
+    if (row < 0) continue;
+    const int p = rank_at(d.hops.served, i);
+    write_row_metadata(w, plan, slot_of(plan, d.peers, p), p, *frame.token(), row, frame.experts(),
+                       d.with_weights ? frame.weights() : nullptr);
+  }
+  const auto to = w.template list<Target>(served, [&](int i) -> Target {
+    const int32_t row = frame.rows()[i];
+    if (row < 0) return nullptr;
+    return slot_of(plan, d.peers, rank_at(d.hops.served, i)).rows + row * plan.layout.row_bytes;
+  });
+  w.multicast(to, frame.row(), plan.layout.row_bytes);
+}
+
+// One chunk of a source, if it is there. Says to the ranks served when it was the source's last.
+template <class Worker>
+COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
+  const LaneEnd from = d.from_source(s);
+  if (from.finished() || !from.arrived(w)) return false;
+  for (int64_t i = 0; i < from.header().frames; ++i) pass_row_on(w, d, from.frame(d.layout, i));
+  from.take(w);
+  if (!from.finished()) return true;
+  for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
+    if (!has(d.hops.served, i)) continue;
+    Mailbox& mail = d.peers.peer[i].mail[from.end.peer];
+    w.add(&mail.arrived);
+    w.wake(mail);
+  }
+  return true;
+}
+
+// Everything that can be done now; `awaited`: whom the lane needs yet, or -1 when it has finished.
+template <class Worker>
+COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, int* awaited) {
+  bool moved = false;
+  *awaited = -1;
+  for (int g = 0; g < d.hops.gateways; ++g) {
+    moved |= send_to_gateway(w, d, g);
+    if (!d.to_gateway(g).finished()) *awaited = d.hops.gateway[g].rank;
+  }
+  for (int s = 0; s < d.hops.sources; ++s) {
+    moved |= pass_chunk_on(w, d, s);
+    if (!d.from_source(s).finished()) *awaited = d.hops.from_source[s].peer;
+  }
+  return moved;
+}
+
+// Sends what there is room for, before anybody waits for anything.
+template <class Worker>
+COMMLIB_HD void start_hops(Worker& w, const DispatchLane& d) {
+  for (int g = 0; g < d.hops.gateways; ++g) {
+    while (send_to_gateway(w, d, g)) {
+    }
+  }
+}
+
+template <class Worker>
+COMMLIB_HD bool finish_hops(Worker& w, const DispatchLane& d) {
+  for (;;) {
+    const uint64_t seen = w.read(d.hops.news);
+    int awaited;
+    const bool moved = advance_dispatch(w, d, &awaited);
+    if (awaited < 0) return true;
+    if (!moved && !w.await_change(d.hops, seen, awaited)) return false;
+  }
+}
+
+// The rows of one dispatch, from the ranks that have them to those that want them. `arrivals`: as for
+// await_arrivals.
+template <class Worker>
+COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peers, const Wait& wait,
+                          const uint64_t* arrivals) {
+  const bool hops = has_lane(w, peers);
+  if (hops) start_hops(w, dispatch_lane(plan, peers, wait, w.index()));
+  send_rows(w, plan, peers);
+  arrive(w, peers);
+  if (hops && !finish_hops(w, dispatch_lane(plan, peers, wait, w.index()))) return false;
+  return await_arrivals(w, peers, arrivals);
+}
+
+}  // namespace commlib

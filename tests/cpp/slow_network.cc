@@ -1,0 +1,119 @@
+#include "slow_network.h"
+
+#include <poll.h>
+
+#include <cstring>
+
+namespace commlib::testing {
+
+class SlowTransport final : public Transport {
+ public:
+  SlowTransport(SlowNetwork& net, int rank) : net_(net), rank_(rank) {}
+
+  std::string address() override { return "rank " + std::to_string(rank_); }
+  void connect(const std::vector<std::string>& addresses, Receiver& receiver) override {
+    for (size_t p = 0; p < addresses.size(); ++p) {
+      const bool right = addresses[p].empty() || addresses[p] == "rank " + std::to_string(p);
+      check(right, "addresses come to the ranks they are for");
+    }
+    receiver_ = &receiver;
+  }
+  void use_memory(std::byte*, size_t) override {}
+  void send(const Post& post, const std::byte* data) override { net_.put(rank_, post, data); }
+  bool progress() override {
+    int dead;
+    if (net_.take_death(rank_, &dead)) receiver_->lost(dead, "it was killed");
+    SlowNetwork::Message m;
+    if (!net_.take(rank_, &m)) return false;
+    const std::byte* data = m.copy.empty() ? m.data : m.copy.data();
+    if (m.post.kind == PostKind::chunk) {
+      std::byte* to = receiver_->place_for(m.from, m.post);
+      check(to != nullptr, "a chunk is expected");
+      std::memcpy(to, data, m.post.bytes);
+    }
+    receiver_->arrived(m.from, m.post, data);
+    return true;
+  }
+  void sleep(int wake, int milliseconds) override {
+    pollfd p{wake, POLLIN, 0};
+    if (poll(&p, 1, 0) == 0) net_.wait(rank_, milliseconds < 1 ? milliseconds : 1);
+  }
+  void close(double) override { net_.let_go(rank_); }
+
+ private:
+  SlowNetwork& net_;
+  const int rank_;
+  Receiver* receiver_ = nullptr;
+};
+
+SlowNetwork::SlowNetwork(int ranks, uint64_t seed)
+    : under_way_(ranks), deaths_(ranks), cut_(ranks, 0), random_(seed) {}
+
+std::unique_ptr<Transport> SlowNetwork::transport(int rank) {
+  return std::make_unique<SlowTransport>(*this, rank);
+}
+
+void SlowNetwork::set_cut(int rank, bool cut) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  cut_[rank] = cut;
+  changed_.notify_all();
+}
+
+void SlowNetwork::kill(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t p = 0; p < deaths_.size(); ++p) {
+    if (static_cast<int>(p) != rank) deaths_[p].push_back(rank);
+  }
+  changed_.notify_all();
+}
+
+void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Message m{from, post, data, {}};
+  m.post.peer = from;
+  const bool has_data = post.kind != PostKind::taken;
+  if (has_data && random_.one_in(2)) m.copy.assign(data, data + post.bytes);
+  auto& queue = under_way_[post.peer];
+  queue.push_back(std::move(m));
+  size_t bytes = 0;
+  for (const Message& other : queue) bytes += other.post.kind == PostKind::chunk ? other.post.bytes : 0;
+  if (bytes > most_under_way_.load()) most_under_way_.store(bytes);
+  changed_.notify_all();
+}
+
+// Any of those under way, and none now and then.
+bool SlowNetwork::take(int rank, Message* message) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto& queue = under_way_[rank];
+  if (queue.empty() || cut_[rank] || random_.one_in(4)) return false;
+  const size_t i = random_.below(queue.size());
+  if (cut_[queue[i].from]) return false;
+  *message = std::move(queue[i]);
+  queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
+  return true;
+}
+
+// The sender's memory goes: what is under way is read now.
+void SlowNetwork::let_go(int from) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& queue : under_way_) {
+    for (Message& m : queue) {
+      if (m.from == from && m.data && m.copy.empty()) m.copy.assign(m.data, m.data + m.post.bytes);
+    }
+  }
+}
+
+bool SlowNetwork::take_death(int rank, int* dead) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (deaths_[rank].empty()) return false;
+  *dead = deaths_[rank].back();
+  deaths_[rank].pop_back();
+  return true;
+}
+
+void SlowNetwork::wait(int rank, int milliseconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait_for(lock, std::chrono::milliseconds(milliseconds), [&] { return !under_way_[rank].empty(); });
+}
+
+}  // namespace commlib::testing

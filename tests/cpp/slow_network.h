@@ -1,0 +1,54 @@
+// A network between the ranks of one process: late, in any order, and cut at will. Messages are read where
+// they lie when they are sent or when they arrive, as it happens: both must do.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <vector>
+
+#include "check.h"
+#include "net/transport.h"
+
+namespace commlib::testing {
+
+class SlowNetwork {
+ public:
+  SlowNetwork(int ranks, uint64_t seed);
+
+  std::unique_ptr<Transport> transport(int rank);
+
+  // Nothing comes through to or from this rank, until mended; nothing is lost.
+  void cut(int rank) { set_cut(rank, true); }
+  void mend(int rank) { set_cut(rank, false); }
+  // The others hear that it is gone.
+  void kill(int rank);
+  // The most bytes of chunks that ever were on their way to one rank.
+  size_t most_under_way() const { return most_under_way_.load(); }
+
+ private:
+  friend class SlowTransport;
+  struct Message {
+    int from;
+    Post post;
+    const std::byte* data;
+    std::vector<std::byte> copy;  // of data, if it was read when it was sent
+  };
+
+  void set_cut(int rank, bool cut);
+  void put(int from, const Post& post, const std::byte* data);
+  bool take(int rank, Message* message);
+  void let_go(int from);
+  bool take_death(int rank, int* dead);
+  void wait(int rank, int milliseconds);
+
+  std::mutex mutex_;  // guards the members below it
+  std::condition_variable changed_;
+  std::vector<std::vector<Message>> under_way_;  // by receiver
+  std::vector<std::vector<int>> deaths_;         // by who is to hear of them
+  std::vector<char> cut_;
+  Random random_;
+  std::atomic<size_t> most_under_way_{0};
+};
+
+}  // namespace commlib::testing

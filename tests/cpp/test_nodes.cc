@@ -1,0 +1,151 @@
+// Ranks on several nodes: the same rows as on one, sums with one rounding for each node, whatever the network
+// does.
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "operations.h"
+#include "slow_network.h"
+#include "suite.h"
+
+namespace commlib::testing {
+namespace {
+
+// Small chunks and rings, so that there are many, and back-pressure all the time.
+Config on_nodes(const std::vector<int>& node_of, bool hierarchical, Random& random) {
+  Config config = small_config(static_cast<int>(node_of.size()));
+  config.node_of = node_of;
+  config.hierarchical = hierarchical;
+  config.chunk_bytes = 400 + 64 * static_cast<int64_t>(random.below(8));
+  config.chunks = int64_t{1} << random.below(3);
+  config.slots = 4;  // two receive slots kept, one lent, one at work
+  config.topk = 1 + static_cast<int>(random.below(4));
+  config.hidden = random.one_in(3) ? 37 : 32;
+  return config;
+}
+
+std::vector<Config> with_workers(const Config& config, Random& random) {
+  std::vector<Config> configs(config.node_of.size(), config);
+  for (Config& c : configs) c.num_sms = 1 + static_cast<int>(random.below(3));
+  return configs;
+}
+
+void round_trips(const std::vector<int>& node_of, Random& random) {
+  const int ranks = static_cast<int>(node_of.size());
+  for (const bool hierarchical : {true, false}) {
+    for (int i = 0; i < rounds(6); ++i) {
+      Config config = on_nodes(node_of, hierarchical, random);
+      config.dtype = static_cast<DType>(random.below(kNumDTypes));
+      Asked asked;
+      asked.weights = random.one_in(2);
+      asked.weight_grads = random.one_in(2);
+      const Scenario first = random_scenario(config, ranks, asked, random);
+      const Scenario second = with_other_values(first, random);
+      in_ranks(with_workers(config, random),
+               [&](Rank& self) { check_round_trip(self, first, second, random_manner(self.random)); });
+    }
+  }
+}
+
+void two_nodes_of_two() {
+  Random random(300);
+  round_trips({0, 0, 1, 1}, random);
+}
+
+void nodes_of_different_sizes() {
+  Random random(301);
+  round_trips({0, 0, 0, 1}, random);
+  round_trips({0, 1, 1, 2, 2}, random);
+}
+
+void nodes_whose_ranks_do_not_lie_side_by_side() {
+  Random random(302);
+  round_trips({0, 1, 0, 1}, random);
+  round_trips({2, 0, 1, 0, 2, 1}, random);
+}
+
+void each_rank_on_a_node_of_its_own() {
+  Random random(303);
+  round_trips({0, 1, 2}, random);
+}
+
+// Of one dispatch, and its combine: chunks never outgrow the rings.
+void memory_under_way_is_bounded() {
+  Random random(304);
+  Config config = on_nodes({0, 0, 1, 1}, true, random);
+  config.max_tokens = 60;
+  config.capacity = 4 * config.max_tokens;
+  config.chunks = 2;
+  const Scenario s = random_scenario(config, 4, {}, random);
+  in_ranks(config, 4, [&](Rank& self) {
+    check_round_trip(self, s, s, {});
+    self.meet();
+    const auto ring = static_cast<size_t>(config.chunks * align_up(config.chunk_bytes, kRowAlign));
+    check(self.net->most_under_way() <= 2 * ring, "no more than two channels' rings to any rank");
+  });
+}
+
+void a_cut_link_that_is_mended_loses_nothing() {
+  Random random(305);
+  const Config config = on_nodes({0, 0, 1, 1}, true, random);
+  std::vector<Scenario> batches;
+  for (int i = 0; i < 4; ++i) batches.push_back(random_scenario(config, 4, {}, random));
+  in_ranks(config, 4, [&](Rank& self) {
+    for (const Scenario& s : batches) {
+      self.net->cut(self.rank);
+      std::thread later([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        self.net->mend(self.rank);
+      });
+      check_round_trip(self, s, s, {});
+      later.join();
+      self.meet();
+    }
+  });
+}
+
+void a_link_that_stays_cut_names_those_behind_it() {
+  Random random(306);
+  Config config = on_nodes({0, 0, 1, 1}, true, random);
+  config.timeout = 0.3;
+  const Scenario s = random_scenario(config, 4, {}, random);
+  in_ranks(config, 4, [&](Rank& self) {
+    check_dispatch(*start_dispatch(self, s, {}));
+    self.meet();
+    if (self.rank == 0) self.net->cut(3);
+    self.meet();
+    const CommFailure e = check_throws<CommFailure>([&] { start_dispatch(self, s, {}); }, "nothing comes");
+    if (self.rank == 3) return;
+    const std::vector<int> peers = e.failure.peers();
+    check(std::find(peers.begin(), peers.end(), self.rank < 2 ? 3 : peers.front()) != peers.end(), e.what());
+  });
+}
+
+void a_rank_that_dies_is_named_at_once() {
+  Random random(307);
+  const Config config = on_nodes({0, 0, 1, 1}, true, random);
+  const Scenario s = random_scenario(config, 4, {}, random);
+  in_ranks(config, 4, [&](Rank& self) {
+    check_dispatch(*start_dispatch(self, s, {}));
+    self.meet();
+    if (self.rank == 3) {
+      self.net->kill(3);
+      return self.comm->give_up("it is dead");
+    }
+    const CommFailure e = check_throws<CommFailure>([&] { start_dispatch(self, s, {}); }, "rank 3 is gone");
+    check(e.failure.record.peer == 3 || e.failure.record.teller != self.rank, e.what());
+  });
+}
+
+const Suite suite({{"two_nodes_of_two", two_nodes_of_two},
+                   {"nodes_of_different_sizes", nodes_of_different_sizes},
+                   {"nodes_whose_ranks_do_not_lie_side_by_side", nodes_whose_ranks_do_not_lie_side_by_side},
+                   {"each_rank_on_a_node_of_its_own", each_rank_on_a_node_of_its_own},
+                   {"memory_under_way_is_bounded", memory_under_way_is_bounded},
+                   {"a_cut_link_that_is_mended_loses_nothing", a_cut_link_that_is_mended_loses_nothing},
+                   {"a_link_that_stays_cut_names_those_behind_it",
+                    a_link_that_stays_cut_names_those_behind_it},
+                   {"a_rank_that_dies_is_named_at_once", a_rank_that_dies_is_named_at_once}});
+
+}  // namespace
+}  // namespace commlib::testing
