@@ -253,6 +253,11 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return simt::health();
 }
 
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [=] { std::memset(to, value, bytes); });
+  return simt::health();
+}
+
 // -- kernels
 // -----------------------------------------------------------------------------------------------------
 
