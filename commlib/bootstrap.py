@@ -53,16 +53,21 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
     _gather(group, _why_unreachable(topology, settings), None)
     prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
     config, stream = prepare(group, settings, infos)
+    near = topology.near(group.rank)
+    if stream is not None:
+        config.share = _share([infos[rank] for rank in near])
     if len(topology.hosts) > 1:
         config.node_of = list(topology.node_of)
         config.hierarchical = (
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
         config.use_ucx()
-    return _make_and_connect(group, config, stream), topology
+    return _make_and_connect(group, config, stream, near), topology
 
 
-def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Stream | None) -> Backend:
+def _make_and_connect(
+    group: Group, config: _core.Config, stream: torch.cuda.Stream | None, near: list[int]
+) -> Backend:
     error: Exception | None = None
     core: _core.Communicator | None = None
     address = None
@@ -75,7 +80,7 @@ def _make_and_connect(group: Group, config: _core.Config, stream: torch.cuda.Str
     assert core is not None
     try:
         if stream is not None:
-            addresses = exchange_fds(group, addresses)
+            addresses = exchange_fds(group, addresses, near)
         core.connect(addresses)
     except (RuntimeError, OSError) as e:
         error = e
@@ -129,7 +134,7 @@ def _prepare_cuda(
     _gather(group, error, None)
     assert stream is not None
     config = _config(group, settings, blocks, crowded=False)
-    config.device, config.stream, config.share = settings.device.index, stream.cuda_stream, _share(infos)
+    config.device, config.stream = settings.device.index, stream.cuda_stream
     return config, stream
 
 
@@ -151,7 +156,7 @@ def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ran
 
 
 def _share(infos: list[dict[str, Any]]) -> str:
-    """How device memory goes from process to process: what all ranks can do."""
+    """How device memory goes from process to process on a node: what all its ranks can do."""
     if any(info["host"] != infos[0]["host"] for info in infos):
         return "fabric"
     return "fd" if all(info["shares_fds"] for info in infos) else "ipc"

@@ -6,25 +6,26 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Sequence
 
 from commlib.group import Group
 
-Address = tuple[int, int, int, bytes]  # as _core.Communicator.address()
+Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
 
 _TIMEOUT = 60.0
 
 
-def exchange_fds(group: Group, addresses: list[Address]) -> list[Address]:
+def exchange_fds(group: Group, addresses: list[Address], near: Sequence[int]) -> list[Address]:
     """The same addresses, with file descriptors of this process in place of their owners' own.
 
-    Ranks of this very process, and addresses without a file descriptor (-1), stay as they are. Every rank
-    calls it. Descriptors travel over sockets of this host (SCM_RIGHTS).
+    Ranks of this very process, of other nodes than ``near``, and addresses without a file descriptor (-1)
+    stay as they are. Every rank calls it. Descriptors travel over sockets of this host (SCM_RIGHTS).
 
     Raises:
         OSError: a peer could not be reached, or did not send within 60 s.
     """
     own_fd = addresses[group.rank][1]
-    others = [r for r, (pid, fd, *_) in enumerate(addresses) if pid != os.getpid() and fd >= 0]
+    others = [r for r in near if addresses[r][0] != os.getpid() and addresses[r][1] >= 0]
     received = dict.fromkeys(others, -1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mine:
         mine.settimeout(_TIMEOUT)

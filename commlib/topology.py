@@ -36,8 +36,12 @@ class Topology:
             ranks[node].append(rank)
         return ranks
 
+    def near(self, rank: int) -> list[int]:
+        """The ranks of a rank's node, itself among them."""
+        return self.nodes[self.node_of[rank]]
+
     def gateway(self, source: int, node: int) -> int:
-        """The rank of ``node`` that passes on what rank ``source`` of another node sends there in two hops."""
+        """The rank of ``node`` that passes on what ``source``, of another node, sends there in two hops."""
         nodes = self.nodes
         place = nodes[self.node_of[source]].index(source)
         return nodes[node][place % len(nodes[node])]

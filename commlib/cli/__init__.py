@@ -29,8 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--iters", type=int, default=7)
     bench.add_argument("--copy-mib", type=int, help="size of the plain copy; default: 256, on a GPU 1024")
     bench.add_argument("--matmul", type=int, help="size of the matrix product; default: 1024, on a GPU 8192")
+    topo = commands.add_parser(
+        "topo",
+        help="which ranks share a node, and whether UCX is there",
+        description="Start it as the ranks are to be started, under mpirun or torchrun.",
+    )
+    topo.add_argument("--ranks-per-node", type=int, help="default: COMMLIB_NODE_SIZE, or what is found out")
     args = parser.parse_args(argv)
+    return _topo(parser, args) if args.command == "topo" else _bench(parser, args)
 
+
+def _topo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from commlib.cli.topo import topo  # what only this command needs
+
+    try:
+        return 0 if topo(args.ranks_per_node) else 1
+    except (ValueError, RuntimeError) as error:
+        parser.exit(1, f"commlib topo: {error}\n")
+
+
+def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from commlib.cli.calibrate import Plan, calibrate  # what only this command needs
 
     try:

@@ -1,0 +1,50 @@
+"""``commlib topo``: which ranks share a node, and whether UCX is there to go between nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from commlib import ucx
+from commlib.bootstrap import own_place
+from commlib.errors import CommError
+from commlib.group import resolve_group
+from commlib.topology import Topology, find_topology, node_size
+
+
+def topo(ranks_per_node: int | None) -> bool:
+    """Gather, and print on rank 0. Every rank calls it; whether ranks could run like this."""
+    group = resolve_group()
+    places = group.allgather(own_place() | {"ucx": _ucx()})
+    size = node_size(ranks_per_node)
+    topology = find_topology([p["host"] for p in places], [p["host_name"] for p in places], size)
+    if group.rank == 0:
+        _print(topology, places, size)
+    return len(topology.hosts) == 1 or all(p["ucx"][0] for p in places)
+
+
+def _ucx() -> tuple[bool, str]:
+    try:
+        return True, f"UCX {ucx.load()}"
+    except CommError as error:
+        return False, str(error)
+
+
+def _print(topology: Topology, places: list[dict[str, Any]], size: int | None) -> None:
+    ranks, nodes = len(topology.node_of), len(topology.hosts)
+    how = f"{size} ranks a node, as set" if size else "those that can map each other's memory share one"
+    print(f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)} ({how})")
+    for node, members in enumerate(topology.nodes):
+        print(f"  node {node}, {topology.hosts[node]}: ranks {_listed(members)}")
+        for other in range(nodes):
+            if other != node:
+                ways = ", ".join(f"{r} to {topology.gateway(r, other)}" for r in members)
+                print(f"    two hops to node {other} go by its gateways: {ways}")
+    for said in dict.fromkeys(p["ucx"] for p in places):
+        having = [rank for rank, p in enumerate(places) if p["ucx"] == said]
+        print(f"{'' if len(having) == ranks else f'ranks {_listed(having)}: '}{said[1]}")
+    if nodes == 1:
+        print("One node: ranks map each other's memory, and UCX is not needed.")
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
