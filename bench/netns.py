@@ -19,23 +19,21 @@ import argparse
 import itertools
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from namespaces import RigError, call, clean, existing, own_prefix, remove, signals_wait, why_not
+
 INTERFACE = "eth0"  # of every node
 MASTER_PORT = 29511  # of rendezvous at node 0; a rig's ports are its own, so any will do
-PACKAGES = {"ip": "iproute2", "tc": "iproute2", "bridge": "iproute2", "unshare": "util-linux"}
-_NAMES = re.compile(r"commlib\.(\d+)\.(\d+)\.\d+\.\w+")  # process id, when it started, number, node
-_SWITCH = "switch"
 _BRIDGE = "bridge0"
 _FORWARDING, _DISABLED = "3", "0"  # states of a bridge's port
 
@@ -55,30 +53,12 @@ _SETTINGS = {
 }
 
 
-class RigError(RuntimeError):
-    """A rig could not be made or used; the text says what to do."""
-
-
-def why_not() -> str | None:
-    """Why there can be no rig here; None: there can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root: run it as root, or with sudo"
-    missing = [tool for tool in PACKAGES if shutil.which(tool) is None]
-    if missing:
-        packages = sorted({PACKAGES[tool] for tool in missing})
-        return f"{', '.join(missing)} not found in PATH: install {' and '.join(packages)}"
-    tried = subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"root may not make namespaces here ({tried.stderr.strip()}): an unprivileged container?"
-    return None
-
-
 @dataclass(frozen=True)
 class LinkCount:
     """Bytes on one node's link, by the counters of the interfaces at its two ends.
 
-    They count packets as TCP hands them over, up to 64 KiB with one header: of 419.4 MB sent, 440.9 MB were
-    counted so and 443.7 MB in packets of 9000 bytes (0.6 % more).
+    They count packets as TCP hands them over, up to 64 KiB with one header: 440.4 MB of payload counted as
+    440.9 MB so, and as 443.7 MB where each packet of 9000 bytes was handed over by itself.
     """
 
     sent: int  # by the node
@@ -160,9 +140,9 @@ class Rig:
         if not 2 <= nodes <= 250:
             raise ValueError(f"nodes must be 2 to 250, got {nodes}")
         self.gbit, self.mtu = gbit, mtu
-        self._prefix = f"commlib.{os.getpid()}.{_started(os.getpid())}.{next(Rig._serial)}"
-        self._switch = f"{self._prefix}.{_SWITCH}"
-        self.nodes = [Node(i, nodes, f"{self._prefix}.n{i}") for i in range(nodes)]
+        prefix = own_prefix(next(Rig._serial))
+        self._switch = f"{prefix}switch"
+        self.nodes = [Node(i, nodes, f"{prefix}n{i}") for i in range(nodes)]
         self._children: list[subprocess.Popen[Any]] = []
         self._handlers: dict[int, Any] = {}
 
@@ -183,8 +163,8 @@ class Rig:
 
     def close(self) -> None:
         """Take everything down. Twice is fine."""
-        with _signals_wait():
-            _remove([self._switch, *(node.namespace for node in self.nodes)])
+        with signals_wait():
+            remove([self._switch, *(node.namespace for node in self.nodes)])
             for child in self._children:
                 child.wait()
             self._children.clear()
@@ -222,7 +202,7 @@ class Rig:
         """How often the limit has held packets of this node back, both directions together."""
         where = self.nodes[node]
         ends = ((where.namespace, INTERFACE), (self._switch, where.port))
-        shown = [_call("tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", device) for name, device in ends]
+        shown = [call("tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", device) for name, device in ends]
         return sum(qdisc["overlimits"] for text in shown for qdisc in json.loads(text))
 
     def cut(self, node: int) -> None:
@@ -254,62 +234,44 @@ class Rig:
 
     def _build(self) -> None:
         switch = ["ip", "-n", self._switch]
-        _call("ip", "netns", "add", self._switch)
+        call("ip", "netns", "add", self._switch)
         _settle(self._switch)
-        _call(*switch, "link", "add", _BRIDGE, "mtu", str(self.mtu), "type", "bridge", "mcast_snooping", "0")
-        _call(*switch, "link", "set", _BRIDGE, "up")
+        call(*switch, "link", "add", _BRIDGE, "mtu", str(self.mtu), "type", "bridge", "mcast_snooping", "0")
+        call(*switch, "link", "set", _BRIDGE, "up")
         for node in self.nodes:
             self._add(node)
 
     def _add(self, node: Node) -> None:
         inside, mtu = ["ip", "-n", node.namespace], ["mtu", str(self.mtu)]
-        _call("ip", "netns", "add", node.namespace)
+        call("ip", "netns", "add", node.namespace)
         _settle(node.namespace)
-        _call(*inside, "link", "set", "lo", "up")
+        call(*inside, "link", "set", "lo", "up")
         end = ["peer", "name", node.port, *mtu, "netns", self._switch]
-        _call(*inside, "link", "add", INTERFACE, "address", _hardware(node.index), *mtu, "type", "veth", *end)
-        _call(*inside, "address", "add", f"{node.address}/24", "dev", INTERFACE)
-        _call("ip", "-n", self._switch, "link", "set", node.port, "master", _BRIDGE, "up")
-        _call(*inside, "link", "set", INTERFACE, "up")
+        call(*inside, "link", "add", INTERFACE, "address", _hardware(node.index), *mtu, "type", "veth", *end)
+        call(*inside, "address", "add", f"{node.address}/24", "dev", INTERFACE)
+        call("ip", "-n", self._switch, "link", "set", node.port, "master", _BRIDGE, "up")
+        call(*inside, "link", "set", INTERFACE, "up")
         for other in self.nodes:  # nobody need ask for an address, which would be counted, and fail in a cut
             if other is not node:
                 known = [other.address, "lladdr", _hardware(other.index), "nud", "permanent"]
-                _call(*inside, "neighbour", "add", *known, "dev", INTERFACE)
+                call(*inside, "neighbour", "add", *known, "dev", INTERFACE)
         forward = [_hardware(node.index), "dev", node.port, "master", "static"]
-        _call("bridge", "-n", self._switch, "fdb", "add", *forward)
+        call("bridge", "-n", self._switch, "fdb", "add", *forward)
         _limit("add", node.namespace, INTERFACE, self.gbit)
         _limit("add", self._switch, node.port, self.gbit)
 
     def _set_port(self, node: int, state: str) -> None:
-        _call("bridge", "-n", self._switch, "link", "set", "dev", self.nodes[node].port, "state", state)
+        call("bridge", "-n", self._switch, "link", "set", "dev", self.nodes[node].port, "state", state)
 
     def _catch_signals(self) -> None:
         def leave(number: int, _: Any) -> None:
             sys.exit(128 + number)
 
+        if threading.current_thread() is not threading.main_thread():
+            return  # whose business signals are
         for number in (signal.SIGTERM, signal.SIGHUP):
-            try:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, leave)
-            except ValueError:  # not in the main thread, whose business signals are
-                return
-
-
-def clean(everyone: bool = False) -> list[str]:
-    """Remove what rigs of dead programs left behind, or (`everyone`) all rigs; the namespaces removed."""
-    leftovers = [name for name, alive in existing().items() if everyone or not alive]
-    with _signals_wait():
-        _remove(leftovers)
-    return leftovers
-
-
-def existing() -> dict[str, bool]:
-    """Namespaces of all rigs, and whether the program that made each is still running."""
-    found = {}
-    for name in _namespaces():
-        made_by = _NAMES.fullmatch(name)
-        if made_by:
-            found[name] = _started(int(made_by[1])) == made_by[2]
-    return found
 
 
 def _address(node: int) -> str:
@@ -320,20 +282,13 @@ def _hardware(node: int) -> str:
     return f"02:00:00:00:00:{node + 1:02x}"
 
 
-def _call(*argv: str) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RigError(f"{' '.join(argv)}: {done.stderr.strip() or f'exit {done.returncode}'}")
-    return done.stdout
-
-
 def _settle(namespace: str) -> None:
     """Write the settings; those of a kernel that lacks one (IPv6) do not matter."""
     lines = [
         f"! test -e /proc/sys/net/{name} || echo {value} >/proc/sys/net/{name}"
         for name, value in _SETTINGS.items()
     ]
-    _call("ip", "netns", "exec", namespace, "sh", "-e", "-c", "\n".join(lines))
+    call("ip", "netns", "exec", namespace, "sh", "-e", "-c", "\n".join(lines))
 
 
 def _limit(verb: str, namespace: str, device: str, gbit: float) -> None:
@@ -342,59 +297,17 @@ def _limit(verb: str, namespace: str, device: str, gbit: float) -> None:
     queue = max(round(bits / 8 * _QUEUE_SECONDS), 2 * _BUCKET)
     rate = ["rate", f"{bits}bit", "burst", str(_BUCKET), "limit", str(queue)]
     try:
-        _call("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", "tbf", *rate)
+        call("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", "tbf", *rate)
     except RigError as error:
         raise RigError(f"{error} (does the kernel have sch_tbf? modprobe sch_tbf)") from error
 
 
 def _bytes_of(namespace: str) -> dict[str, tuple[int, int]]:
     """Of each interface: bytes sent and received."""
-    links = json.loads(_call("ip", "-n", namespace, "-s", "-j", "link", "show"))
+    links = json.loads(call("ip", "-n", namespace, "-s", "-j", "link", "show"))
     return {
         link["ifname"]: (link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]) for link in links
     }
-
-
-def _started(process: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number; None: there is none."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
-
-
-def _namespaces() -> list[str]:
-    return [line.split()[0] for line in _call("ip", "netns", "list").splitlines()]
-
-
-def _remove(namespaces: Sequence[str], patience: float = 2.0) -> None:
-    """End what runs in these namespaces, politely first, and delete those that exist."""
-    present = [name for name in _namespaces() if name in namespaces]
-    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, patience)):
-        deadline = time.monotonic() + seconds
-        for process in _processes(present):
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-        while _processes(present) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    for name in present:
-        _call("ip", "netns", "delete", name)
-
-
-def _processes(namespaces: Sequence[str]) -> list[int]:
-    return [int(process) for name in namespaces for process in _call("ip", "netns", "pids", name).split()]
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Let signals that would end this program wait until the block is done."""
-    waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def main() -> None:

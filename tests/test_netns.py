@@ -2,6 +2,7 @@
 no slow machine can break: what came through a limited link in the time it took.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
+import namespaces  # noqa: E402
 import netns  # noqa: E402
 
-pytestmark = pytest.mark.skipif(netns.why_not() is not None, reason=f"no rig here: {netns.why_not()}")
+WHY_NOT = namespaces.why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no rig here: {WHY_NOT}")
 
 PAYLOAD = 4_000_000
 # Sends so many bytes in one connection, and waits for the receiver to say that it has them all.
@@ -58,7 +61,7 @@ def finish(transfer):
 
 
 def ours():
-    return [name for name in netns.existing() if f".{os.getpid()}." in name]
+    return [name for name in namespaces.existing() if f".{os.getpid()}." in name]
 
 
 def test_a_transfer_is_held_to_the_rate_and_counted_at_both_ends():
@@ -119,7 +122,7 @@ def test_teardown_leaves_nothing_also_after_an_exception():
 
 
 def test_a_failure_to_make_it_leaves_nothing():
-    with pytest.raises(netns.RigError, match="mtu"), netns.Rig(2, 1.0, mtu=10**6):
+    with pytest.raises(namespaces.RigError, match="mtu"), netns.Rig(2, 1.0, mtu=10**6):
         pass
     assert ours() == []
 
@@ -139,7 +142,7 @@ def start_program(body="signal.pause()"):
 
 
 def rigs_of(process):
-    return {name: alive for name, alive in netns.existing().items() if f".{process.pid}." in name}
+    return {name: alive for name, alive in namespaces.existing().items() if f".{process.pid}." in name}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -157,7 +160,7 @@ def test_clean_removes_what_a_killed_program_left_and_nothing_else():
         process.kill()
         process.wait(30)
         assert list(rigs_of(process).values()) == [False] * 3
-        removed = netns.clean()
+        removed = namespaces.clean()
         assert len([name for name in removed if f".{process.pid}." in name]) == 3
         assert rigs_of(process) == {}
         assert len(ours()) == 3
@@ -165,9 +168,9 @@ def test_clean_removes_what_a_killed_program_left_and_nothing_else():
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "install iproute2 and util-linux" in netns.why_not()
+    assert "install iproute2 and util-linux" in namespaces.why_not()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "root" in netns.why_not()
+    assert "root" in namespaces.why_not()
 
 
 def test_two_rigs_at_a_time_do_not_meet():
@@ -175,3 +178,31 @@ def test_two_rigs_at_a_time_do_not_meet():
         assert one.nodes[0].address == other.nodes[0].address
         finish(start_transfer(one))
         assert [count.sent for count in other.counts()] == [0, 0]
+
+
+def test_systems_compared_across_nodes_answer_right_and_send_what_they_should(tmp_path):
+    out, bench = tmp_path / "out.json", BENCH / "nodes.py"
+    done = subprocess.run(
+        [sys.executable, bench, "--small", "--json", out],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    (rig,) = content["rigs"]
+    assert rig["wrong"] == []
+    assert rig["held_back"] != [0, 0]
+    for link in rig["links_whole_run"]:
+        assert link["sent"] == link["switch_received"] and link["received"] == link["switch_sent"]
+
+    row_bytes = content["config"]["hidden"] * 2
+    rows = {"bare TCP, row per node": "per_node", "gloo, row per rank": "per_rank"}
+    rows |= {"MPI, row per rank": "per_rank", "gloo, row per expert": "per_expert"}
+    for system, kind in rows.items():
+        least = rig["rows"][kind]
+        for node, iterations in enumerate(rig["traffic"][system]["dispatch"]):
+            for sent, received in iterations:
+                assert 1 < sent / (sum(least[node]) * row_bytes) < 1.25
+                assert 1 < received / (sum(line[node] for line in least) * row_bytes) < 1.25
