@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -nam
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench examples tests setup.py
 
-.PHONY: help setup test bench bench-overlap train lint format cuda-report clean
+.PHONY: help setup test bench bench-overlap bench-nodes train lint format cuda-report clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*\.mk://; s/^Makefile://; s/:[^#]*##/:/' | sort
 
@@ -38,6 +38,9 @@ bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 bench-overlap: RANKS = 1
 bench-overlap: setup  ## a communication thread beside a matmul, RANKS=1
 	$(LAUNCH) bench/overlap.py
+
+bench-nodes: setup  ## as root: across nodes whose links are limited for real; NODES_BENCH=--small
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/nodes.py $(NODES_BENCH)
 
 train: setup  ## a small MoE language model, experts over RANKS ranks, against the unsharded one
 	$(LAUNCH) examples/train_moe_lm.py --check

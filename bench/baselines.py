@@ -9,7 +9,7 @@ five times as fast as `index_add_` into an fp32 buffer), and nothing is copied t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class AllToAllBaseline(ABC):
             dispatch. Their local expert ids and weights ``[N, K]`` are in `topk_idx`,
             `topk_weights`.
         """
-        plan = self._plan = SendPlan.of(topk_idx, topk_weights, self.ranks, self.local_experts)
+        plan = self._plan = self._plan_of(topk_idx, topk_weights)
         self._sent = plan.counts.tolist()
         self._received = self._exchange_counts(plan.counts)
         sent, received = sum(self._sent), sum(self._received)
@@ -121,6 +121,9 @@ class AllToAllBaseline(ABC):
         back = self._out_rows[: sum(self._sent)]
         self._start(back, y, self._sent, self._received).wait()
         return torch.nn.functional.embedding_bag(self._plan.bag, back, self._plan.bag_start, mode="sum")
+
+    def _plan_of(self, topk_idx: Tensor, topk_weights: Tensor) -> SendPlan:
+        return SendPlan.of(topk_idx, topk_weights, self.ranks, self.local_experts)
 
     @abstractmethod
     def _exchange_counts(self, counts: Tensor) -> list[int]:
@@ -155,11 +158,26 @@ class GlooBaseline(AllToAllBaseline):
         )
 
 
+class RowPerExpertGloo(GlooBaseline):
+    """The same with a row for each expert of a token: K rows out, and K rows back, wherever they go."""
+
+    def __init__(self, group: dist.ProcessGroup | None, **shape: Any) -> None:
+        self._experts_per_token = shape["topk"]
+        pairs = {"topk": 1, "max_tokens": shape["max_tokens"] * shape["topk"]}
+        super().__init__(group, **shape | pairs)
+
+    def _plan_of(self, topk_idx: Tensor, topk_weights: Tensor) -> SendPlan:
+        """Each pair of token and expert as a token of its own; their rows are still summed by token."""
+        k = self._experts_per_token
+        pairs = super()._plan_of(topk_idx.reshape(-1, 1), topk_weights.reshape(-1, 1))
+        return replace(pairs, tokens=pairs.tokens // k, bag_start=pairs.bag_start[::k].contiguous())
+
+
 class PlainGlooBaseline(GlooBaseline):
     """The same over gloo as it is usually written: new tensors every time, and `index_add_` in fp32."""
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        plan = self._plan = SendPlan.of(topk_idx, topk_weights, self.ranks, self.local_experts)
+        plan = self._plan = self._plan_of(topk_idx, topk_weights)
         self._sent = plan.counts.tolist()
         self._received = self._exchange_counts(plan.counts)
         rows = x.new_empty(sum(self._received), x.shape[1])

@@ -126,9 +126,9 @@ class Launch:
 
 
 def _join_gloo(comm: Any) -> None:
-    """Form a gloo group of an MPI communicator's ranks, which are on one host."""
+    """Form a gloo group of an MPI communicator's ranks, on one host or a rig's nodes (netns.py)."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host, store = "127.0.0.1", None
+    host, store = os.environ.get("PET_MASTER_ADDR", "127.0.0.1"), None
     if comm.rank == 0:  # port 0: the system picks a free one, so runs beside each other do not meet
         store = dist.TCPStore(host, 0, comm.size, is_master=True, wait_for_workers=False)
     port = comm.bcast(store.port if store else None)

@@ -54,22 +54,34 @@ class Job:
     expected_sum: Tensor  # [T, H] float32, not rounded to the rows' dtype
 
     @staticmethod
-    def build(shape: Shape, rank: int, ranks: int, device: torch.device | str = "cpu") -> Job:
+    def build(
+        shape: Shape,
+        rank: int,
+        ranks: int,
+        device: torch.device | str = "cpu",
+        *,
+        row_per_expert: bool = False,
+    ) -> Job:
         """Make this rank's tokens, and the other ranks' as well to know what must come from them.
 
         An expert here scales a row by its rank's factor, so that a row summed from the wrong rank
         shows. Another kind of device draws other tokens.
+
+        Args:
+            row_per_expert: a token sends a row for each of its experts, not one for each rank.
         """
         local_experts = shape.experts // ranks
-        received = [
-            _rows_for(rank, local_experts, *_tokens_of(shape, source, device)) for source in range(ranks)
-        ]
+        received = []
+        for source in range(ranks):
+            tokens = _tokens_of(shape, source, device)
+            sent = _pairs_of(*tokens) if row_per_expert else tokens
+            received.append(_rows_for(rank, local_experts, *sent))
         rows, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
         x, topk_idx, topk_weights = _tokens_of(shape, rank, device)
         total = torch.zeros(x.shape, dtype=torch.float32, device=device)
         for owner in range(ranks):
-            goes = (topk_idx // local_experts == owner).any(1, keepdim=True)
-            total += expert(x, owner) * goes
+            experts = (topk_idx // local_experts == owner).sum(1, keepdim=True)
+            total += expert(x, owner) * (experts if row_per_expert else experts.clamp(max=1))
         y = expert(rows, rank)
         return Job(
             x=x,
@@ -114,6 +126,11 @@ def _tokens_of(shape: Shape, rank: int, device: torch.device | str) -> tuple[Ten
     logits = torch.randn(shape.tokens, shape.topk, **draw)
     x = torch.randn(shape.tokens, shape.hidden, **draw).to(shape.dtype)
     return x, topk_idx, logits.softmax(1)
+
+
+def _pairs_of(x: Tensor, topk_idx: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each pair of token and expert as a token with one expert."""
+    return x.repeat_interleave(topk_idx.shape[1], 0), topk_idx.reshape(-1, 1), weights.reshape(-1, 1)
 
 
 def _rows_for(

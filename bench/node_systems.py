@@ -1,0 +1,216 @@
+"""What `nodes.py` compares: the systems, and the ranks of several nodes that they run on."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import GlooBaseline, MpiBaseline, RowPerExpertGloo
+from common import SETTLE_SECONDS, Interval, Launch, timed
+from netns import Node, own_link
+from streams import Mesh
+from systems import Baseline, Commlib, Report, System
+from workload import Job, Shape
+
+import commlib
+
+EACH, GLOO, MPI, DIRECT, HIERARCHICAL, BARE = (
+    "gloo, row per expert",
+    "gloo, row per rank",
+    "MPI, row per rank",
+    "commlib direct",
+    "commlib hierarchical",
+    "bare TCP, row per node",
+)
+POLL_SECONDS = 0.001
+
+Traffic = tuple[int, int]  # bytes that this rank's node sent and received
+
+
+class Meeting:
+    """Where ranks meet that share a host: a file of a place for each, mapped by all.
+
+    Nothing of it crosses a link. A rank may be one round ahead of another, so two rounds have places.
+    """
+
+    def __init__(self, path: Path, rank: int, size: int) -> None:
+        self._rank, self._round = rank, 0
+        self._places = np.memmap(path, np.float64, "r+", shape=(3, size))
+
+    @staticmethod
+    def create(path: Path, size: int) -> None:
+        np.zeros((3, size)).tofile(path)
+
+    def latest(self, moment: float, meanwhile: Callable[[], Any]) -> float:
+        """The latest of all ranks' moments, once all have come."""
+        self._round += 1
+        rounds, moments = self._places[2], self._places[self._round % 2]
+        moments[self._rank] = moment
+        rounds[self._rank] = self._round
+        while rounds.min() < self._round:
+            meanwhile()
+            time.sleep(POLL_SECONDS)
+        return float(moments.max())
+
+
+@dataclass(frozen=True)
+class NodesLaunch(Launch):
+    """Ranks of several nodes on one host. Their fences leave the links alone, and what an operation sends
+    over its node's link is noted."""
+
+    nodes: int = 1
+    meeting: Meeting | None = None
+    noted: list[Traffic] = field(default_factory=list)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.size // self.nodes
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.ranks_per_node
+
+    def fence(self) -> None:
+        _sleep_until(self._agreed_moment())
+
+    def fenced(self, operation: Callable[[], Any]) -> tuple[Interval, Any]:
+        moment = self._agreed_moment()
+        before = own_link()  # nobody sends now: all have come, and none goes on before the moment
+        _sleep_until(moment)
+        interval, result = timed(operation)
+        self.fence()  # what TCP still had to acknowledge is over, too
+        sent, received = (now - then for now, then in zip(own_link(), before, strict=True))
+        self.noted.append((sent, received))
+        return interval, result
+
+    def _agreed_moment(self) -> float:
+        """A little after all have come here."""
+        assert self.meeting is not None
+        # MPI moves what it has accepted to send only while it is called.
+        progress = (lambda: None) if self.comm is None else self.comm.Iprobe
+        return self.meeting.latest(time.monotonic() + SETTLE_SECONDS, progress)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - time.monotonic(), 0.0))
+
+
+class Counted(System):
+    """A system, given the job that fits it, and what each of its operations sent over this node's link."""
+
+    def __init__(self, system: System, job: Job) -> None:
+        self.name, self._system, self._job = system.name, system, job
+        self.traffic: dict[str, list[Traffic]] = {"dispatch": [], "combine": []}
+
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
+        assert isinstance(launch, NodesLaunch)
+        launch.noted.clear()
+        intervals = self._system.iterate(self._job, launch, report)
+        for noted, traffic in zip(launch.noted, self.traffic.values(), strict=True):
+            traffic.append(noted)
+        return intervals
+
+
+class BareTcp(System):
+    """The rows that must cross, each once to a node, through plain sockets: nothing is gathered or summed.
+
+    What the links, and the cores that forward for them, allow.
+    """
+
+    name = BARE
+
+    def __init__(self, launch: NodesLaunch, rows: Rows, row_bytes: int) -> None:
+        leader = launch.rank % launch.ranks_per_node == 0
+        addresses = [Node(i, launch.nodes, "").address for i in range(launch.nodes)]
+        self._mesh = Mesh(addresses, launch.node) if leader else None
+        others = [node for node in range(launch.nodes) if node != launch.node]
+        between = rows.per_node * row_bytes
+        self._out = {node: int(between[launch.node, node]) for node in others}
+        self._in = {node: int(between[node, launch.node]) for node in others}
+
+    def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
+        dispatched, _ = launch.fenced(lambda: self._exchange(self._out, self._in))
+        combined, _ = launch.fenced(lambda: self._exchange(self._in, self._out))
+        return dispatched, combined
+
+    def close(self) -> None:
+        if self._mesh is not None:
+            self._mesh.close()
+
+    def _exchange(self, out: dict[int, int], into: dict[int, int]) -> None:
+        if self._mesh is not None:
+            self._mesh.exchange(out, into)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows from each node to each other ``[nodes, nodes]`` in one dispatch of this routing.
+
+    Combine moves as many back.
+    """
+
+    per_node: np.ndarray  # each token once to a node
+    per_rank: np.ndarray  # each token once to a rank
+    per_expert: np.ndarray
+
+    @staticmethod
+    def of(launch: NodesLaunch, job: Job, local_experts: int) -> Rows:
+        tokens, shape = len(job.x), (launch.nodes, launch.ranks_per_node)
+        owner = job.topk_idx // local_experts
+        chosen = torch.zeros(tokens, launch.size, dtype=torch.int64)
+        chosen.scatter_add_(1, owner, torch.ones_like(owner))
+        chosen = chosen.view(tokens, *shape)
+        mine = [
+            (chosen.sum(2) > 0).sum(0),
+            (chosen > 0).sum((0, 2)),
+            chosen.sum((0, 2)),
+        ]
+        every = np.array(launch.gather([to.tolist() for to in mine]))  # [ranks, 3, nodes]
+        by_node = every.reshape(*shape, 3, launch.nodes).sum(1).transpose(1, 0, 2)
+        for matrix in by_node:
+            np.fill_diagonal(matrix, 0)
+        return Rows(*by_node)
+
+    def busiest(self, between: np.ndarray) -> int:
+        """Rows on the busiest direction of any node's link."""
+        return int(max(between.sum(0).max(), between.sum(1).max()))
+
+
+@contextmanager
+def open_systems(
+    launch: NodesLaunch, shape: Shape, job: Job, rows: Rows
+) -> Iterator[tuple[list[Counted], dict[str, str]]]:
+    """All systems that can run here; and of those that cannot, why."""
+    skipped = {}
+    with ExitStack() as stack:
+        bare = BareTcp(launch, rows, shape.hidden * shape.dtype.itemsize)
+        stack.callback(bare.close)
+        each = Job.build(shape, launch.rank, launch.size, row_per_expert=True)
+        counted = [
+            Counted(Baseline(EACH, RowPerExpertGloo(launch.group, **shape.sizes)), each),
+            Counted(Baseline(GLOO, GlooBaseline(launch.group, **shape.sizes)), job),
+        ]
+        if launch.comm is None:
+            skipped[MPI] = launch.no_mpi
+        else:
+            counted.append(Counted(Baseline(MPI, MpiBaseline(launch.comm, **shape.sizes)), job))
+        lacks = {"routing", "ranks_per_node"} - inspect.signature(commlib.ExpertParallel).parameters.keys()
+        for name, routing in ((DIRECT, "direct"), (HIERARCHICAL, "hierarchical")):
+            if lacks:
+                skipped[name] = f"not there yet: ExpertParallel has no {', '.join(sorted(lacks))}"
+                continue
+            across: dict[str, Any] = {"routing": routing, "ranks_per_node": launch.ranks_per_node}
+            ep = commlib.ExpertParallel(launch.ranks, device="cpu", **across, **shape.sizes)
+            stack.callback(ep.close)
+            system = Commlib(ep)
+            system.name = name
+            counted.append(Counted(system, job))
+        counted.append(Counted(bare, job))
+        yield counted, skipped
