@@ -100,6 +100,30 @@ class Dispatched:
             x, weights = self.event.finish(self.x, self.topk_weights)
         return replace(self, x=x, topk_weights=weights, event=None)
 
+    def wait_expert(self, expert: int) -> None:
+        """Make what the caller does next come after the arrival of one expert's rows.
+
+        CPU: blocks the calling thread. CUDA: the current stream waits, without occupying an SM; the host does
+        not. Returns at once where the rows are there; after a dispatch without ``in_waves`` it waits for all
+        rows. ``topk_weights`` and ``source`` of all rows come with the first rows. What is computed from
+        ``x`` here belongs to one autograd node: :meth:`finish` only waits from here on.
+
+        Args:
+            expert: local number, ``0 <= expert < local experts``: rows ``x[offsets[e]:offsets[e + 1]]``.
+
+        Raises:
+            ValueError: the layout is not "expert", or there is no such local expert.
+            PeerTimeout: a rank did not do its part in time (CPU; on CUDA the stream goes on, and the next
+                call raises).
+        """
+        if self.handle.layout != "expert":
+            raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
+        experts = len(self.tokens_per_expert)
+        if not 0 <= expert < experts:
+            raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
+        if self.event is not None:
+            self.event.wait_expert(expert)
+
 
 class ExpertParallel:
     """A communicator for one MoE configuration over the ranks of a group.
@@ -192,6 +216,7 @@ class ExpertParallel:
         zero_copy: bool = False,
         overflow: str = "error",
         async_op: bool = False,
+        in_waves: bool = False,
         previous_event: Event | None = None,
     ) -> Dispatched:
         """Send each token once to every rank that owns at least one of its experts.
@@ -216,6 +241,10 @@ class ExpertParallel:
                 before rows are sent; "drop" drops its last rows, by source rank, then token.
             async_op: return when the counts are known; the rows follow on the communication threads, and
                 ``Dispatched.event`` says when they are there.
+            in_waves: rows of lower-numbered local experts come first, so that
+                :meth:`Dispatched.wait_expert` need not wait for all; the same on all ranks. The local experts
+                of each rank are cut into four waves of equal size. With "expert" and ``async_op`` only, and
+                not with ``handle``. Backward waits for the gradient of all rows, and nothing overlaps there.
             previous_event: an event to wait for first.
 
         Returns:
@@ -236,10 +265,12 @@ class ExpertParallel:
         layout = layout or "rank"
         checks.check_layout(layout, align, zero_copy, overflow)
         grouped = layout == "expert"
+        if in_waves and not (grouped and async_op and handle is None):
+            raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
         self._before(async_op, previous_event)
         if handle is None:
             idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings)
-            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op)
+            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op, in_waves)
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.dispatch(x, idx, w, *rest)
@@ -256,7 +287,7 @@ class ExpertParallel:
                 return known
 
         part = None
-        if async_op and split.wants_gradient(rows, weights):
+        if async_op and not in_waves and split.wants_gradient(rows, weights):
             part, outputs = split.start_dispatch(self, issue, rows, weights, routing_of, grouped)
         else:
             outputs = issue(rows, weights)

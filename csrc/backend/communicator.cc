@@ -115,12 +115,15 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   return {std::move(lease), true, users_rows};
 }
 
-std::vector<uint64_t> Communicator::next_arrivals() {
-  ++moves_;
-  std::vector<uint64_t> expected;
-  for (int workers : workers_) expected.push_back(moves_ * static_cast<uint64_t>(workers));
-  return expected;
+std::vector<uint64_t> Communicator::times_workers(uint64_t operations) const {
+  std::vector<uint64_t> counts;
+  for (int workers : workers_) counts.push_back(operations * static_cast<uint64_t>(workers));
+  return counts;
 }
+
+std::vector<uint64_t> Communicator::next_arrivals() { return times_workers(++moves_); }
+
+std::vector<uint64_t> Communicator::next_early() { return times_workers(++waved_); }
 
 Routing Communicator::routing_of(const RoutingView& view, const uint8_t* owner) const {
   return {view.topk_idx, view.tokens, config_.topk, width_, placement_, owner};
@@ -197,9 +200,10 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& r
   return plan;
 }
 
-Call dispatch_call(bool has_weights, bool drop) {
+Call dispatch_call(bool has_weights, bool drop, bool in_waves) {
   return {OpKind::dispatch, 0,
-          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0))};
+          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
+                                (in_waves ? kCallInWaves : 0))};
 }
 
 Call redispatch_call(const Rows& rows) {

@@ -61,6 +61,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
   prepare(plan_kernel, shape, facts.sms);
   prepare(rows_kernel, shape, facts.sms);
+  prepare(waves_kernel, shape, facts.sms);
   prepare(await_kernel, shape, facts.sms);
   for (const DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) {
     prepare(combine_kernel_of(t), shape, facts.sms);
@@ -74,6 +75,10 @@ void launch_plan(const LaunchShape& shape, const PlanOp& op) {
 
 void launch_rows(const LaunchShape& shape, const RowsOp& op) {
   launch(rows_kernel, shape, op, "rows_kernel");
+}
+
+void launch_waves(const LaunchShape& shape, const WavesOp& op) {
+  launch(waves_kernel, shape, op, "waves_kernel");
 }
 
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {
