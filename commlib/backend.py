@@ -129,4 +129,4 @@ class CudaBackend(Backend):
         for tensor in keep:
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(self.stream)
-        return CudaEvent(self.core, self.stream.record_event())
+        return CudaEvent(self.core, self.stream.record_event(), self.device)

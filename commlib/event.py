@@ -20,6 +20,7 @@ class Event(ABC):
     """
 
     split: Split | None = None  # where autograd records the operation
+    waves: _core.PendingDispatch | None = None  # the dispatch, where its rows come in waves
 
     def finish(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Wait, and give the operation's results back for use.
@@ -49,6 +50,20 @@ class Event(ABC):
             PeerTimeout: a rank did not do its part in time (CPU; on CUDA see :meth:`synchronize`).
         """
 
+    def wait_expert(self, expert: int) -> None:
+        """Wait for one local expert's rows; where they do not come in waves, for the operation.
+
+        Results are used as they are from here on, so :meth:`finish` records nothing any more.
+        """
+        self.split = None
+        if self.waves is None:
+            self.wait()
+        else:
+            self._wait_wave(self.waves, expert)
+
+    @abstractmethod
+    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None: ...
+
     @abstractmethod
     def synchronize(self) -> None:
         """Block the calling thread until the operation is done.
@@ -73,6 +88,9 @@ class CpuEvent(Event):
         self._comm.wait(self._ticket)
         self._keep = None
 
+    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
+        self._comm.wait_expert(waves, self._ticket, expert, 0)
+
     def synchronize(self) -> None:
         self.wait()
 
@@ -80,15 +98,19 @@ class CpuEvent(Event):
 class CudaEvent(Event):
     """On the communication stream of a CUDA device."""
 
-    def __init__(self, comm: _core.Communicator, event: torch.cuda.Event) -> None:
+    def __init__(self, comm: _core.Communicator, event: torch.cuda.Event, device: torch.device) -> None:
         self._comm = comm
         self._event = event
+        self._device = device
 
     def query(self) -> bool:
         return self._event.query()
 
     def wait(self) -> None:
         self._event.wait()
+
+    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
+        self._comm.wait_expert(waves, None, expert, torch.cuda.current_stream(self._device).cuda_stream)
 
     def synchronize(self) -> None:
         self._event.synchronize()

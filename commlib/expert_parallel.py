@@ -100,11 +100,40 @@ class Dispatched:
             x, weights = self.event.finish(self.x, self.topk_weights)
         return replace(self, x=x, topk_weights=weights, event=None)
 
+    def wait_expert(self, expert: int) -> None:
+        """Make what the caller does next come after the arrival of one expert's rows.
+
+        CPU: blocks the calling thread. CUDA: the current stream waits, without occupying an SM; the host does
+        not. Returns at once where the rows are there; after a dispatch without ``in_waves`` it waits for all
+        rows. ``topk_weights`` and ``source`` of all rows come with the first rows. What is computed from
+        ``x`` here belongs to one autograd node: :meth:`finish` only waits from here on.
+
+        Args:
+            expert: local number, ``0 <= expert < local experts``: rows ``x[offsets[e]:offsets[e + 1]]``.
+
+        Raises:
+            ValueError: the layout is not "expert", or there is no such local expert.
+            PeerTimeout: a rank did not do its part in time (CPU; on CUDA the stream goes on, and the next
+                call raises).
+        """
+        if self.handle.layout != "expert":
+            raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
+        experts = len(self.tokens_per_expert)
+        if not 0 <= expert < experts:
+            raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
+        if self.event is not None:
+            self.event.wait_expert(expert)
+
 
 class ExpertParallel:
     """A communicator for one MoE configuration over the ranks of a group.
 
     All ranks construct it together, and issue its operations in the same order.
+
+    Attributes:
+        rank, size: of the group.
+        first_expert, num_local_experts: the experts of this rank.
+        topology: which ranks share a node.
 
     Args:
         group: torch.distributed ProcessGroup, 1-D DeviceMesh, mpi4py communicator or commlib.Group. None:
@@ -128,12 +157,18 @@ class ExpertParallel:
         partition: communicate on its SMs (or cores) for communication, and on no others.
         link_gbps: GB/s (1e9 bytes) of this rank's link, one direction, to measure here what a slower
             interconnect leaves: dispatch is paced where rows leave, combine where they come in. Rows of a
-            rank for itself do not count. None: no limit.
+            rank for itself do not count. None: no limit. One node only.
+        routing: how rows go to ranks on other nodes, over UCX. "direct": each to each rank that wants it;
+            sums have the bits of one node. "hierarchical": once to each node that wants it, to a gateway
+            that passes it on; in combine a gateway sums its node's rows, rounded once, and one row comes
+            back. "auto": what sends less, by the rule in docs/nodes.md.
+        ranks_per_node: so many consecutive ranks are a node. None: COMMLIB_NODE_SIZE, else ranks that can map
+            each other's memory are (one host and PID namespace; GPUs: one NVLink domain).
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).
         ConfigMismatch: ranks gave different arguments; the text names them.
-        CommError: ranks cannot reach each other's memory, or another rank failed here.
+        CommError: there is no UCX to go between nodes, or another rank failed here.
     """
 
     def __init__(
@@ -196,6 +231,7 @@ class ExpertParallel:
         zero_copy: bool = False,
         overflow: str = "error",
         async_op: bool = False,
+        in_waves: bool = False,
         previous_event: Event | None = None,
     ) -> Dispatched:
         """Send each token once to every rank that owns at least one of its experts.
@@ -220,6 +256,11 @@ class ExpertParallel:
                 before rows are sent; "drop" drops its last rows, by source rank, then token.
             async_op: return when the counts are known; the rows follow on the communication threads, and
                 ``Dispatched.event`` says when they are there.
+            in_waves: rows of lower-numbered local experts come first, so that
+                :meth:`Dispatched.wait_expert` need not wait for all; the same on all ranks. The local experts
+                of each rank are cut into four waves of equal size. With "expert" and ``async_op`` only, and
+                not with ``handle``. Backward waits for the gradient of all rows, and nothing overlaps there.
+                With ranks on several nodes there is one wave.
             previous_event: an event to wait for first.
 
         Returns:
@@ -240,10 +281,13 @@ class ExpertParallel:
         layout = layout or "rank"
         checks.check_layout(layout, align, zero_copy, overflow)
         grouped = layout == "expert"
+        if in_waves and not (grouped and async_op and handle is None):
+            raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
+        in_waves = in_waves and len(self.topology.hosts) == 1
         self._before(async_op, previous_event)
         if handle is None:
             idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings)
-            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op)
+            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op, in_waves)
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.dispatch(x, idx, w, *rest)
@@ -260,7 +304,7 @@ class ExpertParallel:
                 return known
 
         part = None
-        if async_op and split.wants_gradient(rows, weights):
+        if async_op and not in_waves and split.wants_gradient(rows, weights):
             part, outputs = split.start_dispatch(self, issue, rows, weights, routing_of, grouped)
         else:
             outputs = issue(rows, weights)

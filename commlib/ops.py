@@ -41,7 +41,7 @@ _ROUTING = (
 _library = torch.library.Library("commlib", "DEF")
 _library.define(
     "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int comm, bool grouped, int align, "
-    "bool drop, bool zero_copy, bool async_op) "
+    "bool drop, bool zero_copy, bool async_op, bool in_waves) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -89,6 +89,7 @@ def _dispatch(
     drop: bool,
     zero_copy: bool,
     async_op: bool,
+    in_waves: bool,
 ) -> tuple[Tensor, ...]:
     ep = communicators[comm]
     core = ep._core
@@ -97,7 +98,7 @@ def _dispatch(
     routes = backend.empty(tokens, ep._width)
     view = _core.RoutingView(topk_idx.data_ptr(), routes.data_ptr(), tokens)
     backend.begin()
-    pending = core.begin_dispatch(view, topk_weights is not None, drop)
+    pending = core.begin_dispatch(view, topk_weights is not None, drop, in_waves)
     try:
         experts = ep.num_local_experts
         tokens_per_expert = torch.empty(experts, dtype=torch.int64)
@@ -125,6 +126,8 @@ def _dispatch(
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
     ep._event = backend.end("dispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    if in_waves and ep._event is not None:
+        ep._event.waves = pending
     return rows, weights, routes, local, source, tokens_per_expert, offsets
 
 
@@ -232,6 +235,7 @@ def _fake_dispatch(
     drop: bool,
     zero_copy: bool,
     async_op: bool,
+    in_waves: bool,
 ) -> tuple[Tensor, ...]:
     ep = communicators[comm]
     context = torch.library.get_ctx()
@@ -346,7 +350,7 @@ def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     weights = g_weights if ctx.has_weights else None
     gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.comm, ctx.grouped, g_rows, weights)
-    return gx, None, gw, None, None, None, None, None, None
+    return gx, None, gw, *(None,) * 7
 
 
 def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

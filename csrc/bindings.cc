@@ -231,7 +231,7 @@ void bind_communicator(py::module_& m) {
              c.connect(addresses);
            })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
-           py::arg("drop"), NoGil())
+           py::arg("drop"), py::arg("in_waves"), NoGil())
       .def("finish_dispatch", &Communicator::finish_dispatch, py::arg("pending"), py::arg("rows"),
            py::arg("routing"), py::arg("received"), py::arg("async_op"), NoGil())
       .def("redispatch",
@@ -254,6 +254,8 @@ void bind_communicator(py::module_& m) {
           py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"),
           NoGil())
       .def("wait", &Communicator::wait, NoGil())
+      .def("wait_expert", &Communicator::wait_expert, py::arg("dispatch"), py::arg("ticket").none(true),
+           py::arg("expert"), py::arg("stream"), NoGil())
       .def("synchronize", &Communicator::synchronize, NoGil())
       .def("check_health", &Communicator::check_health, NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())

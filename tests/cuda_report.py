@@ -32,10 +32,12 @@ WORDS = ["LDG.E.64.STRONG.SYS", "MEMBAR.*.SYS"]
 EXPECTED = {
     "plan_kernel": [*WORDS, "STG.E.64.STRONG.SYS"],
     "rows_kernel": [*WORDS, "RED(G)?.E.ADD.64.STRONG.SYS"],
+    "waves_kernel": [*WORDS, "RED(G)?.E.ADD.64.STRONG.SYS"],
     "combine_kernel": [*WORDS, "RED(G)?.E.ADD.64.STRONG.SYS", "STG.E.64.STRONG.SYS"],
 }
 EXPECTED_BULK = {
     "rows_kernel": ["UBLKCP.S.G", "UBLKCP.G.S", "SYNCS.PHASECHK.*TRYWAIT", "FENCE.VIEW.ASYNC.G"],
+    "waves_kernel": ["UBLKCP.S.G", "UBLKCP.G.S", "SYNCS.PHASECHK.*TRYWAIT", "FENCE.VIEW.ASYNC.G"],
     "combine_kernel": ["UBLKCP.S.G", "SYNCS.PHASECHK.*TRYWAIT", "FENCE.VIEW.ASYNC.G"],
 }
 

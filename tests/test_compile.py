@@ -44,7 +44,7 @@ def test_ops_pass_torchs_own_checks(device):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             ops.dispatch,
-            (x, world.topk_idx[0], w, ep._number, False, 1, False, False, False),
+            (x, world.topk_idx[0], w, ep._number, False, 1, False, False, False, False),
             test_utils=tests,
         )
         torch.library.opcheck(

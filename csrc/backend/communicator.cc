@@ -164,6 +164,13 @@ std::vector<uint64_t> Communicator::next_arrivals(OpKind op) {
   return expected;
 }
 
+std::vector<uint64_t> Communicator::next_early() {
+  ++waved_;
+  std::vector<uint64_t> expected;
+  for (int workers : workers_) expected.push_back(waved_ * static_cast<uint64_t>(workers));
+  return expected;
+}
+
 Routing Communicator::routing_of(const RoutingView& view, const uint8_t* owner) const {
   return {view.topk_idx, view.tokens, config_.topk, width_, placement_, owner};
 }
@@ -239,9 +246,10 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& r
   return plan;
 }
 
-Call dispatch_call(bool has_weights, bool drop) {
+Call dispatch_call(bool has_weights, bool drop, bool in_waves) {
   return {OpKind::dispatch, 0,
-          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0))};
+          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
+                                (in_waves ? kCallInWaves : 0))};
 }
 
 Call redispatch_call(const Rows& rows) {

@@ -15,6 +15,7 @@
 #include "protocol/combine.h"
 #include "protocol/counts.h"
 #include "protocol/deliver.h"
+#include "protocol/waves.h"
 
 namespace commlib {
 
@@ -85,7 +86,7 @@ struct Received {
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
 };
 
-// A dispatch whose counts are known and whose rows have not moved yet.
+// A dispatch whose counts are known and whose rows have not moved yet, or, in waves, may be moving.
 struct PendingDispatch {
   uint32_t epoch = 0;
   Call call;
@@ -94,7 +95,10 @@ struct PendingDispatch {
   std::vector<int64_t> rows_per_expert;  // [own experts]
   std::vector<uint8_t> slots;            // [ranks]
   int64_t rows = 0;
-  int64_t dropped = 0;  // of this rank's (token, rank) pairs
+  int64_t dropped = 0;     // of this rank's (token, rank) pairs
+  uint64_t delivered = 0;  // in waves, CUDA: how far the counter of each wave comes with it
+
+  bool in_waves() const { return call.flags & kCallInWaves; }
 };
 
 struct CombineInput {
@@ -123,8 +127,9 @@ class Communicator {
 
   // Plans, sends counts and waits for everyone's. Checks ids before anything is sent: std::invalid_argument.
   // CapacityError on all ranks alike when one would receive more than `capacity` rows, unless `drop`.
+  // `in_waves`: rows go in the order in which wait_expert may ask for them; needs places.
   virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
-                                                          bool drop) = 0;
+                                                          bool drop, bool in_waves) = 0;
   // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
   // unless `async`.
   virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
@@ -135,6 +140,11 @@ class Communicator {
   virtual Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
                          std::byte* out_weights, bool async) = 0;
   virtual void wait(const Ticket& ticket) = 0;
+  // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
+  // it returns; throws what failed. CUDA: for what `stream` does next, also after a failure, which the next
+  // call throws.
+  virtual void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
+                           uintptr_t stream) = 0;
   // Waits until all operations issued are done; throws what failed.
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
@@ -189,6 +199,8 @@ class Communicator {
 
   // How far each source's `arrived` counter must have come for the operation about to start: by rank.
   std::vector<uint64_t> next_arrivals(OpKind op);
+  // And its `early` counters, for a dispatch in waves.
+  std::vector<uint64_t> next_early();
   Routing routing_of(const RoutingView& view, const uint8_t* owner) const;
   SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
   DeliverPlan deliver_plan(const RoutingView& routing, const Received& received,
@@ -213,6 +225,7 @@ class Communicator {
   uint32_t dispatches_;
   uint64_t moves_ = 0;      // operations that moved rows
   uint64_t far_moves_ = 0;  // of these, those that moved rows here from other nodes
+  uint64_t waved_ = 0;      // those in waves
 
  private:
   mutable std::mutex broken_mutex_;  // guards broken_, which threads of the backend set as well
@@ -220,7 +233,7 @@ class Communicator {
   std::atomic<bool> closed_{false};
 };
 
-Call dispatch_call(bool has_weights, bool drop);
+Call dispatch_call(bool has_weights, bool drop, bool in_waves);
 Call redispatch_call(const Rows& rows);
 Call combine_call(const CombineInput& input);
 

@@ -16,6 +16,7 @@ std::string call_text(Call call) {
   if (call.flags & kCallHasWeights)
     text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
   if (call.flags & kCallDrops) text += ", overflow=\"drop\"";
+  if (call.flags & kCallInWaves) text += ", in_waves";
   return text;
 }
 
@@ -35,7 +36,7 @@ std::string mismatch_text(const std::string& me, const FailureRecord& r) {
   return "but rank " + std::to_string(r.peer) + " called " + call_text(Call::unpack(r.their_call)) +
          " where " + me + " called " + call_text(Call::unpack(r.call)) +
          ". All ranks must make the same calls in the same order, all with topk_weights or all without, and "
-         "with the same overflow";
+         "with the same overflow and in_waves";
 }
 
 }  // namespace

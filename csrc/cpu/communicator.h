@@ -16,8 +16,8 @@ class CpuCommunicator final : public Communicator {
 
   PeerAddress address() override;
   void connect(const std::vector<PeerAddress>& peers) override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
-                                                  bool drop) override;
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
+                                                  bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
                          const Received& received, bool async) override;
   Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
@@ -25,6 +25,8 @@ class CpuCommunicator final : public Communicator {
   Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
                  std::byte* out_weights, bool async) override;
   void wait(const Ticket& ticket) override { pool_->wait(*ticket); }
+  void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
+                   uintptr_t stream) override;
   void synchronize() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() const override { return static_cast<int64_t>(region_->touched_bytes()); }
@@ -50,6 +52,8 @@ class CpuCommunicator final : public Communicator {
   Ticket start(std::shared_ptr<Job> job, bool async);
   Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async);
   void run_transfer(Transfer& t, int index);
+  void run_in_waves(Transfer& t, Job& job, int index);
+  bool group_received(Transfer& t, int index);
   [[noreturn]] void raise_failed(OpContext& op);
   // A worker ran into an error of its own: its fellows and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);

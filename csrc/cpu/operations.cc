@@ -65,6 +65,8 @@ struct CpuCommunicator::Transfer {
   DeliverPlan deliver{};
   int64_t* places = nullptr;  // to be filled; layout="expert", fresh only
   std::vector<uint64_t> arrivals;
+  std::vector<uint64_t> early;           // in waves only
+  std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
   // Own copies, for the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
   std::vector<int64_t> source_rows, offsets, rows_per_expert;
@@ -82,7 +84,9 @@ Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async) 
   }
   if (!t->source_rows.empty()) t->deliver.source_rows = t->source_rows.data();
   auto job = std::make_shared<Job>();
-  job->run = [this, t](int index) { run_transfer(*t, index); };
+  job->run = [this, t, job = job.get()](int index) {
+    t->early.empty() ? run_transfer(*t, index) : run_in_waves(*t, *job, index);
+  };
   job->finish = [this, t] {
     t->lease.reset();
     if (another_failed(*t->op)) raise_failed(*t->op);
@@ -98,16 +102,7 @@ void CpuCommunicator::run_transfer(Transfer& t, int index) {
   send.slots = t.slots.empty() ? slots : t.slots.data();
   if (t.slots.empty() && !collect_calls(w, peers_, t.op->wait.epoch, t.op->wait.call, slots)) return;
   if (!move_rows(w, send, peers_, t.op->wait, t.arrivals.data())) return;
-  if (t.places) {
-    if (index == 0) {  // one thread is fast enough: its part is all rows
-      CpuWorker alone(*t.op, 0, 1);
-      const int32_t* experts = t.deliver.slot.experts;
-      std::vector<uint32_t> next(t.deliver.experts);
-      group_rows(alone, experts, t.deliver.rows, config_.topk, next.data(), t.places);
-      place_groups(alone, experts, t.deliver.rows, config_.topk, t.deliver.offsets, t.places);
-    }
-    if (!t.barrier.wait(config_.spin, [&] { return another_failed(*t.op); })) return;
-  }
+  if (t.places && !group_received(t, index)) return;
   if (t.deliver.out_rows) {
     replicate_rows(w, t.deliver);
     if (t.deliver.places) zero_padding(w, t.deliver);
@@ -116,12 +111,39 @@ void CpuCommunicator::run_transfer(Transfer& t, int index) {
   w.flush();
 }
 
+// Fills in `places`, once the metadata of all rows is there. False: another worker has failed.
+bool CpuCommunicator::group_received(Transfer& t, int index) {
+  if (index == 0) {  // one thread is fast enough: its part is all rows
+    CpuWorker alone(*t.op, 0, 1);
+    const int32_t* experts = t.deliver.slot.experts;
+    std::vector<uint32_t> next(t.deliver.experts);
+    group_rows(alone, experts, t.deliver.rows, config_.topk, next.data(), t.places);
+    place_groups(alone, experts, t.deliver.rows, config_.topk, t.deliver.offsets, t.places);
+  }
+  return t.barrier.wait(config_.spin, [&] { return another_failed(*t.op); });
+}
+
+void CpuCommunicator::run_in_waves(Transfer& t, Job& job, int index) {
+  CpuWorker w(*t.op, index, config_.num_sms);
+  SendPlan send = t.send;
+  send.slots = t.slots.data();
+  const WavePlan plan{t.waves_of_routes.data(), t.early.data(), t.arrivals.data()};
+  const auto prepare = [&](bool ok) {
+    if (!ok || !t.places) return ok;  // no rows: no places
+    if (!group_received(t, index)) return false;
+    zero_padding(w, t.deliver);
+    deliver_metadata(w, t.deliver);
+    return true;
+  };
+  move_in_waves(w, send, t.deliver, plan, peers_, prepare, [&](int wave) { pool_->delivered(job, wave); });
+}
+
 std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingView& routing, bool has_weights,
-                                                                 bool drop) {
+                                                                 bool drop, bool in_waves) {
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_usable();
   auto pending = std::make_unique<PendingDispatch>();
-  Call call = dispatch_call(has_weights, drop);
+  Call call = dispatch_call(has_weights, drop, in_waves);
   const Routing in = routing_of(routing, owner_.data());
   std::vector<uint32_t> per_rank(config_.size), per_expert(config_.experts);
   const SourceCounts counts{per_rank.data(), per_expert.data()};
@@ -176,7 +198,15 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
   t->places = routing.places;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
+  if (pending.in_waves()) {
+    t->early = next_early();
+    t->waves_of_routes.resize(rows.count * width_);
+  }
   return start_transfer(std::move(t), async);
+}
+
+void CpuCommunicator::wait_expert(const PendingDispatch&, const Ticket& ticket, int64_t expert, uintptr_t) {
+  pool_->wait_wave(*ticket, wave_of(expert, placement_.count(config_.rank)));
 }
 
 Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,

@@ -57,11 +57,25 @@ void WorkerPool::run(const std::shared_ptr<Job>& job) {
   wait(*job);
 }
 
+template <class Ready>
+void WorkerPool::wait_until(Ready ready) {
+  if (!wait_on(bell_, spin_, ready, [&] { return interrupted_ && interrupted_(); })) throw Interrupted{};
+}
+
 void WorkerPool::wait(const Job& job) {
-  const auto give_up = [&] { return interrupted_ && interrupted_(); };
-  if (!wait_on(bell_, spin_, [&] { return job.done.load(std::memory_order_acquire); }, give_up))
-    throw Interrupted{};
+  wait_until([&] { return job.done.load(std::memory_order_acquire); });
   if (job.error) std::rethrow_exception(job.error);
+}
+
+void WorkerPool::wait_wave(const Job& job, int wave) {
+  const auto is_done = [&] { return job.done.load(std::memory_order_acquire); };
+  wait_until([&] { return job.delivered[wave].load(std::memory_order_acquire) == workers_ || is_done(); });
+  if (is_done() && job.error) std::rethrow_exception(job.error);
+}
+
+void WorkerPool::delivered(Job& job, int wave) {
+  // acq_rel: who sees the last worker's count has seen all others' work.
+  if (job.delivered[wave].fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) ring(bell_);
 }
 
 void WorkerPool::drain() {

@@ -24,7 +24,9 @@ struct Job {
 
   std::atomic<int> unfinished{0};  // workers yet to return (acq_rel: the last sees all others' work)
   std::atomic<bool> done{false};   // after `finish` (release), read by waiters (acquire)
-  std::exception_ptr error;        // written before `done`
+  // A dispatch in waves: workers that have delivered their part of each (release), read by waiters (acquire).
+  std::atomic<int> delivered[kWaves] = {};
+  std::exception_ptr error;  // written before `done`
   // When worker 0 began and the last worker ended, in seconds of the monotonic clock; written before `done`.
   double begun = 0, ended = 0;
 };
@@ -46,6 +48,10 @@ class WorkerPool {
   void submit(const std::shared_ptr<Job>& job);
   // Waits for a submitted job; rethrows what it threw. Throws Interrupted if the user wants out.
   void wait(const Job& job);
+  // The same until all workers have delivered a wave, or the job is done.
+  void wait_wave(const Job& job, int wave);
+  // A worker of the running job has delivered its part of a wave.
+  void delivered(Job& job, int wave);
   // Waits until all submitted jobs are done, however they ended.
   void drain();
 
@@ -54,6 +60,8 @@ class WorkerPool {
   void thread_main(int worker);
   void run_part(Job& job, int worker);
   uint64_t enqueue(const std::shared_ptr<Job>& job, bool caller_is_worker_0);
+  template <class Ready>
+  void wait_until(Ready ready);
 
   struct Entry {
     std::shared_ptr<Job> job;

@@ -94,7 +94,8 @@ void CudaCommunicator::make_scratch() {
                 c.take<int64_t>(own),
                 c.take<uint8_t>(ranks),
                 c.take<uint32_t>(workers * own),
-                c.take<int64_t>(workers * own)};
+                c.take<int64_t>(workers * own),
+                c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };
   memory_ = device_memory(static_cast<size_t>(carve(nullptr)));

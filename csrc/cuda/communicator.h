@@ -25,8 +25,8 @@ class CudaCommunicator final : public Communicator {
 
   PeerAddress address() override;
   void connect(const std::vector<PeerAddress>& peers) override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
-                                                  bool drop) override;
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
+                                                  bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
                          const Received& received, bool async) override;
   Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
@@ -34,6 +34,8 @@ class CudaCommunicator final : public Communicator {
   Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
                  std::byte* out_weights, bool async) override;
   void wait(const Ticket&) override { synchronize(); }
+  void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
+                   uintptr_t stream) override;
   void synchronize() override;
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
@@ -48,6 +50,7 @@ class CudaCommunicator final : public Communicator {
   OpParams params(Call call, uint32_t epoch) const;
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
                  const Received& received, const SlotLease& lease);
+  void launch_in_waves(const RowsOp& rows, PendingDispatch* pending);
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks; then throws
   // if an operation has failed.
   void wait_for(const std::function<bool()>& done);

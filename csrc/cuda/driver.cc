@@ -44,6 +44,7 @@ Driver find_all() {
   find("cuMemRelease", 10020, &d.mem_release);
   find("cuMemSetAccess", 10020, &d.mem_set_access);
   find("cuMemUnmap", 10020, &d.mem_unmap);
+  find("cuStreamWaitValue64", 11070, &d.stream_wait_value);
   find_newer("cuDeviceGetDevResource", 12040, &d.device_get_resource);
   find_newer("cuDevResourceGenerateDesc", 12040, &d.resource_describe);
   find_newer("cuDevSmResourceSplitByCount", 12040, &d.resource_split);

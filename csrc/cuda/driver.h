@@ -29,6 +29,7 @@ struct Driver {
   PFN_cuMemRelease_v10020 mem_release;
   PFN_cuMemSetAccess_v10020 mem_set_access;
   PFN_cuMemUnmap_v10020 mem_unmap;
+  PFN_cuStreamWaitValue64_v11070 stream_wait_value;
   // Null on drivers before CUDA 12.5.
   PFN_cuDeviceGetDevResource_v12040 device_get_resource;
   PFN_cuDevResourceGenerateDesc_v12040 resource_describe;

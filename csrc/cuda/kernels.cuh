@@ -208,6 +208,27 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
   w.flush();
 }
 
+// A fresh dispatch in waves. However it ends, nobody's stream waits for it after that.
+__global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constant__ WavesOp op) {
+  const RowsOp& rows = op.rows;
+  WarpWorker w(rows.common);
+  const WavePlan plan{rows.scratch.waves_of_routes, op.early, rows.arrivals};
+  const auto prepare = [&](bool ok) {
+    if (!rows.places) return ok;  // no rows: no places
+    if (!group(w, rows, ok)) return false;
+    zero_padding(w, rows.deliver);
+    deliver_metadata(w, rows.deliver);
+    return true;
+  };
+  int delivered = 0;
+  const auto deliver = [&](int wave) {
+    if (w.lane() == 0) w.add(&rows.common.state->delivered[wave]);
+    delivered = wave + 1;
+  };
+  move_in_waves(w, rows.send, rows.deliver, plan, rows.common.peers, prepare, deliver);
+  while (delivered < kWaves) deliver(delivered);
+}
+
 // Nobody pulls any more from a slot that is about to be written by others than this library's kernels.
 __global__ void __launch_bounds__(kThreads, 1) await_kernel(const __grid_constant__ AwaitOp op) {
   WarpWorker w(op.common);

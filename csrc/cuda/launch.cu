@@ -69,6 +69,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   shape.shared_bytes = needed > half ? needed : half;
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
   prepare(plan_kernel, shape, facts.sms);
+  prepare(waves_kernel, shape, facts.sms);
   prepare(await_kernel, shape, facts.sms);
   prepare_rows<WarpWorker>(shape, facts.sms);
   prepare_rows<HopsWorker>(shape, facts.sms);
@@ -81,6 +82,10 @@ void launch_plan(const LaunchShape& shape, const PlanOp& op) {
 
 void launch_rows(const LaunchShape& shape, const RowsOp& op) {
   launch(op.common.peers.hops ? rows_kernel<HopsWorker> : rows_kernel<WarpWorker>, shape, op, "rows_kernel");
+}
+
+void launch_waves(const LaunchShape& shape, const WavesOp& op) {
+  launch(waves_kernel, shape, op, "waves_kernel");
 }
 
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {

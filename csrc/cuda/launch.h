@@ -22,6 +22,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream);
 
 void launch_plan(const LaunchShape& shape, const PlanOp& op);
 void launch_rows(const LaunchShape& shape, const RowsOp& op);
+void launch_waves(const LaunchShape& shape, const WavesOp& op);
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op);
 void launch_await(const LaunchShape& shape, const AwaitOp& op);
 

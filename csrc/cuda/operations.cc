@@ -8,12 +8,13 @@
 namespace commlib::cuda {
 
 std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingView& routing,
-                                                                  bool has_weights, bool drop) {
+                                                                  bool has_weights, bool drop,
+                                                                  bool in_waves) {
   const OnDevice guard = on_device();
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   auto pending = std::make_unique<PendingDispatch>();
-  Call call = dispatch_call(has_weights, drop);
+  Call call = dispatch_call(has_weights, drop, in_waves);
   pending->lease = take_slot();
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
@@ -68,10 +69,32 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   op.send.slots = scratch_.slots;
   op.deliver.source_rows = scratch_.source_rows;
   op.places = routing.places;
-  launch_rows(shape_, op);
+  if (pending.in_waves()) {
+    launch_in_waves(op, &pending);
+  } else {
+    launch_rows(shape_, op);
+  }
   // The stream orders what comes after, so a slot that is only passed through is free again.
   if (received.rows) pending.lease.reset();
   return nullptr;
+}
+
+void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pending) {
+  WavesOp op{rows, {}};
+  const std::vector<uint64_t> early = next_early();
+  std::copy(early.begin(), early.end(), op.early);
+  pending->delivered = early[config_.rank];
+  launch_waves(shape_, op);
+}
+
+// The stream's front end waits, and no SM.
+void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket&, int64_t expert,
+                                   uintptr_t stream) {
+  const OnDevice guard = on_device();
+  const uint64_t* word = &state_->delivered[wave_of(expert, placement_.count(config_.rank))];
+  check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
+                                   dispatch.delivered, CU_STREAM_WAIT_VALUE_GEQ),
+        "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
 }
 
 Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,

@@ -6,6 +6,7 @@
 #include "protocol/counts.h"
 #include "protocol/deliver.h"
 #include "protocol/failure.h"
+#include "protocol/waves.h"
 
 namespace commlib::cuda {
 
@@ -29,6 +30,9 @@ struct DeviceState {
   uint32_t dropped;
   // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t link_free;
+  // delivered[i] grows by the grid's warps with each dispatch in waves, when wave i is in place, or the
+  // operation has failed. Added by each warp after its flush (release), never reset; streams wait for it.
+  uint64_t delivered[kWaves];
 };
 
 // Mapped host memory. The host reads what the device has written before a release of the flag beside it.
@@ -70,6 +74,7 @@ struct Scratch {
   uint8_t* slots;            // [ranks]
   uint32_t* group_counts;    // [workers][own experts]
   int64_t* group_firsts;     // [workers][own experts]
+  uint8_t* waves_of_routes;  // [max_tokens][width]
 };
 
 // What every kernel is given.
@@ -108,6 +113,12 @@ struct RowsOp {
   // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
   bool reused;
   uint32_t reuse_epoch;
+};
+
+// A fresh dispatch in waves.
+struct WavesOp {
+  RowsOp rows;
+  uint64_t early[kMaxRanks];
 };
 
 struct CombineOp {

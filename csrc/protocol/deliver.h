@@ -24,17 +24,20 @@ struct DeliverPlan {
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
 };
 
-// Each unique row is copied to its places in the groups, or, in layout="rank", once in the order received.
+// Unique row n is copied to its places in the groups, or, in layout="rank", once in the order received.
+template <class Worker>
+COMMLIB_HD void replicate_row(Worker& w, const DeliverPlan& plan, int64_t n) {
+  const int64_t bytes = plan.layout.row_bytes;
+  const auto to = w.template list<Target>(plan.places ? plan.topk : 1, [&](int k) -> Target {
+    const int64_t place = plan.places ? plan.places[n * plan.topk + k] : n;
+    return place < 0 ? nullptr : plan.out_rows + place * bytes;
+  });
+  w.multicast(to, plan.slot.rows + n * bytes, bytes);
+}
+
 template <class Worker>
 COMMLIB_HD void replicate_rows(Worker& w, const DeliverPlan& plan) {
-  const int64_t bytes = plan.layout.row_bytes;
-  for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
-    const auto to = w.template list<Target>(plan.places ? plan.topk : 1, [&](int k) -> Target {
-      const int64_t place = plan.places ? plan.places[n * plan.topk + k] : n;
-      return place < 0 ? nullptr : plan.out_rows + place * bytes;
-    });
-    w.multicast(to, plan.slot.rows + n * bytes, bytes);
-  }
+  for (int64_t n = w.index(); n < plan.rows; n += w.count()) replicate_row(w, plan, n);
 }
 
 template <class Worker>

@@ -37,6 +37,9 @@ struct Call {
 
 constexpr uint16_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
 constexpr uint16_t kCallDrops = 2;       // overflow="drop"
+constexpr uint16_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
+
+constexpr int kWaves = 4;
 
 // Calls a source may be ahead of a reader who still wants to know about an older one. Each call in flight
 // holds a slot, so kMaxSlots bounds the distance and a word is never overwritten unread.
@@ -71,7 +74,13 @@ struct alignas(64) Mailbox {
   // Rung by src after it has changed any of its words for this rank; the owner sleeps on it while it waits
   // for src, so nobody is woken for words that he does not wait for.
   Bell bell;
-  uint64_t padding[4];
+  // early[i] grows by workers(src) with each dispatch in waves, when src's rows of wave i are in place at the
+  // receiver; the last wave counts in `arrived`, as whole operations do. Added and read like `arrived`, and
+  // never reset: src's workers begin an operation only after all of them have ended the one before, so no
+  // count is of a later one. One counter for each wave, for a sum over waves would let a worker that is ahead
+  // stand in for one that is behind.
+  uint64_t early[kWaves - 1];
+  uint64_t padding[5 - kWaves];
   // calls[epoch % kCallRing], tag = epoch: the call src made at this epoch (release / acquire).
   uint64_t calls[kCallRing];
 };

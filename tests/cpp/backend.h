@@ -23,6 +23,11 @@ std::unique_ptr<Machine> make_machine();
 // asynchronous: on a GPU they all only queue.
 void settle(Communicator& comm);
 
+// Waits for one expert's rows of a dispatch in waves, as the host of either backend can; throws what failed.
+void wait_expert(Communicator& comm, const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert);
+// Whether the operation, the last of those issued, is done.
+bool is_done(Communicator& comm, const Ticket& ticket);
+
 // Values of Config::vector_ops; all must give the same bits.
 std::vector<std::string> vector_paths();
 

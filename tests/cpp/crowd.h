@@ -49,7 +49,7 @@ inline CapacityError refusal(Rank& self, const Scenario& many) {
   routing.topk_idx = r.topk_idx.data();
   routing.routes = routes.data();
   routing.tokens = r.tokens;
-  return check_throws<CapacityError>([&] { self.comm->begin_dispatch(routing, true, false); },
+  return check_throws<CapacityError>([&] { self.comm->begin_dispatch(routing, true, false, false); },
                                      "a dispatch past capacity");
 }
 

@@ -63,7 +63,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->routing.topk_idx = r.topk_idx.data();
   d->routing.routes = d->routes.data();
   d->routing.tokens = r.tokens;
-  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop);
+  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves);
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check(pending->rows_per_expert == r.rows_per_expert, "counts are right for each expert");
   d->dropped = pending->dropped;
@@ -88,6 +88,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing,
                                                    received, manner.async)};
   if (!received.rows) d->lease = pending->lease;
+  d->pending = std::move(pending);
   return d;
 }
 
@@ -153,6 +154,21 @@ void check_dispatch(const Dispatched& d) {
   check(d.offsets == r.offsets, "offsets of the groups are right");
   check(d.places == r.places, "places of rows in the groups are right");
   check_equal(d.dropped, r.dropped, "rows dropped");
+}
+
+void check_expert(Rank& self, const Dispatched& d, int64_t expert) {
+  wait_expert(*self.comm, *d.pending, d.under_way.ticket(), expert);
+  const RankCase& r = d.mine();
+  const auto same = [&](const void* got, const void* wanted, int64_t row_bytes) {
+    const int64_t from = r.offsets[expert] * row_bytes, bytes = r.offsets[expert + 1] * row_bytes - from;
+    const auto* a = static_cast<const std::byte*>(got);
+    return std::equal(a + from, a + from + bytes, static_cast<const std::byte*>(wanted) + from);
+  };
+  const Scenario& s = *d.scenario;
+  check(same(d.data(), r.received.data(), s.row_bytes()), "the expert's rows and padding are in place");
+  if (s.asked.weights)
+    check(same(d.weights.data(), r.received_weights.data(), s.weight_bytes()), "so are their weights");
+  check(same(d.source.data(), r.source.data(), 2 * sizeof(int64_t)), "and where they are from");
 }
 
 void check_combine(const Rank& self, const Combined& c, const Scenario& values) {

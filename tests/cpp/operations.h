@@ -30,6 +30,7 @@ class UnderWay {
   // Results are there when it has returned, not before: a GPU's operations are all asynchronous. Throws if
   // the operation has failed.
   void wait() const;
+  const Ticket& ticket() const { return ticket_; }
 
  private:
   mutable std::weak_ptr<Communicator> comm_;  // empty once there is nothing to wait for
@@ -42,6 +43,7 @@ struct Dispatched {
   std::vector<int64_t> routes, places, offsets, rows_per_expert, ids, source;
   Buffer rows, weights;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
+  std::unique_ptr<PendingDispatch> pending;
   RoutingView routing;
   int64_t dropped = 0;
 
@@ -72,6 +74,9 @@ void check_bytes(const void* got, const Buffer& wanted, const char* what);
 void check_dispatch(const Dispatched& d);
 void check_redispatch(const Dispatched& d);
 void check_combine(const Rank& self, const Combined& c, const Scenario& values);
+
+// In waves: wait for one expert's rows, and compare them bit by bit.
+void check_expert(Rank& self, const Dispatched& d, int64_t expert);
 
 // Dispatch, redispatch and combine, one after another.
 void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner);

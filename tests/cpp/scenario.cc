@@ -266,7 +266,7 @@ Scenario random_scenario(const Config& config, int ranks, const Asked& asked, Ra
     RankCase r;
     r.tokens = random.one_in(6) ? 0 : random.below(config.max_tokens + 1);
     r.topk_idx = random_routing(config, r.tokens, random);
-    r.grouped = asked.may_group && random.one_in(2);
+    r.grouped = asked.waves || (asked.may_group && random.one_in(2));
     r.align = r.grouped ? 1 + random.below(8) : 1;
     s.ranks.push_back(std::move(r));
   }

@@ -72,6 +72,7 @@ struct Asked {
   bool weight_grads = true;  // ride back with the combine
   bool may_group = true;     // each rank chooses its layout, else layout="rank"
   bool drop = false;         // rows at or past capacity
+  bool waves = false;        // all ranks group, and rows come in waves
 };
 
 struct Scenario {

@@ -226,7 +226,7 @@ void a_bad_expert_id_is_refused_before_anything_is_sent() {
         routing.routes = routes.data();
         routing.tokens = 2;
         const auto error = check_throws<std::invalid_argument>(
-            [&] { self.comm->begin_dispatch(routing, true, false); }, "a bad expert id");
+            [&] { self.comm->begin_dispatch(routing, true, false, false); }, "a bad expert id");
         check_contains(error.what(), "topk_idx[1, 1] is " + std::to_string(bad), "the text");
       }
       check_equal(self.comm->slots_in_use(), 0, "slots in use");

@@ -18,6 +18,12 @@ std::unique_ptr<Machine> make_machine() { return std::make_unique<Cpu>(); }
 
 void settle(Communicator&) {}
 
+void wait_expert(Communicator& comm, const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert) {
+  comm.wait_expert(dispatch, ticket, expert, 0);
+}
+
+bool is_done(Communicator&, const Ticket& ticket) { return ticket->done; }
+
 std::vector<std::string> vector_paths() { return available_vector_ops(); }
 
 int rounds(int many) { return many; }

@@ -59,6 +59,20 @@ std::unique_ptr<Machine> make_machine() {
 
 void settle(Communicator& comm) { comm.synchronize(); }
 
+// On a stream of its own, as compute has.
+void wait_expert(Communicator& comm, const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert) {
+  cudaStream_t stream;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  comm.wait_expert(dispatch, ticket, expert, reinterpret_cast<uintptr_t>(stream));
+  cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  comm.check_health();
+}
+
+bool is_done(Communicator& comm, const Ticket&) {
+  return cudaStreamQuery(reinterpret_cast<cudaStream_t>(comm.config().stream)) == cudaSuccess;
+}
+
 std::vector<std::string> vector_paths() { return {""}; }
 
 // Looking for races takes its time.

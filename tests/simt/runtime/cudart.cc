@@ -14,10 +14,6 @@
 #include "cuda/ptx.cuh"
 #include "simt/runtime/driver.h"
 
-struct CUstream_st {
-  int number;
-};
-
 namespace simt {
 
 Gpu* gpu = nullptr;
@@ -53,8 +49,6 @@ cudaError_t result(cudaError_t error) {
 
 // Once a kernel has gone wrong, nothing else goes right.
 cudaError_t health() { return result(gpu->error().empty() ? cudaSuccess : cudaErrorLaunchFailure); }
-
-int number_of(cudaStream_t stream) { return stream ? stream->number : 0; }
 
 void* allocate(size_t bytes, std::map<void*, size_t>& in) {
   void* p = nullptr;

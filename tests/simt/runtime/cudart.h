@@ -8,7 +8,13 @@
 #include "simt/cuda.h"
 #include "simt/gpu.h"
 
+struct CUstream_st {
+  int number;
+};
+
 namespace simt {
+
+inline int number_of(cudaStream_t stream) { return stream ? stream->number : 0; }
 
 bool accesses_are_seen();  // of kernels, the ordinary C++ ones: see accesses.cc
 #ifdef __SANITIZE_THREAD__

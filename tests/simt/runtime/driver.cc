@@ -1,5 +1,5 @@
 // Virtual memory as the driver offers it, on memfd and mmap: an allocation is a file, which processes may
-// share.
+// share. And waits of streams for words.
 #include "simt/runtime/driver.h"
 
 #include <cuda.h>
@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "simt/runtime/cudart.h"
 
 namespace simt {
 namespace {
@@ -90,6 +92,15 @@ CUresult mem_set_access(CUdeviceptr p, size_t bytes, const CUmemAccessDesc*, siz
   return mprotect(at(p), bytes, PROT_READ | PROT_WRITE) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+// A kernel of one thread that looks now and then.
+CUresult stream_wait_value(CUstream stream, CUdeviceptr p, cuuint64_t value, unsigned flags) {
+  if (flags != CU_STREAM_WAIT_VALUE_GEQ || p % sizeof(uint64_t) != 0) return CUDA_ERROR_INVALID_VALUE;
+  gpu->launch(number_of(stream), 1, 1, 0, [=] {
+    while (static_cast<int64_t>(load_acquire(static_cast<uint64_t*>(at(p))) - value) < 0) nanosleep(1000);
+  });
+  return CUDA_SUCCESS;
+}
+
 struct Function {
   const char* name;
   void* address;
@@ -117,6 +128,7 @@ void* driver_function(const char* name) {
       named("cuMemRelease", mem_release),
       named("cuMemSetAccess", mem_set_access),
       named("cuMemUnmap", mem_unmap),
+      named("cuStreamWaitValue64", stream_wait_value),
   };
   for (const Function& f : functions) {
     if (std::strcmp(f.name, name) == 0) return f.address;

@@ -76,7 +76,7 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   routing.topk_idx = ids.data();
   routing.routes = routes.data();
   routing.tokens = 2;
-  const auto error = check_throws<CommFailure>([&] { me->begin_dispatch(routing, false, false); },
+  const auto error = check_throws<CommFailure>([&] { me->begin_dispatch(routing, false, false, false); },
                                                "a dispatch without the other process");
   check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::exited), "the cause");
   check(error.failure.peers() == std::vector<int>{1}, "it is named");

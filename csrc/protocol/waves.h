@@ -1,0 +1,185 @@
+// A dispatch in waves: rows travel and are delivered in the order in which experts may begin, so that a rank
+// works on its first experts while rows of its last ones are still under way.
+//
+// The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
+// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its places,
+// those in later waves' groups as well. So once waves 0 to i are delivered, every row of wave i's experts is
+// in place, and nothing has been sent or copied twice. All metadata goes ahead, for groups are laid out from
+// it. Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows
+// there.
+#pragma once
+
+#include "protocol/deliver.h"
+#include "protocol/dispatch.h"
+
+namespace commlib {
+
+// The wave of expert `local` of a rank's `count`. The last expert is in the last wave: who has waited for it
+// has waited for everything. Where there are less than kWaves experts, some waves are empty.
+COMMLIB_HD int wave_of(int64_t local, int64_t count) {
+  return static_cast<int>((static_cast<uint32_t>(local + 1) * kWaves - 1) / static_cast<uint32_t>(count));
+}
+
+struct WavePlan {
+  uint8_t* of_routes;        // [tokens][width]: written and read by the worker that sends the token
+  const uint64_t* early;     // [ranks]: how far the `early` counters of each source must have come
+  const uint64_t* arrivals;  // [ranks]: how far `arrived` must have, which counts the last wave
+};
+
+// The word that counts arrivals of a wave.
+COMMLIB_HD uint64_t* arrival_word(Mailbox& mail, int wave) {
+  return wave < kWaves - 1 ? &mail.early[wave] : &mail.arrived;
+}
+
+// The wave of the row that token t has at rank p. Experts of other ranks wrap around, or lie past its own.
+COMMLIB_HD int wave_of_row(const SendPlan& plan, int64_t t, int p) {
+  const int64_t first = plan.placement.first_expert(p);
+  auto lowest = UINT64_MAX;
+  for (int64_t i = t * plan.topk; i < (t + 1) * plan.topk; ++i) {
+    const auto local = static_cast<uint64_t>(plan.topk_idx[i] - first);
+    lowest = local < lowest ? local : lowest;
+  }
+  return wave_of(static_cast<int64_t>(lowest), plan.placement.count(p));
+}
+
+// The wave of every row that this worker sends.
+template <class Worker>
+COMMLIB_HD void plan_waves(Worker& w, const SendPlan& plan, uint8_t* of_routes) {
+  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
+  for (int64_t t = w.index() + static_cast<int64_t>(w.lane()) * w.count(); t < plan.tokens; t += step) {
+    const int64_t* route = plan.routes + t * plan.width;
+    for (int j = 0; j < plan.width && route[j] != kNoRoute; ++j) {
+      of_routes[t * plan.width + j] = static_cast<uint8_t>(wave_of_row(plan, t, rank_of(route[j])));
+    }
+  }
+}
+
+// Metadata of all rows, before any of them.
+template <class Worker>
+COMMLIB_HD void send_metadata_ahead(Worker& w, const SendPlan& plan, const PeerTable& peers) {
+  if (!Worker::kMetadataWithRows) return send_metadata(w, plan, peers);
+  for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
+    const int64_t* route = plan.routes + t * plan.width;
+    for (int j = 0; j < plan.width && route[j] != kNoRoute; ++j) {
+      send_row_metadata(w, plan, peers, t, route[j]);
+    }
+  }
+}
+
+// How far a worker has come with what it sends.
+struct Sending {
+  int wave;
+  int64_t token;
+};
+
+// Says to every rank that this worker's part of a wave is in place.
+template <class Worker>
+COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave) {
+  w.flush();
+  for (int i = w.lane(); i < peers.size; i += w.lanes()) {
+    const int p = (peers.rank + i) % peers.size;
+    w.add(arrival_word(peers.mail_to(p), wave));
+    w.wake(peers.mail_to(p));
+  }
+}
+
+// Sends the rows of a few more tokens, few enough that what has arrived meanwhile need not wait long.
+template <class Worker>
+COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peers, const uint8_t* of_routes,
+                          Sending* at) {
+  constexpr int kTokensAtOnce = 4;
+  for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
+    const int64_t* route = plan.routes + at->token * plan.width;
+    const uint8_t* wave = of_routes + at->token * plan.width;
+    const auto goes_now = [&](int j) { return route[j] != kNoRoute && wave[j] == at->wave; };
+    const auto to = w.template list<Target>(plan.width, [&](int j) -> Target {
+      if (!goes_now(j)) return nullptr;
+      return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
+    });
+    if (to.count == 0) continue;
+    if (w.link_limited()) {
+      int remote = 0;
+      for (int j = 0; j < plan.width; ++j) remote += goes_now(j) && rank_of(route[j]) != peers.rank;
+      w.pass_link(remote * plan.layout.row_bytes);
+    }
+    w.multicast(to, plan.x + at->token * plan.x_stride, plan.layout.row_bytes);
+    ++sent;
+  }
+  if (at->token < plan.tokens) return;
+  arrive_in_wave(w, peers, at->wave);
+  *at = {at->wave + 1, w.index()};
+}
+
+// Whether every source's part of a wave is in place; await_wave waits until it is.
+template <class Worker>
+COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
+  const uint64_t* expected = wave < kWaves - 1 ? plan.early : plan.arrivals;
+  bool ok = true;
+  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
+    ok = w.read(arrival_word(peers.mail_from(s), wave)) >= expected[s];
+  }
+  return w.all(ok);
+}
+
+template <class Worker>
+COMMLIB_HD bool await_wave(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
+  const uint64_t* expected = wave < kWaves - 1 ? plan.early : plan.arrivals;
+  bool ok = true;
+  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
+    ok = w.await_count(arrival_word(peers.mail_from(s), wave), expected[s], s, Phase::arrival);
+  }
+  return w.all(ok);
+}
+
+// The wave of unique row n, from its experts; those of other ranks are -1, which is past all others.
+COMMLIB_HD int wave_of_row(const DeliverPlan& plan, int64_t n) {
+  auto lowest = UINT32_MAX;
+  for (int64_t i = n * plan.topk; i < (n + 1) * plan.topk; ++i) {
+    const auto local = static_cast<uint32_t>(plan.slot.experts[i]);
+    lowest = local < lowest ? local : lowest;
+  }
+  return wave_of(lowest, plan.experts);
+}
+
+// Copies this worker's rows of a wave to all their places. Lanes look for them side by side.
+template <class Worker>
+COMMLIB_HD void deliver_wave(Worker& w, const DeliverPlan& plan, int wave) {
+  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
+  for (int64_t first = w.index(); first < plan.rows; first += step) {
+    const int64_t mine = first + static_cast<int64_t>(w.lane()) * w.count();
+    const bool now = mine < plan.rows && wave_of_row(plan, mine) == wave;
+    for (uint64_t left = w.any_bits(static_cast<uint64_t>(now) << w.lane()); left; left &= left - 1) {
+      replicate_row(w, plan, first + static_cast<int64_t>(lowest_bit(left)) * w.count());
+    }
+  }
+}
+
+// Sends and delivers all waves. A worker delivers as soon as a wave has arrived, whether or not it has sent
+// everything, and sends as long as none has: a late rank holds nobody's sending up.
+//
+// prepare(ok): called by each worker once, after the first wave has arrived (or not: !ok): lays out groups
+// and delivers metadata; false ends the operation. delivered(wave): this worker has its part of it in place.
+template <class Worker, class Prepare, class Delivered>
+COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const DeliverPlan& deliver,
+                              const WavePlan& plan, const PeerTable& peers, Prepare prepare,
+                              Delivered delivered) {
+  plan_waves(w, send, plan.of_routes);
+  send_metadata_ahead(w, send, peers);
+  Sending at{0, w.index()};
+  for (int wave = 0; wave < kWaves;) {
+    bool ok = has_arrived(w, peers, plan, wave);
+    if (!ok && at.wave < kWaves) {
+      send_some(w, send, peers, plan.of_routes, &at);
+      continue;
+    }
+    ok = ok || await_wave(w, peers, plan, wave);
+    if (wave == 0) ok = prepare(ok);
+    if (!ok) return false;
+    deliver_wave(w, deliver, wave);
+    w.flush();
+    delivered(wave++);
+  }
+  return true;
+}
+
+}  // namespace commlib
