@@ -426,8 +426,13 @@ class ExpertParallel:
         self._core.synchronize()
 
     def stats(self) -> dict[str, int]:
-        """Counts since construction: operations, rows received, (token, rank) pairs dropped at this rank."""
-        return dict(self._stats)
+        """Counts since construction, of this rank.
+
+        Operations; rows received; (token, rank) pairs dropped; messages to other nodes, and the bytes in them
+        (without what UCX, TCP and the wire add).
+        """
+        messages, sent = self._core.network_sent
+        return self._stats | {"network_messages": messages, "network_bytes": sent}
 
     def memory_report(self) -> MemoryReport:
         """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""

@@ -18,6 +18,7 @@ class MemoryReport:
         slot_bytes: of one slot: ``capacity`` rows with their metadata.
         touched: of ``reserved``, in memory now; grows to at most ``reserved``.
         idle_buffers: results given back and kept for the next ones.
+        network: rings and words for ranks on other nodes; 0 where there are none.
         slots, slots_in_use: slots there are, and slots held by results, lent buffers or operations now.
     """
 
@@ -25,6 +26,7 @@ class MemoryReport:
     slot_bytes: int
     touched: int
     idle_buffers: int
+    network: int
     slots: int
     slots_in_use: int
 
@@ -36,6 +38,7 @@ class MemoryReport:
             f"commlib memory: heap {mib(self.touched)} touched of {mib(self.reserved)} reserved "
             f"({self.slots} slots of {mib(self.slot_bytes)}, {self.slots_in_use} in use), "
             f"idle result buffers {mib(self.idle_buffers)}"
+            + (f", network rings {mib(self.network)}" if self.network else "")
         )
 
 
@@ -47,6 +50,7 @@ def report_memory(ep: ExpertParallel) -> MemoryReport:
         core.slot_bytes,
         core.touched_bytes,
         ep._backend.idle_bytes,
+        core.network_memory,
         ep.settings.slots,
         core.slots_in_use,
     )

@@ -4,6 +4,7 @@
 
 #include "cpu/communicator.h"
 #include "dlpack.h"
+#include "net/network.h"
 #include "net/ucx_transport.h"
 
 namespace py = pybind11;
@@ -267,7 +268,13 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("slots_in_use", &Communicator::slots_in_use)
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)
-      .def_property_readonly("touched_bytes", &Communicator::touched_bytes);
+      .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
+      .def_property_readonly("network_memory",
+                             [](const Communicator& c) { return c.network() ? c.network()->bytes() : 0; })
+      .def_property_readonly("network_sent", [](const Communicator& c) {
+        const Network* n = c.network();
+        return n ? std::pair(n->messages_sent(), n->bytes_sent()) : std::pair<uint64_t, uint64_t>(0, 0);
+      });
 
   py::class_<CpuCommunicator, Communicator>(m, "CpuCommunicator")
       .def(py::init<const Config&>(), NoGil())

@@ -93,6 +93,25 @@ def test_gradients_are_those_of_one_node(layout):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_rows_cross_the_network_once_for_each_node():
+    """Bytes sent, against the least: unique (token, node) rows, with at most 3 % beside them."""
+    world = make_world([256] * 4, num_experts=32, topk=8, hidden=4096, dtype=torch.bfloat16, holes=0.0)
+
+    def rank_main(rank):
+        owners = world.topk_idx[rank] // 8
+        far = owners // 2 != rank // 2
+        least = {"hierarchical": int(far.any(1).sum())}
+        least["direct"] = sum(int((owners == r).any(1).sum()) for r in range(4) if r // 2 != rank // 2)
+        for routing, rows in least.items():
+            with ExpertParallel(ranks_per_node=2, routing=routing, **world.config()) as ep:
+                ep.dispatch(world.x[rank], world.topk_idx[rank], world.topk_weights[rank])
+                sent = ep.stats()["network_bytes"]
+                assert rows * 8192 < sent < 1.03 * rows * 8192
+                assert ep.stats()["network_messages"] < rows
+
+    commlib.run_ranks(rank_main, 4)
+
+
 def test_asynchronous_operations_in_flight_together():
     worlds = [make_world([30, 17, 4, 22], hidden=256, seed=s) for s in range(3)]
 

@@ -163,6 +163,8 @@ class Communicator {
   int slots_in_use() { return slots_->in_use(); }
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() const = 0;
+  // To other nodes: null, or what the network counts.
+  const Network* network() const { return network_.get(); }
 
  protected:
   explicit Communicator(const Config& config);

@@ -16,9 +16,11 @@
 namespace commlib {
 namespace {
 
-constexpr int64_t kChunkBytes = 256 << 10;  // large enough for a message's fixed cost, and for RDMA
-constexpr int64_t kRingsBytes = 64 << 20;   // of all rings of a rank, unless chunks must be larger
-constexpr int32_t kLeastChunks = 2, kMostChunks = 16;
+// Large enough for a message's fixed cost, and with its header no more than UCX receives at once over TCP (64
+// KiB): larger ones are put together from fragments, which is one more copy.
+constexpr int64_t kChunkBytes = 60 << 10;
+constexpr int64_t kRingsBytes = 64 << 20;  // of all rings of a rank, unless chunks must be larger
+constexpr int32_t kLeastChunks = 2, kMostChunks = 32;
 constexpr uint64_t kOutboxSize = 4096;
 constexpr int kNapMs = 100;  // nobody needs to be seen sooner: posts wake the thread
 constexpr long kGpuNapNs = 20'000;
@@ -201,6 +203,8 @@ void Network::send(const Post& post) {
   } else if (post.kind == PostKind::chunk) {
     data = find(post, post.peer, true)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
   }
+  messages_.fetch_add(1, std::memory_order_relaxed);
+  sent_.fetch_add(sizeof(Post) + post.bytes, std::memory_order_relaxed);
   transport_->send(post, data);
 }
 

@@ -57,7 +57,10 @@ class Network final : Receiver {
   std::string why_lost(int peer) const;
   // Sends what has been posted, at most for so long, and ends the thread. May be called twice.
   void close(double seconds);
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const { return bytes_; }  // of rings and words
+  // Messages sent, and the bytes in them, without what a transport adds.
+  uint64_t messages_sent() const { return messages_.load(std::memory_order_relaxed); }
+  uint64_t bytes_sent() const { return sent_.load(std::memory_order_relaxed); }
 
  private:
   std::byte* place_for(int from, const Post& post) override;
@@ -94,11 +97,12 @@ class Network final : Receiver {
   std::mutex mutex_;    // guards the members below it
   std::vector<Post> posts_;
   bool asleep_ = false;  // a post must wake the thread, which looks for posts once more before it sleeps
-  std::atomic<bool> stopping_{false};  // set once (release)
-  double closing_seconds_ = 0;         // written before `stopping_`
-  std::atomic<uint64_t> lost_{0};      // set by the thread (release), read by waiting workers (acquire)
-  mutable std::mutex why_mutex_;       // guards why_
-  std::vector<std::string> why_;       // by rank
+  std::atomic<bool> stopping_{false};            // set once (release)
+  double closing_seconds_ = 0;                   // written before `stopping_`
+  std::atomic<uint64_t> messages_{0}, sent_{0};  // counted by the thread; order nothing
+  std::atomic<uint64_t> lost_{0};  // set by the thread (release), read by waiting workers (acquire)
+  mutable std::mutex why_mutex_;   // guards why_
+  std::vector<std::string> why_;   // by rank
   std::thread thread_;
 };
 

@@ -128,6 +128,30 @@ void a_receive_slot_may_serve_two_combines_with_weight_gradients() {
   });
 }
 
+// Each rank writes its one slot again as soon as it may, and others are slower.
+void a_slot_is_lent_again_when_all_have_pulled_from_it() {
+  Random random(27);
+  Config config = small_config(3);
+  config.hidden = 512;
+  config.slots = 1;
+  Asked asked;
+  asked.may_group = false;
+  asked.weight_grads = false;
+  const Scenario first = random_scenario(config, 3, asked, random);
+  std::vector<Scenario> others;
+  for (int i = 0; i < 8; ++i) others.push_back(with_other_values(first, random));
+  in_ranks(config, 3, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, first, {});
+    check_dispatch(*d);
+    Manner manner;
+    manner.combine = RowsOf::lent_slot;
+    for (const Scenario& values : others) {
+      check_combine(self, *start_combine(self, *d, values, manner), values);
+      self.nap_sometimes();
+    }
+  });
+}
+
 const Suite suite({{"sums_are_taken_in_order_of_rank_with_one_rounding",
                     sums_are_taken_in_order_of_rank_with_one_rounding},
                    {"every_vector_path_sums_every_dtype_to_the_same_bits",
@@ -139,7 +163,9 @@ const Suite suite({{"sums_are_taken_in_order_of_rank_with_one_rounding",
                     rows_left_in_the_receive_slot_are_pulled_from_there},
                    {"one_routing_serves_many_combines", one_routing_serves_many_combines},
                    {"a_receive_slot_may_serve_two_combines_with_weight_gradients",
-                    a_receive_slot_may_serve_two_combines_with_weight_gradients}});
+                    a_receive_slot_may_serve_two_combines_with_weight_gradients},
+                   {"a_slot_is_lent_again_when_all_have_pulled_from_it",
+                    a_slot_is_lent_again_when_all_have_pulled_from_it}});
 
 }  // namespace
 }  // namespace commlib::testing

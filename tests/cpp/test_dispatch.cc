@@ -173,6 +173,33 @@ void redispatch_equals_dispatch_along_the_same_routing() {
   }
 }
 
+// More than fit into one turn of any worker's lanes.
+void many_tokens_take_many_turns() {
+  Random random(12);
+  Config config = small_config(2);
+  config.experts = 5;
+  config.topk = 2;
+  config.hidden = 8;
+  config.max_tokens = 560;
+  config.capacity = 2 * config.max_tokens;
+  Scenario s{config, {}, {}};
+  for (const bool grouped : {true, false}) {
+    RankCase r;
+    r.tokens = config.max_tokens - random.below(10);
+    for (int64_t t = 0; t < r.tokens; ++t) {
+      const int64_t first = random.below(config.experts);
+      for (int k = 0; k < config.topk; ++k) {
+        r.topk_idx.push_back(random.one_in(4) ? -1 : (first + k) % config.experts);
+      }
+    }
+    r.grouped = grouped;
+    r.align = grouped ? 8 : 1;
+    s.ranks.push_back(std::move(r));
+  }
+  complete(s, random);
+  in_ranks(config, 2, [&](Rank& self) { check_round_trip(self, s, s, {}); });
+}
+
 const Suite suite(
     {{"rows_arrive_in_source_then_token_order", rows_arrive_in_source_then_token_order},
      {"every_vector_path_moves_every_dtype_and_row_size", every_vector_path_moves_every_dtype_and_row_size},
@@ -185,8 +212,8 @@ const Suite suite(
       ranks_without_tokens_and_tokens_without_experts_send_nothing},
      {"a_token_without_experts_is_not_read", a_token_without_experts_is_not_read},
      {"groups_have_offsets_places_and_zero_padding", groups_have_offsets_places_and_zero_padding},
-     {"redispatch_equals_dispatch_along_the_same_routing",
-      redispatch_equals_dispatch_along_the_same_routing}});
+     {"redispatch_equals_dispatch_along_the_same_routing", redispatch_equals_dispatch_along_the_same_routing},
+     {"many_tokens_take_many_turns", many_tokens_take_many_turns}});
 
 }  // namespace
 }  // namespace commlib::testing

@@ -114,13 +114,13 @@ Result Machine::run() {
 
 void Machine::step() {
   if (can_start() && (ready_.empty() || random.one_in(8))) start_block();
-  if (random.one_in(1024)) choose_mood();
+  if (random.one_in(mood_.steps)) choose_mood();
   if (delayed > 0 && random.one_in(mood_.landing)) land_a_store();
   advance_due_copies();
   wake_sleepers();
   if (ready_.empty()) return idle();
   if (switches_ >= config.max_switches) return report_deadlock("no end after so many switches");
-  resume(take_ready());
+  if (Thread* thread = take_ready()) resume(*thread);
 }
 
 // -- threads
@@ -137,6 +137,11 @@ void Machine::choose_mood() {
   constexpr size_t kLandings[] = {2, 8, 64};
   mood_ = {};
   mood_.landing = kLandings[random.below(3)];
+  if (random.one_in(16)) {
+    mood_.steps = 8192;
+    mood_.tries = 32;
+    mood_.stops = host_ && random.one_in(4) ? 20 : 0;
+  }
   if (ready_.empty()) return;
   const Thread& t = *ready_[random.below(ready_.size())];
   const size_t depth = random.below(5);
@@ -146,10 +151,18 @@ void Machine::choose_mood() {
   if (depth > 3) mood_.thread = static_cast<int>(t.index);
 }
 
-Thread& Machine::take_ready() {
+// Null where those who can run are to stand still, while time passes for the host.
+Thread* Machine::take_ready() {
+  constexpr uint64_t kStopNs = 50'000;
   size_t i = random.below(ready_.size());
-  for (int again = 0; again < 4 && mood_.is_slow(*ready_[i]); ++again) i = random.below(ready_.size());
-  Thread& thread = *ready_[i];
+  for (int tries = mood_.tries; tries > 0 && mood_.is_slow(*ready_[i]); --tries)
+    i = random.below(ready_.size());
+  if (mood_.stops > 0 && mood_.is_slow(*ready_[i])) {
+    --mood_.stops;
+    now += host_->wait(kStopNs);
+    return nullptr;
+  }
+  Thread* thread = ready_[i];
   ready_[i] = ready_.back();
   ready_.pop_back();
   return thread;
@@ -250,6 +263,14 @@ void Machine::let_time_pass() {
   if (!host_ && now > config.time_limit_ns) {
     report_deadlock("all threads wait or poll, and the time limit has passed");
   }
+}
+
+// With a host, deadlines of waits are longer than any test; but looks at why a wait does not end, every few
+// milliseconds, are to come at all moments.
+uint64_t Machine::read_time() {
+  constexpr size_t kOneIn = 256, kMostNs = 10'000'000;
+  if (host_ && random.one_in(kOneIn)) now += random.below(kMostNs);
+  return ++now;
 }
 
 // Late, and some much later than others; the more threads can run, the longer each takes to notice.

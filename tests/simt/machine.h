@@ -196,6 +196,7 @@ class Machine {
   void launch(int stream, unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body,
               const void* mapped = nullptr);
   Result run();
+  uint64_t read_time();  // by kernels
 
   // Called by fibers.
   void preempt(int rarer = 1);              // lets others run, now and then
@@ -231,7 +232,10 @@ class Machine {
   // Who and what is to be slow for a while. Gives the large skews that fair picks never come to.
   struct Mood {
     int stream = -1, block = -1, warp = -1, thread = -1;  // stream -1: none is slow; others -1: all
-    size_t landing;                                       // 1 in so many steps lands a store
+    size_t steps = 1024;                                  // about how long it lasts
+    int tries = 4;                                        // to find somebody else
+    int stops = 0;   // when there is nobody else, that time passes, but for the host only
+    size_t landing;  // 1 in so many steps lands a store
 
     bool is_slow(const Thread& t) const;
   };
@@ -239,7 +243,7 @@ class Machine {
   void step();
   bool can_start() const;
   void start_block();
-  Thread& take_ready();
+  Thread* take_ready();
   void choose_mood();
   void resume(Thread& thread);
   void wake_sleepers();

@@ -292,7 +292,7 @@ std::byte* dynamic_shared() { return self->block->shared; }
 
 uint64_t globaltimer() {
   machine->preempt();
-  return ++machine->now;
+  return machine->read_time();
 }
 
 void nanosleep(uint32_t ns) { machine->sleep(ns); }
