@@ -49,7 +49,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
     Asked asked;
     asked.weights = random.one_in(2);
     asked.weight_grads = random.one_in(2);
-    asked.waves = random.one_in(3);
+    asked.waves = config.node_of.empty() && random.one_in(3);
     batches.push_back(random_scenario(config, ranks, asked, random));
     others.push_back(with_other_values(batches.back(), random));
   }
