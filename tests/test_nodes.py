@@ -18,7 +18,7 @@ spread = pytest.mark.parametrize(("ranks", "node", "routing"), SPREADS)
 
 
 def need_ucx(device):
-    """A GPU machine may lack it: commlib is then built without UCX's headers, which is no fault of its own."""
+    """A GPU machine may lack it, and commlib is then built without its headers."""
     if device == "cuda":
         try:
             ucx.load()

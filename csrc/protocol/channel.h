@@ -131,6 +131,13 @@ COMMLIB_HD LaneEnd lane_end(const Hops& hops, const ChannelEnd& end, Stream stre
   return {hops, end, stream, lane, epoch};
 }
 
+// The news as they are before any lane looks for something to do. Lanes read one after another, and one that
+// read later than the others looked must not wait for what those have missed.
+template <class Worker>
+COMMLIB_HD uint64_t oldest_news(Worker& w, const Hops& hops) {
+  return static_cast<uint64_t>(w.lowest(static_cast<int64_t>(w.read(hops.news))));
+}
+
 // Whether this worker sends to other nodes, and passes on what comes from there.
 template <class Worker>
 COMMLIB_HD bool has_lane(Worker& w, const PeerTable& peers) {

@@ -238,7 +238,7 @@ COMMLIB_HD bool pull_through_hops(Worker& w, const PullPlan& plan, const PeerTab
   const CombineLane c = combine_lane(plan, peers, wait, w.index());
   const Span part = share_of(plan.tokens, c.lane, c.hops.shape.lanes);
   for (int64_t t = part.begin;;) {
-    const uint64_t seen = w.read(c.hops.news);
+    const uint64_t seen = oldest_news(w, c.hops);
     int awaited;
     const bool moved = advance_combine(w, c, &t, part.end, &awaited);
     if (awaited < 0) return true;

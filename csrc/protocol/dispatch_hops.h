@@ -122,7 +122,7 @@ COMMLIB_HD void start_hops(Worker& w, const DispatchLane& d) {
 template <class Worker>
 COMMLIB_HD bool finish_hops(Worker& w, const DispatchLane& d) {
   for (;;) {
-    const uint64_t seen = w.read(d.hops.news);
+    const uint64_t seen = oldest_news(w, d.hops);
     int awaited;
     const bool moved = advance_dispatch(w, d, &awaited);
     if (awaited < 0) return true;
