@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from common import Stats
+from overlap_matmul import Matmul
 from ranks import Case, Ranks, interleaved, on_ranks
 from report import RESULTS, Titled, device_name, show, table, where, write_json
 from torch import Tensor
@@ -65,12 +66,11 @@ class DeviceDefaults:
     slow_down: float
     num_sms: Sequence[int]  # tried one after the other
     matmul: int  # rows and columns of the matmul beside a dispatch
-    dtype: torch.dtype  # of it
 
 
 DEFAULTS = {
-    "cpu": DeviceDefaults(400, (1, 2), 192, torch.float32),
-    "cuda": DeviceDefaults(1, (1, 2, 4, 6, 8, 12, 16, 24), 2048, torch.bfloat16),
+    "cpu": DeviceDefaults(400, (1, 2), 192),
+    "cuda": DeviceDefaults(1, (1, 2, 4, 6, 8, 12, 16, 24), 2048),
 }
 
 
@@ -148,25 +148,6 @@ class Rows:
             raise WrongResults(f"rank {self.ep.rank}: {'; '.join(wrong)}")
 
 
-class Matmul:
-    """Repeated so often that it takes about as long as a dispatch."""
-
-    def __init__(self, defaults: DeviceDefaults, device: str) -> None:
-        self._a, self._b = (
-            torch.randn(defaults.matmul, defaults.matmul, dtype=torch.float32).to(device, defaults.dtype)
-            for _ in range(2)
-        )
-        self.repeats = 1
-
-    def run(self) -> None:
-        for _ in range(self.repeats):
-            torch.mm(self._a, self._b)
-
-    def balance(self, ranks: Ranks, dispatch: Case) -> None:
-        self.repeats = 20
-        self.repeats = max(1, round(20 * ranks.median(dispatch, 3) / ranks.median(Case(self.run), 3)))
-
-
 def open_rows(
     stack: ExitStack, ranks: Ranks, shape: Shape, inputs: Inputs, capacity: int | None = None, **options: Any
 ) -> Rows:
@@ -219,8 +200,8 @@ def compare(
         inputs = (job.x, job.topk_idx, job.topk_weights)
         once = open_rows(stack, ranks, shape, inputs, **options)
         each = open_pairs(stack, ranks, shape, job, **options)
-        matmul = Matmul(DEFAULTS[kind_of(ranks)], ranks.device)
-        matmul.balance(ranks, Case(once.dispatch))
+        matmul = Matmul(DEFAULTS[kind_of(ranks)].matmul, ranks.device)
+        matmul.balance(ranks, Case(matmul.run), Case(once.dispatch))
         cases = {
             DISPATCH: Case(once.dispatch),
             DISPATCH + EACH: Case(each.dispatch),

@@ -1,9 +1,9 @@
 """A whole MoE layer, forward and backward: the same MoELayer in sequence, in chunks, and as two batches.
 
-On a link so slow that dispatch and combine (forward and backward: four operations) take about as long as the
-experts do. In sequence the layer takes the sum of the two and a little more; what overlap can reach is the
-longer of the two. Efficiency is max(t_communication, t_compute) / t, with the operations alone and the
-experts alone as the two.
+It has a shared expert, of the size of the others. On a link so slow that dispatch and combine (forward and
+backward: four operations) take about as long as all experts do. In sequence the layer takes the sum of the
+two and a little more; docs/overlap.md has what overlap can reach. Efficiency is max(t_communication,
+t_compute) / t, with the operations alone and the experts alone as the two.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from overlap_matmul import PARTED, Samples, computing
 from ranks import Case, Ranks, interleaved
-from torch import Tensor
+from torch import Tensor, nn
 from workload import LinkRows, Shape, WrongResults
 
 import commlib
@@ -57,6 +58,18 @@ class LayerResult:
     samples_s: Samples
 
 
+class SharedExpert(nn.Module):
+    """What every token goes through: the same network as an expert's (SwiGLU)."""
+
+    def __init__(self, hidden: int, ffn_hidden: int, **options: Any) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(hidden, ffn_hidden, bias=False, **options) for _ in range(2))
+        self.w2 = nn.Linear(ffn_hidden, hidden, bias=False, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
 class Layer:
     """One rank's layer and batch, and the ways it is run."""
 
@@ -64,7 +77,9 @@ class Layer:
         self._ranks, self._shape, shape = ranks, plan.shape, plan.shape
         sizes = (shape.hidden, plan.ffn_hidden, shape.experts, shape.topk)
         options: dict[str, Any] = dict(dtype=shape.dtype, device=ranks.device)
-        self.unsharded = ranks.gather(MoELayer(*sizes, None, **options) if ranks.rank == 0 else None)[0]
+        self.shared = SharedExpert(*sizes[:2], **options)
+        whole = MoELayer(*sizes, None, shared=self.shared, **options) if ranks.rank == 0 else None
+        self.unsharded = ranks.gather(whole)[0]
         with self.open_ep() as ep:
             self.layer = MoELayer(*sizes, ep, **options)
             self._take_weights()
@@ -77,6 +92,8 @@ class Layer:
             d = ep.dispatch(self.x, self.topk_idx, layout="expert", align=self.layer.align)
             self.rows, self.offsets = d.x.clone(), d.offsets
         self.x.requires_grad_()
+        self.rows.requires_grad_()
+        self.parameters = dict([*self.layer.named_parameters(), *self.shared.named_parameters("shared")])
 
     def _take_weights(self) -> None:
         """Those of the unsharded layer."""
@@ -85,28 +102,40 @@ class Layer:
             weight.copy_(self.unsharded.experts.get_parameter(name)[mine])
         assert isinstance(self.layer.router, TopKRouter) and isinstance(self.unsharded.router, TopKRouter)
         self.layer.router.weight.copy_(self.unsharded.router.weight)
+        self.shared.load_state_dict(self.unsharded.shared.state_dict())
 
     def open_ep(self, **options: Any) -> commlib.ExpertParallel:
         return commlib.ExpertParallel(
             self._ranks.group, device=self._ranks.device, **options, **self._shape.sizes
         )
 
+    def clear(self) -> None:
+        """No gradients any more."""
+        for leaf in (self.x, self.rows, *self.parameters.values()):
+            leaf.grad = None
+
     def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """Forward and backward; parameters and x have their gradients then."""
-        self.x.grad = None
-        self.layer.zero_grad()
+        self.clear()
         with torch.enable_grad():
             out = forward(self.x)
             out.backward(self.upstream)
         return out.detach()
 
+    def in_sequence(self, ep: commlib.ExpertParallel) -> Tensor:
+        self._set(ep, chunks=1, shared=None)
+        return self.run(lambda x: self.layer(x)[0] + self.shared(x))
+
     def in_chunks(self, ep: commlib.ExpertParallel, chunks: int) -> Tensor:
-        self.layer.ep, self.layer.overlap_chunks = ep, chunks
+        self._set(ep, chunks, self.shared)
         return self.run(lambda x: self.layer(x)[0])
 
     def two_batches(self, ep: commlib.ExpertParallel) -> Tensor:
-        self.layer.ep = ep
+        self._set(ep, 1, self.shared)
         return self.run(lambda x: torch.cat([out for out, _ in TwoBatch(self.layer.steps)(*x.chunk(2))]))
+
+    def _set(self, ep: commlib.ExpertParallel, chunks: int, shared: nn.Module | None) -> None:
+        self.layer.ep, self.layer.overlap_chunks, self.layer.shared = ep, chunks, shared
 
     def communicate(self, ep: commlib.ExpertParallel) -> Tensor:
         """The layer's dispatch and combine, forward and backward, with nothing in between."""
@@ -119,11 +148,10 @@ class Layer:
 
     def compute(self) -> None:
         """The experts, forward and backward, on the rows that they get in the layer."""
-        self.layer.zero_grad()
+        self.clear()
         with torch.enable_grad():
-            out = self.layer.experts(self.rows.requires_grad_(), self.offsets)
-            out.backward(out.detach())
-        self.rows.grad = None
+            out = self.layer.experts(self.rows, self.offsets)
+            torch.autograd.backward([out, self.shared(self.x)], [out.detach(), self.upstream])
 
     def link_gbps(self) -> float:
         """The rate at which what the layer sends takes as long as its experts do. Called by all ranks."""
@@ -144,7 +172,7 @@ class Layer:
         for name, way in ways.items():
             with way.inside():
                 got = {"output": way.operation(), "gradient of x": self.x.grad}
-            got |= {f"gradient of {n}": p.grad for n, p in self.layer.named_parameters()}
+            got |= {f"gradient of {n}": p.grad for n, p in self.parameters.items()}
             off = {part: distance(got[part], value) for part, value in want.items()}
             limit = TOLERANCE[self._shape.dtype]
             wrong += [f"{name}: {part} is {e:.1e} off" for part, e in off.items() if not e <= limit]
@@ -169,7 +197,7 @@ def measure(ranks: Ranks, layer: Layer, plan: LayerPlan, link_gbps: float, num_s
     with ExitStack() as stack:
         limits: dict[str, Any] = dict(num_sms=num_sms, link_gbps=link_gbps)
         ep = stack.enter_context(layer.open_ep(**limits))
-        ways = {SEQUENCE: Case(partial(layer.in_chunks, ep, 1))}
+        ways = {SEQUENCE: Case(partial(layer.in_sequence, ep))}
         ways |= {f"{n} chunks": Case(partial(layer.in_chunks, ep, n)) for n in plan.chunks}
         ways[TWO_BATCHES] = Case(partial(layer.two_batches, ep))
         alone = {COMMUNICATION: Case(partial(layer.communicate, ep)), COMPUTE: Case(layer.compute)}

@@ -30,6 +30,7 @@ COMMUNICATION, EVERYTHING, SHARE, BOTH = (
 PARTED = ", partition"
 SUFFIXES = ("", PARTED)
 WARMUP = 3
+TRIAL = 16  # repeats of a matmul, to see how long one takes
 Samples = dict[str, list[float]]
 
 
@@ -60,37 +61,53 @@ class MatmulResult:
     samples_s: Samples
 
 
-class Workload:
-    """A dispatch, and a matmul repeated so often that it takes about as long."""
+class Matmul:
+    """A square product, repeated. Hosts are best at fp32, GPUs at bf16."""
 
-    def __init__(self, ep: commlib.ExpertParallel, job: Job, size: int) -> None:
-        self._ep, self._job = ep, job
-        # Hosts are best at fp32, GPUs at bf16.
-        dtype = torch.float32 if ep.device.type == "cpu" else torch.bfloat16
-        self._a, self._b = (torch.ones(size, size, dtype=dtype, device=ep.device) for _ in range(2))
+    def __init__(self, size: int, device: str) -> None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self._a, self._b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         self._c = torch.zeros_like(self._a)
-        self.repeats = 1
+        self.repeats = TRIAL
+
+    def run(self) -> None:
+        for _ in range(self.repeats):
+            torch.mm(self._a, self._b, out=self._c)
+
+    def clear(self) -> None:
+        self._c.zero_()
+
+    def is_right(self) -> bool:
+        return bool((self._c == self._a.shape[0]).all())
+
+    def balance(self, ranks: Ranks, case: Case, other: Case) -> None:
+        """Make ``case``, which runs this, take about as long as another. Called by all ranks."""
+        self.repeats = TRIAL
+        self.repeats = max(1, round(TRIAL * ranks.median(other) / ranks.median(case)))
+
+
+class Workload:
+    """A dispatch, and a matmul beside it."""
+
+    def __init__(self, ep: commlib.ExpertParallel, job: Job, matmul: Matmul) -> None:
+        self._ep, self._job, self._matmul = ep, job, matmul
 
     def communicate(self) -> None:
         self._start().finish()
 
-    def compute(self) -> None:
-        for _ in range(self.repeats):
-            torch.mm(self._a, self._b, out=self._c)
-
     def both(self) -> None:
         d = self._start()
-        self.compute()
+        self._matmul.run()
         d.finish()
 
     def check(self) -> None:
         """Raise WrongResults unless both at once yield what each must."""
-        self._c.zero_()
+        self._matmul.clear()
         d = self._start()
-        self.compute()
+        self._matmul.run()
         got = d.finish()
         wrong = self._job.wrong_rows(Received(got.x, got.topk_idx, got.topk_weights))
-        if not bool((self._c == self._a.shape[0]).all()):
+        if not self._matmul.is_right():
             wrong.append("the matmul differs")
         if wrong:
             raise WrongResults(f"rank {self._ep.rank}: {'; '.join(wrong)}")
@@ -129,24 +146,25 @@ def measure(ranks: Ranks, plan: MatmulPlan, job: Job, num_sms: int) -> MatmulRes
     """
     partition = ranks.partition(num_sms)
     everything, share = threads_for_compute(ranks, num_sms)
+    matmul = Matmul(plan.size, ranks.device)
     with ExitStack() as stack:
 
         def workload(partition: commlib.SMPartition | None) -> Workload:
             config: dict[str, Any] = dict(device=ranks.device, num_sms=num_sms, link_gbps=plan.link_gbps)
             ep = commlib.ExpertParallel(ranks.group, partition=partition, **config, **plan.shape.sizes)
-            return Workload(stack.enter_context(ep), job, plan.size)
+            return Workload(stack.enter_context(ep), job, matmul)
 
         def cases(work: Workload, partition: commlib.SMPartition | None, suffix: str) -> dict[str, Case]:
             inside = partial(computing, partition, share)
             return {
                 COMMUNICATION + suffix: Case(work.communicate, inside),
-                SHARE + suffix: Case(work.compute, inside),
+                SHARE + suffix: Case(matmul.run, inside),
                 BOTH + suffix: Case(work.both, inside),
             }
 
         free = workload(None)
         compared = cases(free, None, "")
-        compared[EVERYTHING] = Case(free.compute, partial(computing, None, everything))
+        compared[EVERYTHING] = Case(matmul.run, partial(computing, None, everything))
         if share is None:
             del compared[SHARE]  # a GPU's SMs are only shared out by a partition
         works = [free]
@@ -157,20 +175,13 @@ def measure(ranks: Ranks, plan: MatmulPlan, job: Job, num_sms: int) -> MatmulRes
             with computing(inside, share):
                 for _ in range(WARMUP):
                     work.check()
-        balance(ranks, compared, works)
+        alone = next(compared[name] for name in (SHARE, SHARE + PARTED, EVERYTHING) if name in compared)
+        matmul.balance(ranks, alone, compared[COMMUNICATION])
         samples = interleaved(ranks, compared, plan.iters, f"{num_sms} SMs beside a matmul")
     given = None
     if partition is not None:
         given = {"asked": partition.asked, "comm": partition.comm, "compute": partition.compute}
-    return MatmulResult(num_sms, given, free.repeats, share, samples)
-
-
-def balance(ranks: Ranks, cases: dict[str, Case], works: list[Workload]) -> None:
-    """Make compute about as long as communication."""
-    compute = next(cases[name] for name in (SHARE, SHARE + PARTED, EVERYTHING) if name in cases)
-    repeats = max(1, round(ranks.median(cases[COMMUNICATION]) / ranks.median(compute)))
-    for work in works:
-        work.repeats = repeats
+    return MatmulResult(num_sms, given, matmul.repeats, share, samples)
 
 
 def efficiency(samples: Samples, suffix: str) -> float | None:
