@@ -33,8 +33,9 @@ from workload import Job, Shape
 
 from commlib import cuda
 
-CPU_DEFAULTS = dict(hidden=512, ffn_hidden=512, experts=4, topk=2, matmul=256, num_sms=[1], chunks=[4, 8])
+CPU_DEFAULTS = dict(hidden=1024, ffn_hidden=512, experts=4, topk=2, matmul=256, num_sms=[1], chunks=[4, 8])
 GPU_DEFAULTS = dict(
+    tokens=4096,
     hidden=4096,
     ffn_hidden=1024,
     experts=32,
@@ -49,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_shape_arguments(parser, tokens=4096)
+    add_shape_arguments(parser, tokens=2048)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i")
     parser.add_argument("--ranks", type=int, default=4, help="on a GPU; on the CPU those of the launch")
     parser.add_argument("--num-sms", type=int, nargs="+", help="of a rank, to be swept (CPU: threads)")

@@ -77,7 +77,7 @@ def test_a_layer_that_answers_wrongly_is_not_timed(overlap, monkeypatch):
         return out * 1.01, extra
 
     monkeypatch.setattr(commlib.nn.moe, "run_experts", wrong)
-    with pytest.raises(WrongResults, match="2 chunks: output is .*e-03 off"):
+    with pytest.raises(WrongResults, match=r"2 chunks: output is .*e-03 off"):
         measured(overlap, 2)
 
 
