@@ -35,7 +35,6 @@ from commlib import cuda
 
 CPU_DEFAULTS = dict(hidden=1024, ffn_hidden=512, experts=4, topk=2, matmul=256, num_sms=[1], chunks=[4, 8])
 GPU_DEFAULTS = dict(
-    tokens=4096,
     hidden=4096,
     ffn_hidden=1024,
     experts=32,
@@ -50,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_shape_arguments(parser, tokens=2048)
+    add_shape_arguments(parser, tokens=4096)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i")
     parser.add_argument("--ranks", type=int, default=4, help="on a GPU; on the CPU those of the launch")
     parser.add_argument("--num-sms", type=int, nargs="+", help="of a rank, to be swept (CPU: threads)")
@@ -58,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--matmul", type=int, help="rows and columns of the matmul")
     parser.add_argument("--ffn-hidden", type=int, help="of the layer's experts")
     parser.add_argument("--chunks", type=int, nargs="+", help="of the layer, one number after the other")
-    parser.add_argument("--iters", type=int, default=11)
+    parser.add_argument("--iters", type=int, default=7)
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by device and ranks")
     parser.add_argument("--plot", type=Path, help="figure; default: beside the JSON, as PNG")
     device = parser.parse_known_args(argv)[0].device

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import usable_cores
 from ranks import Case, Ranks, interleaved
 from workload import Job, Received, Shape, WrongResults
 
@@ -130,14 +129,6 @@ def computing(partition: commlib.SMPartition | None, threads: int | None) -> Ite
         yield
 
 
-def threads_for_compute(ranks: Ranks, num_sms: int) -> tuple[int | None, int | None]:
-    """A rank's cores, and those that communication leaves it; None on a GPU."""
-    if ranks.device != "cpu":
-        return None, None
-    cores = max(1, usable_cores() // ranks.size)
-    return cores, max(1, cores - num_sms)
-
-
 def measure(ranks: Ranks, plan: MatmulPlan, job: Job, num_sms: int) -> MatmulResult:
     """Called by all ranks.
 
@@ -145,7 +136,8 @@ def measure(ranks: Ranks, plan: MatmulPlan, job: Job, num_sms: int) -> MatmulRes
         WrongResults: rows or products are not what they must be.
     """
     partition = ranks.partition(num_sms)
-    everything, share = threads_for_compute(ranks, num_sms)
+    everything = ranks.cores
+    share = None if everything is None else max(1, everything - num_sms)
     matmul = Matmul(plan.size, ranks.device)
     with ExitStack() as stack:
 

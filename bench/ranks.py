@@ -34,6 +34,7 @@ class Ranks(ABC):
     size: int
     device: str
     group: Any = None  # what ExpertParallel takes
+    cores: int | None = None  # of a rank; None: it is on a GPU
 
     @abstractmethod
     def timed(self, operation: Callable[[], Any]) -> float:
@@ -80,6 +81,18 @@ class HostRanks(Ranks):
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self.rank, self.size, self.group = launch.rank, launch.size, launch.ranks
+        self._facts = machine(launch)
+        self.cores = max(1, usable_cores() // self.size)
+        self._take_cores()
+
+    def _take_cores(self) -> None:
+        """Of its own, where there are as many as ranks: the kernel may leave two ranks on one."""
+        if self.size == 1 or usable_cores() < self.size or not hasattr(os, "sched_setaffinity"):
+            return
+        assert self.cores is not None
+        mine = sorted(os.sched_getaffinity(0))[self.rank * self.cores :][: self.cores]
+        for thread in map(int, os.listdir("/proc/self/task")):
+            os.sched_setaffinity(thread, mine)
 
     def timed(self, operation: Callable[[], Any]) -> float:
         return self._launch.spans([self._launch.fenced(operation)[0]])[0]
@@ -88,7 +101,7 @@ class HostRanks(Ranks):
         return self._launch.gather(value)
 
     def facts(self) -> dict[str, Any]:
-        return machine(self._launch)
+        return self._facts
 
     def partition(self, num_sms: int) -> commlib.SMPartition | None:
         """Processes do not share one: each would take the same cores."""
