@@ -285,7 +285,7 @@ def findings(measured: Measured, config: Config) -> list[str]:
     unique = config.routing.unique_ranks
     rows = measured.rows_on_link
     return [
-        f"{measured.num_sms} {unit} of a rank: {worst:.0%} of the link, which {enough} {FULL:.0%}",
+        f"{measured.num_sms} {unit} of a rank: {worst:.1%} of the link, which {enough} {FULL:.0%}",
         f"once to each rank: {rows.each / rows.unique:.2f} times fewer bytes on the link, dispatch "
         f"{median[DISPATCH + EACH] / median[DISPATCH]:.2f} times faster, combine "
         f"{median[COMBINE + EACH] / median[COMBINE]:.2f}; expected: K / U = {config.topk} / {unique:.2f} = "

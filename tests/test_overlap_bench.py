@@ -132,7 +132,7 @@ def test_what_is_saved_is_held_against_the_closed_form(host_clock):
     sweep = {4: {"dispatch": [2.0], "combine": [2.0]}}
     found = limited_link.Measured({"ranks": 8}, 1.0, 1, LinkRows(2, 3), 10**9, sweep, 4, once | each)
     filled, saved, beside = limited_link.findings(found, Config(8, 64, 7168, 8, 64))
-    assert filled.startswith("4 threads of a rank: 100% of the link, which is the smallest number")
+    assert filled.startswith("4 threads of a rank: 100.0% of the link, which is the smallest number")
     assert "1.50 times fewer bytes on the link, dispatch 1.50 times faster, combine 1.50" in saved
     assert "K / U = 8 / 5.43 = 1.47" in saved
     assert "2.00 times faster beside each other than in sequence, 100%" in beside
