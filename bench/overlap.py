@@ -173,9 +173,8 @@ def plot(path: Path, measured: Measured) -> None:
     """Efficiency beside a matmul against SMs, and the layer's times."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        1, 2 if measured.layer else 1, figsize=(11 if measured.layer else 6, 4), squeeze=False
-    )
+    width = 2 if measured.layer else 1
+    figure, panels = plt.subplots(1, width, figsize=(6 * width, 4), squeeze=False, layout="constrained")
     axes = panels[0][0]
     for suffix, label in zip(overlap_matmul.SUFFIXES, ("no partition", "partition"), strict=True):
         points = [(r.num_sms, overlap_matmul.efficiency(r.samples_s, suffix)) for r in measured.matmul]
@@ -185,7 +184,7 @@ def plot(path: Path, measured: Measured) -> None:
     axes.set(
         xlabel=f"communication {unit(measured)} of a rank", ylabel="overlap efficiency, %", ylim=(0, 105)
     )
-    axes.set_title("a dispatch beside a matmul")
+    axes.set(title="a dispatch beside a matmul", xticks=[r.num_sms for r in measured.matmul])
     axes.legend()
     if measured.layer is not None:
         plot_layer(panels[0][1], measured.layer)
