@@ -6,12 +6,13 @@ BIN := $(abspath $(VENV))/bin
 # Open MPI from PyPI, in .venv; `make bench MPIRUN=mpirun` takes the system's.
 MPIRUN ?= $(BIN)/mpirun
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
-LAUNCH = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(RANKS) $(BIN)/python
+launch = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(1) $(BIN)/python
+LAUNCH = $(call launch,$(RANKS))
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench examples tests setup.py
 
-.PHONY: help setup test bench bench-overlap bench-nodes train lint format cuda-report clean
+.PHONY: help setup test bench bench-overlap bench-link bench-nodes train lint format cuda-report clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*\.mk://; s/^Makefile://; s/:[^#]*##/:/' | sort
 
@@ -35,9 +36,13 @@ test: setup  ## all tests
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 
-bench-overlap: RANKS = 1
-bench-overlap: setup  ## a communication thread beside a matmul, RANKS=1
-	$(LAUNCH) bench/overlap.py
+bench-overlap: setup  ## communication beside compute: on cores of their own; on slow links, with a whole MoE layer
+	$(call launch,1) bench/overlap.py --tokens 4096 --hidden 7168 --experts 64 --topk 8
+	$(call launch,2) bench/overlap.py
+
+bench-link: RANKS = 8
+bench-link: setup  ## what an H800's link leaves, slowed down; how few threads fill it; RANKS=8
+	$(LAUNCH) bench/dispatch_combine.py --preset h800
 
 bench-nodes: setup  ## as root: across nodes whose links are limited for real; NODES_BENCH=--small
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/nodes.py $(NODES_BENCH)
@@ -49,6 +54,7 @@ train: setup  ## a small MoE language model, experts over RANKS ranks, against t
 GPU_PYTHON ?=
 GPU_RUN = $(or $(GPU_PYTHON),$(BIN)/python)
 GPU_TESTS ?= -m gpu --maxfail=10 --durations=10
+GPU_RANKS ?= 4
 SANITIZER ?= compute-sanitizer
 IN_PLACE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 # Ranks that share a GPU wait for each other on it: load no kernel meanwhile, and give each stream a queue.
@@ -64,8 +70,10 @@ gpu-build: $(if $(GPU_PYTHON),,setup)
 gpu-test: gpu-build  ## tests that need a GPU
 	$(GPU_ENV) $(GPU_RUN) -m pytest $(GPU_TESTS)
 
-gpu-bench: gpu-build  ## dispatch and combine on one GPU, its ranks threads: bench/results/<gpu>-<date>.json and .md
+gpu-bench: gpu-build  ## dispatch and combine on one GPU, its ranks threads; overlap; a limited link: bench/results/
 	$(GPU_ENV) $(GPU_RUN) bench/gpu.py $(GPU_BENCH)
+	$(GPU_ENV) $(GPU_RUN) bench/overlap.py --device cuda --ranks $(GPU_RANKS) $(GPU_OVERLAP)
+	$(GPU_ENV) $(GPU_RUN) bench/dispatch_combine.py --preset h800 --device cuda --ranks $(GPU_RANKS) $(GPU_LINK)
 
 # Kernels are loaded as they are first used here: to watch all of PyTorch's being loaded takes the sanitizer
 # long. The program's first run has one rank, which waits for nobody, and loads all that the next one needs.

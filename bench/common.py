@@ -171,13 +171,13 @@ def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def progress(launch: Launch, title: str, total: int) -> tqdm:
+def progress(rank: int, title: str, total: int) -> tqdm:
     """A bar on rank 0's stderr.
 
     tqdm redraws with a bare carriage return. mpirun makes stderr a pipe, where rich would show
     nothing until the end.
     """
-    return tqdm(total=total, desc=title, disable=launch.rank != 0, mininterval=0.5, leave=False)
+    return tqdm(total=total, desc=title, disable=rank != 0, mininterval=0.5, leave=False)
 
 
 def usable_cores() -> int:

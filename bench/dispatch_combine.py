@@ -25,9 +25,11 @@ import limited_link
 import torch
 from common import Interval, Launch, Stats, add_shape_arguments, progress, timed, usable_cores
 from limited_link import add_link_arguments
-from report import RESULTS, machine, show, table, write_json
+from report import NO_GPU, RESULTS, machine, show, table, write_json
 from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
 from workload import Job, Shape
+
+from commlib import cuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
@@ -54,6 +56,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--only takes {', '.join(CHOICES)}")
     if min(args.tokens, args.hidden, args.topk, args.iters) < 1 or args.topk > args.experts:
         parser.error("sizes must be at least 1, and --topk at most --experts")
+    if args.device != "cpu" and not (args.preset or args.link_gbps):
+        parser.error("--device is for a limited link; bench/gpu.py compares on a GPU")
+    if args.device != "cpu" and not cuda.is_available():
+        print(f"--device {args.device} needs a GPU: {cuda.why_not()}", file=sys.stderr)
+        sys.exit(NO_GPU)
     if args.latency_iters == 1 or args.latency_iters < 0:
         parser.error("--latency-iters takes 0 or at least 2")
     return args
@@ -67,7 +74,7 @@ def measure_throughput(
     local: Intervals = {system.name: {"dispatch": [], "combine": []} for system in systems}
     total = warmup + iters
     turns = random.Random(0)  # the same on all ranks
-    with progress(launch, "dispatch and combine", total * len(systems)) as bar:
+    with progress(launch.rank, "dispatch and combine", total * len(systems)) as bar:
         for i in range(total):
             report = wrong.append if i in (0, total - 1) else None
             # Another order each time: who runs before decides what is in the caches.
@@ -94,7 +101,7 @@ def measure_latency(launch: Launch, job: Job, systems: list[System], iters: int)
     for system in systems:
         system.iterate(job, launch, wrong.append)
     local: Intervals = {system.name: {"round_trip": []} for system in systems}
-    with progress(launch, "latency", (iters + LATENCY_BLOCK) * len(systems)) as bar:
+    with progress(launch.rank, "latency", (iters + LATENCY_BLOCK) * len(systems)) as bar:
         for done in range(-LATENCY_BLOCK, iters, LATENCY_BLOCK):  # the first block warms up
             block = min(LATENCY_BLOCK, iters - done)
             for system in systems:
@@ -205,13 +212,13 @@ def publish(launch: Launch, args: argparse.Namespace, result: dict[str, Any]) ->
 def main() -> None:
     args = parse_arguments()
     shape = Shape(args.tokens, args.hidden, args.experts, args.topk, DTYPES[args.dtype], args.seed)
+    if args.preset or args.link_gbps:
+        limited_link.main(shape, args)
+        return
     with Launch.session() as launch:
         if shape.experts % launch.size:
             sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
         torch.set_num_threads(max(1, usable_cores() // launch.size))
-        if args.preset or args.link_gbps:
-            limited_link.run(launch, shape, args)
-            return
         result = {"throughput": run_throughput(launch, shape, args)}
         if launch.size > 1 and args.latency_iters:
             result["latency"] = run_latency(launch, shape, args)

@@ -35,17 +35,16 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 from common import Stats, add_shape_arguments
-from gpu_measure import Plan, Record, WrongResults, measure
+from gpu_measure import Plan, Record, measure
 from gpu_systems import GROUPED, OPERATIONS, PLAIN, TUNED
-from report import RESULTS, gpu, host, markdown, show, slug, table, write_json
+from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write_json
 from systems import OWNED, ZERO_COPY
-from workload import Shape
+from workload import Shape, WrongResults
 
 from commlib import cuda
 
 COLUMNS = ("", "system", "SMs", "ms (min-max)", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
 QUICK = {"tokens": 64, "hidden": 512, "experts": 16, "topk": 4, "ranks": [2], "num_sms": [1], "iters": 3}
-NO_GPU = 2  # exit status
 
 Measured = list[tuple[Plan, Record]]
 
@@ -100,8 +99,8 @@ def rows_of_table(operation: str, plan: Plan, record: Record) -> Iterator[list[s
         ]
 
 
-def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> tuple[Any, ...]:
-    """Title, columns and sections, as `table` and `markdown` take them."""
+def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> Titled:
+    """Title, columns and sections."""
     shape = plan.shape
     title = (
         f"{plan.ranks} ranks on one {facts['gpu']} ({facts['sms']} SMs), T={shape.tokens} H={shape.hidden} "

@@ -10,20 +10,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
+from common import progress
 from gpu_clock import CopyMeter, DeviceClock
 from gpu_systems import iterate, make_baselines, open_commlib
 from systems import System
-from tqdm import tqdm
-from workload import Job, Shape
+from workload import Job, Shape, WrongResults
 
 import commlib
 from commlib.group import resolve_group
 
 GROUPED_SMS = 8  # rows by expert are measured with this many SMs a rank only
-
-
-class WrongResults(Exception):
-    """A system answered wrongly: there is nothing to measure."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,7 @@ class _Rank:
         plan = self._plan
         grouped_sms = GROUPED_SMS if GROUPED_SMS in plan.num_sms else plan.num_sms[0]
         total = len(plan.num_sms) * (plan.warmup + plan.iters)
-        title, quiet = f"{plan.ranks} ranks", self._group.rank != 0
-        with tqdm(total=total, desc=title, disable=quiet, mininterval=0.5, leave=False) as bar:
+        with progress(self._group.rank, f"{plan.ranks} ranks", total) as bar:
             for num_sms in plan.num_sms:
                 job = self._job if num_sms == grouped_sms else None
                 with open_commlib(plan.shape, num_sms, grouped_for=job) as ours:

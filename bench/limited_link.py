@@ -1,33 +1,41 @@
 """What a slow link leaves: dispatch and combine where each rank's link is paced to a given rate.
 
-`python bench/dispatch_combine.py --preset h800` (or `--link-gbps`) runs this. Memory of one machine is slower
-than a real link, so a preset's rate is divided by `--slow-down`, and everything scales with it. Compared on
-the same link:
+    mpirun -n 8 python bench/dispatch_combine.py --preset h800
+    python bench/dispatch_combine.py --preset h800 --device cuda --ranks 4   # threads that share a GPU
 
+(or `--link-gbps` instead of a preset). Memory of one machine is slower than the links of several GPUs, so a
+preset's rate is divided by `--slow-down`, and everything scales with it. Shown on that link:
+
+* how few communication SMs (CPU: threads) of a rank fill it: the smallest number with which dispatch and
+  combine both reach 95 % of it. What follows has that number;
 * commlib: each token once to each rank that owns one of its experts;
 * a row for each of a token's experts, as a plain all-to-all sends them, through the same code (each pair of
   token and expert is a token of its own);
 * commlib's dispatch beside a matmul of the same length, against one after the other.
 
-Times are held against the link's own: bytes that must cross it, over its rate.
+Times are held against the link's own: bytes that must cross it, over its rate. Rows are checked first.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from common import Interval, Launch, Stats, progress
-from report import RESULTS, machine, show, table, write_json
-from workload import Job, Shape
+from common import Stats
+from overlap_matmul import Matmul
+from ranks import Case, Ranks, interleaved, on_ranks
+from report import RESULTS, Titled, device_name, show, table, where, write_json
+from torch import Tensor
+from workload import Job, LinkRows, Received, Shape, WrongResults
 
 import commlib
+from commlib.model import Config
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,26 @@ PRESETS = {
     "h20": Preset(450, "NVLink 4: 900 GB/s both ways, by NVIDIA's datasheet"),
     "pcie5": Preset(63, "16 lanes of 32 GT/s with 128b/130b coding"),
 }
-MATMUL = 192  # rows and columns of the matmul beside a dispatch
+FULL = 0.95  # of the link
+DISPATCH, COMBINE, MATMUL, BESIDE = "dispatch", "combine", "matmul", "dispatch beside matmul"
+EACH = ", a row for each expert"
+Samples = dict[str, list[float]]
+Inputs = tuple[Tensor, Tensor, Tensor]  # x, topk_idx, topk_weights
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """What differs by kind of device. A GPU is taken to carry the links of its 4 ranks at their own rate."""
+
+    slow_down: float
+    num_sms: Sequence[int]  # tried one after the other
+    matmul: int  # rows and columns of the matmul beside a dispatch
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults(400, (1, 2), 192),
+    "cuda": DeviceDefaults(1, (1, 2, 4, 6, 8, 12, 16, 24), 2048),
+}
 
 
 def add_link_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,143 +79,237 @@ def add_link_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a limited link (instead of the comparison)")
     group.add_argument("--preset", choices=PRESETS, help="a kind of link")
     group.add_argument("--link-gbps", type=float, help="GB/s of each rank's link, instead of a preset")
-    group.add_argument("--slow-down", type=float, default=200, help="divides a preset's rate")
+    group.add_argument("--slow-down", type=float, help="divides a preset's rate; default: CPU 400, GPU 1")
+    group.add_argument("--sweep", type=int, nargs="+", help="numbers of SMs (CPU: threads) of a rank to try")
+    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i")
+    group.add_argument("--ranks", type=int, default=4, help="on a GPU; on the CPU those of the launch")
 
 
-class Work:
-    """What is timed on the limited link."""
+@dataclass(frozen=True)
+class Measured:
+    """Seconds on the link.
 
-    def __init__(self, launch: Launch, shape: Shape, job: Job, gbps: float, num_sms: int | None) -> None:
-        self._stack = ExitStack()
-        self.job, k = job, shape.topk
-        common = dict(device="cpu", num_sms=num_sms, link_gbps=gbps)
-        open_ep = self._stack.enter_context
-        self.ep = open_ep(commlib.ExpertParallel(launch.ranks, **shape.sizes, **common))
-        each = shape.sizes | {"topk": 1, "max_tokens": shape.tokens * k}
-        self.each_ep = open_ep(commlib.ExpertParallel(launch.ranks, **each, **common))
-        self.each_x = job.x.repeat_interleave(k, dim=0)
-        self.each_idx = job.topk_idx.reshape(-1, 1)
-        self.each_weights = job.topk_weights.reshape(-1, 1)
-        self.d = self.ep.dispatch(job.x, job.topk_idx, job.topk_weights)
-        self.each_d = self.each_ep.dispatch(self.each_x, self.each_idx, self.each_weights)
-        self.a, self.b, self.repeats = torch.randn(MATMUL, MATMUL), torch.randn(MATMUL, MATMUL), 1
+    Attributes:
+        rows_on_link: of the busiest rank, one direction.
+        sweep_s: by SMs of a rank: of dispatch and of combine.
+        num_sms: the smallest that fill the link, or those that came nearest.
+        samples_s: with these.
+    """
 
-    def close(self) -> None:
-        self.d = self.each_d = None
-        self._stack.close()
+    facts: dict[str, Any]
+    gbps: float
+    slow_down: float
+    rows_on_link: LinkRows
+    row_bytes: int
+    sweep_s: dict[int, Samples]
+    num_sms: int
+    samples_s: Samples
+
+    def share(self, name: str, seconds: Sequence[float]) -> float:
+        """Of the link's rate: bytes that must cross it, over the median."""
+        return self.least_s(name) / statistics.median(seconds)
+
+    def least_s(self, name: str) -> float:
+        """Seconds that the link needs."""
+        rows = self.rows_on_link.each if name.endswith(EACH) else self.rows_on_link.unique
+        return rows * self.row_bytes / (self.gbps * 1e9)
+
+
+def filling(shares: Mapping[int, float]) -> int:
+    """The smallest number of SMs whose share of the link is FULL, or the one that comes nearest."""
+    full = [num_sms for num_sms, share in shares.items() if share >= FULL]
+    return min(full) if full else max(shares, key=shares.__getitem__)
+
+
+class Rows:
+    """Dispatch and combine of tokens, each with the experts in its row of topk_idx."""
+
+    def __init__(self, ep: commlib.ExpertParallel, inputs: Inputs) -> None:
+        self.ep, self._inputs = ep, inputs
+        self.d = ep.dispatch(*self._inputs)
 
     def dispatch(self) -> None:
-        self.d = self.ep.dispatch(self.job.x, self.job.topk_idx, self.job.topk_weights)
+        self.d = self.ep.dispatch(*self._inputs)
 
     def combine(self) -> None:
         self.ep.combine(self.d.x, self.d.handle)
 
-    def dispatch_each(self) -> None:
-        self.each_d = self.each_ep.dispatch(self.each_x, self.each_idx, self.each_weights)
+    def beside(self, matmul: Matmul) -> None:
+        d = self.ep.dispatch(*self._inputs, async_op=True)
+        matmul.run()
+        d.finish()
 
-    def combine_each(self) -> None:
-        self.each_ep.combine(self.each_d.x, self.each_d.handle)
-
-    def matmul(self) -> None:
-        for _ in range(self.repeats):
-            torch.mm(self.a, self.b)
-
-    def both(self) -> None:
-        event = self.ep.dispatch(self.job.x, self.job.topk_idx, self.job.topk_weights, async_op=True).event
-        self.matmul()
-        assert event is not None
-        event.wait()
-
-    def rows_on_link(self, launch: Launch) -> dict[str, int]:
-        """Rows of the busiest rank that leave it, and of each (token, expert) pair."""
-        local = self.job.topk_idx // (self.ep.settings.num_experts // launch.size)
-        remote = local[local != launch.rank]
-        unique = sum(int((local == r).any(1).sum()) for r in range(launch.size) if r != launch.rank)
-        counts = launch.gather((unique, remote.numel()))
-        return {"unique": max(c[0] for c in counts), "each": max(c[1] for c in counts)}
+    def check(self, job: Job) -> None:
+        """Raise WrongResults unless rows and sums are the job's."""
+        self.dispatch()
+        wrong = job.wrong_rows(Received(self.d.x, self.d.topk_idx, self.d.topk_weights))
+        wrong += job.wrong_sum(self.ep.combine(job.y, self.d.handle))
+        if wrong:
+            raise WrongResults(f"rank {self.ep.rank}: {'; '.join(wrong)}")
 
 
-def run(launch: Launch, shape: Shape, args: argparse.Namespace) -> None:
-    """Measure and publish."""
-    gbps = args.link_gbps or PRESETS[args.preset].gbps / args.slow_down
-    job = Job.build(shape, launch.rank, launch.size)
-    work = Work(launch, shape, job, gbps, args.num_sms)
-    try:
-        operations = balanced(launch, work)
-        samples = measure(launch, operations, args.iters)
-        rows = work.rows_on_link(launch)
-    finally:
-        work.close()
-    if launch.rank == 0:
-        publish(launch, args, gbps, samples, rows, shape.hidden * shape.dtype.itemsize)
+def open_rows(
+    stack: ExitStack, ranks: Ranks, shape: Shape, inputs: Inputs, capacity: int | None = None, **options: Any
+) -> Rows:
+    """A communicator for the inputs, closed by the stack. Called by all ranks."""
+    sizes = shape.sizes | {"capacity": capacity}
+    ep = commlib.ExpertParallel(ranks.group, device=ranks.device, **sizes, **options)
+    stack.callback(ep.close)
+    return Rows(ep, inputs)
 
 
-def balanced(launch: Launch, work: Work) -> dict[str, Callable[[], None]]:
-    """The operations by name; the matmul takes about as long as the dispatch does."""
-    for operation in (work.dispatch, work.combine, work.matmul, work.both):
-        operation()
-
-    def median(operation: Callable[[], None]) -> float:
-        return statistics.median(launch.spans([launch.fenced(operation)[0] for _ in range(3)]))
-
-    work.repeats = 20
-    work.repeats = max(1, round(20 * median(work.dispatch) / median(work.matmul)))
-    return {
-        "dispatch": work.dispatch,
-        "dispatch, a row for each expert": work.dispatch_each,
-        "combine": work.combine,
-        "combine, a row for each expert": work.combine_each,
-        "matmul": work.matmul,
-        "dispatch beside matmul": work.both,
-    }
+def open_pairs(stack: ExitStack, ranks: Ranks, shape: Shape, job: Job, **options: Any) -> Rows:
+    """The same where each pair of token and expert is a token of its own."""
+    each = replace(shape, topk=1, tokens=shape.tokens * shape.topk)
+    owner = job.topk_idx.flatten() // (shape.experts // ranks.size)
+    sent = torch.bincount(owner, minlength=ranks.size).tolist()
+    received = map(sum, zip(*ranks.gather(sent), strict=True))
+    inputs = (
+        job.x.repeat_interleave(shape.topk, dim=0),
+        job.topk_idx.reshape(-1, 1),
+        job.topk_weights.reshape(-1, 1),
+    )
+    # A GPU's slots are taken whole: the worst case of so many tokens would not fit.
+    return open_rows(stack, ranks, each, inputs, capacity=max(received), **options)
 
 
-def measure(launch: Launch, operations: dict[str, Callable[[], None]], iters: int) -> dict[str, list[float]]:
-    """Seconds of each, in changing order."""
-    local: dict[str, list[Interval]] = {name: [] for name in operations}
-    turns = random.Random(0)  # the same on all ranks
-    with progress(launch, "limited link", iters * len(operations)) as bar:
-        for _ in range(iters):
-            for name in turns.sample(list(operations), len(operations)):
-                local[name].append(launch.fenced(operations[name])[0])
-                bar.update()
-    return {name: launch.spans(intervals) for name, intervals in local.items()}
+def sweep(ranks: Ranks, shape: Shape, job: Job, args: argparse.Namespace, gbps: float) -> dict[int, Samples]:
+    """Dispatch and combine with each number of SMs, in turns."""
+    tried = [args.num_sms] if args.num_sms else args.sweep or DEFAULTS[kind_of(ranks)].num_sms
+    inputs = (job.x, job.topk_idx, job.topk_weights)
+    with ExitStack() as stack:
+        cases: dict[str, Case] = {}
+        fitting = ranks.fitting(tried)
+        for num_sms in fitting:
+            rows = open_rows(stack, ranks, shape, inputs, num_sms=num_sms, link_gbps=gbps)
+            rows.check(job)
+            cases |= {
+                f"{num_sms} {DISPATCH}": Case(rows.dispatch),
+                f"{num_sms} {COMBINE}": Case(rows.combine),
+            }
+        samples = interleaved(ranks, cases, args.iters, "SMs")
+    return {n: {name: samples[f"{n} {name}"] for name in (DISPATCH, COMBINE)} for n in fitting}
 
 
-def publish(
-    launch: Launch,
-    args: argparse.Namespace,
-    gbps: float,
-    samples: dict[str, list[float]],
-    rows: dict[str, int],
-    row_bytes: int,
-) -> None:
-    facts = machine(launch)
-    stats = {name: Stats.of(seconds) for name, seconds in samples.items()}
-    lines = []
-    for name, s in stats.items():
-        if name in ("matmul", "dispatch beside matmul"):
-            lines.append([name, s.text(), "", "", ""])
-            continue
-        moved = rows["each" if "each" in name else "unique"] * row_bytes
-        least = moved / (gbps * 1e9)
-        lines.append([name, s.text(), f"{moved / 1e6:.1f}", f"{least * 1e3:.1f}", f"{least / s.median:.0%}"])
-    link = f"{gbps:g} GB/s"
+def compare(
+    ranks: Ranks, shape: Shape, job: Job, args: argparse.Namespace, gbps: float, num_sms: int
+) -> Samples:
+    """Once to each rank, a row for each expert, and a dispatch beside a matmul."""
+    options: dict[str, Any] = dict(num_sms=num_sms, link_gbps=gbps)
+    with ExitStack() as stack:
+        inputs = (job.x, job.topk_idx, job.topk_weights)
+        once = open_rows(stack, ranks, shape, inputs, **options)
+        each = open_pairs(stack, ranks, shape, job, **options)
+        matmul = Matmul(DEFAULTS[kind_of(ranks)].matmul, ranks.device)
+        matmul.balance(ranks, Case(matmul.run), Case(once.dispatch))
+        cases = {
+            DISPATCH: Case(once.dispatch),
+            DISPATCH + EACH: Case(each.dispatch),
+            COMBINE: Case(once.combine),
+            COMBINE + EACH: Case(each.combine),
+            MATMUL: Case(matmul.run),
+            BESIDE: Case(partial(once.beside, matmul)),
+        }
+        for case in cases.values():
+            case.timed(ranks)
+        return interleaved(ranks, cases, args.iters, "limited link")
+
+
+def kind_of(ranks: Ranks) -> str:
+    return "cpu" if ranks.device == "cpu" else "cuda"
+
+
+def measure(ranks: Ranks, shape: Shape, args: argparse.Namespace) -> Measured:
+    """Called by all ranks."""
+    if shape.experts % ranks.size:
+        raise ValueError(f"{shape.experts} experts do not divide by {ranks.size} ranks")
+    slow_down = args.slow_down or DEFAULTS[kind_of(ranks)].slow_down
+    gbps = args.link_gbps or PRESETS[args.preset].gbps / slow_down
+    job = Job.build(shape, ranks.rank, ranks.size, ranks.device)
+    mine = LinkRows.of(job.topk_idx, shape.experts // ranks.size, ranks.rank)
+    on_link = LinkRows.busiest(ranks.gather(mine))
+    swept = sweep(ranks, shape, job, args, gbps)
+    row_bytes = shape.hidden * shape.dtype.itemsize
+    found = Measured(ranks.facts(), gbps, slow_down, on_link, row_bytes, swept, 0, {})
+    num_sms = filling({n: min(found.share(*one) for one in samples.items()) for n, samples in swept.items()})
+    return replace(found, num_sms=num_sms, samples_s=compare(ranks, shape, job, args, gbps, num_sms))
+
+
+def title_of(measured: Measured, args: argparse.Namespace) -> str:
+    facts, link = measured.facts, f"{measured.gbps:g} GB/s"
     if args.preset and not args.link_gbps:
         preset = PRESETS[args.preset]
-        link = f"{args.preset}'s {preset.gbps:g} GB/s ({preset.source}) slowed down {args.slow_down:g} times"
-    title = (
-        f"{launch.size} ranks on {facts['cores']} cores ({facts['cpu']}), a link of {link} each; "
+        link = (
+            f"{args.preset}'s {preset.gbps:g} GB/s ({preset.source}) slowed down {measured.slow_down:g} times"
+        )
+    return (
+        f"{where(facts)}, a link of {link} each; "
         f"T={args.tokens} H={args.hidden} {args.dtype}, top-{args.topk} of {args.experts}"
     )
-    show(table(title, ["", "ms (min-max)", "MB on the link", "ms it needs", "of the link"], [lines]))
-    both, alone = stats["dispatch beside matmul"].median, stats["dispatch"].median + stats["matmul"].median
-    saved = rows["each"] / rows["unique"]
-    show(
-        f"once to each rank: {saved:.2f} times fewer bytes; beside a matmul: {alone / both:.2f} times faster"
+
+
+def sweep_table(measured: Measured) -> Titled:
+    """How few SMs fill the link."""
+    rows = [
+        [str(num_sms), name, Stats.of(seconds).text(), f"{measured.share(name, seconds):.0%}"]
+        for num_sms, samples in measured.sweep_s.items()
+        for name, seconds in samples.items()
+    ]
+    unit = "SMs" if "gpu" in measured.facts else "threads"
+    return f"By {unit} of a rank", (unit, "", "ms (min-max)", "of the link"), [rows]
+
+
+def comparison_table(measured: Measured, args: argparse.Namespace) -> Titled:
+    """What the link leaves."""
+    rows = []
+    for name, seconds in measured.samples_s.items():
+        held = ["", "", ""]
+        if name not in (MATMUL, BESIDE):
+            least = measured.least_s(name)
+            moved = least * measured.gbps * 1e3
+            held = [f"{moved:.1f}", f"{least * 1e3:.1f}", f"{measured.share(name, seconds):.0%}"]
+        rows.append([name, Stats.of(seconds).text(), *held])
+    return (
+        title_of(measured, args),
+        ("", "ms (min-max)", "MB on the link", "ms it needs", "of the link"),
+        [rows],
     )
-    path = args.json or RESULTS / f"limited_link-cpu-r{launch.size}.json"
-    config: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(args).items()}
-    config |= {"json": str(path), "link_gbps": gbps}
-    write_json(path, {"config": config, "machine": facts, "rows_on_link": rows, "samples_s": samples})
+
+
+def findings(measured: Measured, config: Config) -> list[str]:
+    """What the tables say, and what the model says beside it."""
+    unit = "SMs" if "gpu" in measured.facts else "threads"
+    worst = min(measured.share(*one) for one in measured.sweep_s[measured.num_sms].items())
+    enough = "is the smallest number that reaches" if worst >= FULL else "comes nearest; none reaches"
+    median = {name: statistics.median(seconds) for name, seconds in measured.samples_s.items()}
+    unique = config.routing.unique_ranks
+    rows = measured.rows_on_link
+    return [
+        f"{measured.num_sms} {unit} of a rank: {worst:.1%} of the link, which {enough} {FULL:.0%}",
+        f"once to each rank: {rows.each / rows.unique:.2f} times fewer bytes on the link, dispatch "
+        f"{median[DISPATCH + EACH] / median[DISPATCH]:.2f} times faster, combine "
+        f"{median[COMBINE + EACH] / median[COMBINE]:.2f}; expected: K / U = {config.topk} / {unique:.2f} = "
+        f"{config.topk / unique:.2f}, U = sum over ranks of 1 - C(E-n, K) / C(E, K) (commlib.model)",
+        f"a dispatch and a matmul: {(median[DISPATCH] + median[MATMUL]) / median[BESIDE]:.2f} times faster "
+        f"beside each other than in sequence, "
+        f"{max(median[DISPATCH], median[MATMUL]) / median[BESIDE]:.0%} of what overlap can reach",
+    ]
+
+
+def publish(args: argparse.Namespace, measured: Measured) -> None:
+    """Print the tables and write every sample as JSON."""
+    facts = measured.facts
+    show(table(*comparison_table(measured, args)), table(*sweep_table(measured)))
+    config = Config(facts["ranks"], args.tokens, args.hidden, args.topk, args.experts)
+    show(*findings(measured, config))
+    path = args.json or RESULTS / f"limited_link-{device_name(facts)}-r{facts['ranks']}.json"
+    options = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(args).items()}
+    content = asdict(measured)
+    write_json(path, {"config": options | {"json": str(path)}, "machine": content.pop("facts")} | content)
     show(f"every sample: {path}")
+
+
+def main(shape: Shape, args: argparse.Namespace) -> None:
+    measured = on_ranks(args.device, args.ranks, partial(measure, shape=shape, args=args))
+    if measured is not None:
+        publish(args, measured)

@@ -1,218 +1,215 @@
-"""Measure communication beside compute: each alone, and both at once, with a partition and without.
+"""Measure communication beside compute: a dispatch beside a matmul, and a whole MoE layer.
 
-    mpirun -n 1 python bench/overlap.py          # one rank on two cores: a thread each
+    mpirun -n 1 python bench/overlap.py                 # a core for communication, the others for compute
+    mpirun -n 2 python bench/overlap.py                 # on limited links, with the layer
+    python bench/overlap.py --device cuda --ranks 4     # ranks are threads that share the GPU
 
-Communication is a dispatch on `num_sms` threads, compute a matmul that is repeated so often that it takes
-about as long. The partition (commlib.SMPartition) keeps each on cores of its own; without it the kernel
-places the threads. Efficiency is max(t_communication, t_compute on its share) / t_both: 100 % means that the
-shorter of the two came for free. A rank needs a core for each of its communication and compute threads.
+With several ranks each one's link is limited (`link_gbps=`): to `--link-gbps`, or so that the layer's
+communication takes as long as its experts do. One rank has no link; it measures the dispatch alone. What is
+compared, and what efficiency means: bench/overlap_matmul.py and bench/overlap_layer.py. Every value is
+checked in the same run, before anything is timed. A rank on the CPU needs a core for each compute thread, and
+one for each communication thread that does not wait for its link.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import overlap_layer
+import overlap_matmul
 import torch
-from common import Interval, Launch, Stats, add_shape_arguments, progress, usable_cores
-from report import RESULTS, machine, show, table, write_json
+from common import Stats, add_shape_arguments
+from overlap_layer import Layer, LayerPlan, LayerResult
+from overlap_matmul import MatmulPlan, MatmulResult
+from ranks import Ranks, on_ranks
+from report import NO_GPU, RESULTS, Titled, device_name, show, table, where, write_json
 from workload import Job, Shape
 
-import commlib
+from commlib import cuda
+
+CPU_DEFAULTS = dict(hidden=1024, ffn_hidden=512, experts=4, topk=2, matmul=256, num_sms=[1], chunks=[4, 8])
+GPU_DEFAULTS = dict(
+    hidden=4096,
+    ffn_hidden=1024,
+    experts=32,
+    topk=8,
+    matmul=4096,
+    num_sms=[1, 2, 4, 8, 16],
+    chunks=[2, 4, 8],
+)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_shape_arguments(parser, tokens=4096)
-    parser.add_argument(
-        "--num-sms", type=int, nargs="+", default=[1], help="communication threads of a rank, to be swept"
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i")
+    parser.add_argument("--ranks", type=int, default=4, help="on a GPU; on the CPU those of the launch")
+    parser.add_argument("--num-sms", type=int, nargs="+", help="of a rank, to be swept (CPU: threads)")
+    parser.add_argument("--link-gbps", type=float, help="GB/s of a rank's link, instead of a calibration")
+    parser.add_argument("--matmul", type=int, help="rows and columns of the matmul")
+    parser.add_argument("--ffn-hidden", type=int, help="of the layer's experts")
+    parser.add_argument("--chunks", type=int, nargs="+", help="of the layer, one number after the other")
+    parser.add_argument("--iters", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="default: bench/results/, named by device and ranks")
+    parser.add_argument("--plot", type=Path, help="figure; default: beside the JSON, as PNG")
+    device = parser.parse_known_args(argv)[0].device
+    parser.set_defaults(**(CPU_DEFAULTS if device == "cpu" else GPU_DEFAULTS))
+    args = parser.parse_args(argv)
+    if min(args.iters, args.ranks, *args.num_sms, *args.chunks) < 1:
+        parser.error("--iters, --ranks, --num-sms and --chunks are at least 1")
+    return args
+
+
+@dataclass(frozen=True)
+class Measured:
+    facts: dict[str, Any]
+    link_gbps: float | None
+    matmul: list[MatmulResult]
+    layer: LayerResult | None
+
+
+def shape_of(args: argparse.Namespace, dtype: torch.dtype) -> Shape:
+    return Shape(args.tokens, args.hidden, args.experts, args.topk, dtype, args.seed)
+
+
+def measure(ranks: Ranks, args: argparse.Namespace) -> Measured:
+    """Called by all ranks."""
+    if args.experts % ranks.size:
+        raise ValueError(f"{args.experts} experts do not divide by {ranks.size} ranks")
+    dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16  # that experts compute best in
+    plan = LayerPlan(shape_of(args, dtype), args.ffn_hidden, args.chunks, args.iters)
+    layer, link = None, args.link_gbps
+    if ranks.size > 1:
+        layer = Layer(ranks, plan)
+        link = link or layer.link_gbps()
+    shape = shape_of(args, torch.bfloat16)
+    job = Job.build(shape, ranks.rank, ranks.size, ranks.device)
+    matmul_plan = MatmulPlan(shape, args.matmul, args.iters, link)
+    results = [overlap_matmul.measure(ranks, matmul_plan, job, n) for n in ranks.fitting(args.num_sms)]
+    whole = None
+    if layer is not None and link is not None:
+        num_sms = overlap_matmul.best(results).num_sms
+        whole = overlap_layer.measure(ranks, layer, plan, link, num_sms)
+    return Measured(ranks.facts(), link, results, whole)
+
+
+def link_of(measured: Measured) -> str:
+    link = f", each with a link of {measured.link_gbps:.3g} GB/s" if measured.link_gbps else ""
+    return f"{where(measured.facts)}{link}"
+
+
+def unit(measured: Measured) -> str:
+    return "SMs" if "gpu" in measured.facts else "threads"
+
+
+def matmul_table(measured: Measured, args: argparse.Namespace, result: MatmulResult) -> Titled:
+    """A dispatch beside a matmul, with one number of SMs."""
+    parts, given = result.partition, ""
+    if parts is not None:
+        given = f" (partition: {parts['asked']} asked, {parts['comm']} given, {parts['compute']} left)"
+    title = (
+        f"{link_of(measured)}; {result.num_sms} {unit(measured)} of a rank for communication{given}. "
+        f"Dispatch of T={args.tokens} H={args.hidden} bf16, top-{args.topk} of {args.experts}, beside "
+        f"{result.repeats} matmuls of {args.matmul}^3, median of {args.iters}"
     )
-    parser.add_argument("--size", type=int, default=384, help="of the square fp32 matmul")
-    parser.add_argument("--iters", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
-    parser.add_argument("--plot", type=Path, help="write a figure (PNG)")
-    return parser.parse_args()
-
-
-class Workload:
-    """A dispatch, and a matmul repeated so often that it takes about as long, in a partition or not."""
-
-    def __init__(
-        self, ep: commlib.ExpertParallel, job: Job, size: int, partition: commlib.SMPartition | None
-    ) -> None:
-        self._ep, self._job, self._partition = ep, job, partition
-        self._a, self._b = torch.randn(size, size), torch.randn(size, size)
-        self._c = torch.empty(size, size)
-        self.repeats = 1
-
-    def warm_up(self) -> None:
-        """First calls fault pages in and start threads."""
-        for _ in range(3):
-            self.compute()
-            self.communicate()
-            self.both()
-
-    def inside(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._partition is None else self._partition
-
-    def communicate(self) -> None:
-        self._start().wait()
-
-    def compute(self) -> None:
-        for _ in range(self.repeats):
-            torch.mm(self._a, self._b, out=self._c)
-
-    def both(self) -> None:
-        event = self._start()
-        self.compute()
-        event.wait()
-
-    def _start(self) -> commlib.Event:
-        event = self._ep.dispatch(self._job.x, self._job.topk_idx, async_op=True).event
-        assert event is not None
-        return event
-
-
-@dataclass
-class Case:
-    """One thing that is timed: what, where, on how many of torch's threads."""
-
-    operation: Callable[[], None]
-    inside: Callable[[], contextlib.AbstractContextManager[object]]
-    threads: int
-
-    def run(self, launch: Launch) -> Interval:
-        with self.inside():
-            torch.set_num_threads(self.threads)
-            return launch.fenced(self.operation)[0]
-
-
-def cases_of(free: Workload, parted: Workload | None, share: int) -> dict[str, Case]:
-    """What is compared, by name; ``share``: torch's threads beside communication."""
-    cases = {
-        "communication": Case(free.communicate, free.inside, share),
-        "compute, all cores": Case(free.compute, free.inside, usable_cores()),
-        "compute, its share": Case(free.compute, free.inside, share),
-        "both": Case(free.both, free.inside, share),
+    reached = {
+        overlap_matmul.BOTH + suffix: overlap_matmul.efficiency(result.samples_s, suffix)
+        for suffix in overlap_matmul.SUFFIXES
     }
-    if parted is not None:
-        cases["compute, partition"] = Case(parted.compute, parted.inside, share)
-        cases["both, partition"] = Case(parted.both, parted.inside, share)
-    return cases
+    rows = [
+        [name, Stats.of(seconds).text(), f"{reached[name]:.0%}" if reached.get(name) else ""]
+        for name, seconds in result.samples_s.items()
+    ]
+    return title, ("", "ms (min-max)", "efficiency"), [rows]
 
 
-def balance(launch: Launch, cases: dict[str, Case], workloads: list[Workload]) -> None:
-    """Make compute about as long as communication."""
-
-    def median(name: str) -> float:
-        return statistics.median(launch.spans([cases[name].run(launch) for _ in range(5)]))
-
-    repeats = max(1, round(median("communication") / median("compute, its share")))
-    for work in workloads:
-        work.repeats = repeats
-
-
-def measure(launch: Launch, cases: dict[str, Case], iters: int) -> dict[str, list[float]]:
-    """Seconds of each, in turns."""
-    local: dict[str, list[Interval]] = {name: [] for name in cases}
-    with progress(launch, "overlap", iters) as bar:
-        for _ in range(iters):
-            for name, case in cases.items():
-                local[name].append(case.run(launch))
-            bar.update()
-    return {name: launch.spans(intervals) for name, intervals in local.items()}
+def layer_table(measured: Measured, args: argparse.Namespace, layer: LayerResult) -> Titled:
+    """The whole layer."""
+    title = (
+        f"{link_of(measured)}; {layer.num_sms} {unit(measured)} of a rank for communication. "
+        f"MoE layer, forward and backward: T={args.tokens} H={args.hidden} F={args.ffn_hidden}, "
+        f"top-{args.topk} of {args.experts}, median of {args.iters}"
+    )
+    rows = []
+    for name, seconds in layer.samples_s.items():
+        shares = ["", ""]
+        if name not in overlap_layer.ALONE:
+            speed_up = Stats.of(overlap_layer.speed_ups(layer.samples_s, name)).text(unit=1, digits=2)
+            shares = [speed_up, f"{overlap_layer.efficiency(layer.samples_s, name):.0%}"]
+        rows.append([name, Stats.of(seconds).text(), *shares])
+    return title, ("", "ms (min-max)", "x sequence (min-max)", "efficiency"), [rows]
 
 
-def efficiency(samples: dict[str, list[float]], partition: bool) -> float | None:
-    """max(t_communication, t_compute on its share) / t_both, of medians."""
-    both = "both, partition" if partition else "both"
-    if both not in samples:
-        return None
-    alone = "compute, partition" if partition else "compute, its share"
-    longer = max(statistics.median(samples[name]) for name in ("communication", alone))
-    return longer / statistics.median(samples[both])
-
-
-def run(launch: Launch, args: argparse.Namespace, job: Job, shape: Shape, num_sms: int) -> dict:
-    """Samples for one number of communication threads."""
-    share = max(1, usable_cores() // launch.size - num_sms)
-    can_part = launch.size == 1 and num_sms < usable_cores()
-    partition = commlib.SMPartition(comm=num_sms, device="cpu") if can_part else None
-    with contextlib.ExitStack() as stack:
-        config = dict(device="cpu", num_sms=num_sms, **shape.sizes)
-        free_ep = stack.enter_context(commlib.ExpertParallel(launch.ranks, **config))
-        workloads = [Workload(free_ep, job, args.size, None)]
-        if partition is not None:
-            ep = stack.enter_context(commlib.ExpertParallel(launch.ranks, partition=partition, **config))
-            workloads.append(Workload(ep, job, args.size, partition))
-        cases = cases_of(workloads[0], workloads[1] if partition else None, share)
-        for work in workloads:
-            with work.inside():
-                work.warm_up()
-        balance(launch, cases, workloads)
-        samples = measure(launch, cases, args.iters)
-    return {
-        "num_sms": num_sms,
-        "compute_threads": share,
-        "repeats": workloads[0].repeats,
-        "samples_s": samples,
-    }
-
-
-def publish(launch: Launch, args: argparse.Namespace, results: list[dict]) -> None:
-    facts = machine(launch)
-    for result in results:
-        samples = result["samples_s"]
-        shares = {"both": efficiency(samples, False), "both, partition": efficiency(samples, True)}
-        rows = [
-            [name, Stats.of(seconds).text(), f"{shares[name]:.0%}" if shares.get(name) else ""]
-            for name, seconds in samples.items()
-        ]
-        title = (
-            f"{launch.size} ranks on {facts['cores']} cores ({facts['cpu']}), each {result['num_sms']} "
-            f"communication and {result['compute_threads']} compute threads; T={args.tokens} H={args.hidden} "
-            f"bf16; compute: {result['repeats']} x {args.size}^3 fp32"
-        )
-        show(table(title, ["", "ms (min-max)", "efficiency"], [rows]))
-    path = args.json or RESULTS / f"overlap-cpu-r{launch.size}.json"
+def publish(args: argparse.Namespace, measured: Measured) -> None:
+    """Print the tables, and write every sample as JSON, and the figure."""
+    facts = measured.facts
+    tables = [matmul_table(measured, args, result) for result in measured.matmul]
+    if measured.layer is not None:
+        tables.append(layer_table(measured, args, measured.layer))
+    for parts in tables:
+        show(table(*parts))
+    path = args.json or RESULTS / f"overlap-{device_name(facts)}-r{facts['ranks']}.json"
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    write_json(path, {"config": config, "machine": facts, "results": results})
-    if args.plot:
-        plot(args.plot, results)
+    content = asdict(measured)
+    write_json(path, {"config": config, "machine": content.pop("facts")} | content)
+    picture = args.plot or path.with_suffix(".png")
+    try:
+        plot(picture, measured)
+    except ImportError as error:  # a machine that is lent has what it has
+        show(f"every sample: {path}; no figure: {error}")
+    else:
+        show(f"every sample: {path}; figure: {picture}")
 
 
-def plot(path: Path, results: list[dict]) -> None:
-    """Efficiency against the number of communication threads."""
+def plot(path: Path, measured: Measured) -> None:
+    """Efficiency beside a matmul against SMs, and the layer's times."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for partition, label in ((False, "no partition"), (True, "partition")):
-        points = [(r["num_sms"], efficiency(r["samples_s"], partition)) for r in results]
+    width = 2 if measured.layer else 1
+    figure, panels = plt.subplots(1, width, figsize=(6 * width, 4), squeeze=False, layout="constrained")
+    axes = panels[0][0]
+    for suffix, label in zip(overlap_matmul.SUFFIXES, ("no partition", "partition"), strict=True):
+        points = [(r.num_sms, overlap_matmul.efficiency(r.samples_s, suffix)) for r in measured.matmul]
         points = [(n, 100 * e) for n, e in points if e is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xlabel="communication threads", ylabel="overlap efficiency, %", ylim=(0, 105))
+    axes.set(
+        xlabel=f"communication {unit(measured)} of a rank", ylabel="overlap efficiency, %", ylim=(0, 105)
+    )
+    axes.set(title="a dispatch beside a matmul", xticks=[r.num_sms for r in measured.matmul])
     axes.legend()
+    if measured.layer is not None:
+        plot_layer(panels[0][1], measured.layer)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def main() -> None:
-    args = parse_arguments()
-    shape = Shape(args.tokens, args.hidden, args.experts, args.topk, torch.bfloat16, args.seed)
-    with Launch.session() as launch:
-        needed = launch.size * (max(args.num_sms) + 1)
-        if launch.rank == 0 and needed > usable_cores():
-            show(f"note: {needed} threads on {usable_cores()} cores take turns; expect no gain")
-        job = Job.build(shape, launch.rank, launch.size)
-        results = [run(launch, args, job, shape, num_sms) for num_sms in args.num_sms]
-        if launch.rank == 0:
-            publish(launch, args, results)
+def plot_layer(axes: Any, layer: LayerResult) -> None:
+    """A bar for each way; lines from the fastest to the slowest sample."""
+    names = list(layer.samples_s)
+    stats = [Stats.of(layer.samples_s[name]) for name in names]
+    ends = [[1e3 * (s.median - s.lowest) for s in stats], [1e3 * (s.highest - s.median) for s in stats]]
+    colors = ["tab:gray" if name in overlap_layer.ALONE else "tab:blue" for name in names]
+    axes.barh(names, [1e3 * s.median for s in stats], xerr=ends, color=colors)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title="MoE layer, forward and backward")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.device != "cpu" and not cuda.is_available():
+        print(f"bench/overlap.py --device {args.device} needs a GPU: {cuda.why_not()}", file=sys.stderr)
+        sys.exit(NO_GPU)
+    measured = on_ranks(args.device, args.ranks, partial(measure, args=args))
+    if measured is not None:
+        publish(args, measured)
 
 
 if __name__ == "__main__":

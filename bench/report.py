@@ -22,6 +22,9 @@ from commlib import cuda
 RESULTS = Path(__file__).parent / "results"
 CUDA_ENVIRONMENT = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS")
 TABLE_WIDTH = 110
+NO_GPU = 2  # exit status
+
+Titled = tuple[str, Sequence[str], Iterable[Iterable[Sequence[str]]]]  # as `table` and `markdown` take it
 
 
 def show(*renderables: Any) -> None:
@@ -75,6 +78,18 @@ def gpu(index: int = 0) -> dict[str, Any]:
         "driver": _driver(),
         "environment": {name: os.environ.get(name) for name in CUDA_ENVIRONMENT},
     }
+
+
+def where(facts: dict[str, Any]) -> str:
+    """Ranks and machine, from :func:`machine`, or :func:`host` and :func:`gpu`."""
+    if "gpu" in facts:
+        return f"{facts['ranks']} ranks on one {facts['gpu']} ({facts['sms']} SMs)"
+    return f"{facts['ranks']} ranks on {facts['cores']} cores ({facts['cpu']})"
+
+
+def device_name(facts: dict[str, Any]) -> str:
+    """For a file's name."""
+    return slug(facts["gpu"]) if "gpu" in facts else "cpu"
 
 
 def slug(name: str) -> str:

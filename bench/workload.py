@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class WrongResults(Exception):
+    """A system answered wrongly: there is nothing to measure."""
 
 
 @dataclass(frozen=True)
@@ -146,3 +151,24 @@ def _rows_for(
 def expert(rows: Tensor, rank: int) -> Tensor:
     """What the experts of a rank make of a row."""
     return (rows.float() * (1 + rank / 4)).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class LinkRows:
+    """Rows of the busiest rank that cross its link in one direction: once for each rank that a token goes to,
+    and once for each of its experts."""
+
+    unique: int
+    each: int
+
+    @staticmethod
+    def of(topk_idx: Tensor, local_experts: int, rank: int) -> LinkRows:
+        """Of one rank's tokens."""
+        owner = topk_idx // local_experts
+        remote = owner[owner != rank]
+        unique = sum(int((owner == r).any(1).sum()) for r in remote.unique().tolist())
+        return LinkRows(unique, remote.numel())
+
+    @staticmethod
+    def busiest(ranks: Sequence[LinkRows]) -> LinkRows:
+        return LinkRows(max(r.unique for r in ranks), max(r.each for r in ranks))

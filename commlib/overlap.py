@@ -33,8 +33,10 @@ def run_experts(
 ) -> tuple[Tensor, T | None]:
     """Dispatch, experts and combine, in chunks that overlap.
 
-    While the experts work on chunk i, the combine of chunk i-1 and the dispatch of chunk i+1 are under way,
-    in forward and in backward. All ranks use the same number of chunks.
+    While the experts work on chunk i, the dispatches of later chunks and the combines of earlier ones are
+    under way, in forward and in backward. All dispatches are issued first: a GPU's host then waits for no
+    counts between experts, and in backward, which runs the other way round, the wait for their gradients
+    comes last. All ranks use the same number of chunks; more than ``ep`` has slots wait for free ones.
 
     Args:
         ep: the communicator.
@@ -49,17 +51,14 @@ def run_experts(
     """
     parts = [t.tensor_split(chunks) for t in (x, topk_idx, topk_weights)]
 
-    def send(i: int) -> Dispatched:
-        return ep.dispatch(*(part[i] for part in parts), layout="expert", align=align, async_op=True)
+    def send(*part: Tensor) -> Dispatched:
+        return ep.dispatch(*part, layout="expert", align=align, async_op=True)
 
-    arriving = send(0)
+    arriving = [send(*part) for part in zip(*parts, strict=True)]
     extra = None if beside is None else beside()
     returning = []
-    for i in range(chunks):
-        d = arriving
-        if i + 1 < chunks:
-            arriving = send(i + 1)
-        d = d.finish()
+    while arriving:
+        d = arriving.pop(0).finish()
         y = experts(d.x, d.offsets)
         returning.append(ep.combine(y, d.handle, weights=d.topk_weights, async_op=True))
     return torch.cat([event.finish(out)[0] for out, event in returning]), extra

@@ -1,8 +1,11 @@
 """Shared by all tests."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,8 @@ from commlib import cuda
 
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
+
+BENCH = Path(__file__).parent.parent / "bench"
 
 _deselected = pytest.StashKey[str]()
 
@@ -38,6 +43,41 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_report_collectionfinish(config):
     return config.stash.get(_deselected, [])
+
+
+class HostEvent:
+    """A CUDA event where everything happens at once, on the host."""
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self, stream=None):
+        self.moment = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return (later.moment - self.moment) * 1e3
+
+
+class HostStream:
+    def synchronize(self):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+
+@pytest.fixture
+def host_clock(monkeypatch):
+    """Code for a GPU that times with CUDA's events, on the CPU; bench/ can be imported."""
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", HostStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", HostStream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-3))
 
 
 @pytest.fixture

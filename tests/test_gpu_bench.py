@@ -1,10 +1,8 @@
 """The GPU benchmarks: what they compute, on the CPU with stand-ins for CUDA's events; all of it on a GPU."""
 
-import contextlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,39 +13,9 @@ from commlib import cuda
 BENCH = Path(__file__).parent.parent / "bench"
 
 
-class HostEvent:
-    """A CUDA event where everything happens at once, on the host."""
-
-    def __init__(self, enable_timing=False):
-        pass
-
-    def record(self, stream=None):
-        self.moment = time.perf_counter()
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, later):
-        return (later.moment - self.moment) * 1e3
-
-
-class HostStream:
-    def synchronize(self):
-        pass
-
-    def wait_event(self, event):
-        pass
-
-
 @pytest.fixture
-def measuring(monkeypatch):
+def measuring(host_clock):
     """The module that measures, on the CPU."""
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
-    monkeypatch.setattr(torch.cuda, "Stream", HostStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", HostStream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-3))
     import gpu_measure
 
     return gpu_measure
@@ -77,10 +45,11 @@ def test_every_system_answers_rightly_and_has_its_turns(measuring):
 @pytest.mark.parametrize(("part", "text"), [("_sum", "sum: "), ("_received_rows", "rows: ")])
 def test_a_system_that_answers_wrongly_is_not_timed(measuring, monkeypatch, part, text):
     from gpu_baselines import TunedPeerCopyBaseline
+    from workload import WrongResults
 
     right = getattr(TunedPeerCopyBaseline, part)
     monkeypatch.setattr(TunedPeerCopyBaseline, part, lambda self, *rows: right(self, *rows).fill_(torch.nan))
-    with pytest.raises(measuring.WrongResults, match=f"rank 0, 1 SMs, PyTorch, tuned: {text}"):
+    with pytest.raises(WrongResults, match=f"rank 0, 1 SMs, PyTorch, tuned: {text}"):
         measuring.measure(small_plan(measuring))
 
 
