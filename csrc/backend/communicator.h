@@ -127,7 +127,8 @@ class Communicator {
 
   // Plans, sends counts and waits for everyone's. Checks ids before anything is sent: std::invalid_argument.
   // CapacityError on all ranks alike when one would receive more than `capacity` rows, unless `drop`.
-  // `in_waves`: rows go in the order in which wait_expert may ask for them; needs places, and ranks of one node.
+  // `in_waves`: rows go in the order in which wait_expert may ask for them; needs places, and ranks of one
+  // node.
   virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
                                                           bool drop, bool in_waves) = 0;
   // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
