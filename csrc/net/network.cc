@@ -102,19 +102,21 @@ void Network::connect(const std::vector<std::string>& addresses, int lanes, Mail
   thread_ = std::thread([this] { run(); });
 }
 
-int64_t Network::chunk_bytes() const {
+// Every channel has as many chunks as fit into the memory for all rings of the rank that has most of them:
+// the same on all ranks.
+ChannelShape Network::shape_for(int lanes) const {
   const auto one_frame = static_cast<int64_t>(sizeof(ChunkHeader)) + largest_.bytes;
-  return align_up(std::max(or_else(asked_chunk_bytes_, kChunkBytes), one_frame), kRowAlign);
-}
-
-// Every channel has as many chunks as fit into the memory for all rings of the rank that has most of them.
-void Network::make_rings(int lanes) {
-  const int64_t chunk = chunk_bytes();
+  const int64_t chunk = align_up(std::max(or_else(asked_chunk_bytes_, kChunkBytes), one_frame), kRowAlign);
   const int64_t rings = int64_t{2} * topology_.channels_most * lanes;
   const int64_t fit = kRingsBytes / std::max<int64_t>(1, rings * chunk);
   auto chunks = static_cast<int32_t>(or_else(asked_chunks_, kLeastChunks));
   while (!asked_chunks_ && chunks < kMostChunks && 2 * chunks <= fit) chunks *= 2;
-  hops_.shape = {chunk, chunks, lanes};
+  return {chunk, chunks, lanes};
+}
+
+void Network::make_rings(int lanes) {
+  hops_.shape = shape_for(lanes);
+  const auto& [chunk, chunks, _] = hops_.shape;
   const int64_t ends = 2 * static_cast<int64_t>(topology_.gateways.size() + topology_.sources.size());
   const int64_t ring_bytes = ends * lanes * chunks * chunk;
   const int64_t states = ends * lanes * static_cast<int64_t>(sizeof(LaneState));
@@ -128,11 +130,16 @@ void Network::make_rings(int lanes) {
   hops_.news = word++;
   hops_.bell = &bell_;
 
+  make_ends(ring, word, state);
+}
+
+void Network::make_ends(std::byte* ring, uint64_t* word, LaneState* state) {
+  const int64_t rings = int64_t{hops_.shape.lanes} * hops_.shape.chunks;
   const auto new_end = [&](int peer) {
     const ChannelEnd end{peer, ring, word, state};
-    ring += lanes * chunks * chunk;
-    word += lanes * chunks;
-    state += lanes;
+    ring += rings * hops_.shape.chunk_bytes;
+    word += rings;
+    state += hops_.shape.lanes;
     return end;
   };
   hops_.served = topology_.served;
@@ -240,7 +247,11 @@ void Network::arrived(int from, const Post& post, const std::byte* words) {
   if (post.kind == PostKind::words) {
     if (post.number % 8 || post.bytes % 8 || post.number + post.bytes > static_cast<uint64_t>(control_bytes_))
       return;
-    memory_->write_control(post.number, words, post.bytes);
+    try {
+      memory_->write_control(post.number, words, post.bytes);
+    } catch (const std::exception& e) {  // not through a transport's C code
+      return lost(from, std::string("its words could not be written: ") + e.what());
+    }
     if (mail_) ring(mail_[from].bell);
     return;
   }
@@ -274,6 +285,16 @@ std::string Network::why_lost(int peer) const {
 // -- the thread
 
 void Network::run() {
+  try {
+    work();
+  } catch (const std::exception& e) {  // of UCX, or of a GPU that is lost
+    for (int p = 0; p < size_; ++p) {
+      if (!(topology_.near >> p & 1)) lost(p, std::string("the network's thread failed: ") + e.what());
+    }
+  }
+}
+
+void Network::work() {
   int idle = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
     const bool posted = take_posts();

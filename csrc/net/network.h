@@ -67,12 +67,14 @@ class Network final : Receiver {
   void arrived(int from, const Post& post, const std::byte* words) override;
   void lost(int peer, const std::string& why) override;
 
-  int64_t chunk_bytes() const;
+  ChannelShape shape_for(int lanes) const;
   void make_rings(int lanes);
+  void make_ends(std::byte* ring, uint64_t* word, LaneState* state);
   void make_outbox(uint64_t* tickets);
   const ChannelEnd* find(const Post& post, int peer, bool sending) const;
   void publish(uint64_t* word, uint64_t value);
   void run();
+  void work();
   bool take_posts();
   bool take_from_outbox();
   void send(const Post& post);
