@@ -1,6 +1,7 @@
 """commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
 
 from commlib import cuda, overlap
+from commlib.dispatched import Dispatched, Handle
 from commlib.errors import (
     CallMismatch,
     CapacityExceeded,
@@ -10,7 +11,7 @@ from commlib.errors import (
     PeerTimeout,
 )
 from commlib.event import Event
-from commlib.expert_parallel import Dispatched, ExpertParallel, Handle
+from commlib.expert_parallel import ExpertParallel
 from commlib.group import Group
 from commlib.inprocess import run_ranks
 from commlib.partition import SMPartition

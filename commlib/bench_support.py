@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from commlib._core import CpuCommunicator
-from commlib.expert_parallel import ExpertParallel, Handle
+from commlib.dispatched import Handle
+from commlib.expert_parallel import ExpertParallel
 from commlib.ops import _routing_view, _rows
 
 

@@ -50,13 +50,15 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
     infos = _gather(group, error, facts | own_place() | {"pid": os.getpid()} | _shared(settings, error))
     _compare([info["shared"] for info in infos])
     topology = _topology(infos, settings)
-    _gather(group, _why_unreachable(topology, settings), None)
+    several = len(topology.hosts) > 1
+    if several:
+        _gather(group, _why_unreachable(settings), None)
     prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
     config, stream = prepare(group, settings, infos)
     near = topology.near(group.rank)
     if stream is not None:
         config.share = _share([infos[rank] for rank in near])
-    if len(topology.hosts) > 1:
+    if several:
         config.node_of = list(topology.node_of)
         config.hierarchical = (
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
@@ -241,10 +243,8 @@ def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
     return find_topology(hosts, [info["host_name"] for info in infos], node_size(settings.ranks_per_node))
 
 
-def _why_unreachable(topology: Topology, settings: Settings) -> Exception | None:
-    """Why this rank cannot reach other nodes, if there are any."""
-    if len(topology.hosts) == 1:
-        return None
+def _why_unreachable(settings: Settings) -> Exception | None:
+    """Why this rank cannot reach other nodes."""
     if settings.link_gbps is not None:
         return ValueError(
             "link_gbps limits the memory that ranks of one node share, and these are several nodes"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from commlib.expert_parallel import Dispatched, ExpertParallel
+    from commlib.dispatched import Dispatched
+    from commlib.expert_parallel import ExpertParallel
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # gives way at each yield; returns a T

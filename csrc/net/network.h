@@ -51,7 +51,6 @@ class Network final : Receiver {
   std::byte* control_for(int peer) const { return shadows_[peer]; }
   // From any thread of the host.
   void post(const Post& post);
-  void wake();
   // Nothing comes from this rank any more.
   bool has_lost(int peer) const { return lost_.load(std::memory_order_acquire) >> peer & 1; }
   std::string why_lost(int peer) const;
@@ -78,6 +77,7 @@ class Network final : Receiver {
   bool take_posts();
   bool take_from_outbox();
   void send(const Post& post);
+  void wake();
   void sleep();
 
   const Topology topology_;

@@ -40,7 +40,6 @@ std::vector<Topology::Peer> gateways_of(const Nodes& nodes, const Config& config
 
 Topology Topology::of(const Config& config) {
   Topology t{};
-  t.rank = config.rank;
   t.gateway_of.assign(config.size, -1);
   if (config.node_of.empty()) {
     t.near = config.size == 64 ? ~uint64_t{0} : (uint64_t{1} << config.size) - 1;

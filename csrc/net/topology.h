@@ -9,7 +9,6 @@ namespace commlib {
 struct Config;
 
 struct Topology {
-  int rank;
   uint64_t near;  // the ranks of this rank's node, as a mask
 
   struct Peer {
@@ -21,8 +20,7 @@ struct Topology {
   std::vector<int> gateway_of;  // by rank: an index into gateways; -1 for ranks of this node
   uint64_t served;              // the ranks that this one passes rows on to
   int served_most;              // by any gateway
-  int channels_most;            // that any rank has, in each direction: as many as outward
-  bool one_node() const { return gateways.empty(); }
+  int channels_most;            // that any rank has outward, both ends counted; homeward there are as many
 
   // Reads rank, size, node_of and hierarchical.
   static Topology of(const Config& config);

@@ -3,7 +3,7 @@
 
 #include <poll.h>
 
-#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 

@@ -126,10 +126,26 @@ struct LaneEnd {
   }
 };
 
-COMMLIB_HD LaneEnd lane_end(const Hops& hops, const ChannelEnd& end, Stream stream, int lane,
-                            uint32_t epoch) {
-  return {hops, end, stream, lane, epoch};
-}
+// A worker's part of one operation between nodes: its lane of each channel.
+struct HopLane {
+  const PeerTable& peers;
+  const Hops& hops;
+  int lane;
+  uint32_t epoch;
+
+  COMMLIB_HD LaneEnd to_gateway(int g) const {
+    return {hops, hops.to_gateway[g], Stream::outward, lane, epoch};
+  }
+  COMMLIB_HD LaneEnd from_gateway(int g) const {
+    return {hops, hops.from_gateway[g], Stream::homeward, lane, epoch};
+  }
+  COMMLIB_HD LaneEnd from_source(int s) const {
+    return {hops, hops.from_source[s], Stream::outward, lane, epoch};
+  }
+  COMMLIB_HD LaneEnd to_source(int s) const {
+    return {hops, hops.to_source[s], Stream::homeward, lane, epoch};
+  }
+};
 
 // The news as they are before any lane looks for something to do. Lanes read one after another, and one that
 // read later than the others looked must not wait for what those have missed.

@@ -108,7 +108,7 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
       const int p = rank_of(route[j]);
       if (!peers.is_near(p)) continue;
       if (e < plan.placement.first_expert(p) || e >= plan.placement.first_expert(p + 1)) continue;
-      const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+      const Slot slot = slot_of(plan, peers, p);
       from = slot.weights + (row_of(route[j]) * plan.topk + k) * wb;
     }
     w.copy_scalar(plan.out_weights + (t * plan.topk + k) * wb, from, wb);
@@ -122,7 +122,7 @@ COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, int64_t 
   if (route == kNoRoute) return {nullptr, nullptr};
   const int p = rank_of(route);
   if (plan.own_y && p == peers.rank) return {plan.own_y + row_of(route) * plan.own_stride, nullptr};
-  const Slot slot = Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+  const Slot slot = slot_of(plan, peers, p);
   return {slot.rows + row_of(route) * plan.layout.row_bytes, nullptr};
 }
 

@@ -11,27 +11,10 @@
 namespace commlib {
 
 // A lane's part in one combine.
-struct CombineLane {
+struct CombineLane : HopLane {
   const PullPlan& plan;
-  const PeerTable& peers;
-  const Hops& hops;
   FrameLayout request, answer;
   bool with_weights;  // weight gradients ride back; on all ranks alike
-  int lane;
-  uint32_t epoch;
-
-  COMMLIB_HD LaneEnd to_gateway(int g) const {
-    return lane_end(hops, hops.to_gateway[g], Stream::outward, lane, epoch);
-  }
-  COMMLIB_HD LaneEnd from_gateway(int g) const {
-    return lane_end(hops, hops.from_gateway[g], Stream::homeward, lane, epoch);
-  }
-  COMMLIB_HD LaneEnd from_source(int s) const {
-    return lane_end(hops, hops.from_source[s], Stream::outward, lane, epoch);
-  }
-  COMMLIB_HD LaneEnd to_source(int s) const {
-    return lane_end(hops, hops.to_source[s], Stream::homeward, lane, epoch);
-  }
 };
 
 COMMLIB_HD FrameLayout request_layout(const PullPlan& plan, const Hops& hops, bool with_weights) {
@@ -55,10 +38,6 @@ COMMLIB_HD bool ask_gateway(Worker& w, const CombineLane& c, int g) {
 }
 
 // -- the gateway's part
-
-COMMLIB_HD Slot slot_of(const PullPlan& plan, const PeerTable& peers, int p) {
-  return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
-}
 
 template <class Worker>
 COMMLIB_HD void answer_weights(Worker& w, const CombineLane& c, const Frame& asked, const Frame& answer) {
@@ -211,14 +190,11 @@ COMMLIB_HD CombineLane combine_lane(const PullPlan& plan, const PeerTable& peers
                                     int lane) {
   const Hops& hops = *peers.hops;
   const bool with_weights = wait.call.flags & kCallHasWeights;
-  return {plan,
-          peers,
-          hops,
+  return {{peers, hops, lane, wait.epoch},
+          plan,
           request_layout(plan, hops, with_weights),
           answer_layout(plan, with_weights),
-          with_weights,
-          lane,
-          wait.epoch};
+          with_weights};
 }
 
 // Asks for as much as there is room for, before anybody waits for anything.

@@ -23,7 +23,9 @@ struct SendPlan {
   const uint8_t* slots;  // [ranks]: the slot that each rank lends to this dispatch
 };
 
-COMMLIB_HD Slot slot_of(const SendPlan& plan, const PeerTable& peers, int p) {
+// The slot of rank p in a plan's operation.
+template <class Plan>
+COMMLIB_HD Slot slot_of(const Plan& plan, const PeerTable& peers, int p) {
   return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
 }
 

@@ -14,28 +14,17 @@ COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Hops& hops, b
 }
 
 // A lane's part in one dispatch.
-struct DispatchLane {
+struct DispatchLane : HopLane {
   const SendPlan& plan;
-  const PeerTable& peers;
-  const Hops& hops;
   FrameLayout layout;
   bool with_weights;  // on all ranks alike, also where there are no tokens
-  int lane;
-  uint32_t epoch;
-
-  COMMLIB_HD LaneEnd to_gateway(int g) const {
-    return lane_end(hops, hops.to_gateway[g], Stream::outward, lane, epoch);
-  }
-  COMMLIB_HD LaneEnd from_source(int s) const {
-    return lane_end(hops, hops.from_source[s], Stream::outward, lane, epoch);
-  }
 };
 
 COMMLIB_HD DispatchLane dispatch_lane(const SendPlan& plan, const PeerTable& peers, const Wait& wait,
                                       int lane) {
   const Hops& hops = *peers.hops;
   const bool with_weights = wait.call.flags & kCallHasWeights;
-  return {plan, peers, hops, dispatch_layout(plan, hops, with_weights), with_weights, lane, wait.epoch};
+  return {{peers, hops, lane, wait.epoch}, plan, dispatch_layout(plan, hops, with_weights), with_weights};
 }
 
 template <class Worker>

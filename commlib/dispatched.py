@@ -1,0 +1,113 @@
+"""What a dispatch returns: rows, and the handle of their routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from commlib import ops
+from commlib.errors import HandleError
+from commlib.event import Event
+
+if TYPE_CHECKING:
+    from commlib.expert_parallel import ExpertParallel
+
+
+class Handle:
+    """The routing of one dispatch: for ``combine``, for backward, for a later ``dispatch``.
+
+    Holds small tensors only (no rows). Zero-copy results keep their receive slot by themselves, until the
+    last tensor that views it is gone.
+    """
+
+    def __init__(self, ep: ExpertParallel, routing: ops.Routing, layout: str, align: int) -> None:
+        self._ep = ep
+        self._routing: ops.Routing | None = routing
+        self.layout = layout
+        self.align = align
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank sent: rows of ``combine``'s result."""
+        return self._tensors().routes.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
+        return self._tensors().source.shape[0]
+
+    def release(self) -> None:
+        """Give the handle up: using it again raises HandleError. Twice is fine."""
+        self._routing = None
+
+    def _tensors(self) -> ops.Routing:
+        if self._routing is None:
+            raise HandleError("this handle has been released")
+        return self._routing
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return (*self._tensors(), self._ep._number, self.layout == "expert")
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that a rank received. N: unique rows; M: rows grouped by expert, padding included.
+
+    Attributes:
+        x: layout "rank": ``[N, hidden]``, ordered by source rank, then token. "expert": ``[M, hidden]``,
+            grouped by local expert, in each group by source rank, then token; padding rows are zero.
+        topk_idx: "rank": ``[N, topk]`` int64 local expert ids, -1 where another rank owns the expert.
+        topk_weights: "rank": ``[N, topk]``, 0 where -1; "expert": ``[M]``, 0 in padding; None if dispatch
+            got none. float32 (float64 for float64 rows).
+        tokens_per_expert: ``[local experts]`` int64, before padding.
+        offsets: "expert": ``[local experts + 1]`` int64, where each group begins, after padding.
+        source: ``[N, 2]`` or ``[M, 2]`` int64: rank and token of each row; -1 in padding.
+        handle: the routing.
+        event: with ``async_op``: when the rows are there.
+    """
+
+    x: Any
+    topk_idx: Any
+    topk_weights: Any
+    tokens_per_expert: Any
+    offsets: Any
+    source: Any
+    handle: Handle
+    event: Event | None = None
+
+    def finish(self) -> Dispatched:
+        """Wait for the rows of a dispatch with ``async_op``; see :meth:`commlib.Event.finish`."""
+        if self.event is None:
+            return self
+        if self.event.split is None:
+            self.event.wait()
+            return replace(self, event=None)
+        if self.topk_weights is None:
+            (x,), weights = self.event.finish(self.x), None
+        else:
+            x, weights = self.event.finish(self.x, self.topk_weights)
+        return replace(self, x=x, topk_weights=weights, event=None)
+
+    def wait_expert(self, expert: int) -> None:
+        """Make what the caller does next come after the arrival of one expert's rows.
+
+        CPU: blocks the calling thread. CUDA: the current stream waits, without occupying an SM; the host does
+        not. Returns at once where the rows are there; after a dispatch without ``in_waves`` it waits for all
+        rows. ``topk_weights`` and ``source`` of all rows come with the first rows. What is computed from
+        ``x`` here belongs to one autograd node: :meth:`finish` only waits from here on.
+
+        Args:
+            expert: local number, ``0 <= expert < local experts``: rows ``x[offsets[e]:offsets[e + 1]]``.
+
+        Raises:
+            ValueError: the layout is not "expert", or there is no such local expert.
+            PeerTimeout: a rank did not do its part in time (CPU; on CUDA the stream goes on, and the next
+                call raises).
+        """
+        if self.handle.layout != "expert":
+            raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
+        experts = len(self.tokens_per_expert)
+        if not 0 <= expert < experts:
+            raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
+        if self.event is not None:
+            self.event.wait_expert(expert)
