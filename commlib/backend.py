@@ -40,8 +40,16 @@ class Backend(ABC):
         return 0
 
     @abstractmethod
+    def begin_plan(self) -> None:
+        """The plan of the dispatch issued next sees what the caller's work has produced so far."""
+
+    @abstractmethod
     def begin(self) -> None:
         """Communication issued next sees what the caller's work has produced so far."""
+
+    def give_up(self, why: str) -> None:
+        """After an error between plan and rows: other ranks need not wait, and tensors may go."""
+        self.core.give_up(why)
 
     @abstractmethod
     def end(
@@ -75,6 +83,9 @@ class CpuBackend(Backend):
     def idle_bytes(self) -> int:
         return self.core.idle_bytes
 
+    def begin_plan(self) -> None:
+        pass
+
     def begin(self) -> None:
         pass
 
@@ -95,22 +106,27 @@ class CudaBackend(Backend):
         self.device = stream.device
         self.core = core
         self.stream = stream
+        self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
         self._begun = torch.cuda.Event()
         self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
 
+    def begin_plan(self) -> None:
+        _refuse_capture()
+        self._plan_stream.wait_stream(torch.cuda.current_stream(self.device))
+
     def begin(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise CommError(
-                "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
-                "carries the number of the call"
-            )
+        _refuse_capture()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         if self.trace is not None:
             self._begun = torch.cuda.Event(enable_timing=True)
             self._begun.record(self.stream)
+
+    def give_up(self, why: str) -> None:
+        self.core.give_up(why)
+        torch.cuda.current_stream(self.device).wait_stream(self._plan_stream)
 
     def end(
         self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
@@ -130,3 +146,11 @@ class CudaBackend(Backend):
             if isinstance(tensor, Tensor) and tensor.is_cuda:
                 tensor.record_stream(self.stream)
         return CudaEvent(self.core, self.stream.record_event(), self.device)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise CommError(
+            "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
+            "carries the number of the call"
+        )

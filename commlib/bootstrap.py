@@ -21,6 +21,8 @@ from commlib.topology import Topology, find_topology, node_size
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
+# For a kernel: a sleep costs 50 µs and more, and what the host waits for comes within milliseconds.
+_SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
@@ -130,13 +132,14 @@ def _prepare_cuda(
             "SMs, and all blocks must run at once"
         )
     elif partition is None:
-        stream = torch.cuda.Stream(settings.device, priority=-1)
+        stream, plans = (torch.cuda.Stream(settings.device, priority=-1) for _ in range(2))
     else:
-        stream = partition.new_comm_stream()
+        stream, plans = partition.new_comm_stream(), partition.new_comm_stream()
     _gather(group, error, None)
     assert stream is not None
     config = _config(group, settings, blocks, crowded=False)
-    config.device, config.stream = settings.device.index, stream.cuda_stream
+    config.device, config.spin = settings.device.index, _SPIN_GPU
+    config.stream, config.plan_stream = stream.cuda_stream, plans.cuda_stream
     return config, stream
 
 

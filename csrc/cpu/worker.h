@@ -64,6 +64,7 @@ class CpuWorker {
   static constexpr bool all(bool ok) { return ok; }
   static constexpr uint64_t any_bits(uint64_t mask) { return mask; }
   static constexpr int64_t lowest(int64_t value) { return value; }
+  static constexpr Prefix prefix(int64_t value) { return {0, value}; }
   static uint32_t take(bool mine, uint32_t* counter) { return mine ? (*counter)++ : 0; }
   static uint32_t take_each(int32_t key, uint32_t* counters) { return key < 0 ? 0 : counters[key]++; }
 
@@ -83,6 +84,8 @@ class CpuWorker {
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
   void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
   uint64_t read(const uint64_t* word) { return load_word(word); }
+  static void say(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
+  static uint64_t glance(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
   static void wake(Mailbox& mail) { ring(mail.bell); }
   void post(const Outbox&, const Post& post) { op_.network->post(post); }
   // Planning is one thread's work here.

@@ -49,6 +49,7 @@ struct DeviceFacts {
   int capability;  // 90 for 9.0
   int64_t memory;  // bytes
   int shared_per_sm, shared_per_block;
+  int registers_per_sm, threads_per_sm;
   bool shares_fds, shares_fabric;  // of virtual memory
 };
 DeviceFacts facts_of(int device);

@@ -38,6 +38,16 @@ __device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
 }
 
+// Whole, and nothing else: no order with any other access.
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
+  uint64_t v;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(word) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
+}
+
 // -- words of one GPU
 // ----------------------------------------------------------------------------------------
 
@@ -64,9 +74,9 @@ __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t exp
   return old;
 }
 
-// Unordered: whoever reads the sum needs a barrier first.
+// Unordered: whoever reads the sum needs a barrier first. The word may lie in shared memory.
 __device__ __forceinline__ void add_relaxed_gpu(uint32_t* word, uint32_t v) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
+  asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
 }
 __device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) {
   asm volatile("red.relaxed.gpu.global.min.s64 [%0], %1;" ::"l"(word), "l"(v) : "memory");

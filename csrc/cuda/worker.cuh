@@ -103,7 +103,7 @@ class WarpWorker {
 
   // Warps with neighbouring numbers lie on different SMs, so that little work uses all of them.
   __device__ int index() const { return warp_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
-  __device__ int count() const { return kWarps * static_cast<int>(gridDim.x); }
+  __device__ int count() const { return static_cast<int>(blockDim.x / kWarpLanes * gridDim.x); }
   __device__ int lane() const { return lane_; }
   __device__ static constexpr int lanes() { return kWarpLanes; }
   __device__ int warp() const { return warp_; }
@@ -128,6 +128,14 @@ class WarpWorker {
       value = other < value ? other : value;
     }
     return value;
+  }
+  __device__ Prefix prefix(int64_t value) const {
+    int64_t with = value;
+    for (int step = 1; step < kWarpLanes; step *= 2) {
+      const int64_t below = __shfl_sync(kAllLanes, with, lane_ < step ? lane_ : lane_ - step);
+      if (lane_ >= step) with += below;
+    }
+    return {with - value, __shfl_sync(kAllLanes, with, kWarpLanes - 1)};
   }
   __device__ uint32_t take(bool mine, uint32_t* counter) const {
     const unsigned takers = __ballot_sync(kAllLanes, mine);
@@ -173,6 +181,8 @@ class WarpWorker {
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
   __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
+  __device__ void say(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
+  __device__ uint64_t glance(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
   __device__ void wake(const Mailbox&) const {}
   __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
   __device__ void tally(uint32_t* counter, int n) const {
@@ -259,13 +269,12 @@ class WarpWorker {
       ptx::nanosleep(100);
       const uint64_t now = ptx::globaltimer();
       if (now < next_look) continue;
-      if (!gives_up(op_, peer, phase, start, false)) {
-        next_look = now + kLookNs;
-        continue;
-      }
+      next_look = now + kLookNs;
+      if (!gives_up(op_, peer, phase, start, false)) continue;
       if (ready()) return true;  // who left did its part first, and said so after that
-      gives_up(op_, peer, phase, start, true);
-      return false;
+      // What was a reason may be none any more: from another node, that a rank has left may come before what
+      // it did. No wait is given up without a record.
+      if (gives_up(op_, peer, phase, start, true)) return false;
     }
   }
 

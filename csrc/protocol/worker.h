@@ -12,6 +12,7 @@
 //   all(ok)                    whether ok holds on every lane; what one has acquired, all have then
 //   any_bits(mask)             the lanes' masks, or-ed
 //   lowest(value)              the least of the lanes' values
+//   prefix(value)              the sum over the lanes below, and over all lanes
 //   take(mine, counter)        where mine: *counter and the number of lower lanes that take; adds them
 //   take_each(key, counters)   the same with counters[key], where key is not negative
 //   multicast(to, src, bytes)  copies src to every target
@@ -33,6 +34,8 @@
 //   publish(word, value)       a release store
 //   add(counter)               a release addition of 1
 //   read(word)                 an acquire load
+//   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
+//   glance(word)               a load that orders nothing
 //   wake(mailbox)              rings its bell, where threads sleep
 //   post(outbox, post)         hands something to the network
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
@@ -62,6 +65,11 @@ struct List {
 
 struct Span {
   int64_t begin, end;
+};
+
+// Of a sum over lanes.
+struct Prefix {
+  int64_t before, all;
 };
 
 // The contiguous part of n items that falls to one of `count` workers.

@@ -225,6 +225,8 @@ void a_bad_expert_id_is_refused_before_anything_is_sent() {
         routing.topk_idx = ids.data();
         routing.routes = routes.data();
         routing.tokens = 2;
+        std::vector<int64_t> rows_per_expert(s.ranks[1].rows_per_expert.size());
+        routing.rows_per_expert = rows_per_expert.data();
         const auto error = check_throws<std::invalid_argument>(
             [&] { self.comm->begin_dispatch(routing, true, false, false); }, "a bad expert id");
         check_contains(error.what(), "topk_idx[1, 1] is " + std::to_string(bad), "the text");

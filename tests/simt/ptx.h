@@ -27,6 +27,12 @@ __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t v) {
   simt::store_release(word, v);
 }
 __device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) { simt::add_release(word, v); }
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
+  return simt::load_relaxed(word);
+}
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t v) {
+  simt::store_relaxed(word, v);
+}
 
 __device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
   return simt::load_acquire(word);

@@ -22,7 +22,9 @@ simt::Config config_of(uint64_t world) {
 
 class SimulatedGpu : public Machine {
  public:
-  explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)) { simt::gpu = &gpu_; }
+  explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)), plans_beside_(world % 3 != 0) {
+    simt::gpu = &gpu_;
+  }
   ~SimulatedGpu() override {
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
     simt::gpu = nullptr;
@@ -32,21 +34,25 @@ class SimulatedGpu : public Machine {
     Config config = asked;
     config.vector_ops.clear();
     if (config.share.empty()) config.share = "ipc";  // memory to the byte
-    cudaStream_t stream;
-    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    config.stream = reinterpret_cast<uintptr_t>(stream);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      streams_.push_back(stream);
-    }
+    config.stream = new_stream();
+    if (plans_beside_) config.plan_stream = new_stream();
     return std::make_unique<cuda::CudaCommunicator>(config);
   }
 
   std::string error() override { return gpu_.error(); }
 
  private:
+  uintptr_t new_stream() {
+    cudaStream_t stream;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    std::lock_guard<std::mutex> lock(mutex_);
+    streams_.push_back(stream);
+    return reinterpret_cast<uintptr_t>(stream);
+  }
+
   simt::Gpu gpu_;
-  std::mutex mutex_;  // guards streams_
+  const bool plans_beside_;  // on a stream of their own
+  std::mutex mutex_;         // guards streams_
   std::vector<cudaStream_t> streams_;
 };
 

@@ -147,6 +147,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->totalGlobalMem = size_t{1} << 30;
   p->sharedMemPerMultiprocessor = simt::kChip.shared_per_sm;
   p->sharedMemPerBlockOptin = simt::kMostShared;
+  p->regsPerMultiprocessor = 64 << 10;
+  p->maxThreadsPerMultiProcessor = 2048;
   return cudaSuccess;
 }
 
@@ -230,6 +232,32 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   gpu->synchronize(simt::number_of(stream));
+  return simt::health();
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st{};
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+
+// Kernels of one thread.
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->reached = std::make_shared<uint64_t>(0);
+  gpu->launch(simt::number_of(stream), 1, 1, 0,
+              [reached = event->reached] { simt::store_release(reached.get(), 1); });
+  return simt::health();
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (!event->reached) return cudaSuccess;
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached] {
+    while (simt::load_acquire(reached.get()) == 0) simt::nanosleep(1000);
+  });
   return simt::health();
 }
 

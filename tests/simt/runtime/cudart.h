@@ -5,11 +5,16 @@
 
 #include <cuda_runtime_api.h>
 
+#include <memory>
+
 #include "simt/cuda.h"
 #include "simt/gpu.h"
 
 struct CUstream_st {
   int number;
+};
+struct CUevent_st {
+  std::shared_ptr<uint64_t> reached;  // by its newest record: 1
 };
 
 namespace simt {
