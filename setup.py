@@ -135,7 +135,7 @@ core = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=["-O3", "-ffp-contract=off", *WARNINGS],
     extra_link_args=["-pthread"],
-    depends=HEADERS,
+    depends=["setup.py", *HEADERS],
 )
 extensions = [core]
 if CUDA_HOME is None:
@@ -157,7 +157,7 @@ else:
             cxx_std=17,
             extra_compile_args=["-O3", *WARNINGS],
             extra_link_args=["-pthread", "-Wl,--exclude-libs,ALL"],
-            depends=HEADERS,
+            depends=["setup.py", *HEADERS],
         )
     )
 
