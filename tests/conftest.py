@@ -25,17 +25,16 @@ torch.set_num_threads(1)
 
 BENCH = Path(__file__).parent.parent / "bench"
 
-REST = 20.0  # seconds that the GPU has after a test; its kernels end at their deadline
-
 _deselected = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--deadline",
-        type=float,
-        help="seconds that a rank of a GPU test waits for another one, where the test does not say",
-    )
+    seconds = {
+        "--deadline": (None, "that a rank of a GPU test waits for another one, where the test does not say"),
+        "--rest": (20.0, "that a GPU has after a test to become idle; its kernels end at their deadline"),
+    }
+    for name, (default, what) in seconds.items():
+        parser.addoption(name, type=float, default=default, help=f"seconds {what}")
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +47,13 @@ def gpu_at_rest(request, monkeypatch):
     if deadline is not None:
         monkeypatch.setitem(ExpertParallel.__init__.__kwdefaults__, "timeout", deadline)
     yield
-    if trouble := trouble_with_gpu(REST):
+    if trouble := trouble_with_gpu(request.config.getoption("--rest")):
         pytest.exit(f"after {request.node.nodeid} the GPU is of no more use: {trouble}", returncode=1)
 
 
 def trouble_with_gpu(seconds):
     """What keeps the GPU from becoming idle in so many seconds; nothing, if it becomes idle."""
-    found = [f"it is not idle after {seconds:.0f} s"]
+    found = [f"it is not idle after {seconds:g} s"]
 
     def wait():
         try:
