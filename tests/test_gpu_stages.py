@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 GPU = Path(__file__).parent / "gpu"
+ABOUT_STEPS = {"test_gpu_stages", "test_gpu_hygiene"}  # which need no GPU, but name what does
 STAND_INS = """
 import sys
 sys.path.insert(0, {gpu!r})
@@ -229,7 +230,7 @@ def test_every_file_with_a_test_for_the_gpu_is_a_step(listed):
         if re.search(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b", path.read_text())
     }
     assert "test_cuda" in wanted and "test_combine" in wanted
-    assert wanted - {Path(__file__).stem} <= {step.name for step in listed}
+    assert wanted - ABOUT_STEPS <= {step.name for step in listed}
 
 
 def test_the_files_that_steps_run_are_there(listed):
@@ -238,3 +239,48 @@ def test_the_files_that_steps_run_are_there(listed):
         for part in step.command:
             if part.endswith(".py"):
                 assert (root / part).exists(), part
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    monkeypatch.syspath_prepend(str(GPU.parent / "programs"))
+    import gpu_probe
+
+    return gpu_probe
+
+
+class Kernel:
+    """One that runs until it is told to end."""
+
+    def __init__(self, over):
+        self.over = over
+
+    def query(self):
+        return self.over
+
+
+def test_the_probe_tells_a_call_that_waits_from_one_that_goes_on(probe):
+    kernel, soon, long_ago = Kernel(over=False), time.perf_counter() + 60, time.perf_counter() - 60
+
+    def wait():
+        kernel.over = True
+
+    assert probe.timed(lambda: None, kernel, soon, 1)[0] == "ok"
+    assert probe.timed(wait, kernel, soon, 1)[0] == "WAITS"
+    word, _, note = probe.timed(lambda: None, kernel, long_ago, 1)
+    assert word == "late?" and "over before" in note
+
+
+def test_the_probe_goes_on_after_a_call_that_fails(probe):
+    def fail():
+        probe.check("cudaMalloc", 2)
+
+    word, _, note = probe.timed(fail, Kernel(over=False), time.perf_counter() + 60, 1)
+    assert word == "ok" and note == "; RuntimeError: cudaMalloc: error 2"
+
+
+def test_the_probe_without_a_gpu_says_so():
+    command = [sys.executable, str(GPU.parent / "programs/gpu_probe.py")]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr == "gpu_probe.py needs a GPU that PyTorch can use\n"
