@@ -79,10 +79,10 @@ class BuildExtensions(build_ext):
     """Compiles .cu files with nvcc and hands the objects to the linker."""
 
     def run(self) -> None:
+        sources = digest()  # as they are now: who edits meanwhile builds again
         super().run()
-        for ext in self.extensions:  # beside each module, what it was built from
-            built = Path(self.get_ext_fullpath(ext.name))
-            built.with_suffix(".sources").write_text(digest() + "\n")
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).with_suffix(".sources").write_text(f"{sources}\n")
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         kernels = [s for s in ext.sources if s.endswith(".cu")]
