@@ -40,6 +40,8 @@ class CudaCommunicator final : public Communicator {
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() const override { return static_cast<int64_t>(region_->bytes()); }
+  // What the kernels have told the host so far, for those who look into one that hangs.
+  const HostState& host_state() const { return *host_; }
 
  private:
   void drain() override;

@@ -219,8 +219,8 @@ void a_bad_expert_id_is_refused_before_anything_is_sent() {
   in_ranks(config, 3, [&](Rank& self) {
     for (const int64_t bad : {config.experts, int64_t{-2}, int64_t{1} << 40}) {
       if (self.rank == 1) {
-        const std::vector<int64_t> ids{0, 1, 2, bad};
-        std::vector<int64_t> routes(4);
+        const Int64s ids{0, 1, 2, bad};
+        Int64s routes(4);
         RoutingView routing;
         routing.topk_idx = ids.data();
         routing.routes = routes.data();
