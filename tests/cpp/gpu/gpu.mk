@@ -44,7 +44,7 @@ gpu-cpp-program:
 # -rdynamic, -no-pie: names and addresses for the stacks of a test that hangs.
 $(GPU_CPP_PROGRAM): $(GPU_CPP_KERNELS) $(GPU_CPP_OBJECTS)
 	@echo "link $@"
-	@$(CXX) -pthread -rdynamic -no-pie -static-libstdc++ -o $@ $^ \
+	@$(CXX) -pthread -rdynamic -no-pie -static-libstdc++ -Wl,--exclude-libs,libstdc++.a -Wl,--gc-sections -o $@ $^ \
 	  -L$(GPU_CPP_CUDA)/lib64 -L$(GPU_CPP_CUDA)/targets/$$(uname -m)-linux/lib -lcudart_static -lrt -ldl
 
 $(GPU_CPP)/launch-%.o: csrc/cuda/launch.cu setup.py $(shell find csrc -name '*.h' -o -name '*.cuh')
