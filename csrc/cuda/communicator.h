@@ -41,6 +41,8 @@ class CudaCommunicator final : public Communicator {
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() const override { return static_cast<int64_t>(region_->bytes()); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
+  // What the kernels have told the host so far, for those who look into one that hangs.
+  const HostState& host_state() const { return *host_; }
 
  private:
   void drain() override;

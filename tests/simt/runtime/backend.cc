@@ -2,9 +2,13 @@
 // stream.
 #include "cpp/backend.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <new>
 
 #include "cpp/check.h"
+#include "cpp/memory.h"
 #include "cuda/communicator.h"
 #include "simt/runtime/cudart.h"
 
@@ -85,6 +89,18 @@ std::vector<std::string> vector_paths() { return {""}; }
 int rounds(int many) {
   const int of = simt::accesses_are_seen() ? 32 : 16;
   return (many + of - 1) / of;
+}
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+void copy_bytes(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);  // neither place may be null, not even for nothing
 }
 
 }  // namespace commlib::testing

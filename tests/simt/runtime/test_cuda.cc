@@ -70,8 +70,8 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   addresses[1].pid = child.pid();
   me->connect(addresses);
   child.end();
-  const std::vector<int64_t> ids{0, 1, 2, 3};
-  std::vector<int64_t> routes(4);
+  const Int64s ids{0, 1, 2, 3};
+  Int64s routes(4);
   RoutingView routing;
   routing.topk_idx = ids.data();
   routing.routes = routes.data();
