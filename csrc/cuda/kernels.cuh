@@ -5,7 +5,7 @@
 // short.
 #pragma once
 
-#include "cuda/worker.cuh"
+#include "cuda/worker_rows.cuh"
 #include "protocol/combine_hops.h"
 #include "protocol/dispatch_hops.h"
 
