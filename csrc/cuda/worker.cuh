@@ -10,6 +10,7 @@ namespace commlib::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint64_t kLookNs = 5'000'000;  // between two looks at why a wait does not end
+constexpr int kPollsBetweenLooks = 64;   // at a grid barrier
 
 // A warp's shared memory. The ring comes first, for bulk copies want their alignment.
 struct WarpShared {
@@ -214,6 +215,7 @@ class WarpWorker {
   __device__ bool grid_barrier(bool ok) const;
 
  private:
+  __device__ bool await_blocks() const;
   // Lanes of `takers` get *counter + 0, 1, ...; the lane that says so writes the sum.
   __device__ uint32_t take_as(unsigned takers, uint32_t* counter, bool writes) const {
     const uint32_t before = *counter;
@@ -307,21 +309,28 @@ __device__ inline bool WarpWorker::grid_barrier(bool ok) const {
   uint64_t* block_ok = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
   if (!ok && lane_ == 0) ptx::exchange_if_gpu(&op_.state->failed, 0, 1);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint64_t ticket = ptx::add_acq_rel_gpu(&op_.state->barrier, 1);
-    const uint64_t target = (ticket / gridDim.x + 1) * gridDim.x;
-    bool failed = false;
-    while (ptx::load_acquire_gpu(&op_.state->barrier) < target && !failed) {
-      failed = ptx::load_acquire_gpu(&op_.state->failed) != 0;
-      ptx::nanosleep(50);
-    }
-    failed = failed || ptx::load_acquire_gpu(&op_.state->failed) != 0;
-    *block_ok = failed ? 0 : 1;
-  }
+  if (threadIdx.x == 0) *block_ok = await_blocks() ? 1 : 0;
   __syncthreads();
   ok = *block_ok != 0;
   __syncthreads();  // nobody comes back and overwrites it before all have read it
   return ok;
+}
+
+// Whether all blocks have come, and none of them has failed. Who fails says so before it comes, but some that
+// have failed do not come again: so a block that waits long looks as well.
+__device__ inline bool WarpWorker::await_blocks() const {
+  const uint64_t mine = blockIdx.x == 0 ? kBarrierTurn - (gridDim.x - 1) : 1;
+  const uint64_t before = ptx::add_acq_rel_gpu(&op_.state->barrier, mine);
+  uint64_t now = before + mine;
+  const auto failed = [&] { return ptx::load_acquire_gpu(&op_.state->failed) != 0; };
+  for (;;) {
+#pragma unroll 1
+    for (int i = 0; i < kPollsBetweenLooks; ++i) {
+      if (((now ^ before) & kBarrierTurn) != 0) return !failed();
+      now = ptx::load_acquire_gpu(&op_.state->barrier);
+    }
+    if (failed()) return false;
+  }
 }
 
 // Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.
