@@ -25,6 +25,10 @@ __device__ inline bool WarpWorker::all_aligned(uintptr_t bits) const {
 }
 
 __device__ inline void WarpWorker::zero(std::byte* dst, int64_t bytes) const {
+  if ((reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(bytes)) % 16 == 0) {
+    for (int64_t i = lane_ * 16; i < bytes; i += kPieceBytes) ptx::store_global(dst + i, ptx::Vec16{});
+    return;
+  }
   for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
 }
 
