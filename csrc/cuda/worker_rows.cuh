@@ -12,6 +12,7 @@ namespace commlib::cuda {
 
 constexpr int kPieceBytes = kWarpLanes * 16;  // 16 bytes a lane
 constexpr int kPlainLoads = 4;
+constexpr int kLongestChunk = kSumPieces * kPieceBytes;  // of a row in a sum
 
 // The ring in multicast: how many slots, and how many chunks are loaded ahead of the one that is stored. A
 // slot is loaded again when the stores of its last chunk have been read, up to kSendPending chunks later.
