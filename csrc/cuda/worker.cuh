@@ -19,8 +19,7 @@ struct WarpShared {
   static constexpr int kWeightBytes = (kMaxTopk + 1) * static_cast<int>(sizeof(double));
 
   __host__ __device__ static constexpr int bytes(int ring_bytes) {
-    return ring_bytes +
-           static_cast<int>(align_up(kBarriers * 8 + kListBytes + kWeightBytes + kMaxRanks, 128));
+    return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kWeightBytes, 128));
   }
   // Slots of the ring in a sum, of so many bytes each.
   __host__ __device__ static constexpr int sum_slots(int ring_bytes, int slot_bytes) {
@@ -30,13 +29,18 @@ struct WarpShared {
   uint64_t* barriers;  // [kBarriers], one for each slot of the ring
   std::byte* list;     // Terms or Targets
   std::byte* weights;  // the values of the Terms' weights, as accumulators
-  uint8_t* slots;      // [kMaxRanks]: for collect_calls
 };
 
 // 16-byte pieces of a row that each lane sums at once; half of them where registers are short.
 constexpr int kSumPieces = 4;
 
-constexpr int kBlockSharedBytes = 128;  // words of the block, before those of its warps
+// What the warps of a block share, before what each of them has.
+struct BlockShared {
+  uint64_t answer;           // one thread's, for all; two barriers of the block around it
+  uint8_t slots[kMaxRanks];  // for collect_calls
+};
+constexpr int kBlockSharedBytes = 128;
+static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
 
 // Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
 struct WordReader {
@@ -104,7 +108,6 @@ class WarpWorker {
     shared_.barriers = reinterpret_cast<uint64_t*>(base + op.ring_bytes);
     shared_.list = base + op.ring_bytes + WarpShared::kBarriers * 8;
     shared_.weights = shared_.list + WarpShared::kListBytes;
-    shared_.slots = reinterpret_cast<uint8_t*>(shared_.weights + WarpShared::kWeightBytes);
     if (lane_ < WarpShared::kBarriers) ptx::mbarrier_init(&shared_.barriers[lane_]);
     ptx::fence_mbarrier_init();
     __syncwarp();
@@ -117,7 +120,7 @@ class WarpWorker {
   __device__ static constexpr int lanes() { return kWarpLanes; }
   __device__ int warp() const { return warp_; }
   __device__ Span share(int64_t n) const { return share_of(n, index(), count()); }
-  __device__ uint8_t* slots() const { return shared_.slots; }
+  __device__ uint8_t* slots() const { return block_shared().slots; }
 
   template <class T, class F>
   __device__ List<T> list(int n, F f);
@@ -160,6 +163,23 @@ class WarpWorker {
     __syncwarp();
   }
 
+  // One warp speaks for its block, for each that does pays for a system-wide barrier at each release: its
+  // release passes on what the others have written before the block's barrier.
+  __device__ int gather() const {
+    flush();
+    __syncthreads();
+    return warp_ == 0 ? kWarps : 0;
+  }
+  // One warp asks for its block; all() makes what it has acquired good for the bulk copies of the others.
+  template <class Ask>
+  __device__ bool once(Ask ask) const {
+    if (warp_ == 0) {
+      const bool ok = ask();
+      if (lane_ == 0) block_shared().answer = ok;
+    }
+    return all(answer_for_block());
+  }
+
   __device__ bool link_limited() const { return op_.link.fs_per_byte != 0; }
   __device__ void pass_link(int64_t bytes) const {
     if (lane_ == 0) {
@@ -177,7 +197,7 @@ class WarpWorker {
   }
 
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
-  __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
+  __device__ void add(uint64_t* counter, uint64_t n = 1) const { ptx::add_release_sys(counter, n); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
   __device__ void wake(const Mailbox&) const {}
   __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
@@ -216,6 +236,16 @@ class WarpWorker {
 
  private:
   __device__ bool await_blocks() const;
+  __device__ static BlockShared& block_shared() {
+    return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
+  }
+  // What one thread of the block has left there.
+  __device__ static bool answer_for_block() {
+    __syncthreads();
+    const bool answer = block_shared().answer != 0;
+    __syncthreads();  // nobody comes back and overwrites it before all have read it
+    return answer;
+  }
   // Lanes of `takers` get *counter + 0, 1, ...; the lane that says so writes the sum.
   __device__ uint32_t take_as(unsigned takers, uint32_t* counter, bool writes) const {
     const uint32_t before = *counter;
@@ -306,14 +336,10 @@ __device__ List<T> WarpWorker::list(int n, F f) {
 }
 
 __device__ inline bool WarpWorker::grid_barrier(bool ok) const {
-  uint64_t* block_ok = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
   if (!ok && lane_ == 0) ptx::exchange_if_gpu(&op_.state->failed, 0, 1);
   __syncthreads();
-  if (threadIdx.x == 0) *block_ok = await_blocks() ? 1 : 0;
-  __syncthreads();
-  ok = *block_ok != 0;
-  __syncthreads();  // nobody comes back and overwrites it before all have read it
-  return ok;
+  if (threadIdx.x == 0) block_shared().answer = await_blocks();
+  return answer_for_block();
 }
 
 // Whether all blocks have come, and none of them has failed. Who fails says so before it comes, but some that
