@@ -5,7 +5,7 @@
 // short.
 #pragma once
 
-#include "cuda/worker.cuh"
+#include "cuda/worker_rows.cuh"
 #include "protocol/combine_hops.h"
 #include "protocol/dispatch_hops.h"
 
@@ -67,8 +67,10 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
   send.slots = op.slots;
   bool ok = true;
   if (!op.fresh) {
-    if (w.index() == 0) announce(w, op);
-    ok = collect_calls(w, op.common.peers, op.common.wait.epoch, op.common.wait.call, w.slots());
+    ok = w.once([&] {
+      if (w.index() == 0) announce(w, op);
+      return collect_calls(w, op.common.peers, op.common.wait.epoch, op.common.wait.call, w.slots());
+    });
     send.slots = w.slots();
   }
   ok = ok && move_rows(w, send, op.common.peers, op.common.wait, op.arrivals);
@@ -121,7 +123,7 @@ template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineOp op) {
   SumWorker<T, Worker> w(op.common);
   const OpParams& common = op.common;
-  bool ok = !op.reused || await_pulled(w, common.peers, op.reuse_epoch);
+  bool ok = !op.reused || w.once([&] { return await_pulled(w, common.peers, op.reuse_epoch); });
   PullPlan pull = op.pull;
   pull.slots = w.slots();
   if (ok) {
@@ -129,8 +131,10 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
     start_pull(w, pull, common.peers, common.wait);
     stage_rows(w, op.stage, rows_not_staged(w, op.pull, common.peers.rank));
     arrive(w, common.peers);
-    ok = collect_calls(w, common.peers, common.wait.epoch, common.wait.call, w.slots());
-    ok = ok && await_arrivals(w, common.peers, op.arrivals);
+    ok = w.once([&] {
+      return collect_calls(w, common.peers, common.wait.epoch, common.wait.call, w.slots()) &&
+             await_arrivals(w, common.peers, op.arrivals);
+    });
   }
   ok = ok && pull_all(w, pull, common.peers, common.wait);
   w.flush();

@@ -10,7 +10,25 @@ namespace commlib::cuda {
 namespace {
 
 constexpr int kAwaitSharedBytes = kBlockSharedBytes + WarpShared::bytes(0);
-constexpr int kRingBytes = 12 * 1024;  // times 16 warps: as much as fits beside the rest in 227 KB
+// Of each warp's ring. The most: times 16 warps it fits beside the rest in the 227 KB of sm_90. The least:
+// two chunks of a sum, one that is added and one that comes.
+constexpr int kMostRing = 12 * 1024;
+constexpr int kLeastRing = 2 * kLongestChunk;
+constexpr int kRingUnit = 1024;
+
+// What each warp's ring can be where a block may have so much shared memory: 99 KB on compute capability
+// 12.x.
+int ring_bytes_on(const DeviceFacts& facts) {
+  if (facts.capability < 90) return 0;
+  const int each = (facts.shared_per_block - kBlockSharedBytes) / kWarps - WarpShared::bytes(0);
+  const int ring = each / kRingUnit * kRingUnit;
+  if (ring < kLeastRing) {
+    throw std::runtime_error(facts.name + " gives a block " + std::to_string(facts.shared_per_block) +
+                             " bytes of shared memory; commlib's copies need " +
+                             std::to_string(kBlockSharedBytes + kWarps * WarpShared::bytes(kLeastRing)));
+  }
+  return ring < kMostRing ? ring : kMostRing;
+}
 
 using CombineKernel = void (*)(const CombineOp);
 
@@ -93,7 +111,7 @@ struct Room {
 
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   const DeviceFacts facts = facts_of(device);
-  LaunchShape shape{blocks, 0, facts.capability >= 90 ? kRingBytes : 0, stream};
+  LaunchShape shape{blocks, 0, ring_bytes_on(facts), stream};
   const int needed = kBlockSharedBytes + kWarps * WarpShared::bytes(shape.ring_bytes);
   const int half = facts.shared_per_sm / 2 + 1024;  // more than half an SM's: no second block fits
   shape.shared_bytes = needed > half ? needed : half;

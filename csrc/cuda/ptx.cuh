@@ -95,20 +95,26 @@ __device__ __forceinline__ uint64_t globaltimer() {
 // Leaves the issue slots to other warps for about this long.
 __device__ __forceinline__ void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// -- half precision
+// -- half precision and bfloat16: the bits of protocol/scalar_types.h, but for NaNs
 // ------------------------------------------------------------------------------------------
 
-// Exact. Both give the bits of protocol/scalar_types.h, but for the payload of a NaN.
+// Exact. A NaN stays one.
 __device__ __forceinline__ float float_of_half(uint16_t bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
 
-// Rounds to nearest, ties to even.
-__device__ __forceinline__ uint16_t half_of_float(float f) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+// Two numbers in one word, the first in its low half; both rounded to nearest, ties to even, subnormal
+// results too. Every NaN becomes 0x7fff, without its sign and payload.
+__device__ __forceinline__ uint32_t half2_of_floats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t bf16x2_of_floats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

@@ -15,13 +15,18 @@ constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
 constexpr int kPlanWarps = 6;  // of the one block of a plan, which must find room beside another on its SM
 
+constexpr uint64_t kBarrierTurn = uint64_t{1} << 63;  // see DeviceState::barrier
+
 // How a dispatch's counts came out.
 enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed = 3 };
 
 // Zero at the start.
 struct DeviceState {
-  // Counts arrivals of blocks at grid barriers. Added by each block's thread 0 (acq_rel), never reset; a
-  // barrier ends at the next multiple of the grid's blocks.
+  // Each block's thread 0 adds to it at a grid barrier (acq_rel) and waits until the top bit is another than
+  // before its addition (acquire). Block 0 adds kBarrierTurn - (blocks - 1), the others 1: kBarrierTurn
+  // together, so the top bit turns over when the last of them comes, whichever that is, and the bits below
+  // are zero again. Hence nothing need be reset, and launches of any number of blocks may follow each other.
+  // It cannot turn a second time while a block waits, for that block's next addition would be missing.
   uint64_t barrier;
   // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
   // broken.

@@ -29,10 +29,16 @@
 //                              each lane waits for its own word; false once this rank's operation has
 //                              failed, which a wait past its deadline causes
 //
+// All lanes of all workers call these together:
+//
+//   gather()                   flushes; the number of workers that this one speaks for from then on: workers
+//                              may have one of them speak for several, which have all flushed
+//   once(ask)                  what ask() says; one of several workers may ask for all
+//
 // Single lanes call these:
 //
 //   publish(word, value)       a release store
-//   add(counter)               a release addition of 1
+//   add(counter, n)            a release addition; of 1, if n is not given
 //   read(word)                 an acquire load
 //   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
 //   glance(word)               a load that orders nothing

@@ -29,6 +29,13 @@ bool accesses_are_seen() { return true; }
 // What all functions work on; set while nobody calls any.
 extern Gpu* gpu;
 
+// What device it says it is; a test may set another while there is no communicator.
+struct Chip {
+  int major;  // of its compute capability
+  size_t shared_per_sm;
+};
+extern Chip chip;
+
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.
 struct KernelFacts {

@@ -9,6 +9,7 @@
 #include "cpp/operations.h"
 #include "cpp/suite.h"
 #include "cuda/communicator.h"
+#include "simt/runtime/cudart.h"
 
 namespace commlib::testing {
 namespace {
@@ -120,12 +121,55 @@ void more_blocks_than_multiprocessors_are_refused() {
   check_contains(error.what(), "all blocks must run at once", "the text");
 }
 
+// Makes the device one with so much shared memory, as long as it lives.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t per_sm) : before_(simt::chip) { simt::chip.shared_per_sm = per_sm; }
+  ~SharedMemory() { simt::chip = before_; }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+ private:
+  simt::Chip before_;
+};
+
+// 99 KB for a block, as on compute capability 12.x. Shared memory is allocated to the byte, so a warp whose
+// part lay outside of it would be found out; rows are long enough to go round every ring.
+void rings_are_as_large_as_shared_memory_allows() {
+  Random random(202);
+  const SharedMemory shared(100 << 10);
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    Config config = small_config(2);
+    config.dtype = dtype;
+    config.hidden = 4160;
+    config.max_tokens = 40;
+    config.capacity = 2 * config.max_tokens;
+    config.num_sms = 1;
+    const Scenario s = random_scenario(config, 2, {}, random);
+    in_ranks(config, 2, [&](Rank& self) { check_round_trip(self, s, s, {}); });
+  }
+}
+
+void a_device_with_too_little_shared_memory_is_refused() {
+  const auto machine = make_machine();
+  const SharedMemory shared(64 << 10);
+  if (simt::chip.major < 9) {
+    machine->communicator(config_of(0, 1));  // there is no ring
+    return;
+  }
+  const auto error =
+      check_throws<std::runtime_error>([&] { machine->communicator(config_of(0, 1)); }, "a block with 63 KB");
+  check_contains(error.what(), "gives a block 64512 bytes of shared memory", "the text");
+}
+
 const Suite suite({
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},
     {"a_region_of_another_process_is_the_same_memory", a_region_of_another_process_is_the_same_memory},
     {"more_blocks_than_multiprocessors_are_refused", more_blocks_than_multiprocessors_are_refused},
+    {"rings_are_as_large_as_shared_memory_allows", rings_are_as_large_as_shared_memory_allows},
+    {"a_device_with_too_little_shared_memory_is_refused", a_device_with_too_little_shared_memory_is_refused},
 });
 
 }  // namespace
