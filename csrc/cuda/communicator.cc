@@ -53,7 +53,7 @@ CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) 
   check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   // Kernels for several nodes leave no room beside them.
   const bool beside =
-      config.plan_stream && config.node_of.empty() && plans_fit_beside_rows(config.device, shape_);
+      config.plan_stream && config.node_of.empty() && plans_fit_beside_rows(config.device, shape_, config.dtype);
   plan_stream_ = beside ? reinterpret_cast<cudaStream_t>(config.plan_stream) : shape_.stream;
   check(cudaEventCreateWithFlags(&planned_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));

@@ -124,7 +124,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   return shape;
 }
 
-bool plans_fit_beside_rows(int device, const LaunchShape& shape) {
+bool plans_fit_beside_rows(int device, const LaunchShape& shape, DType dtype) {
   constexpr int kWaitingRanks = 8;  // that may all wait on one SM
   const DeviceFacts facts = facts_of(device);
   const Room plan = Room::of(plan_kernel, kPlanWarps, kPlanSharedBytes);
@@ -133,11 +133,7 @@ bool plans_fit_beside_rows(int device, const LaunchShape& shape) {
     const Room rows = Room::of(kernel, kWarps, shape.shared_bytes);
     return (rows + plan).fits(facts) && (rows + waits).fits(facts);
   };
-  bool all = fit(rows_kernel<WarpWorker>) && fit(waves_kernel);
-  for (const DType t : {DType::bf16, DType::f16, DType::f32, DType::f64}) {
-    all = all && fit(combine_kernel_of<WarpWorker>(t));
-  }
-  return all;
+  return fit(rows_kernel<WarpWorker>) && fit(waves_kernel) && fit(combine_kernel_of<WarpWorker>(dtype));
 }
 
 // Neither copies rows, so their warps have no ring.
