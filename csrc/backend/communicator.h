@@ -174,6 +174,8 @@ class Communicator {
   virtual void drain() = 0;
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(uint64_t left) = 0;
+  // close() is through.
+  virtual void has_closed() {}
 
   // The heap: control words, then slots.
   int64_t control_bytes() const;

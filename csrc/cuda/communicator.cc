@@ -4,6 +4,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cuda/driver.h"
@@ -13,18 +14,11 @@
 namespace commlib::cuda {
 namespace {
 
-DeviceMemory device_memory(size_t bytes) {
-  void* p = nullptr;
-  check(cudaMalloc(&p, bytes), "cudaMalloc");
-  return DeviceMemory(static_cast<std::byte*>(p), [](std::byte* m) { cudaFree(m); });
-}
-
-std::shared_ptr<HostState> mapped_host_state(int64_t experts) {
+std::shared_ptr<HostState> mapped_host_state(int device, int64_t experts) {
   const size_t bytes = sizeof(HostState) + static_cast<size_t>(experts) * sizeof(int64_t);
-  void* p = nullptr;
-  check(cudaHostAlloc(&p, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
-  std::memset(p, 0, bytes);
-  return std::shared_ptr<HostState>(static_cast<HostState*>(p), [](HostState* s) { cudaFreeHost(s); });
+  const Memory memory = mapped_memory(device, bytes);
+  std::memset(memory.get(), 0, bytes);
+  return std::reinterpret_pointer_cast<HostState>(memory);
 }
 
 // Hands out parts of one allocation, each 256-byte aligned; first without memory, to count.
@@ -46,16 +40,17 @@ class Carver {
 
 }  // namespace
 
-CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) {
+CudaCommunicator::CudaCommunicator(const Config& config)
+    : Communicator(config), awaiting_waves_(std::make_shared<StreamUses>()) {
   const OnDevice guard = on_device();
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
-  check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  aside_ = side_stream(config.device);
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
   put(region_->data(), control.data(), control.size());
-  host_ = mapped_host_state(placement_.count(config.rank));
+  host_ = mapped_host_state(config.device, placement_.count(config.rank));
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
@@ -65,12 +60,11 @@ CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) 
   }
 }
 
+// Waits for this rank's kernels only, and until their deadline at most. Frees nothing: see pool.h.
 CudaCommunicator::~CudaCommunicator() {
   try {
-    const OnDevice guard = on_device();
     close();
-    cudaStreamSynchronize(aside_);
-    cudaStreamDestroy(aside_);
+    drain();                         // nothing of this rank may use what goes back to the pool
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
 }
@@ -98,7 +92,7 @@ void CudaCommunicator::make_scratch() {
                 c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };
-  memory_ = device_memory(static_cast<size_t>(carve(nullptr)));
+  memory_ = device_memory(config_.device, static_cast<size_t>(carve(nullptr)));
   carve(memory_.get());
   const DeviceState zero{};
   put(state_, &zero, sizeof zero);
@@ -109,8 +103,8 @@ void CudaCommunicator::make_scratch() {
 // Copies to the device, and is done when it returns. On a stream that waits for no other: another rank's
 // kernel may be waiting for this rank.
 void CudaCommunicator::put(void* to, const void* from, size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, aside_), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(aside_), "cudaStreamSynchronize");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, aside_.get()), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
 }
 
 PeerAddress CudaCommunicator::address() {
@@ -135,11 +129,14 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   connect_network(peers, nullptr);
   peers_ = table_of(heaps);
   if (network_) {
-    hops_on_device_ = device_memory(sizeof(Hops));
+    hops_on_device_ = device_memory(config_.device, sizeof(Hops));
     put(hops_on_device_.get(), &network_->hops(), sizeof(Hops));
     peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
   }
   processes_ = std::make_unique<PeerProcesses>(pids);
+  free_idle(config_.device);  // no rank of this process that made its heap needs any of it
+  const auto own = std::count(pids.begin(), pids.end(), getpid());
+  if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
 }
 
 OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {

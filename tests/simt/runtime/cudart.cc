@@ -85,6 +85,13 @@ const void* mapped_memory_of(const void* argument, size_t bytes) {
 
 }  // namespace
 
+size_t allocated_bytes() {
+  std::lock_guard<std::mutex> lock(mutex);
+  size_t sum = 0;
+  for (const auto& [_, bytes] : device_memory) sum += bytes;
+  return sum;
+}
+
 void know_kernel(const void* kernel, const KernelFacts& facts) {
   std::lock_guard<std::mutex> lock(mutex);
   kernels.insert({kernel, {facts, 48 << 10}});
@@ -184,6 +191,7 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   const auto found = simt::host_memory.find(host);
   if (found == simt::host_memory.end()) return result(cudaErrorInvalidValue);
   *device = gpu->map(host, found->second);
+  gpu->renew(host);
   return cudaSuccess;
 }
 
@@ -230,6 +238,36 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   gpu->synchronize(simt::number_of(stream));
+  return simt::health();
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = ++event->records] {
+    simt::store_release(reached.get(), number);
+  });
+  return simt::health();
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const uint64_t reached = __atomic_load_n(event->reached.get(), __ATOMIC_ACQUIRE);
+  return result(reached >= event->records ? cudaSuccess : cudaErrorNotReady);
+}
+
+// A kernel of one thread that looks now and then.
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = event->records.load()] {
+    while (simt::load_acquire(reached.get()) < number) simt::nanosleep(1000);
+  });
   return simt::health();
 }
 

@@ -5,11 +5,19 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+#include <memory>
+
 #include "simt/cuda.h"
 #include "simt/gpu.h"
 
 struct CUstream_st {
   int number;
+};
+// Each record queues a store of its number; to wait for the event is to wait for the last.
+struct CUevent_st {
+  std::shared_ptr<uint64_t> reached = std::make_shared<uint64_t>(0);
+  std::atomic<uint64_t> records{0};
 };
 
 namespace simt {
@@ -23,6 +31,8 @@ bool accesses_are_seen() { return true; }
 
 // What all functions work on; set while nobody calls any.
 extern Gpu* gpu;
+
+size_t allocated_bytes();  // on the device, now
 
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.

@@ -9,6 +9,7 @@
 #include "cpp/operations.h"
 #include "cpp/suite.h"
 #include "cuda/communicator.h"
+#include "simt/runtime/cudart.h"
 
 namespace commlib::testing {
 namespace {
@@ -118,7 +119,73 @@ void more_blocks_than_multiprocessors_are_refused() {
   check_contains(error.what(), "all blocks must run at once", "the text");
 }
 
+// A combine of no tokens, which ends when both ranks have come.
+void start_empty_combine(Communicator& comm) { comm.combine({}, {}, nullptr, nullptr, false); }
+
+using Communicators = std::vector<std::unique_ptr<Communicator>>;
+
+Communicators connected(Machine& machine, const Config& config) {
+  Communicators ranks;
+  std::vector<PeerAddress> addresses;
+  for (int rank = 0; rank < config.size; ++rank) {
+    Config mine = config;
+    mine.rank = rank;
+    ranks.push_back(machine.communicator(mine));
+    addresses.push_back(ranks.back()->address());
+  }
+  for (const auto& comm : ranks) comm->connect(addresses);
+  return ranks;
+}
+
+// The simulated GPU frees memory as a real one does: when all kernels have ended.
+void a_destructor_waits_for_no_other_rank() {
+  const auto machine = make_machine();
+  for (const char* share : {"ipc", "fd"}) {
+    Config config = small_config(2);
+    config.share = share;
+    config.timeout = 10;  // by which a destructor that waits would fail rank 1
+    const Communicators ranks = connected(*machine, config);
+    Communicators another = connected(*machine, small_config(1));
+    start_empty_combine(*another[0]);
+    start_empty_combine(*ranks[1]);
+    another.clear();
+    check(!is_done(*ranks[1], nullptr), "rank 1 still waits for rank 0");
+    start_empty_combine(*ranks[0]);
+    for (const auto& comm : ranks) comm->synchronize();
+  }
+}
+
+void communicators_that_come_and_go_take_no_more_memory() {
+  const auto machine = make_machine();
+  const auto use_one = [&](int ranks, int64_t hidden) {
+    Config config = small_config(ranks);
+    config.hidden = hidden;
+    for (const auto& comm : connected(*machine, config)) comm->close();
+  };
+  // All of the same shape: of another one the memory is used again.
+  use_one(2, 32);
+  const size_t two_ranks = simt::allocated_bytes();
+  for (int i = 0; i < 4; ++i) use_one(2, 32);
+  check_equal(simt::allocated_bytes(), two_ranks, "bytes after five of one shape");
+  // Each of another shape: what nobody takes again is freed when the next ones connect.
+  for (int i = 1; i < 6; ++i) use_one(2, 32 + 8 * i);
+  use_one(2, 32);
+  check_equal(simt::allocated_bytes(), two_ranks, "bytes after many shapes");
+  // Not while ranks of this process may wait for each other.
+  const Communicators alive = connected(*machine, small_config(2));
+  use_one(1, 320);
+  const size_t kept = simt::allocated_bytes();
+  use_one(1, 640);
+  check(simt::allocated_bytes() > kept, "nothing is freed beside operations");
+  for (const auto& comm : alive) comm->close();
+  use_one(1, 320);
+  check_equal(simt::allocated_bytes(), kept, "bytes when it has been freed later");
+}
+
 const Suite suite({
+    {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
+    {"communicators_that_come_and_go_take_no_more_memory",
+     communicators_that_come_and_go_take_no_more_memory},
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},
