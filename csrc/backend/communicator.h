@@ -46,7 +46,7 @@ struct Config {
   // CUDA
   int device = 0;
   uintptr_t stream = 0;  // of communication
-  std::string share;     // how heaps reach other processes: "fd", "fabric" or "ipc"
+  std::string share;     // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
 // What a rank tells the others when they connect.

@@ -64,9 +64,28 @@ CudaCommunicator::CudaCommunicator(const Config& config)
 CudaCommunicator::~CudaCommunicator() {
   try {
     close();
-    drain();                         // nothing of this rank may use what goes back to the pool
+    drain();  // nothing of this rank may use what goes back to the pool
+    keep_what_others_use();
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
+}
+
+void CudaCommunicator::keep_what_others_use() {
+  keep_until(memory_, [uses = awaiting_waves_] { return uses->done(); });
+  if (visitors_.empty()) return;
+  keep_until(region_, [device = config_.device, mail = reinterpret_cast<Mailbox*>(region_->data()),
+                       aside = aside_, processes = processes_, visitors = visitors_]() mutable {
+    const OnDevice guard(device);
+    const auto has_gone = [&](int p) {
+      uint64_t gone = 0;
+      const bool known = cudaMemcpyAsync(&gone, &mail[p].gone, sizeof gone, cudaMemcpyDeviceToHost,
+                                         aside.get()) == cudaSuccess &&
+                         cudaStreamSynchronize(aside.get()) == cudaSuccess;
+      return !known || gone || processes->has_exited(p);  // of a device that is lost nothing is known
+    };
+    visitors.erase(std::remove_if(visitors.begin(), visitors.end(), has_gone), visitors.end());
+    return visitors.empty();
+  });
 }
 
 void CudaCommunicator::make_scratch() {
@@ -115,12 +134,17 @@ PeerAddress CudaCommunicator::address() {
 void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   const OnDevice guard = on_device();
   std::vector<pid_t> pids;
+  for (int p = 0; p < config_.size; ++p) {
+    const bool near = !network_ || network_->topology().near >> p & 1;
+    pids.push_back(near ? static_cast<pid_t>(peers[p].pid) : PeerProcesses::kNotHere);
+    if (near && pids[p] != getpid()) visitors_.push_back(p);
+    workers_[p] = peers[p].workers;
+  }
+  processes_ = std::make_shared<PeerProcesses>(pids);
   std::vector<std::byte*> heaps;
   for (int p = 0; p < config_.size; ++p) {
     const PeerAddress& a = peers[p];
-    workers_[p] = a.workers;
-    const bool near = !network_ || network_->topology().near >> p & 1;
-    pids.push_back(near ? static_cast<pid_t>(a.pid) : PeerProcesses::kNotHere);
+    const bool near = pids[p] != PeerProcesses::kNotHere;
     regions_.push_back(p == config_.rank ? region_
                        : near ? DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes())
                               : nullptr);
@@ -133,7 +157,6 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
     put(hops_on_device_.get(), &network_->hops(), sizeof(Hops));
     peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
   }
-  processes_ = std::make_unique<PeerProcesses>(pids);
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
   const auto own = std::count(pids.begin(), pids.end(), getpid());
   if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
@@ -209,6 +232,15 @@ void CudaCommunicator::tell_all(uint64_t left) {
     if (peers_.is_near(p)) put(&peers_.mail_to(p).left, &left, sizeof left);
   }
   if (network_) tell_far(left);
+}
+
+// After the last of everything else that this rank does to others' memory.
+void CudaCommunicator::has_closed() {
+  if (peers_.size == 0) return;  // it never connected
+  const OnDevice guard = on_device();
+  const uint64_t gone = 1;
+  for (int p : visitors_) put(&peers_.mail_to(p).gone, &gone, sizeof gone);
+  shared_device_.reset();
 }
 
 }  // namespace commlib::cuda

@@ -43,9 +43,10 @@ class CudaCommunicator final : public Communicator {
  private:
   void drain() override;
   void tell_all(uint64_t left) override;
-  void has_closed() override { shared_device_.reset(); }
+  void has_closed() override;
 
   void make_scratch();
+  void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
   OpParams params(Call call, uint32_t epoch) const;
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
@@ -63,7 +64,8 @@ class CudaCommunicator final : public Communicator {
   LaunchShape shape_;
   std::shared_ptr<DeviceRegion> region_;                // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
-  std::unique_ptr<PeerProcesses> processes_;
+  std::vector<int> visitors_;                           // ranks of other processes that map region_
+  std::shared_ptr<PeerProcesses> processes_;
   Memory memory_;  // owner table, state and scratch
   Memory hops_on_device_;
   std::shared_ptr<HostState> host_;

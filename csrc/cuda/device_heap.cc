@@ -21,15 +21,17 @@ constexpr const char* kUnreachable =
     "Every GPU must reach the memory of every other (NVLink, or PCIe without an IOMMU in between): see "
     "nvidia-smi topo -p2p r.";
 
+constexpr const char* kNotShared =
+    "ranks in several processes need GPUs whose memory one process can share with another by file descriptor "
+    "or "
+    "fabric handle (cuMemCreate), and one of these GPUs cannot. Ranks of one process (run_ranks) do without.";
+
 // What ranks tell each other of a region.
 struct Handle {
   Share share;
   uint8_t padding[7];
   uint64_t number;
-  union {
-    CUmemFabricHandle fabric;
-    cudaIpcMemHandle_t ipc;
-  };
+  CUmemFabricHandle fabric;
 };
 
 Handle parse(const std::string& text) {
@@ -150,33 +152,19 @@ class VirtualRegion : public DeviceRegion {
   size_t mapped_ = 0;
 };
 
-// Memory of cudaMalloc.
-class IpcRegion : public DeviceRegion {
+// Memory of cudaMalloc, for ranks of this process.
+class PlainRegion : public DeviceRegion {
  public:
-  IpcRegion(int device, size_t bytes) : IpcRegion(device, bytes, true) {
+  PlainRegion(int device, size_t bytes) : DeviceRegion(device, bytes) {
     check(cudaMalloc(reinterpret_cast<void**>(&data_), bytes), "cudaMalloc", kOutOfMemory);
     Handle h{};
-    h.share = Share::ipc;
+    h.share = Share::none;
     h.number = new_number();
-    check(cudaIpcGetMemHandle(&h.ipc, data_), "cudaIpcGetMemHandle");
     handle_.assign(reinterpret_cast<const char*>(&h), sizeof h);
   }
-  IpcRegion(int device, size_t bytes, cudaIpcMemHandle_t handle) : IpcRegion(device, bytes, false) {
-    check(cudaIpcOpenMemHandle(reinterpret_cast<void**>(&data_), handle, cudaIpcMemLazyEnablePeerAccess),
-          "cudaIpcOpenMemHandle", kUnreachable);
-  }
-  ~IpcRegion() override {
-    if (!data_) return;
-    if (owner_) {
-      cudaFree(data_);
-    } else {
-      cudaIpcCloseMemHandle(data_);
-    }
-  }
+  ~PlainRegion() override { cudaFree(data_); }
 
  private:
-  IpcRegion(int device, size_t bytes, bool owner) : DeviceRegion(device, bytes), owner_(owner) {}
-
   void allow(int device) override {
     const OnDevice guard(device);
     const cudaError_t error = cudaDeviceEnablePeerAccess(device_, 0);
@@ -186,7 +174,6 @@ class IpcRegion : public DeviceRegion {
     }
     check(error, "cudaDeviceEnablePeerAccess", kUnreachable);
   }
-  const bool owner_;
 };
 
 }  // namespace
@@ -194,8 +181,8 @@ class IpcRegion : public DeviceRegion {
 Share share_named(const std::string& name) {
   if (name == "fd") return Share::fd;
   if (name == "fabric") return Share::fabric;
-  if (name == "ipc") return Share::ipc;
-  throw std::invalid_argument("heaps are shared by \"fd\", \"fabric\" or \"ipc\", not \"" + name + "\"");
+  if (name == "none") return Share::none;
+  throw std::invalid_argument("heaps are shared by \"fd\", \"fabric\" or \"none\", not \"" + name + "\"");
 }
 
 std::shared_ptr<DeviceRegion> DeviceRegion::pooled_region(int device, const std::string& name,
@@ -209,7 +196,7 @@ std::shared_ptr<DeviceRegion> DeviceRegion::create(int device, size_t bytes, Sha
   check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
   const std::string name = "region " + std::to_string(static_cast<int>(share)) + " " + std::to_string(bytes);
   auto region = pooled_region(device, name, [&]() -> DeviceRegion* {
-    if (share == Share::ipc) return new IpcRegion(device, bytes);
+    if (share == Share::none) return new PlainRegion(device, bytes);
     return new VirtualRegion(device, bytes, share);
   });
   remember(own_regions, parse(region->handle_).number, region);
@@ -232,11 +219,11 @@ std::shared_ptr<DeviceRegion> DeviceRegion::open(int device, int64_t owner_pid, 
   Handle h = parse(handle);
   if (owner_pid == getpid()) return open_own(device, h.number);
   const OwnFile taken{fd};
+  if (h.share == Share::none) throw std::runtime_error(kNotShared);
   const OnDevice guard(device);
   auto region = find(mapped_regions, h.number);
   if (!region || region->device_ != device) {
     region = pooled_region(device, "mapped region " + std::to_string(h.number), [&]() -> DeviceRegion* {
-      if (h.share == Share::ipc) return new IpcRegion(device, bytes, h.ipc);
       void* file = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
       return new VirtualRegion(device, bytes, h.share, h.share == Share::fd ? file : &h.fabric);
     });

@@ -9,9 +9,9 @@
 
 namespace commlib::cuda {
 
-// How a region reaches other processes: a file descriptor or a fabric handle of virtual memory (cuMemCreate),
-// or cudaIpc where the device has neither.
-enum class Share : uint8_t { fd = 0, fabric = 1, ipc = 2 };
+// How a region reaches other processes: by a file descriptor or a fabric handle of virtual memory
+// (cuMemCreate), or, where the device has neither, not at all.
+enum class Share : uint8_t { fd = 0, fabric = 1, none = 2 };
 Share share_named(const std::string& name);
 
 class DeviceRegion {

@@ -31,7 +31,7 @@ class SimulatedGpu : public Machine {
   std::unique_ptr<Communicator> communicator(const Config& asked) override {
     Config config = asked;
     config.vector_ops.clear();
-    if (config.share.empty()) config.share = "ipc";  // memory to the byte
+    if (config.share.empty()) config.share = "none";  // memory to the byte
     cudaStream_t stream;
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     config.stream = reinterpret_cast<uintptr_t>(stream);

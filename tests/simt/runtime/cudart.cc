@@ -203,20 +203,6 @@ cudaError_t cudaFreeHost(void* p) {
   return simt::deallocate(p, simt::host_memory);
 }
 
-cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* p) {
-  *handle = {};
-  std::memcpy(handle, &p, sizeof(p));
-  return cudaSuccess;
-}
-
-// Within one process, which the real ones refuse.
-cudaError_t cudaIpcOpenMemHandle(void** p, cudaIpcMemHandle_t handle, unsigned) {
-  std::memcpy(p, &handle, sizeof(*p));
-  return cudaSuccess;
-}
-
-cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
-
 // -- streams
 // -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -59,6 +60,7 @@ class Child {
 
 Config config_of(int rank, int size) {
   Config config = small_config(size);
+  config.share = "fd";
   config.rank = rank;
   return config;
 }
@@ -69,6 +71,7 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   const auto me = machine->communicator(config_of(0, 2)), other = machine->communicator(config_of(1, 2));
   std::vector<PeerAddress> addresses{me->address(), other->address()};
   addresses[1].pid = child.pid();
+  addresses[1].fd = dup(addresses[1].fd);
   me->connect(addresses);
   child.end();
   const std::vector<int64_t> ids{0, 1, 2, 3};
@@ -94,18 +97,30 @@ void virtual_memory_may_be_shared_by_file_descriptor() {
 // As another process would: with a descriptor of its own for the same memory.
 void a_region_of_another_process_is_the_same_memory() {
   const auto machine = make_machine();
-  for (const auto share : {cuda::Share::fd, cuda::Share::ipc}) {
-    const auto mine = cuda::DeviceRegion::create(0, 100'000, share);
-    const int fd = share == cuda::Share::fd ? dup(mine->fd()) : -1;
-    const auto theirs = cuda::DeviceRegion::open(0, getpid() + 1, fd, mine->handle(), mine->bytes());
-    std::memset(mine->data(), 7, mine->bytes());
-    check_equal(static_cast<int>(theirs->data()[99'999]), 7, "the last byte");
-    check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine,
-          "within a process it is shared");
-  }
+  const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::fd);
+  const auto open_as_another = [&] {
+    return cuda::DeviceRegion::open(0, getpid() + 1, dup(mine->fd()), mine->handle(), mine->bytes());
+  };
+  const auto theirs = open_as_another();
+  std::memset(mine->data(), 7, mine->bytes());
+  check(theirs != mine, "mapped once more");
+  check_equal(static_cast<int>(theirs->data()[99'999]), 7, "the last byte");
+  check(open_as_another() == theirs, "what is mapped is not mapped again");
+  check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine,
+        "within a process it is shared");
   const std::string handle = cuda::DeviceRegion::create(0, 100, cuda::Share::fd)->handle();
   check_throws<std::runtime_error>([&] { cuda::DeviceRegion::open(0, getpid(), -1, handle, 100); },
                                    "a region that has gone");
+}
+
+void memory_that_cannot_be_shared_is_refused_to_other_processes() {
+  const auto machine = make_machine();
+  const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::none);
+  check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine, "shared within");
+  const auto error = check_throws<std::runtime_error>(
+      [&] { cuda::DeviceRegion::open(0, getpid() + 1, -1, mine->handle(), mine->bytes()); },
+      "another process's");
+  check_contains(error.what(), "one of these GPUs cannot", "the text");
 }
 
 void more_blocks_than_multiprocessors_are_refused() {
@@ -140,7 +155,7 @@ Communicators connected(Machine& machine, const Config& config) {
 // The simulated GPU frees memory as a real one does: when all kernels have ended.
 void a_destructor_waits_for_no_other_rank() {
   const auto machine = make_machine();
-  for (const char* share : {"ipc", "fd"}) {
+  for (const char* share : {"none", "fd"}) {
     Config config = small_config(2);
     config.share = share;
     config.timeout = 10;  // by which a destructor that waits would fail rank 1
@@ -182,7 +197,45 @@ void communicators_that_come_and_go_take_no_more_memory() {
   check_equal(simt::allocated_bytes(), kept, "bytes when it has been freed later");
 }
 
+// Two ranks that take each other for another process's.
+Communicators strangers(Machine& machine, const Child& other) {
+  Communicators ranks;
+  for (int rank = 0; rank < 2; ++rank) {
+    ranks.push_back(machine.communicator(config_of(rank, 2)));
+  }
+  for (int rank = 0; rank < 2; ++rank) {
+    std::vector<PeerAddress> addresses{ranks[0]->address(), ranks[1]->address()};
+    addresses[1 - rank].pid = other.pid();
+    addresses[1 - rank].fd = dup(addresses[1 - rank].fd);
+    ranks[rank]->connect(addresses);
+  }
+  return ranks;
+}
+
+void a_heap_is_used_again_only_when_other_processes_have_gone() {
+  const auto machine = make_machine();
+  for (const bool dies : {false, true}) {
+    Child other;
+    Communicators ranks = strangers(*machine, other);
+    const std::string heap = ranks[0]->address().handle;
+    ranks[0].reset();
+    const auto before = machine->communicator(config_of(0, 2));
+    check(before->address().handle != heap, "rank 1 may still write there");
+    if (dies) {
+      other.end();
+    } else {
+      ranks[1]->close();
+    }
+    const auto after = machine->communicator(config_of(0, 2));
+    check(after->address().handle == heap, "it is used again");
+  }
+}
+
 const Suite suite({
+    {"memory_that_cannot_be_shared_is_refused_to_other_processes",
+     memory_that_cannot_be_shared_is_refused_to_other_processes},
+    {"a_heap_is_used_again_only_when_other_processes_have_gone",
+     a_heap_is_used_again_only_when_other_processes_have_gone},
     {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
     {"communicators_that_come_and_go_take_no_more_memory",
      communicators_that_come_and_go_take_no_more_memory},
