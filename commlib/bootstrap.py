@@ -164,7 +164,7 @@ def _share(infos: list[dict[str, Any]]) -> str:
     """How device memory goes from process to process on a node: what all its ranks can do."""
     if any(info["host"] != infos[0]["host"] for info in infos):
         return "fabric"
-    return "fd" if all(info["shares_fds"] for info in infos) else "ipc"
+    return "fd" if all(info["shares_fds"] for info in infos) else "none"
 
 
 def _facts(settings: Settings) -> dict[str, Any]:

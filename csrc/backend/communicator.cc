@@ -130,6 +130,7 @@ void Communicator::close() {
   drain();
   leave(kClosed, config_.rank, "it has been closed");
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
+  has_closed();
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {

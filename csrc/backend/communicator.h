@@ -47,7 +47,7 @@ struct Config {
   int device = 0;
   uintptr_t stream = 0;       // of communication
   uintptr_t plan_stream = 0;  // of plans; 0, or where they find no room beside rows: the same
-  std::string share;          // how heaps reach other processes: "fd", "fabric" or "ipc"
+  std::string share;          // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
 // What a rank tells the others when they connect.
@@ -178,6 +178,8 @@ class Communicator {
   virtual void drain() = 0;
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(uint64_t left) = 0;
+  // close() is through.
+  virtual void has_closed() {}
 
   // The heap: control words, then slots.
   int64_t control_bytes() const;

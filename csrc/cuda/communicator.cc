@@ -4,6 +4,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cuda/driver.h"
@@ -13,17 +14,10 @@
 namespace commlib::cuda {
 namespace {
 
-DeviceMemory device_memory(size_t bytes) {
-  void* p = nullptr;
-  check(cudaMalloc(&p, bytes), "cudaMalloc");
-  return DeviceMemory(static_cast<std::byte*>(p), [](std::byte* m) { cudaFree(m); });
-}
-
-std::shared_ptr<HostState> mapped_host_state() {
-  void* p = nullptr;
-  check(cudaHostAlloc(&p, sizeof(HostState), cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
-  std::memset(p, 0, sizeof(HostState));
-  return std::shared_ptr<HostState>(static_cast<HostState*>(p), [](HostState* s) { cudaFreeHost(s); });
+std::shared_ptr<HostState> mapped_host_state(int device) {
+  const Memory memory = mapped_memory(device, sizeof(HostState));
+  std::memset(memory.get(), 0, sizeof(HostState));
+  return std::reinterpret_pointer_cast<HostState>(memory);
 }
 
 // Hands out parts of one allocation, each 256-byte aligned; first without memory, to count.
@@ -45,21 +39,22 @@ class Carver {
 
 }  // namespace
 
-CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) {
+CudaCommunicator::CudaCommunicator(const Config& config)
+    : Communicator(config), awaiting_waves_(std::make_shared<StreamUses>()) {
   const OnDevice guard = on_device();
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
-  check(cudaStreamCreateWithFlags(&aside_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  aside_ = side_stream(config.device);
   // Kernels for several nodes leave no room beside them.
-  const bool beside =
-      config.plan_stream && config.node_of.empty() && plans_fit_beside_rows(config.device, shape_, config.dtype);
+  const bool beside = config.plan_stream && config.node_of.empty() &&
+                      plans_fit_beside_rows(config.device, shape_, config.dtype);
   plan_stream_ = beside ? reinterpret_cast<cudaStream_t>(config.plan_stream) : shape_.stream;
   check(cudaEventCreateWithFlags(&planned_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
   put(region_->data(), control.data(), control.size());
-  host_ = mapped_host_state();
+  host_ = mapped_host_state(config.device);
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
@@ -69,15 +64,33 @@ CudaCommunicator::CudaCommunicator(const Config& config) : Communicator(config) 
   }
 }
 
+// Waits for this rank's kernels only, and until their deadline at most. Frees nothing: see pool.h.
 CudaCommunicator::~CudaCommunicator() {
   try {
-    const OnDevice guard = on_device();
     close();
-    cudaStreamSynchronize(aside_);
-    cudaStreamDestroy(aside_);
+    drain();  // nothing of this rank may use what goes back to the pool
+    keep_what_others_use();
     cudaEventDestroy(planned_);
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
+}
+
+void CudaCommunicator::keep_what_others_use() {
+  keep_until(memory_, [uses = awaiting_waves_] { return uses->done(); });
+  if (visitors_.empty()) return;
+  keep_until(region_, [device = config_.device, mail = reinterpret_cast<Mailbox*>(region_->data()),
+                       aside = aside_, processes = processes_, visitors = visitors_]() mutable {
+    const OnDevice guard(device);
+    const auto has_gone = [&](int p) {
+      uint64_t gone = 0;
+      const bool known = cudaMemcpyAsync(&gone, &mail[p].gone, sizeof gone, cudaMemcpyDeviceToHost,
+                                         aside.get()) == cudaSuccess &&
+                         cudaStreamSynchronize(aside.get()) == cudaSuccess;
+      return !known || gone || processes->has_exited(p);  // of a device that is lost nothing is known
+    };
+    visitors.erase(std::remove_if(visitors.begin(), visitors.end(), has_gone), visitors.end());
+    return visitors.empty();
+  });
 }
 
 void CudaCommunicator::make_scratch() {
@@ -92,7 +105,7 @@ void CudaCommunicator::make_scratch() {
                 c.take<int64_t>(workers * own), c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };
-  memory_ = device_memory(static_cast<size_t>(carve(nullptr)));
+  memory_ = device_memory(config_.device, static_cast<size_t>(carve(nullptr)));
   carve(memory_.get());
   const DeviceState zero{};
   put(state_, &zero, sizeof zero);
@@ -103,8 +116,8 @@ void CudaCommunicator::make_scratch() {
 // Copies to the device, and is done when it returns. On a stream that waits for no other: another rank's
 // kernel may be waiting for this rank.
 void CudaCommunicator::put(void* to, const void* from, size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, aside_), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(aside_), "cudaStreamSynchronize");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, aside_.get()), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
 }
 
 PeerAddress CudaCommunicator::address() {
@@ -115,12 +128,17 @@ PeerAddress CudaCommunicator::address() {
 void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   const OnDevice guard = on_device();
   std::vector<pid_t> pids;
+  for (int p = 0; p < config_.size; ++p) {
+    const bool near = !network_ || network_->topology().near >> p & 1;
+    pids.push_back(near ? static_cast<pid_t>(peers[p].pid) : PeerProcesses::kNotHere);
+    if (near && pids[p] != getpid()) visitors_.push_back(p);
+    workers_[p] = peers[p].workers;
+  }
+  processes_ = std::make_shared<PeerProcesses>(pids);
   std::vector<std::byte*> heaps;
   for (int p = 0; p < config_.size; ++p) {
     const PeerAddress& a = peers[p];
-    workers_[p] = a.workers;
-    const bool near = !network_ || network_->topology().near >> p & 1;
-    pids.push_back(near ? static_cast<pid_t>(a.pid) : PeerProcesses::kNotHere);
+    const bool near = pids[p] != PeerProcesses::kNotHere;
     regions_.push_back(p == config_.rank ? region_
                        : near ? DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes())
                               : nullptr);
@@ -129,11 +147,13 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   connect_network(peers, nullptr);
   peers_ = table_of(heaps);
   if (network_) {
-    hops_on_device_ = device_memory(sizeof(Hops));
+    hops_on_device_ = device_memory(config_.device, sizeof(Hops));
     put(hops_on_device_.get(), &network_->hops(), sizeof(Hops));
     peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
   }
-  processes_ = std::make_unique<PeerProcesses>(pids);
+  free_idle(config_.device);  // no rank of this process that made its heap needs any of it
+  const auto own = std::count(pids.begin(), pids.end(), getpid());
+  if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
 }
 
 OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
@@ -213,6 +233,15 @@ void CudaCommunicator::tell_all(uint64_t left) {
     if (peers_.is_near(p)) put(&peers_.mail_to(p).left, &left, sizeof left);
   }
   if (network_) tell_far(left);
+}
+
+// After the last of everything else that this rank does to others' memory.
+void CudaCommunicator::has_closed() {
+  if (peers_.size == 0) return;  // it never connected
+  const OnDevice guard = on_device();
+  const uint64_t gone = 1;
+  for (int p : visitors_) put(&peers_.mail_to(p).gone, &gone, sizeof gone);
+  shared_device_.reset();
 }
 
 }  // namespace commlib::cuda

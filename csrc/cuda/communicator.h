@@ -11,12 +11,11 @@
 #include "cuda/device_heap.h"
 #include "cuda/driver.h"
 #include "cuda/launch.h"
+#include "cuda/pool.h"
+#include "cuda/stream_uses.h"
 #include "heap/symmetric_heap.h"
 
 namespace commlib::cuda {
-
-// Memory that is freed with its owner.
-using DeviceMemory = std::shared_ptr<std::byte>;
 
 class CudaCommunicator final : public Communicator {
  public:
@@ -47,8 +46,10 @@ class CudaCommunicator final : public Communicator {
  private:
   void drain() override;
   void tell_all(uint64_t left) override;
+  void has_closed() override;
 
   void make_scratch();
+  void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
   OpParams params(Call call, uint32_t epoch) const;
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
@@ -69,16 +70,19 @@ class CudaCommunicator final : public Communicator {
   cudaEvent_t planned_ = nullptr;                       // recorded after each plan
   std::shared_ptr<DeviceRegion> region_;                // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
-  std::unique_ptr<PeerProcesses> processes_;
-  DeviceMemory memory_;  // owner table, state and scratch
-  DeviceMemory hops_on_device_;
+  std::vector<int> visitors_;                           // ranks of other processes that map region_
+  std::shared_ptr<PeerProcesses> processes_;
+  Memory memory_;  // owner table, state and scratch
+  Memory hops_on_device_;
   std::shared_ptr<HostState> host_;
   HostState* host_on_device_ = nullptr;
   DeviceState* state_ = nullptr;
   const uint8_t* owner_on_device_ = nullptr;
   uint64_t plans_ = 0;  // launched
   Scratch scratch_{};
-  cudaStream_t aside_ = nullptr;  // for words to other ranks while kernels run
+  const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
+  std::unique_ptr<SharedDevice> shared_device_;
+  Stream aside_;  // for words to other ranks while kernels run
 };
 
 }  // namespace commlib::cuda

@@ -5,9 +5,11 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <random>
 #include <stdexcept>
 
 #include "cuda/driver.h"
+#include "cuda/pool.h"
 
 namespace commlib::cuda {
 namespace {
@@ -19,15 +21,17 @@ constexpr const char* kUnreachable =
     "Every GPU must reach the memory of every other (NVLink, or PCIe without an IOMMU in between): see "
     "nvidia-smi topo -p2p r.";
 
+constexpr const char* kNotShared =
+    "ranks in several processes need GPUs whose memory one process can share with another by file descriptor "
+    "or "
+    "fabric handle (cuMemCreate), and one of these GPUs cannot. Ranks of one process (run_ranks) do without.";
+
 // What ranks tell each other of a region.
 struct Handle {
   Share share;
   uint8_t padding[7];
-  uint64_t number;  // within the owner's process
-  union {
-    CUmemFabricHandle fabric;
-    cudaIpcMemHandle_t ipc;
-  };
+  uint64_t number;
+  CUmemFabricHandle fabric;
 };
 
 Handle parse(const std::string& text) {
@@ -37,15 +41,37 @@ Handle parse(const std::string& text) {
   return h;
 }
 
-// Regions that this process created, for its in-process ranks.
-std::mutex own_mutex;
-std::map<uint64_t, std::weak_ptr<DeviceRegion>> own_regions;
-uint64_t regions_created = 0;
+// Regions that ranks of this process have now, for one another; and the other processes' that are mapped.
+std::mutex known_mutex;
+using Known = std::map<uint64_t, std::weak_ptr<DeviceRegion>>;
+Known own_regions, mapped_regions;  // by number
 
-uint64_t next_number() {
-  std::lock_guard<std::mutex> lock(own_mutex);
-  return ++regions_created;
+// No two regions have the same, whichever process made them, and whenever.
+uint64_t new_number() {
+  static std::random_device random;
+  std::lock_guard<std::mutex> lock(known_mutex);
+  return static_cast<uint64_t>(random()) << 32 | random();
 }
+
+std::shared_ptr<DeviceRegion> find(const Known& known, uint64_t number) {
+  std::lock_guard<std::mutex> lock(known_mutex);
+  const auto found = known.find(number);
+  return found == known.end() ? nullptr : found->second.lock();
+}
+
+void remember(Known& known, uint64_t number, const std::shared_ptr<DeviceRegion>& region) {
+  std::lock_guard<std::mutex> lock(known_mutex);
+  for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : ++it;
+  known[number] = region;
+}
+
+// A descriptor that is closed in the end.
+struct OwnFile {
+  const int fd;
+  ~OwnFile() {
+    if (fd >= 0) close(fd);
+  }
+};
 
 void require_peer_access(int device, int owner) {
   if (device == owner) return;
@@ -59,13 +85,13 @@ void require_peer_access(int device, int owner) {
 // Memory of cuMemCreate.
 class VirtualRegion : public DeviceRegion {
  public:
-  VirtualRegion(int device, size_t bytes, Share share) : DeviceRegion(device, bytes) {
+  VirtualRegion(int device, size_t bytes, Share share) : VirtualRegion(device, bytes) {
     const CUmemAllocationProp prop = properties(share);
     check(driver().mem_create(&allocation_, mapped_, &prop, 0), "cuMemCreate", kOutOfMemory);
     map();
     Handle h{};
     h.share = share;
-    h.number = next_number();
+    h.number = new_number();
     if (share == Share::fd) {
       check(driver().mem_export(&fd_, allocation_, prop.requestedHandleTypes, 0),
             "cuMemExportToShareableHandle");
@@ -77,7 +103,7 @@ class VirtualRegion : public DeviceRegion {
   }
 
   // Another process's; `imported` names it as `share` wants.
-  VirtualRegion(int device, size_t bytes, Share share, void* imported) : DeviceRegion(device, bytes) {
+  VirtualRegion(int device, size_t bytes, Share share, void* imported) : VirtualRegion(device, bytes) {
     const CUmemAllocationProp prop = properties(share);
     check(driver().mem_import(&allocation_, imported, prop.requestedHandleTypes),
           "cuMemImportFromShareableHandle", kUnreachable);
@@ -92,6 +118,9 @@ class VirtualRegion : public DeviceRegion {
   }
 
  private:
+  // Those above build on it, so that they clean up if they throw.
+  VirtualRegion(int device, size_t bytes) : DeviceRegion(device, bytes) {}
+
   // How the memory is to be made; sets mapped_ to the size that such memory comes in.
   CUmemAllocationProp properties(Share share) {
     CUmemAllocationProp prop{};
@@ -123,29 +152,17 @@ class VirtualRegion : public DeviceRegion {
   size_t mapped_ = 0;
 };
 
-// Memory of cudaMalloc.
-class IpcRegion : public DeviceRegion {
+// Memory of cudaMalloc, for ranks of this process.
+class PlainRegion : public DeviceRegion {
  public:
-  IpcRegion(int device, size_t bytes) : DeviceRegion(device, bytes), owner_(true) {
+  PlainRegion(int device, size_t bytes) : DeviceRegion(device, bytes) {
     check(cudaMalloc(reinterpret_cast<void**>(&data_), bytes), "cudaMalloc", kOutOfMemory);
     Handle h{};
-    h.share = Share::ipc;
-    h.number = next_number();
-    check(cudaIpcGetMemHandle(&h.ipc, data_), "cudaIpcGetMemHandle");
+    h.share = Share::none;
+    h.number = new_number();
     handle_.assign(reinterpret_cast<const char*>(&h), sizeof h);
   }
-  IpcRegion(int device, size_t bytes, cudaIpcMemHandle_t handle)
-      : DeviceRegion(device, bytes), owner_(false) {
-    check(cudaIpcOpenMemHandle(reinterpret_cast<void**>(&data_), handle, cudaIpcMemLazyEnablePeerAccess),
-          "cudaIpcOpenMemHandle", kUnreachable);
-  }
-  ~IpcRegion() override {
-    if (owner_) {
-      cudaFree(data_);
-    } else {
-      cudaIpcCloseMemHandle(data_);
-    }
-  }
+  ~PlainRegion() override { cudaFree(data_); }
 
  private:
   void allow(int device) override {
@@ -157,7 +174,6 @@ class IpcRegion : public DeviceRegion {
     }
     check(error, "cudaDeviceEnablePeerAccess", kUnreachable);
   }
-  bool owner_;
 };
 
 }  // namespace
@@ -165,53 +181,55 @@ class IpcRegion : public DeviceRegion {
 Share share_named(const std::string& name) {
   if (name == "fd") return Share::fd;
   if (name == "fabric") return Share::fabric;
-  if (name == "ipc") return Share::ipc;
-  throw std::invalid_argument("heaps are shared by \"fd\", \"fabric\" or \"ipc\", not \"" + name + "\"");
+  if (name == "none") return Share::none;
+  throw std::invalid_argument("heaps are shared by \"fd\", \"fabric\" or \"none\", not \"" + name + "\"");
+}
+
+std::shared_ptr<DeviceRegion> DeviceRegion::pooled_region(int device, const std::string& name,
+                                                          const std::function<DeviceRegion*()>& make) {
+  return std::static_pointer_cast<DeviceRegion>(
+      pooled(device, name, make, [](void* r) { delete static_cast<DeviceRegion*>(r); }));
 }
 
 std::shared_ptr<DeviceRegion> DeviceRegion::create(int device, size_t bytes, Share share) {
   const OnDevice guard(device);
   check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
-  std::shared_ptr<DeviceRegion> region;
-  if (share == Share::ipc) {
-    region = std::make_shared<IpcRegion>(device, bytes);
-  } else {
-    region = std::make_shared<VirtualRegion>(device, bytes, share);
+  const std::string name = "region " + std::to_string(static_cast<int>(share)) + " " + std::to_string(bytes);
+  auto region = pooled_region(device, name, [&]() -> DeviceRegion* {
+    if (share == Share::none) return new PlainRegion(device, bytes);
+    return new VirtualRegion(device, bytes, share);
+  });
+  remember(own_regions, parse(region->handle_).number, region);
+  return region;
+}
+
+std::shared_ptr<DeviceRegion> DeviceRegion::open_own(int device, uint64_t number) {
+  auto region = find(own_regions, number);
+  if (!region)
+    throw std::runtime_error("a rank of this process closed its communicator while others opened it");
+  if (region->device_ != device) {
+    require_peer_access(device, region->device_);
+    region->allow(device);
   }
-  std::lock_guard<std::mutex> lock(own_mutex);
-  own_regions[parse(region->handle_).number] = region;
   return region;
 }
 
 std::shared_ptr<DeviceRegion> DeviceRegion::open(int device, int64_t owner_pid, int fd,
                                                  const std::string& handle, size_t bytes) {
-  const OnDevice guard(device);
   Handle h = parse(handle);
-  if (owner_pid == getpid()) {
-    std::lock_guard<std::mutex> lock(own_mutex);
-    const auto found = own_regions.find(h.number);
-    auto region = found == own_regions.end() ? nullptr : found->second.lock();
-    if (!region)
-      throw std::runtime_error("a rank of this process closed its communicator while others opened it");
-    if (region->device_ != device) {
-      require_peer_access(device, region->device_);
-      region->allow(device);
-    }
-    return region;
+  if (owner_pid == getpid()) return open_own(device, h.number);
+  const OwnFile taken{fd};
+  if (h.share == Share::none) throw std::runtime_error(kNotShared);
+  const OnDevice guard(device);
+  auto region = find(mapped_regions, h.number);
+  if (!region || region->device_ != device) {
+    region = pooled_region(device, "mapped region " + std::to_string(h.number), [&]() -> DeviceRegion* {
+      void* file = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
+      return new VirtualRegion(device, bytes, h.share, h.share == Share::fd ? file : &h.fabric);
+    });
+    remember(mapped_regions, h.number, region);
   }
-  switch (h.share) {
-    case Share::fd: {
-      auto region = std::make_shared<VirtualRegion>(device, bytes, h.share,
-                                                    reinterpret_cast<void*>(static_cast<intptr_t>(fd)));
-      ::close(fd);
-      return region;
-    }
-    case Share::fabric:
-      return std::make_shared<VirtualRegion>(device, bytes, h.share, &h.fabric);
-    case Share::ipc:
-      break;
-  }
-  return std::make_shared<IpcRegion>(device, bytes, h.ipc);
+  return region;
 }
 
 }  // namespace commlib::cuda

@@ -3,23 +3,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
 namespace commlib::cuda {
 
-// How a region reaches other processes: a file descriptor or a fabric handle of virtual memory (cuMemCreate),
-// or cudaIpc where the device has neither.
-enum class Share : uint8_t { fd = 0, fabric = 1, ipc = 2 };
+// How a region reaches other processes: by a file descriptor or a fabric handle of virtual memory
+// (cuMemCreate), or, where the device has neither, not at all.
+enum class Share : uint8_t { fd = 0, fabric = 1, none = 2 };
 Share share_named(const std::string& name);
 
 class DeviceRegion {
  public:
-  // New memory of this process on `device`; contents undefined.
+  // Memory of this process on `device`, of the pool (pool.h): contents undefined. All owners together keep it
+  // from being used again; for ranks of other processes, who are not among them, see keep_until().
   static std::shared_ptr<DeviceRegion> create(int device, size_t bytes, Share share);
   // The region that a rank described by handle() and fd(), for use by `device`. `fd`: one of this process,
-  // which is taken over (closed); -1 for the other kinds. A region of this very process is shared, not mapped
-  // twice.
+  // which is taken over (closed); -1 for the other kinds. A region that this process has or maps
+  // already is shared.
   static std::shared_ptr<DeviceRegion> open(int device, int64_t owner_pid, int fd, const std::string& handle,
                                             size_t bytes);
 
@@ -33,6 +35,9 @@ class DeviceRegion {
   DeviceRegion(int device, size_t bytes) : device_(device), bytes_(bytes) {}
   // Lets another device of this process use the memory too.
   virtual void allow(int device) = 0;
+  static std::shared_ptr<DeviceRegion> pooled_region(int device, const std::string& name,
+                                                     const std::function<DeviceRegion*()>& make);
+  static std::shared_ptr<DeviceRegion> open_own(int device, uint64_t number);
 
   int device_;
   size_t bytes_;

@@ -111,6 +111,7 @@ void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket
   check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
                                    dispatch.delivered, CU_STREAM_WAIT_VALUE_GEQ),
         "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
+  awaiting_waves_->note(config_.device, reinterpret_cast<cudaStream_t>(stream));
 }
 
 Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,

@@ -81,7 +81,10 @@ struct alignas(64) Mailbox {
   // count is of a later one. One counter for each wave, for a sum over waves would let a worker that is ahead
   // stand in for one that is behind.
   uint64_t early[kWaves - 1];
-  uint64_t padding[5 - kWaves];
+  // 1: src has closed and none of its kernels runs, so that it touches this rank's memory no more. Where src
+  // is another process on a GPU. Written by src, last of all; read by the owner before it uses the memory
+  // again.
+  uint64_t gone;
   // calls[epoch % kCallRing], tag = epoch: the call src made at this epoch (release / acquire).
   uint64_t calls[kCallRing];
 };

@@ -135,6 +135,19 @@ void* Gpu::map(void* host, size_t bytes) {
   return device;
 }
 
+void Gpu::renew(void* host) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (views_.count(host) == 0) return;
+  post([=](Machine& m) {
+    for (const auto& mapping : m.mappings) {
+      if (mapping->host != host) continue;
+      mapping->host_was.assign(mapping->host, mapping->host + mapping->bytes);
+      mapping->device_was = mapping->host_was;
+      std::copy(mapping->host_was.begin(), mapping->host_was.end(), mapping->device);
+    }
+  });
+}
+
 void Gpu::unmap(void* host) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (views_.count(host) == 0) return;

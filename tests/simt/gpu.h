@@ -35,6 +35,8 @@ class Gpu {
   // How kernels see this host memory: as it is, or in weak mode through a view of their own. May be asked
   // again.
   void* map(void* host, size_t bytes);
+  // What the host has written while no kernel saw this memory, all kernels see from now on.
+  void renew(void* host);
   void unmap(void* host);
 
   const Config config;

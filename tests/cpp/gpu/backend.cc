@@ -98,7 +98,7 @@ class RealGpu : public Machine {
     Config config = wanted;
     config.vector_ops.clear();
     config.timeout = std::min(config.timeout, kLongestTimeout);
-    if (config.share.empty()) config.share = cuda::facts_of(0).shares_fds ? "fd" : "ipc";
+    if (config.share.empty()) config.share = cuda::facts_of(0).shares_fds ? "fd" : "none";
     config.stream = reinterpret_cast<uintptr_t>(of_ranks.at(config.rank));
     config.plan_stream = reinterpret_cast<uintptr_t>(of_plans.at(config.rank));
     auto comm = std::make_unique<cuda::CudaCommunicator>(config);

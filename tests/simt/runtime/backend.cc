@@ -37,7 +37,7 @@ class SimulatedGpu : public Machine {
   std::unique_ptr<Communicator> communicator(const Config& asked) override {
     Config config = asked;
     config.vector_ops.clear();
-    if (config.share.empty()) config.share = "ipc";  // memory to the byte
+    if (config.share.empty()) config.share = "none";  // memory to the byte
     config.stream = new_stream();
     if (plans_beside_) config.plan_stream = new_stream();
     return std::make_unique<cuda::CudaCommunicator>(config);

@@ -81,6 +81,13 @@ const void* mapped_memory_of(const void* argument, size_t bytes) {
 
 }  // namespace
 
+size_t allocated_bytes() {
+  std::lock_guard<std::mutex> lock(mutex);
+  size_t sum = 0;
+  for (const auto& [_, bytes] : device_memory) sum += bytes;
+  return sum;
+}
+
 void know_kernel(const void* kernel, const KernelFacts& facts) {
   std::lock_guard<std::mutex> lock(mutex);
   kernels.insert({kernel, {facts, 48 << 10}});
@@ -182,6 +189,7 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   const auto found = simt::host_memory.find(host);
   if (found == simt::host_memory.end()) return result(cudaErrorInvalidValue);
   *device = gpu->map(host, found->second);
+  gpu->renew(host);
   return cudaSuccess;
 }
 
@@ -192,20 +200,6 @@ cudaError_t cudaFreeHost(void* p) {
   }
   return simt::deallocate(p, simt::host_memory);
 }
-
-cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* p) {
-  *handle = {};
-  std::memcpy(handle, &p, sizeof(p));
-  return cudaSuccess;
-}
-
-// Within one process, which the real ones refuse.
-cudaError_t cudaIpcOpenMemHandle(void** p, cudaIpcMemHandle_t handle, unsigned) {
-  std::memcpy(p, &handle, sizeof(*p));
-  return cudaSuccess;
-}
-
-cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
 
 // -- streams
 // -----------------------------------------------------------------------------------------------------
@@ -232,7 +226,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new CUevent_st{};
+  *event = new CUevent_st;
   return cudaSuccess;
 }
 
@@ -241,18 +235,22 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-// Kernels of one thread.
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  event->reached = std::make_shared<uint64_t>(0);
-  gpu->launch(simt::number_of(stream), 1, 1, 0,
-              [reached = event->reached] { simt::store_release(reached.get(), 1); });
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = ++event->records] {
+    simt::store_release(reached.get(), number);
+  });
   return simt::health();
 }
 
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const uint64_t reached = __atomic_load_n(event->reached.get(), __ATOMIC_ACQUIRE);
+  return result(reached >= event->records ? cudaSuccess : cudaErrorNotReady);
+}
+
+// A kernel of one thread that looks now and then.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (!event->reached) return cudaSuccess;
-  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached] {
-    while (simt::load_acquire(reached.get()) == 0) simt::nanosleep(1000);
+  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = event->records.load()] {
+    while (simt::load_acquire(reached.get()) < number) simt::nanosleep(1000);
   });
   return simt::health();
 }

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <memory>
 
 #include "simt/cuda.h"
@@ -13,8 +14,10 @@
 struct CUstream_st {
   int number;
 };
+// Each record queues a store of its number; to wait for the event is to wait for the last.
 struct CUevent_st {
-  std::shared_ptr<uint64_t> reached;  // by its newest record: 1
+  std::shared_ptr<uint64_t> reached = std::make_shared<uint64_t>(0);
+  std::atomic<uint64_t> records{0};
 };
 
 namespace simt {
@@ -35,6 +38,7 @@ struct Chip {
   size_t shared_per_sm;
 };
 extern Chip chip;
+size_t allocated_bytes();  // on the device, now
 
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.

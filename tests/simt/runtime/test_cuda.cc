@@ -3,13 +3,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
 #include "cpp/operations.h"
 #include "cpp/suite.h"
 #include "cuda/communicator.h"
-#include "simt/runtime/cudart.h"
+#include "simt/runtime/connected.h"
 
 namespace commlib::testing {
 namespace {
@@ -59,6 +60,7 @@ class Child {
 
 Config config_of(int rank, int size) {
   Config config = small_config(size);
+  config.share = "fd";
   config.rank = rank;
   return config;
 }
@@ -69,6 +71,7 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   const auto me = machine->communicator(config_of(0, 2)), other = machine->communicator(config_of(1, 2));
   std::vector<PeerAddress> addresses{me->address(), other->address()};
   addresses[1].pid = child.pid();
+  addresses[1].fd = dup(addresses[1].fd);
   me->connect(addresses);
   child.end();
   const Int64s ids{0, 1, 2, 3};
@@ -96,18 +99,30 @@ void virtual_memory_may_be_shared_by_file_descriptor() {
 // As another process would: with a descriptor of its own for the same memory.
 void a_region_of_another_process_is_the_same_memory() {
   const auto machine = make_machine();
-  for (const auto share : {cuda::Share::fd, cuda::Share::ipc}) {
-    const auto mine = cuda::DeviceRegion::create(0, 100'000, share);
-    const int fd = share == cuda::Share::fd ? dup(mine->fd()) : -1;
-    const auto theirs = cuda::DeviceRegion::open(0, getpid() + 1, fd, mine->handle(), mine->bytes());
-    std::memset(mine->data(), 7, mine->bytes());
-    check_equal(static_cast<int>(theirs->data()[99'999]), 7, "the last byte");
-    check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine,
-          "within a process it is shared");
-  }
+  const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::fd);
+  const auto open_as_another = [&] {
+    return cuda::DeviceRegion::open(0, getpid() + 1, dup(mine->fd()), mine->handle(), mine->bytes());
+  };
+  const auto theirs = open_as_another();
+  std::memset(mine->data(), 7, mine->bytes());
+  check(theirs != mine, "mapped once more");
+  check_equal(static_cast<int>(theirs->data()[99'999]), 7, "the last byte");
+  check(open_as_another() == theirs, "what is mapped is not mapped again");
+  check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine,
+        "within a process it is shared");
   const std::string handle = cuda::DeviceRegion::create(0, 100, cuda::Share::fd)->handle();
   check_throws<std::runtime_error>([&] { cuda::DeviceRegion::open(0, getpid(), -1, handle, 100); },
                                    "a region that has gone");
+}
+
+void memory_that_cannot_be_shared_is_refused_to_other_processes() {
+  const auto machine = make_machine();
+  const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::none);
+  check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine, "shared within");
+  const auto error = check_throws<std::runtime_error>(
+      [&] { cuda::DeviceRegion::open(0, getpid() + 1, -1, mine->handle(), mine->bytes()); },
+      "another process's");
+  check_contains(error.what(), "one of these GPUs cannot", "the text");
 }
 
 void more_blocks_than_multiprocessors_are_refused() {
@@ -121,55 +136,72 @@ void more_blocks_than_multiprocessors_are_refused() {
   check_contains(error.what(), "all blocks must run at once", "the text");
 }
 
-// Makes the device one with so much shared memory, as long as it lives.
-class SharedMemory {
- public:
-  explicit SharedMemory(size_t per_sm) : before_(simt::chip) { simt::chip.shared_per_sm = per_sm; }
-  ~SharedMemory() { simt::chip = before_; }
-  SharedMemory(const SharedMemory&) = delete;
-  SharedMemory& operator=(const SharedMemory&) = delete;
+// A combine of no tokens, which ends when both ranks have come.
+void start_empty_combine(Communicator& comm) { comm.combine({}, {}, nullptr, nullptr, false); }
 
- private:
-  simt::Chip before_;
-};
-
-// 99 KB for a block, as on compute capability 12.x. Shared memory is allocated to the byte, so a warp whose
-// part lay outside of it would be found out; rows are long enough to go round every ring.
-void rings_are_as_large_as_shared_memory_allows() {
-  Random random(202);
-  const SharedMemory shared(100 << 10);
-  for (const DType dtype : {DType::bf16, DType::f32}) {
+// The simulated GPU frees memory as a real one does: when all kernels have ended.
+void a_destructor_waits_for_no_other_rank() {
+  const auto machine = make_machine();
+  for (const char* share : {"none", "fd"}) {
     Config config = small_config(2);
-    config.dtype = dtype;
-    config.hidden = 4160;
-    config.max_tokens = 40;
-    config.capacity = 2 * config.max_tokens;
-    config.num_sms = 1;
-    const Scenario s = random_scenario(config, 2, {}, random);
-    in_ranks(config, 2, [&](Rank& self) { check_round_trip(self, s, s, {}); });
+    config.share = share;
+    config.timeout = 10;  // by which a destructor that waits would fail rank 1
+    const Communicators ranks = connected(*machine, config);
+    Communicators another = connected(*machine, small_config(1));
+    start_empty_combine(*another[0]);
+    start_empty_combine(*ranks[1]);
+    another.clear();
+    check(!is_done(*ranks[1], nullptr), "rank 1 still waits for rank 0");
+    start_empty_combine(*ranks[0]);
+    for (const auto& comm : ranks) comm->synchronize();
   }
 }
 
-void a_device_with_too_little_shared_memory_is_refused() {
-  const auto machine = make_machine();
-  const SharedMemory shared(64 << 10);
-  if (simt::chip.major < 9) {
-    machine->communicator(config_of(0, 1));  // there is no ring
-    return;
+// Two ranks that take each other for another process's.
+Communicators strangers(Machine& machine, const Child& other) {
+  Communicators ranks;
+  for (int rank = 0; rank < 2; ++rank) {
+    ranks.push_back(machine.communicator(config_of(rank, 2)));
   }
-  const auto error =
-      check_throws<std::runtime_error>([&] { machine->communicator(config_of(0, 1)); }, "a block with 63 KB");
-  check_contains(error.what(), "gives a block 64512 bytes of shared memory", "the text");
+  for (int rank = 0; rank < 2; ++rank) {
+    std::vector<PeerAddress> addresses{ranks[0]->address(), ranks[1]->address()};
+    addresses[1 - rank].pid = other.pid();
+    addresses[1 - rank].fd = dup(addresses[1 - rank].fd);
+    ranks[rank]->connect(addresses);
+  }
+  return ranks;
+}
+
+void a_heap_is_used_again_only_when_other_processes_have_gone() {
+  const auto machine = make_machine();
+  for (const bool dies : {false, true}) {
+    Child other;
+    Communicators ranks = strangers(*machine, other);
+    const std::string heap = ranks[0]->address().handle;
+    ranks[0].reset();
+    const auto before = machine->communicator(config_of(0, 2));
+    check(before->address().handle != heap, "rank 1 may still write there");
+    if (dies) {
+      other.end();
+    } else {
+      ranks[1]->close();
+    }
+    const auto after = machine->communicator(config_of(0, 2));
+    check(after->address().handle == heap, "it is used again");
+  }
 }
 
 const Suite suite({
+    {"memory_that_cannot_be_shared_is_refused_to_other_processes",
+     memory_that_cannot_be_shared_is_refused_to_other_processes},
+    {"a_heap_is_used_again_only_when_other_processes_have_gone",
+     a_heap_is_used_again_only_when_other_processes_have_gone},
+    {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},
     {"a_region_of_another_process_is_the_same_memory", a_region_of_another_process_is_the_same_memory},
     {"more_blocks_than_multiprocessors_are_refused", more_blocks_than_multiprocessors_are_refused},
-    {"rings_are_as_large_as_shared_memory_allows", rings_are_as_large_as_shared_memory_allows},
-    {"a_device_with_too_little_shared_memory_is_refused", a_device_with_too_little_shared_memory_is_refused},
 });
 
 }  // namespace
