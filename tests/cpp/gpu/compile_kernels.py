@@ -1,7 +1,7 @@
-"""Compiles kernels with the flags of setup.py's extension, without what setup.py itself needs to be installed.
+"""Compiles kernels as setup.py does, without the packages that setup.py itself needs.
 
-    python3 compile_kernels.py SOURCE TARGET     # an object, for COMMLIB_CUDA_ARCHS
-    python3 compile_kernels.py                   # prints the toolkit's folder, empty if there is none
+python3 compile_kernels.py SOURCE TARGET     # an object, for COMMLIB_CUDA_ARCHS
+python3 compile_kernels.py                   # prints the toolkit's folder, empty if there is none
 """
 
 import subprocess
