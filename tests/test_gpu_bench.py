@@ -273,19 +273,3 @@ def test_the_gpu_benchmark_runs_and_writes_every_sample(tmp_path):
     table = path.with_suffix(".md").read_text()
     for system in ("commlib zero-copy", "commlib owned", "commlib by expert", "PyTorch, tuned", "NCCL"):
         assert system in table and system in done.stdout
-
-
-@pytest.mark.gpu
-def test_the_nccl_benchmark_runs_with_one_rank(launch, tmp_path):
-    arguments = ["--quick", "--json", str(tmp_path / "nccl.json")]
-    done = launch(str(BENCH / "gpu_nccl.py"), 1, "torchrun", arguments=arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "NCCL" in json.loads((tmp_path / "nccl.json").read_text())["samples_s"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a GPU for each rank")
-def test_the_nccl_benchmark_says_why_it_cannot_run(launch):
-    done = launch(str(BENCH / "gpu_nccl.py"), 2, "torchrun")
-    assert done.returncode != 0
-    assert "NCCL needs a GPU for each rank: 2 ranks, 1 here" in done.stderr
