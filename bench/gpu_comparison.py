@@ -47,7 +47,7 @@ PLAIN, TUNED, CUPY = "NCCL, plain", "NCCL, tuned", "CuPy's NCCL"
 VDEV, DEEP_EP = "symmetric memory", "DeepEP"
 COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
 SLOTS = 4  # as bench/gpu.py has them
-SHORT = 60  # characters of a reason in the table; all of it stands below
+SHORT = 42  # characters of a reason that the table has on one line; all of it stands below
 DEFAULTS = {"tokens": 4096, "experts": 256, "iters": 12, "warmup": 3}
 
 
@@ -279,7 +279,7 @@ def rows_of_table(outcome: Outcome, row_bytes: int) -> Iterator[list[list[str]]]
             for name in ORDER
             if name in stats
         ]
-    yield [["not run", name, _short(outcome.missing[name])] for name in ORDER if name in outcome.missing]
+    yield [["not timed", name, _short(outcome.missing[name])] for name in ORDER if name in outcome.missing]
 
 
 def _short(reason: str) -> str:
@@ -300,7 +300,7 @@ def table_of(facts: dict[str, Any], shape: Shape, iters: int, outcome: Outcome) 
 def publish(facts: dict[str, Any], shape: Shape, args: argparse.Namespace, outcome: Outcome) -> None:
     """Print the table; write it as Markdown, and every sample as JSON. Rank 0 only."""
     titled = table_of(facts, shape, args.iters, outcome)
-    notes = [f"{name}: not run: {why}" for name, why in outcome.missing.items()]
+    notes = [f"{name}: not timed: {why}" for name, why in outcome.missing.items()]
     name = f"nccl-{slug(facts['gpu'])}-r{facts['ranks']}-{datetime.date.today()}.json"
     path = args.json or RESULTS / name
     show(table(*titled), *notes, f"every sample: {path}")
