@@ -7,9 +7,10 @@
 For each number of ranks and of SMs a rank, commlib and plain PyTorch take turns on the same routing, in
 changing order; every answer is checked in the same run, before anything is timed. What the columns mean:
 
-kernels    ms that commlib's kernels of one rank take in one operation, waits for other ranks included, by
-           PyTorch's profiler in iterations of their own after the timed ones (each kernel by itself: in the
-           files). Without what the host adds: ranks that are threads of one process take turns in Python.
+kernels    (in the files) ms that commlib's kernels of one rank take in one operation, waits for other ranks
+           included, by PyTorch's profiler, in iterations of their own after all that is timed. Without what
+           the host adds: ranks that are threads of one process take turns in Python. A table of their own has
+           them kernel by kernel, on the screen, too.
 GB/s/rank  rows that a rank receives (dispatch; combine: that it sends back), each counted once, times their
            bytes, over the time. The rows that a rank sends to itself are among them.
 GB/s/SM    the same for one of the rank's SMs.
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import os
 import subprocess
 import sys
@@ -42,7 +42,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import torch
 from common import Stats, add_shape_arguments
 from gpu_kernels import ALL, Key
-from gpu_measure import Plan, Record, measure
+from gpu_measure import Plan, Record, measure, watch
 from gpu_systems import GROUPED, OPERATIONS, PLAIN, TUNED
 from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write, write_json
 from systems import OWNED, ZERO_COPY
@@ -52,6 +52,7 @@ from commlib import cuda
 
 COLUMNS = ("", "system", "SMs", "ms (min-max)", "kernels", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
 KERNEL_COLUMNS = ("", "system", "SMs", "kernel", "launches", "µs (min-max)", "µs an operation")
+GRACE_SECONDS = 45  # torchrun gives its ranks 30
 ORDER = (ZERO_COPY, OWNED, GROUPED, PLAIN, TUNED)
 QUICK = {"tokens": 64, "hidden": 512, "experts": 16, "topk": 4, "ranks": [2], "num_sms": [1], "iters": 3}
 
@@ -165,7 +166,12 @@ def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> Titled:
         f"bf16, top-{shape.topk} of {shape.experts} experts, {record.rows:,.0f} rows to a rank, median of "
         f"{plan.iters}; a copy moves {Stats.of(record.copies).median / 1e9:,.0f} GB/s"
     )
-    return title, COLUMNS, [list(rows_of_table(operation, plan, record)) for operation in OPERATIONS]
+    sections = [list(rows_of_table(operation, plan, record)) for operation in OPERATIONS]
+    if record.kernels:
+        return title, COLUMNS, sections
+    place = COLUMNS.index("kernels")
+    fewer = [[[*row[:place], *row[place + 1 :]] for row in rows] for rows in sections]
+    return title, [*COLUMNS[:place], *COLUMNS[place + 1 :]], fewer
 
 
 def run_processes(args: argparse.Namespace, path: Path, deadline: float | None) -> str:
@@ -183,11 +189,22 @@ def run_processes(args: argparse.Namespace, path: Path, deadline: float | None) 
     names = ("tokens", "hidden", "experts", "topk", "seed", "iters", "warmup")
     options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     options += ["--device", "cuda", "--json", str(path.with_suffix(".nccl.json"))]
+    running = subprocess.Popen([sys.executable, *launcher, str(program), *options])
     try:
-        done = subprocess.run([sys.executable, *launcher, str(program), *options], check=False, timeout=left)
+        return f"bench/dispatch_combine.py --device cuda ended with status {running.wait(left)}"
     except subprocess.TimeoutExpired:
+        _end(running)
         return "cut, --budget is spent"
-    return f"bench/dispatch_combine.py --device cuda ended with status {done.returncode}"
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """End torchrun and its ranks, which it takes along when it is asked to go, but not when it is killed."""
+    launcher.terminate()
+    try:
+        launcher.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.wait()
 
 
 @dataclass
@@ -207,6 +224,15 @@ class Findings:
         if record.seconds:
             self.measured.append((plan, record))
             show(table(*table_of(plan, record, self.facts)))
+        self.write()
+
+    def add_kernels(self, place: int, record: Record) -> None:
+        """What that record in `measured` has become: print its kernels, and write all there is."""
+        plan, before = self.measured[place]
+        self.measured[place] = plan, record
+        self.left_out += [f"{plan.ranks} ranks, {text}" for text in record.left_out[len(before.left_out) :]]
+        if record.kernels:
+            show(table(*kernel_table(plan, record)))
         self.write()
 
     def notes(self) -> list[str]:
@@ -261,7 +287,7 @@ class Findings:
 
 
 def measure_all(findings: Findings, deadline: float | None) -> None:
-    """Each number of ranks, as far as time is left.
+    """Each number of ranks, as far as time is left; then the kernels of each.
 
     Raises:
         WrongResults: naming system, rank and what was wrong.
@@ -269,8 +295,9 @@ def measure_all(findings: Findings, deadline: float | None) -> None:
     for ranks in findings.args.ranks:
         plan = plan_for(ranks, findings.args, findings.facts["sms"], deadline)
         findings.add(plan, measure(plan))
-        gc.collect()
-        torch.cuda.empty_cache()  # the next ranks have other streams, to which its memory would be lost
+    if findings.args.profile_iters:
+        for place, (plan, record) in enumerate(findings.measured):
+            findings.add_kernels(place, watch(plan, record))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

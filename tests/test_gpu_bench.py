@@ -95,7 +95,8 @@ def test_a_communicators_memory_is_gone_before_the_next_one_is_made(measuring, m
             yield systems
 
     monkeypatch.setattr(measuring, "open_commlib", watched)
-    measuring.measure(replace(small_plan(measuring), profile_iters=1))
+    plan = replace(small_plan(measuring), profile_iters=1)
+    measuring.watch(plan, measuring.measure(plan))
     assert len(made) == 2 * 4  # ranks * (measured and watched, with two numbers of SMs)
     assert alive == [0] * len(made)
 
@@ -174,22 +175,23 @@ def test_without_a_profiler_there_is_a_reason_and_everything_else(measuring, mon
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")
 
     plan = replace(small_plan(measuring), profile_iters=1)
-    seen_nothing = measuring.measure(plan)  # a CPU has no kernels
+    measured = measuring.measure(plan)
+    seen_nothing = measuring.watch(plan, measured)  # a CPU has no kernels
     assert seen_nothing.kernels == [] and "saw no kernel" in seen_nothing.no_kernels
     monkeypatch.setattr(gpu_kernels, "profile", refuse)
-    refused = measuring.measure(plan)
+    refused = measuring.watch(plan, measured)
     assert refused.kernels == []
     assert refused.no_kernels == (
         "the profiler cannot start: RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"
     )
-    assert refused.seconds.keys() == seen_nothing.seconds.keys()
+    assert refused.seconds is measured.seconds and refused.rows == measured.rows
 
 
 def test_what_does_not_fit_before_the_deadline_is_left_out_and_named(measuring, monkeypatch):
     plan = replace(small_plan(measuring), num_sms=[1, 2, 3], profile_iters=1)
     now = SimpleNamespace(seconds=0.0, monotonic=lambda: now.seconds)
     monkeypatch.setattr(measuring, "time", now)
-    right = measuring._Rank._measure
+    right = measuring._Timer._measure
 
     def slow(self, num_sms, *rest):
         right(self, num_sms, *rest)
@@ -198,13 +200,14 @@ def test_what_does_not_fit_before_the_deadline_is_left_out_and_named(measuring, 
             now.seconds += 10
         self._group.barrier()
 
-    monkeypatch.setattr(measuring._Rank, "_measure", slow)
+    monkeypatch.setattr(measuring._Timer, "_measure", slow)
     record = measuring.measure(replace(plan, deadline=25.0))  # the third would begin at 20 and end at 30
     assert {key[1] for key in record.seconds} == {1, 2, None}
     assert record.left_out == ["3 SMs a rank"]
-    assert record.no_kernels != "not asked for"  # kernel times of 1 and 2 SMs took no time here
+    watched = measuring.watch(replace(plan, deadline=-1.0), record)
+    assert watched.left_out == ["3 SMs a rank", *(f"kernel times, {n} SMs a rank" for n in (1, 2))]
     late = measuring.measure(replace(plan, deadline=5.0))
-    assert not late.seconds and late.no_kernels == "not asked for"
+    assert not late.seconds
     assert late.left_out == ["1 SMs a rank", "2 SMs a rank", "3 SMs a rank"]
 
 
@@ -239,6 +242,73 @@ def test_results_are_written_after_each_number_of_ranks(measuring, findings, mon
     assert "left out, --budget 60: 1 ranks, 8 SMs a rank; 2 ranks, 8 SMs a rank." in text
     assert "kernel times, 1 ranks: none, not asked for." in text
     assert [path.name for path in findings.path.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_kernels_are_watched_after_all_that_is_timed_is_written(measuring, findings, monkeypatch, capsys):
+    import gpu
+    import gpu_kernels
+
+    timed = []
+
+    def measured(plan):
+        timed.append(plan.ranks)
+        return measuring.Record({FRESH: [0.5e-3]}, copies=[1e9], rows=50.0)
+
+    def watched(plan, record):
+        written = json.loads(findings.path.read_text())
+        assert timed == [1, 2, 4] and set(written["ranks"]) == {"1", "2", "4"}
+        windows, kernels = gpu_kernels._sort(EVENTS, [FRESH, KNOWN, FRESH])
+        series = gpu_kernels.kernel_series(windows, kernels, plan.ranks) if plan.ranks == 2 else []
+        return replace(record, kernels=series, no_kernels="forbidden", left_out=[f"some of {plan.ranks}"])
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    monkeypatch.setattr(gpu, "watch", watched)
+    gpu.measure_all(findings, deadline=None)
+    written = json.loads(findings.path.read_text())
+    assert {s["kernel"] for s in written["kernels"]} == {"plan_kernel", "rows_kernel", "all"}
+    assert written["left_out"] == [f"{ranks} ranks, some of {ranks}" for ranks in (1, 2, 4)]
+    assert "rows_kernel" in capsys.readouterr().out
+    heads = [
+        line for line in findings.path.with_suffix(".md").read_text().splitlines() if "| system |" in line
+    ]
+    assert ["kernels" in head for head in heads] == [False, True, False, False]
+    assert heads[2].startswith("|  | system | SMs | kernel | launches |")
+    assert findings.notes()[1:3] == [f"kernel times, {n} ranks: none, forbidden" for n in (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "deadline", "ends", "said"),
+    [
+        (1, None, None, "not run, they need a GPU for each rank, and there is 1"),
+        (8, 0.0, None, "not run, --budget is spent"),
+        (8, None, 3, "ended with status 3"),
+        (8, float("inf"), None, "cut, --budget is spent"),
+    ],
+)
+def test_several_gpus_are_compared_in_a_process_each(
+    measuring, findings, monkeypatch, gpus, deadline, ends, said
+):
+    import gpu
+
+    class Launcher:
+        asked = False
+
+        def __init__(self, command):
+            assert command[command.index("--nproc-per-node") + 1] == "8"
+            assert command[command.index("--device") + 1] == "cuda"
+            assert command[command.index("--tokens") + 1] == "64"
+
+        def wait(self, timeout=None):
+            if ends is None and not self.asked:
+                raise subprocess.TimeoutExpired("torchrun", timeout)
+            return ends
+
+        def terminate(self):
+            self.asked = True
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(gpu.subprocess, "Popen", Launcher)
+    assert said in gpu.run_processes(findings.args, findings.path, deadline)
 
 
 def test_a_number_of_ranks_without_time_has_no_table(measuring, findings, monkeypatch, capsys):
