@@ -103,8 +103,15 @@ def markdown(title: str, columns: Sequence[str], sections: Iterable[Iterable[Seq
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once: whoever ends this program leaves the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def _cpu_model() -> str:
