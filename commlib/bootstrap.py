@@ -11,7 +11,7 @@ import torch
 from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
-from commlib.fd_exchange import exchange_fds
+from commlib.fd_exchange import close_fds, exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
 from commlib.settings import CORE_DTYPES, Settings
@@ -21,6 +21,7 @@ from commlib.topology import Topology, find_topology, node_size
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
+_LEAST_START = 10.0  # seconds: processes start further apart than their operations later are
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
@@ -81,9 +82,14 @@ def _make_and_connect(
     addresses = _gather(group, error, address)
     assert core is not None
     try:
-        if stream is not None:
-            addresses = exchange_fds(group, addresses, near)
-        core.connect(addresses)
+        if stream is None:
+            core.connect(addresses)
+        else:
+            addresses = exchange_fds(group, addresses, near, max(config.timeout, _LEAST_START))
+            try:
+                core.connect(addresses)
+            finally:
+                close_fds(addresses, near)  # what is mapped stays
     except (RuntimeError, OSError) as e:
         error = e
     _gather(group, error, None)

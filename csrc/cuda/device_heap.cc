@@ -200,12 +200,9 @@ std::shared_ptr<DeviceRegion> DeviceRegion::open(int device, int64_t owner_pid, 
     return region;
   }
   switch (h.share) {
-    case Share::fd: {
-      auto region = std::make_shared<VirtualRegion>(device, bytes, h.share,
-                                                    reinterpret_cast<void*>(static_cast<intptr_t>(fd)));
-      ::close(fd);
-      return region;
-    }
+    case Share::fd:
+      return std::make_shared<VirtualRegion>(device, bytes, h.share,
+                                             reinterpret_cast<void*>(static_cast<intptr_t>(fd)));
     case Share::fabric:
       return std::make_shared<VirtualRegion>(device, bytes, h.share, &h.fabric);
     case Share::ipc:

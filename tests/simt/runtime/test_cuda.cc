@@ -97,6 +97,7 @@ void a_region_of_another_process_is_the_same_memory() {
     const auto mine = cuda::DeviceRegion::create(0, 100'000, share);
     const int fd = share == cuda::Share::fd ? dup(mine->fd()) : -1;
     const auto theirs = cuda::DeviceRegion::open(0, getpid() + 1, fd, mine->handle(), mine->bytes());
+    if (fd >= 0) check_equal(close(fd), 0, "the descriptor was left to its owner");
     std::memset(mine->data(), 7, mine->bytes());
     check_equal(static_cast<int>(theirs->data()[99'999]), 7, "the last byte");
     check(cuda::DeviceRegion::open(0, getpid(), -1, mine->handle(), mine->bytes()) == mine,
