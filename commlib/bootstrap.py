@@ -65,38 +65,45 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
         config.use_ucx()
-    return _make_and_connect(group, config, stream, near), topology
+    core = _make_and_connect(group, config, infos, near)
+    if isinstance(core, _core.CpuCommunicator):
+        return CpuBackend(core), topology
+    assert stream is not None
+    return CudaBackend(core, stream), topology
 
 
 def _make_and_connect(
-    group: Group, config: _core.Config, stream: torch.cuda.Stream | None, near: list[int]
-) -> Backend:
+    group: Group, config: _core.Config, infos: list[dict[str, Any]], near: list[int]
+) -> _core.Communicator:
+    on_gpu = "uuid" in infos[group.rank]
     error: Exception | None = None
     core: _core.Communicator | None = None
     address = None
     try:
-        core = _core.CpuCommunicator(config) if stream is None else cuda._cuda.make_communicator(config)
+        if on_gpu:
+            for uuid in {infos[rank]["uuid"] for rank in near}:
+                cuda._cuda.require_peer_access(config.device, uuid)
+            core = cuda._cuda.make_communicator(config)
+        else:
+            core = _core.CpuCommunicator(config)
         address = core.address()
     except (RuntimeError, MemoryError) as e:
         error = e
     addresses = _gather(group, error, address)
     assert core is not None
     try:
-        if stream is None:
-            core.connect(addresses)
-        else:
+        if on_gpu:
             addresses = exchange_fds(group, addresses, near, max(config.timeout, _LEAST_START))
             try:
                 core.connect(addresses)
             finally:
                 close_fds(addresses, near)  # what is mapped stays
+        else:
+            core.connect(addresses)
     except (RuntimeError, OSError) as e:
         error = e
     _gather(group, error, None)
-    if isinstance(core, _core.CpuCommunicator):
-        return CpuBackend(core)
-    assert stream is not None
-    return CudaBackend(core, stream)
+    return core
 
 
 def _prepare_cpu(
@@ -180,7 +187,7 @@ def _facts(settings: Settings) -> dict[str, Any]:
         "uuid": p.uuid,
         "sms": p.sms,
         "shares_fds": p.shares_fds,
-        "shares_fabric": p.shares_fabric,
+        "domain": p.domain,
     }
 
 
@@ -243,9 +250,11 @@ def _shared(settings: Settings, error: Exception | None) -> dict[str, Any]:
 
 
 def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
-    # GPUs of one NVLink domain map each other's memory across hosts.
-    domain = all(info.get("shares_fabric") for info in infos)
-    hosts = ["domain" if domain else info["host"] for info in infos]
+    # GPUs of one NVLink domain map each other's memory across hosts. All of them or none: a rank outside has
+    # only the network to reach the others, and those of its host should stay together then.
+    domains = {info.get("domain", "") for info in infos}
+    one = len(domains) == 1 and "" not in domains
+    hosts = ["domain" if one else info["host"] for info in infos]
     return find_topology(hosts, [info["host_name"] for info in infos], node_size(settings.ranks_per_node))
 
 

@@ -3,16 +3,13 @@
 import contextlib
 import glob
 import os
-import pickle
 import resource
-import signal
 import socket
 import tempfile
-import time
 from array import array
-from pathlib import Path
 
 import pytest
+from processes import HANG_SECONDS, FileGroup, descriptors, memory_of
 
 from commlib import fd_exchange
 from commlib.errors import CommError
@@ -21,36 +18,8 @@ from commlib.group import Group
 
 NOBODY = 65534
 LONG = 600.0  # seconds: a test that waits for this deadline is cut, and fails
-LIMIT = 60.0
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-
-
-class FileGroup(Group):
-    """Processes that gather through files. A rank that has left is an error, as it is with MPI and gloo."""
-
-    def __init__(self, place, rank, size):
-        self.place, self.rank, self.size, self.round = Path(place), rank, size, 0
-
-    def allgather(self, obj):
-        self.round += 1
-        written = self.place / f"written.{self.rank}"
-        written.write_bytes(pickle.dumps(obj))
-        written.rename(self.place / f"{self.round}.{self.rank}")
-        return [self._of(rank) for rank in range(self.size)]
-
-    def _of(self, rank):
-        file = self.place / f"{self.round}.{rank}"
-        while not file.exists():
-            if (self.place / f"left.{rank}").exists():
-                raise ConnectionError(f"the group has lost rank {rank}")
-            time.sleep(0.001)
-        return pickle.loads(file.read_bytes())
-
-    def leave(self):
-        """As a rank that dies: at once, and in the middle of whatever it does."""
-        (self.place / f"left.{self.rank}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -61,44 +30,6 @@ def room(monkeypatch):
         monkeypatch.setattr(tempfile, "tempdir", place)
         yield place
         monkeypatch.undo()
-
-
-@pytest.fixture
-def in_processes(tmp_path):
-    """Runs ``main(group)`` in a process for each rank; what each returned or raised, None: it was killed."""
-
-    def run(main, size):
-        pids = []
-        for rank in range(size):
-            pids.append(os.fork())
-            if pids[-1] == 0:
-                signal.alarm(int(LIMIT))
-                _be_rank(main, FileGroup(tmp_path, rank, size), tmp_path / f"result.{rank}")
-        for pid in pids:
-            os.waitpid(pid, 0)
-        files = [tmp_path / f"result.{rank}" for rank in range(size)]
-        return [pickle.loads(f.read_bytes()) if f.exists() else None for f in files]
-
-    return run
-
-
-def _be_rank(main, group, result):
-    try:
-        said = main(group)
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-    result.write_bytes(pickle.dumps(said))
-    os._exit(0)
-
-
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
-def memory_of(rank):
-    fd = os.memfd_create(f"heap {rank}")
-    os.write(fd, b"heap of rank %d" % rank)
-    return fd
 
 
 def addresses_of(group, fd):
@@ -197,7 +128,7 @@ def push(path, rank):
     """Sends a descriptor in a rank's name; returns how the connection ends."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as out:
         out.connect(path)
-        out.settimeout(LIMIT)
+        out.settimeout(HANG_SECONDS)
         fds = array("i", [os.memfd_create("not what you want")])
         out.sendmsg([str(rank).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         return out.recv(16) or "closed"

@@ -18,6 +18,10 @@ constexpr const char* kOutOfMemory =
 constexpr const char* kUnreachable =
     "Every GPU must reach the memory of every other (NVLink, or PCIe without an IOMMU in between): see "
     "nvidia-smi topo -p2p r.";
+constexpr const char* kNoAtomics =
+    "Ranks count each other's arrivals in peers' memory, which PCIe alone may not let them: see nvidia-smi "
+    "topo "
+    "-p2p a. Such GPUs can be nodes of their own (ranks_per_node=1), with UCX in between.";
 
 // What ranks tell each other of a region.
 struct Handle {
@@ -45,15 +49,6 @@ uint64_t regions_created = 0;
 uint64_t next_number() {
   std::lock_guard<std::mutex> lock(own_mutex);
   return ++regions_created;
-}
-
-void require_peer_access(int device, int owner) {
-  if (device == owner) return;
-  int can = 0;
-  check(cudaDeviceCanAccessPeer(&can, device, owner), "cudaDeviceCanAccessPeer");
-  if (can) return;
-  throw std::runtime_error("GPU " + std::to_string(device) + " cannot reach the memory of GPU " +
-                           std::to_string(owner) + ". " + kUnreachable);
 }
 
 // Memory of cuMemCreate.
@@ -161,6 +156,25 @@ class IpcRegion : public DeviceRegion {
 };
 
 }  // namespace
+
+void require_peer_access(int device, int owner) {
+  if (device == owner) return;
+  const std::string gpus[] = {"GPU " + std::to_string(device), "GPU " + std::to_string(owner)};
+  int can = 0;
+  check(cudaDeviceCanAccessPeer(&can, device, owner), "cudaDeviceCanAccessPeer");
+  if (!can)
+    throw std::runtime_error(gpus[0] + " cannot reach the memory of " + gpus[1] + ". " + kUnreachable);
+  check(cudaDeviceGetP2PAttribute(&can, cudaDevP2PAttrNativeAtomicSupported, device, owner),
+        "cudaDeviceGetP2PAttribute");
+  if (!can)
+    throw std::runtime_error(gpus[0] + " has no native atomics in the memory of " + gpus[1] + ". " +
+                             kNoAtomics);
+}
+
+void require_peer_access(int device, const std::string& uuid) {
+  const int owner = device_with(uuid);
+  if (owner >= 0) require_peer_access(device, owner);
+}
 
 Share share_named(const std::string& name) {
   if (name == "fd") return Share::fd;

@@ -17,6 +17,7 @@
 namespace simt {
 
 Gpu* gpu = nullptr;
+bool peers_have_atomics = true;
 
 namespace {
 
@@ -152,6 +153,11 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr which, int, int) {
+  *value = which != cudaDevP2PAttrNativeAtomicSupported || simt::peers_have_atomics;
   return cudaSuccess;
 }
 

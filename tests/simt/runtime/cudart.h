@@ -24,6 +24,9 @@ bool accesses_are_seen() { return true; }
 // What all functions work on; set while nobody calls any.
 extern Gpu* gpu;
 
+// Whether GPUs can count in each other's memory.
+extern bool peers_have_atomics;
+
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.
 struct KernelFacts {
