@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import close_fds, exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
+from commlib.residency import of_this_process
 from commlib.settings import CORE_DTYPES, Settings
 from commlib.topology import Topology, find_topology, node_size
 
@@ -21,6 +23,7 @@ from commlib.topology import Topology, find_topology, node_size
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
+_USER = 5  # of whom a warning is: frames from _count_blocks to the caller of ExpertParallel
 _LEAST_START = 10.0  # seconds: processes start further apart than their operations later are
 
 
@@ -69,7 +72,7 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
     if isinstance(core, _core.CpuCommunicator):
         return CpuBackend(core), topology
     assert stream is not None
-    return CudaBackend(core, stream), topology
+    return CudaBackend(core, stream, _count_blocks(settings, infos[group.rank], config.num_sms)), topology
 
 
 def _make_and_connect(
@@ -104,6 +107,13 @@ def _make_and_connect(
         error = e
     _gather(group, error, None)
     return core
+
+
+def _count_blocks(settings: Settings, facts: dict[str, Any], blocks: int) -> Callable[[], None]:
+    """Warn if all communicators of this process do not fit on the GPU; returns what to call at the end."""
+    if settings.partition is not None:
+        return lambda: None
+    return of_this_process.add(facts["uuid"], str(settings.device), blocks, facts["sms"], stacklevel=_USER)
 
 
 def _prepare_cpu(
