@@ -39,6 +39,10 @@ class Backend(ABC):
         """Of results given back and kept for the next ones."""
         return 0
 
+    def close(self) -> None:
+        """Finish what is under way and tell the other ranks."""
+        self.core.close()
+
     @abstractmethod
     def begin_plan(self) -> None:
         """The plan of the dispatch issued next sees what the caller's work has produced so far."""
@@ -102,13 +106,22 @@ class CpuBackend(Backend):
 class CudaBackend(Backend):
     """Kernels on a stream of their own: streams order everything, and the host goes on."""
 
-    def __init__(self, core: _core.Communicator, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, core: _core.Communicator, stream: torch.cuda.Stream, free_sms: Callable[[], None]
+    ) -> None:
         self.device = stream.device
         self.core = core
         self.stream = stream
         self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
+        self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
         self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._free_sms()
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)

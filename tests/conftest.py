@@ -17,6 +17,7 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
+from processes import run_processes
 
 from commlib import ExpertParallel, cuda
 
@@ -121,6 +122,12 @@ def host_clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", HostStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-3))
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """``run(main, size)``: see processes.run_processes."""
+    return lambda main, size: run_processes(main, size, tmp_path)
 
 
 @pytest.fixture

@@ -24,8 +24,11 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("capability", &DeviceFacts::capability)
       .def_readonly("total_memory", &DeviceFacts::memory)
       .def_readonly("shares_fds", &DeviceFacts::shares_fds)
-      .def_readonly("shares_fabric", &DeviceFacts::shares_fabric);
+      .def_readonly("domain", &DeviceFacts::domain);
   m.def("properties", &commlib::cuda::facts_of, py::arg("device"));
+  m.def("require_peer_access",
+        py::overload_cast<int, const std::string&>(&commlib::cuda::require_peer_access), py::arg("device"),
+        py::arg("uuid"));
   py::class_<Partition>(m, "Partition")
       .def(py::init<int, int>(), py::arg("device"), py::arg("comm"))
       .def_property_readonly("comm_sms", &Partition::comm_sms)

@@ -18,6 +18,7 @@ namespace simt {
 
 Gpu* gpu = nullptr;
 Chip chip = commlib::ptx::kHasBulkCopies ? Chip{9, 228 << 10} : Chip{8, 164 << 10};
+bool peers_have_atomics = true;
 
 namespace {
 
@@ -157,6 +158,11 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
 
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr which, int, int) {
+  *value = which != cudaDevP2PAttrNativeAtomicSupported || simt::peers_have_atomics;
   return cudaSuccess;
 }
 

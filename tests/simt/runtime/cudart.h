@@ -39,6 +39,8 @@ struct Chip {
 };
 extern Chip chip;
 size_t allocated_bytes();  // on the device, now
+// Whether GPUs can count in each other's memory.
+extern bool peers_have_atomics;
 
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.
