@@ -27,7 +27,7 @@ class Unused:
 
 stand_in("pybind11", get_include=str)
 stand_in("pybind11.setup_helpers", ParallelCompile=Unused, Pybind11Extension=Unused, build_ext=Unused)
-stand_in("setuptools", setup=Unused)
+stand_in("setuptools", Distribution=Unused, setup=Unused)
 sys.path.insert(0, str(ROOT))
 import setup  # noqa: E402
 
