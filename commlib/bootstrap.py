@@ -14,6 +14,7 @@ from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
+from commlib.partition import SMPartition
 from commlib.settings import CORE_DTYPES, Settings
 from commlib.topology import Topology, find_topology, node_size
 
@@ -122,22 +123,29 @@ def _prepare_cuda(
     wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
     error: Exception | None = None
-    stream = None
+    config = _config(group, settings, blocks, crowded=False)
+    config.device = settings.device.index
     if together > there_are:
         place = "it has" if partition is None else "its partition has for communication"
         error = ValueError(
             f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but {place} {there_are} "
             "SMs, and all blocks must run at once"
         )
-    elif partition is None:
-        stream = torch.cuda.Stream(settings.device, priority=-1)
     else:
-        stream = partition.new_comm_stream()
+        try:
+            _give_stream(config, partition)
+        except RuntimeError as e:
+            error = e
     _gather(group, error, None)
-    assert stream is not None
-    config = _config(group, settings, blocks, crowded=False)
-    config.device, config.stream = settings.device.index, stream.cuda_stream
-    return config, stream
+    return config, torch.cuda.ExternalStream(config.stream, settings.device)
+
+
+def _give_stream(config: _core.Config, partition: SMPartition | None) -> None:
+    """A stream that the communicator has to itself, on the partition's SMs for communication."""
+    if partition is None:
+        cuda._cuda.give_stream(config, None)
+    else:
+        partition.give_stream(config)
 
 
 def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:

@@ -45,8 +45,9 @@ struct Config {
   std::vector<int> cores;  // that the pool's threads may run on; empty: any
   // CUDA
   int device = 0;
-  uintptr_t stream = 0;  // of communication
-  std::string share;     // how heaps reach other processes: "fd", "fabric" or "none"
+  uintptr_t stream = 0;                // of communication
+  std::shared_ptr<void> stream_owner;  // keeps it from being used by others; null: the caller does
+  std::string share;                   // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
 // What a rank tells the others when they connect.

@@ -65,14 +65,6 @@ void remember(Known& known, uint64_t number, const std::shared_ptr<DeviceRegion>
   known[number] = region;
 }
 
-// A descriptor that is closed in the end.
-struct OwnFile {
-  const int fd;
-  ~OwnFile() {
-    if (fd >= 0) close(fd);
-  }
-};
-
 void require_peer_access(int device, int owner) {
   if (device == owner) return;
   int can = 0;
@@ -218,7 +210,6 @@ std::shared_ptr<DeviceRegion> DeviceRegion::open(int device, int64_t owner_pid, 
                                                  const std::string& handle, size_t bytes) {
   Handle h = parse(handle);
   if (owner_pid == getpid()) return open_own(device, h.number);
-  const OwnFile taken{fd};
   if (h.share == Share::none) throw std::runtime_error(kNotShared);
   const OnDevice guard(device);
   auto region = find(mapped_regions, h.number);

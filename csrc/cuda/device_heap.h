@@ -20,8 +20,8 @@ class DeviceRegion {
   // from being used again; for ranks of other processes, who are not among them, see keep_until().
   static std::shared_ptr<DeviceRegion> create(int device, size_t bytes, Share share);
   // The region that a rank described by handle() and fd(), for use by `device`. `fd`: one of this process,
-  // which is taken over (closed); -1 for the other kinds. A region that this process has or maps
-  // already is shared.
+  // which stays the caller's, to be closed at any time; -1 for the other kinds. A region that this process
+  // has or maps already is shared, not mapped twice.
   static std::shared_ptr<DeviceRegion> open(int device, int64_t owner_pid, int fd, const std::string& handle,
                                             size_t bytes);
 

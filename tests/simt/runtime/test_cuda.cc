@@ -71,7 +71,6 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   const auto me = machine->communicator(config_of(0, 2)), other = machine->communicator(config_of(1, 2));
   std::vector<PeerAddress> addresses{me->address(), other->address()};
   addresses[1].pid = child.pid();
-  addresses[1].fd = dup(addresses[1].fd);
   me->connect(addresses);
   child.end();
   const std::vector<int64_t> ids{0, 1, 2, 3};
@@ -94,12 +93,12 @@ void virtual_memory_may_be_shared_by_file_descriptor() {
   in_ranks(config, 3, [&](Rank& self) { check_round_trip(self, s, s, {}); });
 }
 
-// As another process would: with a descriptor of its own for the same memory.
+// As another process would.
 void a_region_of_another_process_is_the_same_memory() {
   const auto machine = make_machine();
   const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::fd);
   const auto open_as_another = [&] {
-    return cuda::DeviceRegion::open(0, getpid() + 1, dup(mine->fd()), mine->handle(), mine->bytes());
+    return cuda::DeviceRegion::open(0, getpid() + 1, mine->fd(), mine->handle(), mine->bytes());
   };
   const auto theirs = open_as_another();
   std::memset(mine->data(), 7, mine->bytes());
@@ -206,7 +205,6 @@ Communicators strangers(Machine& machine, const Child& other) {
   for (int rank = 0; rank < 2; ++rank) {
     std::vector<PeerAddress> addresses{ranks[0]->address(), ranks[1]->address()};
     addresses[1 - rank].pid = other.pid();
-    addresses[1 - rank].fd = dup(addresses[1 - rank].fd);
     ranks[rank]->connect(addresses);
   }
   return ranks;
