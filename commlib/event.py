@@ -113,5 +113,4 @@ class CudaEvent(Event):
         self._comm.wait_expert(waves, None, expert, torch.cuda.current_stream(self._device).cuda_stream)
 
     def synchronize(self) -> None:
-        self._event.synchronize()
-        self._comm.check_health()
+        self._comm.wait_event(self._event.cuda_event)

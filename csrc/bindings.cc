@@ -257,6 +257,7 @@ void bind_communicator(py::module_& m) {
       .def("wait", &Communicator::wait, NoGil())
       .def("wait_expert", &Communicator::wait_expert, py::arg("dispatch"), py::arg("ticket").none(true),
            py::arg("expert"), py::arg("stream"), NoGil())
+      .def("wait_event", &Communicator::wait_event, py::arg("event"), NoGil())
       .def("synchronize", &Communicator::synchronize, NoGil())
       .def("check_health", &Communicator::check_health, NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())

@@ -147,6 +147,8 @@ class Communicator {
   // call throws.
   virtual void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                            uintptr_t stream) = 0;
+  // CUDA: waits until the event, recorded on the communication stream, is done; throws what failed.
+  virtual void wait_event(uintptr_t) { check_usable(); }
   // Waits until all operations issued are done; throws what failed.
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.

@@ -65,6 +65,7 @@ CudaCommunicator::~CudaCommunicator() {
   try {
     close();
     drain();  // nothing of this rank may use what goes back to the pool
+    watch_.reset();
     keep_what_others_use();
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
@@ -159,6 +160,15 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   }
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
   const auto own = std::count(pids.begin(), pids.end(), getpid());
+  left_before_it_exited_.assign(config_.size, false);
+  if (!visitors_.empty() || network_) {
+    watch_ = std::make_unique<Watch>([this] {
+      try {
+        look_for_the_dead();
+      } catch (const std::exception&) {  // the device is lost: whoever waits for it is told
+      }
+    });
+  }
   if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
 }
 
@@ -186,10 +196,31 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
 }
 
 // What only the host can see while kernels wait.
-void CudaCommunicator::look_around() {
+// Who left before its process ended did its part in what it took part in: the kernels judge by its word.
+bool CudaCommunicator::has_said_that_it_left(int peer) {
+  std::lock_guard<std::mutex> lock(look_mutex_);
+  if (left_before_it_exited_[peer]) return true;
+  const OnDevice guard = on_device();
+  uint64_t left = 0;
+  check(
+      cudaMemcpyAsync(&left, &peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
+      "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
+  left_before_it_exited_[peer] = left != 0;
+  return left != 0;
+}
+
+void CudaCommunicator::look_for_the_dead() {
   for (int p = 0; p < config_.size; ++p) {
-    if (processes_->has_exited(p)) return abort_waits(Cause::exited, p);
-    if (network_ && network_->has_lost(p)) return abort_waits(Cause::lost, p);
+    if (processes_->has_exited(p) && !has_said_that_it_left(p)) return abort_waits(Cause::exited, p);
+    if (network_ && network_->has_lost(p) && !has_said_that_it_left(p)) return abort_waits(Cause::lost, p);
+  }
+}
+
+void CudaCommunicator::look_around() {
+  look_for_the_dead();
+  for (int p = 0; network_ && p < config_.size; ++p) {
+    if (network_->has_lost(p)) return abort_waits(Cause::lost, p);
   }
   if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
 }
@@ -215,6 +246,19 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
 }
 
 void CudaCommunicator::synchronize() {
+void CudaCommunicator::wait_event(uintptr_t event) {
+  const OnDevice guard = on_device();
+  wait_for([&] {
+    const cudaError_t error = cudaEventQuery(reinterpret_cast<cudaEvent_t>(event));
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();
+      return false;
+    }
+    check(error, "a communication kernel");
+    return true;
+  });
+}
+
   const OnDevice guard = on_device();
   wait_for([&] { return stream_is_idle(); });
 }
@@ -242,5 +286,6 @@ void CudaCommunicator::has_closed() {
   for (int p : visitors_) put(&peers_.mail_to(p).gone, &gone, sizeof gone);
   shared_device_.reset();
 }
+  watch_.reset();
 
 }  // namespace commlib::cuda

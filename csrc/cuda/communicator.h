@@ -13,6 +13,7 @@
 #include "cuda/launch.h"
 #include "cuda/pool.h"
 #include "cuda/stream_uses.h"
+#include "cuda/watcher.h"
 #include "heap/symmetric_heap.h"
 
 namespace commlib::cuda {
@@ -35,6 +36,7 @@ class CudaCommunicator final : public Communicator {
   void wait(const Ticket&) override { synchronize(); }
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
+  void wait_event(uintptr_t event) override;
   void synchronize() override;
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
@@ -58,7 +60,9 @@ class CudaCommunicator final : public Communicator {
   bool stream_is_idle() const;
   void abort_waits(Cause cause, int peer);
   void look_around();
+  void look_for_the_dead();
 
+  bool has_said_that_it_left(int peer);
   OnDevice on_device() const { return OnDevice(config_.device); }
 
   LaunchShape shape_;
@@ -76,7 +80,10 @@ class CudaCommunicator final : public Communicator {
   Scratch scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
-  Stream aside_;  // for words to other ranks while kernels run
+  std::vector<bool> left_before_it_exited_;  // by rank; of the watcher's, or whoever waits: see look_mutex_
+  std::mutex look_mutex_;                    // guards left_before_it_exited_
+  Stream aside_;                             // for words to other ranks while kernels run
+  std::unique_ptr<Watch> watch_;             // last: it uses the others
 };
 
 }  // namespace commlib::cuda
