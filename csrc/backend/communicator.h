@@ -156,6 +156,10 @@ class Communicator {
   // A slot to write rows for combine into.
   virtual std::shared_ptr<SlotLease> lend_slot() = 0;
 
+  // CUDA: what `stream` has queued when a tensor at one of these addresses goes may still use it. Addresses
+  // that are not the first row of a slot in use are passed over.
+  void note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream);
+
   // Finishes what is under way, and tells the others. May be called twice.
   void close();
   // After an error between two halves of an operation: the others need not wait.
@@ -177,6 +181,8 @@ class Communicator {
   virtual void drain() = 0;
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(uint64_t left) = 0;
+  // The slot has been taken, and is about to be shown to others.
+  virtual void prepare_slot(const SlotLease&) {}
   // close() is through.
   virtual void has_closed() {}
 

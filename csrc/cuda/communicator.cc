@@ -45,7 +45,8 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   const OnDevice guard = on_device();
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
-  slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
+  slots_ = std::make_shared<CudaSlotPool>(config.device, region_, region_->data() + control_bytes(), layout_,
+                                          config.slots);
   aside_ = side_stream(config.device);
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
@@ -64,8 +65,8 @@ CudaCommunicator::CudaCommunicator(const Config& config)
 CudaCommunicator::~CudaCommunicator() {
   try {
     close();
-    drain();  // nothing of this rank may use what goes back to the pool
     watch_.reset();
+    drain();  // nothing of this rank may use what goes back to the pool
     keep_what_others_use();
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
@@ -159,7 +160,6 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
     peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
   }
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
-  const auto own = std::count(pids.begin(), pids.end(), getpid());
   left_before_it_exited_.assign(config_.size, false);
   if (!visitors_.empty() || network_) {
     watch_ = std::make_unique<Watch>([this] {
@@ -169,6 +169,7 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
       }
     });
   }
+  const auto own = std::count(pids.begin(), pids.end(), getpid());
   if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
 }
 
@@ -195,7 +196,6 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
   store_word(&host_->abort, tagged(static_cast<uint32_t>(cause), static_cast<uint32_t>(peer)));
 }
 
-// What only the host can see while kernels wait.
 // Who left before its process ended did its part in what it took part in: the kernels judge by its word.
 bool CudaCommunicator::has_said_that_it_left(int peer) {
   std::lock_guard<std::mutex> lock(look_mutex_);
@@ -217,6 +217,7 @@ void CudaCommunicator::look_for_the_dead() {
   }
 }
 
+// What only the host can see while kernels wait.
 void CudaCommunicator::look_around() {
   look_for_the_dead();
   for (int p = 0; network_ && p < config_.size; ++p) {
@@ -245,7 +246,6 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
   check_health();
 }
 
-void CudaCommunicator::synchronize() {
 void CudaCommunicator::wait_event(uintptr_t event) {
   const OnDevice guard = on_device();
   wait_for([&] {
@@ -259,6 +259,7 @@ void CudaCommunicator::wait_event(uintptr_t event) {
   });
 }
 
+void CudaCommunicator::synchronize() {
   const OnDevice guard = on_device();
   wait_for([&] { return stream_is_idle(); });
 }
@@ -278,14 +279,19 @@ void CudaCommunicator::tell_all(uint64_t left) {
   if (network_) tell_far(left);
 }
 
+// On each stream whose kernels tell others of the slot, who then write there.
+void CudaCommunicator::prepare_slot(const SlotLease& lease) {
+  static_cast<CudaSlotPool&>(*slots_).wait_for_uses(lease.index(), shape_.stream);
+}
+
 // After the last of everything else that this rank does to others' memory.
 void CudaCommunicator::has_closed() {
+  watch_.reset();
   if (peers_.size == 0) return;  // it never connected
   const OnDevice guard = on_device();
   const uint64_t gone = 1;
   for (int p : visitors_) put(&peers_.mail_to(p).gone, &gone, sizeof gone);
   shared_device_.reset();
 }
-  watch_.reset();
 
 }  // namespace commlib::cuda

@@ -12,7 +12,7 @@
 #include "cuda/driver.h"
 #include "cuda/launch.h"
 #include "cuda/pool.h"
-#include "cuda/stream_uses.h"
+#include "cuda/slots.h"
 #include "cuda/watcher.h"
 #include "heap/symmetric_heap.h"
 
@@ -45,6 +45,7 @@ class CudaCommunicator final : public Communicator {
  private:
   void drain() override;
   void tell_all(uint64_t left) override;
+  void prepare_slot(const SlotLease& lease) override;
   void has_closed() override;
 
   void make_scratch();
@@ -59,10 +60,10 @@ class CudaCommunicator final : public Communicator {
   void wait_for(const std::function<bool()>& done);
   bool stream_is_idle() const;
   void abort_waits(Cause cause, int peer);
-  void look_around();
   void look_for_the_dead();
-
+  void look_around();
   bool has_said_that_it_left(int peer);
+
   OnDevice on_device() const { return OnDevice(config_.device); }
 
   LaunchShape shape_;

@@ -229,7 +229,104 @@ void a_heap_is_used_again_only_when_other_processes_have_gone() {
   }
 }
 
+// While nobody of rank 0's host waits for it.
+void a_peer_that_dies_ends_kernels_that_wait_for_it() {
+  const auto machine = make_machine();
+  Child other;
+  const Communicators ranks = strangers(*machine, other);
+  start_empty_combine(*ranks[0]);
+  other.end();
+  while (!is_done(*ranks[0], nullptr)) usleep(1000);
+  const auto error = check_throws<CommFailure>([&] { ranks[0]->check_health(); }, "the next call");
+  check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::exited), "the cause");
+  check(error.failure.peers() == std::vector<int>{1}, "it is named");
+}
+
+void a_wait_for_an_event_may_be_interrupted() {
+  const auto machine = make_machine();
+  Config config = small_config(2);
+  config.interrupted = [] { return interrupted.load(); };
+  interrupted = false;
+  const Communicators ranks = connected(*machine, config);
+  const auto end_of = [](Communicator& comm) {
+    cudaEvent_t event = nullptr;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    cudaEventRecord(event, reinterpret_cast<cudaStream_t>(comm.config().stream));
+    return event;
+  };
+  for (const auto& comm : ranks) start_empty_combine(*comm);
+  cudaEvent_t event = end_of(*ranks[0]);
+  ranks[0]->wait_event(reinterpret_cast<uintptr_t>(event));
+  check(cudaEventQuery(event) == cudaSuccess, "the event is done");
+  cudaEventDestroy(event);
+  start_empty_combine(*ranks[0]);
+  event = end_of(*ranks[0]);
+  interrupted = true;
+  const auto error = check_throws<CommFailure>(
+      [&] { ranks[0]->wait_event(reinterpret_cast<uintptr_t>(event)); }, "an event without rank 1");
+  check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::interrupted),
+              "the cause");
+  cudaEventDestroy(event);
+}
+
+// A stream that stands still until it is told to go on.
+class SideStream {
+ public:
+  SideStream() {
+    cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
+    cuda::check(cuda::driver().stream_wait_value(stream_, reinterpret_cast<CUdeviceptr>(&go_), 1,
+                                                 CU_STREAM_WAIT_VALUE_GEQ),
+                "cuStreamWaitValue64");
+  }
+  ~SideStream() {
+    go();
+    cudaStreamDestroy(stream_);
+  }
+  void go() {
+    cudaMemcpyAsync(&go_, &one_, sizeof go_, cudaMemcpyHostToDevice, nullptr);
+    cudaStreamSynchronize(nullptr);
+    cudaStreamSynchronize(stream_);
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  uint64_t go_ = 0, one_ = 1;
+};
+
+void a_slot_that_another_stream_reads_is_not_written() {
+  Random random(202);
+  Config config = small_config(1);
+  config.slots = 1;
+  Asked asked;
+  asked.may_group = false;
+  const Scenario s = random_scenario(config, 1, asked, random), t = with_other_values(s, random);
+  in_ranks(config, 1, [&](Rank& self) {
+    const DispatchedPtr known = start_dispatch(self, s, {});
+    check_dispatch(*known);
+    Manner manner;
+    manner.zero_copy = true;
+    DispatchedPtr d = start_dispatch(self, s, manner);
+    check_dispatch(*d);
+    const Buffer& wanted = d->mine().received;
+    const auto bytes = static_cast<size_t>(d->routing.rows * s.row_bytes());
+    Buffer read(d->routing.rows * s.row_bytes());
+    SideStream reader;
+    cudaMemcpyAsync(read.data(), d->data(), bytes, cudaMemcpyDeviceToDevice, reader.get());
+    self.comm->note_uses({reinterpret_cast<uintptr_t>(d->data())}, reinterpret_cast<uintptr_t>(reader.get()));
+    d.reset();
+    const DispatchedPtr again = start_redispatch(self, *known, t, {});  // in the same slot
+    usleep(50'000);                                                     // enough to write it
+    reader.go();
+    check_bytes(read.data(), wanted, "what the other stream read");
+    check_redispatch(*again);
+  });
+}
+
 const Suite suite({
+    {"a_peer_that_dies_ends_kernels_that_wait_for_it", a_peer_that_dies_ends_kernels_that_wait_for_it},
+    {"a_wait_for_an_event_may_be_interrupted", a_wait_for_an_event_may_be_interrupted},
+    {"a_slot_that_another_stream_reads_is_not_written", a_slot_that_another_stream_reads_is_not_written},
     {"memory_that_cannot_be_shared_is_refused_to_other_processes",
      memory_that_cannot_be_shared_is_refused_to_other_processes},
     {"a_heap_is_used_again_only_when_other_processes_have_gone",
