@@ -294,6 +294,37 @@ class SideStream {
   uint64_t go_ = 0, one_ = 1;
 };
 
+void memory_is_kept_until_streams_have_passed_their_use_of_it() {
+  const auto machine = make_machine();
+  constexpr size_t kBytes = 4321;  // nobody else's
+  SideStream user;
+  const auto uses = std::make_shared<cuda::StreamUses>();
+  uses->note(0, user.get());
+  cuda::Memory memory = cuda::device_memory(0, kBytes);
+  const std::byte* was = memory.get();
+  cuda::keep_until(std::move(memory), [uses] { return uses->done(); });
+  check(cuda::device_memory(0, kBytes).get() != was, "it may still be used");
+  user.go();
+  const cuda::Memory next = cuda::device_memory(0, kBytes), after = cuda::device_memory(0, kBytes);
+  check(next.get() == was || after.get() == was, "it is used again");
+}
+
+void no_two_communicators_share_a_stream() {
+  const auto machine = make_machine();
+  std::vector<cuda::Stream> streams;
+  std::vector<cudaStream_t> handles;
+  for (int i = 0; i < 70; ++i) {
+    streams.push_back(cuda::comm_stream(0));
+    handles.push_back(streams.back().get());
+  }
+  std::sort(handles.begin(), handles.end());
+  check(std::unique(handles.begin(), handles.end()) == handles.end(), "each has its own");
+  streams.clear();
+  cuda::free_idle(0);
+  check(std::binary_search(handles.begin(), handles.end(), cuda::comm_stream(0).get()),
+        "they are used again");
+}
+
 void a_slot_that_another_stream_reads_is_not_written() {
   Random random(202);
   Config config = small_config(1);
@@ -326,6 +357,9 @@ void a_slot_that_another_stream_reads_is_not_written() {
 const Suite suite({
     {"a_peer_that_dies_ends_kernels_that_wait_for_it", a_peer_that_dies_ends_kernels_that_wait_for_it},
     {"a_wait_for_an_event_may_be_interrupted", a_wait_for_an_event_may_be_interrupted},
+    {"memory_is_kept_until_streams_have_passed_their_use_of_it",
+     memory_is_kept_until_streams_have_passed_their_use_of_it},
+    {"no_two_communicators_share_a_stream", no_two_communicators_share_a_stream},
     {"a_slot_that_another_stream_reads_is_not_written", a_slot_that_another_stream_reads_is_not_written},
     {"memory_that_cannot_be_shared_is_refused_to_other_processes",
      memory_that_cannot_be_shared_is_refused_to_other_processes},
