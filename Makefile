@@ -10,7 +10,7 @@ launch = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(1) $(BIN
 LAUNCH = $(call launch,$(RANKS))
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
-LINTED := commlib bench examples tests setup.py
+LINTED := commlib bench csrc examples tests setup.py
 
 .PHONY: help setup test bench bench-overlap bench-link bench-nodes train lint format cuda-report clean
 help:  ## list the targets
@@ -50,39 +50,35 @@ bench-nodes: setup  ## as root: across nodes whose links are limited for real; N
 train: setup  ## a small MoE language model, experts over RANKS ranks, against the unsharded one
 	$(LAUNCH) examples/train_moe_lm.py --check
 
-# On a GPU. GPU_PYTHON=python3 takes that interpreter with what it has, builds in place and installs nothing.
+# On a GPU. GPU_PYTHON=python3 takes that interpreter with what it has, and installs nothing. docs/gpu.md
 GPU_PYTHON ?=
 GPU_RUN = $(or $(GPU_PYTHON),$(BIN)/python)
-GPU_TESTS ?= -m gpu --maxfail=10 --durations=10
-GPU_RANKS ?= 4
-SANITIZER ?= compute-sanitizer
-IN_PLACE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
-# Ranks that share a GPU wait for each other on it: load no kernel meanwhile, and give each stream a queue.
-GPU_ENV := $(IN_PLACE) CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32
+STAGE ?=
+STEPS ?=
+BUDGET ?=
+RESULTS ?=
+GPU_OPTIONS = $(if $(STAGE),--stage $(STAGE)) $(if $(STEPS),--steps $(STEPS)) $(if $(BUDGET),--budget $(BUDGET)) \
+  $(if $(RESULTS),--results $(RESULTS))
 
-.PHONY: gpu gpu-build gpu-test gpu-bench gpu-sanitize
-gpu: gpu-test gpu-bench  ## all there is for one GPU, under 9 minutes; GPU_PYTHON=python3 installs nothing
+.PHONY: gpu gpu-list gpu-sanitize wheel
+gpu: $(if $(GPU_PYTHON),,setup)  ## all there is for one GPU, step by step; STAGE=1, STEPS="module cpp", BUDGET=540
+	+$(GPU_RUN) tests/gpu/stages.py $(GPU_OPTIONS)
 
-gpu-build: $(if $(GPU_PYTHON),,setup)
-	$(if $(GPU_PYTHON),$(GPU_PYTHON) setup.py --quiet build_ext --inplace)
-	@$(GPU_ENV) $(GPU_RUN) -c 'import sys; from commlib import cuda; sys.exit(cuda.why_not() or 0)'
+gpu-list:  ## the steps of `make gpu`
+	@$(or $(GPU_PYTHON),$(PYTHON)) tests/gpu/stages.py --list $(GPU_OPTIONS)
 
-gpu-test: gpu-build  ## tests that need a GPU
-	$(GPU_ENV) $(GPU_RUN) -m pytest $(GPU_TESTS)
+gpu-sanitize:  ## compute-sanitizer's steps of `make gpu`
+	$(MAKE) gpu STEPS="memcheck-cpp racecheck-cpp memcheck-small racecheck-small"
 
-gpu-bench: gpu-build  ## dispatch and combine on one GPU, its ranks threads; overlap; a limited link: bench/results/
-	$(GPU_ENV) $(GPU_RUN) bench/gpu.py $(GPU_BENCH)
-	$(GPU_ENV) $(GPU_RUN) bench/overlap.py --device cuda --ranks $(GPU_RANKS) $(GPU_OVERLAP)
-	$(GPU_ENV) $(GPU_RUN) bench/dispatch_combine.py --preset h800 --device cuda --ranks $(GPU_RANKS) $(GPU_LINK)
+# pip builds it in an environment of its own. What an older build left in build/lib.* would get in, too.
+wheel:  ## for a GPU machine with another Python, or without nvcc: PYTHON=python3.12, to dist/
+	rm -rf build/wheel build/lib.*
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PYTHON) tests/wheel_report.py build/wheel/*.whl
+	@mkdir -p dist
+	mv build/wheel/*.whl dist/
 
-# Kernels are loaded as they are first used here: to watch all of PyTorch's being loaded takes the sanitizer
-# long. The program's first run has one rank, which waits for nobody, and loads all that the next one needs.
-gpu-sanitize: gpu-build  ## compute-sanitizer's memcheck and racecheck on a small program
-	for tool in memcheck racecheck; do \
-	  $(IN_PLACE) CUDA_MODULE_LOADING=LAZY CUDA_DEVICE_MAX_CONNECTIONS=32 \
-	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_RUN) tests/programs/gpu_small.py || exit 1; \
-	done
-
+lint: export COMMLIB_WERROR = 1
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
@@ -98,6 +94,6 @@ cuda-report: setup  ## what nvcc made of the kernels: registers, stack, spills, 
 	$(BIN)/python tests/cuda_report.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build *.egg-info commlib/*.so
+	rm -rf $(VENV) build *.egg-info commlib/*.so commlib/*.sources
 
--include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/simt/simt.mk
+-include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk

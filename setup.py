@@ -1,7 +1,8 @@
 """Builds commlib._core, the C++ core with the CPU backend, and, where there is an nvcc, commlib._cuda.
 
 Neither links against PyTorch or libcuda. COMMLIB_CUDA_ARCHS chooses the GPUs that are compiled for
-(default "80 90 100"); "none" leaves the CUDA backend out.
+(default "80 90 100"); "none" leaves the CUDA backend out. COMMLIB_WERROR=1 makes warnings errors, as lint and
+CI do: another compiler has other warnings, which are no reason not to install.
 """
 
 import importlib.util
@@ -13,12 +14,18 @@ from glob import glob
 from pathlib import Path
 
 import pybind11
+import setuptools
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+from digest import digest
 
 ARCHS = os.environ.get("COMMLIB_CUDA_ARCHS", "80 90 100").split()
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
+if os.environ.get("COMMLIB_WERROR", "") not in ("", "0"):
+    WARNINGS.append("-Werror")
+OLDEST_SETUPTOOLS = 77  # that knows `license = "MIT"` in pyproject.toml
 
 
 def find_cuda_home() -> Path | None:
@@ -71,6 +78,12 @@ def nvcc_command(source: str, target: Path, *options: str) -> list[str]:
 class BuildExtensions(build_ext):
     """Compiles .cu files with nvcc and hands the objects to the linker."""
 
+    def run(self) -> None:
+        sources = digest()  # as they are now: who edits meanwhile builds again
+        super().run()
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).with_suffix(".sources").write_text(f"{sources}\n")
+
     def build_extension(self, ext: Pybind11Extension) -> None:
         kernels = [s for s in ext.sources if s.endswith(".cu")]
         ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
@@ -89,6 +102,25 @@ class BuildExtensions(build_ext):
         return str(target)
 
 
+class BuildOnly(setuptools.Distribution):
+    """Leaves pyproject.toml unread: an older setuptools refuses it, and to build in place needs none."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        pass
+
+
+def distribution(version: str, commands: list[str]) -> type[setuptools.Distribution]:
+    """How this setuptools runs these commands; one that is too old builds in place, and does nothing else."""
+    if int(version.partition(".")[0]) >= OLDEST_SETUPTOOLS:
+        return setuptools.Distribution
+    if "build_ext" in commands:
+        return BuildOnly
+    sys.exit(
+        f"commlib: setuptools {version} cannot install it, {OLDEST_SETUPTOOLS} or newer can. "
+        "`python setup.py build_ext --inplace` works with both."
+    )
+
+
 # -ffp-contract=off: multiply and add stay apart, so all vector widths give the same bits.
 core = Pybind11Extension(
     "commlib._core",
@@ -103,7 +135,7 @@ core = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=["-O3", "-ffp-contract=off", *WARNINGS],
     extra_link_args=["-pthread"],
-    depends=HEADERS,
+    depends=["setup.py", *HEADERS],
 )
 extensions = [core]
 if CUDA_HOME is None:
@@ -125,10 +157,14 @@ else:
             cxx_std=17,
             extra_compile_args=["-O3", *WARNINGS],
             extra_link_args=["-pthread", "-Wl,--exclude-libs,ALL"],
-            depends=HEADERS,
+            depends=["setup.py", *HEADERS],
         )
     )
 
 if __name__ == "__main__":
     with ParallelCompile(default=os.cpu_count() or 1):
-        setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})
+        setuptools.setup(
+            ext_modules=extensions,
+            cmdclass={"build_ext": BuildExtensions},
+            distclass=distribution(setuptools.__version__, sys.argv[1:]),
+        )

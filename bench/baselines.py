@@ -80,10 +80,11 @@ class AllToAllBaseline(ABC):
         self.rank, self.ranks, self.topk = rank, ranks, topk
         self.local_experts = num_experts // ranks
         most = ranks * max_tokens
+        self._device = torch.device(device)
         # Rows wait here to be sent; combine, which comes later, receives into it.
-        self._out_rows = torch.empty(most, hidden, dtype=dtype, device=device)
-        self._in_rows = torch.empty(most, hidden, dtype=dtype, device=device)
-        self._in_meta = torch.empty(most, 2 * topk, dtype=torch.int32, device=device)
+        self._out_rows = self._empty(most, hidden, dtype=dtype)
+        self._in_rows = self._empty(most, hidden, dtype=dtype)
+        self._in_meta = self._empty(most, 2 * topk, dtype=torch.int32)
         self._plan: SendPlan | None = None
         self._sent: list[int] = []
         self._received: list[int] = []
@@ -101,18 +102,9 @@ class AllToAllBaseline(ABC):
         plan = self._plan = self._plan_of(topk_idx, topk_weights)
         self._sent = plan.counts.tolist()
         self._received = self._exchange_counts(plan.counts)
-        sent, received = sum(self._sent), sum(self._received)
-
-        out_rows, in_rows = self._out_rows[:sent], self._in_rows[:received]
-        in_meta = self._in_meta[:received]
-        meta_arrives = self._start(in_meta, plan.meta, self._received, self._sent)
-        torch.index_select(x, 0, plan.tokens, out=out_rows)
-        self._start(in_rows, out_rows, self._received, self._sent).wait()
-        meta_arrives.wait()
-
-        self.topk_idx = in_meta[:, : self.topk]
-        self.topk_weights = in_meta[:, self.topk :].view(torch.float32)
-        return in_rows
+        meta_arrives = self._start_meta(plan)
+        torch.index_select(x, 0, plan.tokens, out=self._out_rows[: len(plan.tokens)])
+        return self._exchange_rows(meta_arrives)
 
     def combine(self, y: Tensor) -> Tensor:
         """Return rows y ``[N, H]`` to their sources and sum them there: ``[T, H]``."""
@@ -124,6 +116,27 @@ class AllToAllBaseline(ABC):
 
     def _plan_of(self, topk_idx: Tensor, topk_weights: Tensor) -> SendPlan:
         return SendPlan.of(topk_idx, topk_weights, self.ranks, self.local_experts)
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A buffer that is kept."""
+        return torch.empty(*shape, dtype=dtype, device=self._device)
+
+    def _start_meta(self, plan: SendPlan) -> Any:
+        """Begin to send ids and weights; how many go and come is known."""
+        return self._start(self._in_meta[: sum(self._received)], plan.meta, self._received, self._sent)
+
+    def _exchange_rows(self, meta_arrives: Any) -> Tensor:
+        """Send the rows that are gathered, and take what came: rows as returned by dispatch."""
+        out_rows, in_rows = self._out_rows[: sum(self._sent)], self._in_rows[: sum(self._received)]
+        self._start(in_rows, out_rows, self._received, self._sent).wait()
+        meta_arrives.wait()
+        return self._take(len(in_rows))
+
+    def _take(self, received: int) -> Tensor:
+        in_meta = self._in_meta[:received]
+        self.topk_idx = in_meta[:, : self.topk]
+        self.topk_weights = in_meta[:, self.topk :].view(torch.float32)
+        return self._in_rows[:received]
 
     @abstractmethod
     def _exchange_counts(self, counts: Tensor) -> list[int]:
@@ -193,7 +206,7 @@ class PlainGlooBaseline(GlooBaseline):
             raise RuntimeError("combine before any dispatch")
         back = y.new_empty(sum(self._sent), y.shape[1])
         dist.all_to_all_single(back, y, self._sent, self._received, group=self._group)
-        out = torch.zeros(len(self._plan.bag_start), y.shape[1])
+        out = torch.zeros(len(self._plan.bag_start), y.shape[1], device=y.device)
         return out.index_add_(0, self._plan.tokens, back.float()).to(y.dtype)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import statistics
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,12 +109,14 @@ class Launch:
         """For each of a list of operations, seconds from the first rank's begin to the last one's end.
 
         Not the longest time of one rank: with more ranks than cores a rank may begin after another has
-        ended, and its wait for a core is part of the job. Ranks of one host share the clock.
+        ended, and its wait for a core is part of the job. Ranks of one host share the clock; those of several
+        hosts do not, so there it is the longest of the hosts' spans.
         """
-        return [
-            max(end for _, end in ranks) - min(begin for begin, _ in ranks)
-            for ranks in zip(*self.gather(list(intervals)), strict=True)
-        ]
+        of_clock: dict[str, list[list[Interval]]] = defaultdict(list)
+        for clock, mine in self.gather((clock_id(), list(intervals))):
+            of_clock[clock].append(mine)
+        spans = [[_span(ranks) for ranks in zip(*host, strict=True)] for host in of_clock.values()]
+        return [max(hosts) for hosts in zip(*spans, strict=True)]
 
     def first(self, size: int) -> Launch | None:
         """A launch of ranks 0..size-1 alone; None on the others. Called by all ranks."""
@@ -125,10 +130,28 @@ class Launch:
         return Launch(self.rank, size, comm, self.no_mpi, group) if inside else None
 
 
+def clock_id() -> str:
+    """Processes where this is equal share a monotonic clock: one boot of one host."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
+def _span(ranks: Sequence[Interval]) -> float:
+    """From the first begin to the last end."""
+    return max(end for _, end in ranks) - min(begin for begin, _ in ranks)
+
+
 def _join_gloo(comm: Any) -> None:
-    """Form a gloo group of an MPI communicator's ranks, on one host or a rig's nodes (netns.py)."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    host, store = os.environ.get("PET_MASTER_ADDR", "127.0.0.1"), None
+    """Form a gloo group of an MPI communicator's ranks: on one host, a rig's nodes (netns.py), several hosts.
+
+    On several hosts gloo takes the interface that the host's name resolves to, or GLOO_SOCKET_IFNAME.
+    """
+    address = "127.0.0.1"
+    if len(set(comm.allgather(clock_id()))) == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        address = comm.bcast(socket.gethostname())
+    host, store = os.environ.get("PET_MASTER_ADDR", address), None
     if comm.rank == 0:  # port 0: the system picks a free one, so runs beside each other do not meet
         store = dist.TCPStore(host, 0, comm.size, is_master=True, wait_for_workers=False)
     port = comm.bcast(store.port if store else None)

@@ -3,6 +3,7 @@
     mpirun -n 4 python bench/dispatch_combine.py
     torchrun --nproc-per-node 4 bench/dispatch_combine.py      # without the MPI row
     mpirun -n 8 python bench/dispatch_combine.py --preset h800  # on links of that kind, slowed down
+    mpirun -n 8 python bench/dispatch_combine.py --device cuda  # a GPU for each rank: gpu_comparison.py
 
 The systems take turns, iteration by iteration and in changing order, so that whatever else the
 machine does, and whatever is left in the caches, meets all of them. A time goes from the first
@@ -12,28 +13,27 @@ rank's begin to the last rank's end. Every system's answer is checked in the sam
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import gpu_comparison
 import limited_link
 import torch
 from common import Interval, Launch, Stats, add_shape_arguments, progress, timed, usable_cores
 from limited_link import add_link_arguments
 from report import NO_GPU, RESULTS, machine, show, table, write_json
 from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
+from turns import Intervals, Samples, job_spans, measure_throughput
 from workload import Job, Shape
 
 from commlib import cuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
-Intervals = dict[str, dict[str, list[Interval]]]  # the same on one rank, with begin and end
 LATENCY_BLOCK = 50  # iterations a system runs before the next has its turn
 
 
@@ -46,19 +46,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--latency-iters", type=int, default=1000, help="0: leave latency out")
-    parser.add_argument("--only", default=",".join(CHOICES), help="of commlib,gloo,mpi")
-    parser.add_argument("--num-sms", type=int, help="commlib's threads; default: its own choice")
+    on_gpus = ",".join(gpu_comparison.CHOICES)
+    parser.add_argument("--only", help=f"of {','.join(CHOICES)}; with --device cuda of {on_gpus}")
+    parser.add_argument("--num-sms", type=int, help="commlib's threads, or SMs; default: its own choice")
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
     add_link_arguments(parser)
+    choices: Iterable[str] = CHOICES
+    if compares_gpus(parser.parse_known_args()[0]):
+        parser.set_defaults(**gpu_comparison.DEFAULTS)
+        choices = gpu_comparison.CHOICES
     args = parser.parse_args()
-    args.only = set(args.only.split(","))
-    if not args.only <= set(CHOICES):
-        parser.error(f"--only takes {', '.join(CHOICES)}")
+    args.only = set(choices if args.only is None else args.only.split(","))
+    if not args.only <= set(choices):
+        parser.error(f"--only takes {', '.join(choices)}")
     if min(args.tokens, args.hidden, args.topk, args.iters) < 1 or args.topk > args.experts:
         parser.error("sizes must be at least 1, and --topk at most --experts")
-    if args.device != "cpu" and not (args.preset or args.link_gbps):
-        parser.error("--device is for a limited link; bench/gpu.py compares on a GPU")
-    if args.device != "cpu" and not cuda.is_available():
+    if compares_gpus(args) and args.device != "cuda":
+        parser.error("--device cuda: each rank takes a GPU of its own; bench/gpu.py compares on one")
+    if args.device != "cpu" and not compares_gpus(args) and not cuda.is_available():
         print(f"--device {args.device} needs a GPU: {cuda.why_not()}", file=sys.stderr)
         sys.exit(NO_GPU)
     if args.latency_iters == 1 or args.latency_iters < 0:
@@ -66,25 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def measure_throughput(
-    launch: Launch, job: Job, systems: list[System], iters: int, warmup: int
-) -> tuple[Samples, list[str]]:
-    """Seconds of every iteration, and what was wrong in the first and the last one."""
-    wrong: list[str] = []
-    local: Intervals = {system.name: {"dispatch": [], "combine": []} for system in systems}
-    total = warmup + iters
-    turns = random.Random(0)  # the same on all ranks
-    with progress(launch.rank, "dispatch and combine", total * len(systems)) as bar:
-        for i in range(total):
-            report = wrong.append if i in (0, total - 1) else None
-            # Another order each time: who runs before decides what is in the caches.
-            for system in turns.sample(systems, len(systems)):
-                dispatched, combined = system.iterate(job, launch, report)
-                if i >= warmup:
-                    local[system.name]["dispatch"].append(dispatched)
-                    local[system.name]["combine"].append(combined)
-                bar.update()
-    return job_spans(launch, local), wrong
+def compares_gpus(args: argparse.Namespace) -> bool:
+    """Whether the ranks have a GPU each, rather than a limited link."""
+    return args.device != "cpu" and not (args.preset or args.link_gbps)
 
 
 def measure_latency(launch: Launch, job: Job, systems: list[System], iters: int) -> tuple[Samples, list[str]]:
@@ -111,13 +100,6 @@ def measure_latency(launch: Launch, job: Job, systems: list[System], iters: int)
                     local[system.name]["round_trip"] += intervals
                 bar.update(block)
     return job_spans(launch, local), wrong
-
-
-def job_spans(launch: Launch, local: Intervals) -> Samples:
-    return {
-        system: {operation: launch.spans(intervals) for operation, intervals in operations.items()}
-        for system, operations in local.items()
-    }
 
 
 def run_throughput(launch: Launch, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +196,9 @@ def main() -> None:
     shape = Shape(args.tokens, args.hidden, args.experts, args.topk, DTYPES[args.dtype], args.seed)
     if args.preset or args.link_gbps:
         limited_link.main(shape, args)
+        return
+    if compares_gpus(args):
+        gpu_comparison.main(shape, args)
         return
     with Launch.session() as launch:
         if shape.experts % launch.size:

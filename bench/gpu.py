@@ -1,11 +1,16 @@
 """Measure dispatch and combine on one GPU: its ranks are threads, the "link" is the GPU's own memory.
 
-    python bench/gpu.py            # under 3 minutes
-    python bench/gpu.py --quick    # small sizes, to see that it works
+    python bench/gpu.py                 # under 3 minutes
+    python bench/gpu.py --quick         # small sizes, to see that it works
+    python bench/gpu.py --budget 120    # leaves out what does not fit into 120 seconds, and says what
 
 For each number of ranks and of SMs a rank, commlib and plain PyTorch take turns on the same routing, in
 changing order; every answer is checked in the same run, before anything is timed. What the columns mean:
 
+kernels    (in the files) ms that commlib's kernels of one rank take in one operation, waits for other ranks
+           included, by PyTorch's profiler, in iterations of their own after all that is timed. Without what
+           the host adds: ranks that are threads of one process take turns in Python. A table of their own has
+           them kernel by kernel, on the screen, too.
 GB/s/rank  rows that a rank receives (dispatch; combine: that it sends back), each counted once, times their
            bytes, over the time. The rows that a rank sends to itself are among them.
 GB/s/SM    the same for one of the rank's SMs.
@@ -13,19 +18,20 @@ of copy    (rows read + rows written by all ranks) * bytes of a row, over the ti
            copy reads and writes in the same run. Dispatch must read each token once and write a row for each
            rank that it goes to; combine the reverse. Copies that a layout or a system makes do not count.
 
-"dispatch again" has a handle, thus neither plan nor counts nor the host's wait for them.
+"dispatch again" has a handle, thus neither plan nor counts nor the host's wait for them. Results are written
+after each number of ranks, so a run that is cut leaves what it had.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +41,20 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 from common import Stats, add_shape_arguments
-from gpu_measure import Plan, Record, measure
+from gpu_kernels import ALL, Key
+from gpu_measure import Plan, Record, measure, watch
 from gpu_systems import GROUPED, OPERATIONS, PLAIN, TUNED
-from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write_json
+from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write, write_json
 from systems import OWNED, ZERO_COPY
 from workload import Shape, WrongResults
 
 from commlib import cuda
 
-COLUMNS = ("", "system", "SMs", "ms (min-max)", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
+COLUMNS = ("", "system", "SMs", "ms (min-max)", "kernels", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
+KERNEL_COLUMNS = ("", "system", "SMs", "kernel", "launches", "µs (min-max)", "µs an operation")
+GRACE_SECONDS = 45  # torchrun gives its ranks 30
+ORDER = (ZERO_COPY, OWNED, GROUPED, PLAIN, TUNED)
 QUICK = {"tokens": 64, "hidden": 512, "experts": 16, "topk": 4, "ranks": [2], "num_sms": [1], "iters": 3}
-
-Measured = list[tuple[Plan, Record]]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +67,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iters", type=int)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--copy-mib", type=int, default=1024, help="size of the plain copy")
+    parser.add_argument("--profile-iters", type=int, default=3, help="for kernel times; 0: none")
+    parser.add_argument("--budget", type=float, help="seconds; what would not fit is left out and named")
     parser.add_argument("--quick", action="store_true", help="small sizes instead of the defaults")
     parser.add_argument("--json", type=Path, help="default: bench/results/, named by device and date")
     parser.set_defaults(experts=256, ranks=[4, 8], num_sms=[2, 4, 6, 8, 12, 16], iters=12)
@@ -67,15 +77,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.iters, *args.ranks, *args.num_sms) < 1 or any(args.experts % r for r in args.ranks):
         parser.error("--iters, --ranks and --num-sms are at least 1, and --ranks divide --experts")
+    if args.profile_iters < 0 or (args.budget is not None and args.budget <= 0):
+        parser.error("--profile-iters is at least 0, and --budget more")
     return args
 
 
-def plan_for(ranks: int, args: argparse.Namespace, sms: int) -> Plan:
+def plan_for(ranks: int, args: argparse.Namespace, sms: int, deadline: float | None = None) -> Plan:
     """What is measured with that many ranks: the SMs a rank that were asked for, as far as there are so many,
     and all there are."""
     shape = Shape(args.tokens, args.hidden, args.experts, args.topk, torch.bfloat16, args.seed)
     num_sms = sorted({n for n in args.num_sms if n * ranks <= sms} | {sms // ranks})
-    return Plan(shape, ranks, num_sms, args.iters, args.warmup, args.copy_mib << 20)
+    return Plan(
+        shape,
+        ranks,
+        num_sms,
+        args.iters,
+        args.warmup,
+        args.copy_mib << 20,
+        profile_iters=args.profile_iters,
+        deadline=deadline,
+    )
 
 
 def rows_of_table(operation: str, plan: Plan, record: Record) -> Iterator[list[str]]:
@@ -84,19 +105,57 @@ def rows_of_table(operation: str, plan: Plan, record: Record) -> Iterator[list[s
     copy = Stats.of(record.copies).median
     stats = {key: Stats.of(seconds) for key, seconds in record.seconds.items() if key[2] == operation}
     tuned = stats.get((TUNED, None, operation))
-    order = (ZERO_COPY, OWNED, GROUPED, PLAIN, TUNED)
-    for (system, num_sms, _), found in sorted(stats.items(), key=lambda item: order.index(item[0][0])):
+    kernels = kernel_seconds(record)
+    for key, found in sorted(stats.items(), key=lambda item: ORDER.index(item[0][0])):
+        system, num_sms, _ = key
         rate = record.rows * row_bytes / found.median / 1e9
         yield [
             operation,
             system,
             str(num_sms or ""),
             found.text(unit=1e-3, digits=2),
+            f"{kernels[key] * 1e3:.2f}" if key in kernels else "",
             f"{rate:.1f}",
             f"{rate / num_sms:.1f}" if num_sms else "",
             f"{tuned.median / found.median:.1f}x" if tuned else "",
             f"{touched / found.median / copy:.0%}",
         ]
+
+
+def kernel_seconds(record: Record) -> dict[Key, float]:
+    """What a rank's kernels take in one operation, the median of the iterations that were profiled."""
+    seconds: dict[Key, list[float]] = {}
+    for series in record.kernels:
+        if series.kernel != ALL:
+            key = (series.system, series.num_sms, series.operation)
+            before = seconds.get(key, [0.0] * len(series.per_operation))
+            seconds[key] = [a + b for a, b in zip(before, series.per_operation, strict=True)]
+    return {key: Stats.of(found).median for key, found in seconds.items()}
+
+
+def kernel_table(plan: Plan, record: Record) -> Titled:
+    """Every kernel of every operation. Launches are those of one rank in one operation."""
+    title = (
+        f"Kernels, {plan.ranks} ranks, {plan.profile_iters} iterations of their own under the profiler. "
+        f'"{ALL}": from the first begin to the last end, with what the host does between'
+    )
+    sections = [
+        [
+            [
+                operation,
+                series.system,
+                str(series.num_sms or ""),
+                series.kernel,
+                "" if series.kernel == ALL else f"{series.launches:g}",
+                Stats.of(series.seconds).text(unit=1e-6, digits=0),
+                f"{Stats.of(series.per_operation).median * 1e6:.0f}",
+            ]
+            for series in record.kernels
+            if series.operation == operation
+        ]
+        for operation in OPERATIONS
+    ]
+    return title, KERNEL_COLUMNS, sections
 
 
 def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> Titled:
@@ -107,51 +166,138 @@ def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> Titled:
         f"bf16, top-{shape.topk} of {shape.experts} experts, {record.rows:,.0f} rows to a rank, median of "
         f"{plan.iters}; a copy moves {Stats.of(record.copies).median / 1e9:,.0f} GB/s"
     )
-    return title, COLUMNS, [list(rows_of_table(operation, plan, record)) for operation in OPERATIONS]
+    sections = [list(rows_of_table(operation, plan, record)) for operation in OPERATIONS]
+    if record.kernels:
+        return title, COLUMNS, sections
+    place = COLUMNS.index("kernels")
+    fewer = [[[*row[:place], *row[place + 1 :]] for row in rows] for rows in sections]
+    return title, [*COLUMNS[:place], *COLUMNS[place + 1 :]], fewer
 
 
-def run_nccl(args: argparse.Namespace, path: Path) -> str:
-    """Measure against NCCL, in a process for each GPU; or say why not."""
+def run_processes(args: argparse.Namespace, path: Path, deadline: float | None) -> str:
+    """Measure against NCCL and others, in a process for each GPU; or say why not."""
     gpus = torch.cuda.device_count()
     if gpus < 2:
-        return "NCCL, CuPy's NCCL: not run, they need a GPU for each rank, and there is 1 (bench/gpu_nccl.py)"
-    program = Path(__file__).with_name("gpu_nccl.py")
+        return (
+            "not run, they need a GPU for each rank, and there is 1 (bench/dispatch_combine.py --device cuda)"
+        )
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        return "not run, --budget is spent"
+    program = Path(__file__).with_name("dispatch_combine.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    arguments = ["--json", str(path.with_suffix(".nccl.json")), *(["--quick"] if args.quick else [])]
-    done = subprocess.run([sys.executable, *launcher, str(program), *arguments], check=False)
-    return f"NCCL, CuPy's NCCL: bench/gpu_nccl.py ended with status {done.returncode}"
+    names = ("tokens", "hidden", "experts", "topk", "seed", "iters", "warmup")
+    options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    options += ["--device", "cuda", "--json", str(path.with_suffix(".nccl.json"))]
+    running = subprocess.Popen([sys.executable, *launcher, str(program), *options])
+    try:
+        return f"bench/dispatch_combine.py --device cuda ended with status {running.wait(left)}"
+    except subprocess.TimeoutExpired:
+        _end(running)
+        return "cut, --budget is spent"
 
 
-def as_json(
-    args: argparse.Namespace, facts: dict[str, Any], measured: Measured, nccl: str, path: Path
-) -> dict[str, Any]:
-    """Every sample, and what it depends on."""
-    return {
-        "config": vars(args) | {"json": str(path)},
-        "machine": facts,
-        "nccl": nccl,
-        "ranks": {
-            str(plan.ranks): {"rows": record.rows, "copy_bytes_per_s": record.copies}
-            for plan, record in measured
-        },
-        "series": [asdict(series) for plan, record in measured for series in record.series(plan.ranks)],
-    }
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """End torchrun and its ranks, which it takes along when it is asked to go, but not when it is killed."""
+    launcher.terminate()
+    try:
+        launcher.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.wait()
 
 
-def publish(args: argparse.Namespace, facts: dict[str, Any], measured: Measured, path: Path) -> None:
-    """Print the tables; write them as Markdown, and every sample as JSON."""
-    tables = [table_of(plan, record, facts) for plan, record in measured]
-    nccl = run_nccl(args, path)
-    software = (
-        f"commit {facts['commit']}, torch {facts['torch']}, CUDA {facts['cuda_of_torch']}, driver "
-        f"{facts['driver']}, {facts['cpu']}"
-    )
-    for parts in tables:
-        show(table(*parts))
-    show(nccl, software, f"every sample: {path}")
-    write_json(path, as_json(args, facts, measured, nccl, path))
-    notes = f"{software}; [every sample]({path.name}).\n\n{nccl}.\n"
-    path.with_suffix(".md").write_text("\n".join([*(markdown(*parts) for parts in tables), notes]))
+@dataclass
+class Findings:
+    """What there is so far, and how it is told."""
+
+    args: argparse.Namespace
+    facts: dict[str, Any]
+    path: Path
+    measured: list[tuple[Plan, Record]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    others: str = "not run yet"
+
+    def add(self, plan: Plan, record: Record) -> None:
+        """Print one number of ranks, and write all there is."""
+        self.left_out += [f"{plan.ranks} ranks, {text}" for text in record.left_out]
+        if record.seconds:
+            self.measured.append((plan, record))
+            show(table(*table_of(plan, record, self.facts)))
+        self.write()
+
+    def add_kernels(self, place: int, record: Record) -> None:
+        """What that record in `measured` has become: print its kernels, and write all there is."""
+        plan, before = self.measured[place]
+        self.measured[place] = plan, record
+        self.left_out += [f"{plan.ranks} ranks, {text}" for text in record.left_out[len(before.left_out) :]]
+        if record.kernels:
+            show(table(*kernel_table(plan, record)))
+        self.write()
+
+    def notes(self) -> list[str]:
+        """What stands below the tables."""
+        notes = [f"NCCL and others: {self.others}"]
+        notes += [
+            f"kernel times, {plan.ranks} ranks: none, {record.no_kernels}"
+            for plan, record in self.measured
+            if not record.kernels
+        ]
+        if self.left_out:
+            notes.append(f"left out, --budget {self.args.budget:g}: {'; '.join(self.left_out)}")
+        return [*notes, self._software()]
+
+    def write(self) -> None:
+        """The tables as Markdown, and every sample as JSON."""
+        tables = []
+        for plan, record in self.measured:
+            tables.append(markdown(*table_of(plan, record, self.facts)))
+            if record.kernels:
+                tables.append(markdown(*kernel_table(plan, record)))
+        write_json(self.path, self._as_json())
+        notes = [*self.notes(), f"[every sample]({self.path.name})"]
+        write(self.path.with_suffix(".md"), "\n".join([*tables, *(f"{note}.\n" for note in notes)]))
+
+    def _software(self) -> str:
+        facts = self.facts
+        return (
+            f"commit {facts['commit']}, torch {facts['torch']}, CUDA {facts['cuda_of_torch']}, driver "
+            f"{facts['driver']}, {facts['cpu']}"
+        )
+
+    def _as_json(self) -> dict[str, Any]:
+        """Every sample, and what it depends on."""
+        measured = self.measured
+        return {
+            "config": vars(self.args) | {"json": str(self.path)},
+            "machine": self.facts,
+            "others": self.others,
+            "left_out": self.left_out,
+            "ranks": {
+                str(plan.ranks): {
+                    "rows": record.rows,
+                    "copy_bytes_per_s": record.copies,
+                    "no_kernels": record.no_kernels,
+                }
+                for plan, record in measured
+            },
+            "series": [asdict(series) for plan, record in measured for series in record.series(plan.ranks)],
+            "kernels": [asdict(series) for _, record in measured for series in record.kernels],
+        }
+
+
+def measure_all(findings: Findings, deadline: float | None) -> None:
+    """Each number of ranks, as far as time is left; then the kernels of each.
+
+    Raises:
+        WrongResults: naming system, rank and what was wrong.
+    """
+    for ranks in findings.args.ranks:
+        plan = plan_for(ranks, findings.args, findings.facts["sms"], deadline)
+        findings.add(plan, measure(plan))
+    if findings.args.profile_iters:
+        for place, (plan, record) in enumerate(findings.measured):
+            findings.add_kernels(place, watch(plan, record))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -159,19 +305,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not cuda.is_available():
         print(f"bench/gpu.py needs a GPU: {cuda.why_not()}", file=sys.stderr)
         sys.exit(NO_GPU)
+    deadline = None if args.budget is None else time.monotonic() + args.budget
     facts = host() | gpu()
     name = f"{slug(facts['gpu'])}-{datetime.date.today()}{'-quick' if args.quick else ''}.json"
-    path = args.json or RESULTS / name
-    measured: Measured = []
-    for ranks in args.ranks:
-        plan = plan_for(ranks, args, facts["sms"])
-        try:
-            measured.append((plan, measure(plan)))
-        except WrongResults as wrong:
-            sys.exit(f"WRONG RESULTS\n{wrong}")
-        gc.collect()
-        torch.cuda.empty_cache()  # the next ranks have other streams, to which its memory would be lost
-    publish(args, facts, measured, path)
+    findings = Findings(args, facts, args.json or RESULTS / name)
+    try:
+        measure_all(findings, deadline)
+    except WrongResults as wrong:
+        sys.exit(f"WRONG RESULTS\n{wrong}")
+    findings.others = run_processes(args, findings.path, deadline)
+    findings.write()
+    show(*findings.notes(), f"every sample: {findings.path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Dispatch and combine on GPUs as they are written without commlib.
 
 For in-process ranks on one GPU, plain PyTorch: gather, copies between the ranks' tensors, add. For ranks with
-a GPU each, NCCL: through `torch.distributed` and through CuPy's raw binding.
+a GPU each, NCCL: through `torch.distributed` and through CuPy's raw binding. What other libraries have for
+this is in gpu_peers.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from baselines import AllToAllBaseline, GlooBaseline, SendPlan
+import torch.distributed as dist
+from baselines import AllToAllBaseline, GlooBaseline, PlainGlooBaseline, SendPlan
 from torch import Tensor
 
 from commlib import Group
@@ -110,8 +112,36 @@ class TunedPeerCopyBaseline(PeerCopyBaseline):
         return torch.nn.functional.embedding_bag(plan.bag, rows, plan.bag_start, mode="sum")
 
 
+class PlainNcclBaseline(PlainGlooBaseline):
+    """`torch.distributed.all_to_all_single` over NCCL as it is usually written: new tensors every time."""
+
+
 class NcclBaseline(GlooBaseline):
-    """`torch.distributed.all_to_all_single` with split sizes over an NCCL process group."""
+    """The same as fast as we could write it: every large tensor allocated once, one `index_select` for all
+    destinations, one `embedding_bag`; and the host waits once for the counts of both directions, while the
+    GPU gathers rows."""
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        plan = self._plan = self._plan_of(topk_idx, topk_weights)
+        counts = torch.stack([plan.counts, torch.empty_like(plan.counts)])
+        dist.all_to_all_single(counts[1], counts[0], group=self._group)
+        on_host = _OnHost(counts)
+        torch.index_select(x, 0, plan.tokens, out=self._out_rows[: len(plan.tokens)])
+        self._sent, self._received = on_host.tolist()
+        return self._exchange_rows(self._start_meta(plan))
+
+
+class _OnHost:
+    """A small tensor on its way to the host, which need not wait for what the stream does after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)  # from a GPU to pinned memory
+        self._written = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def tolist(self) -> list[Any]:
+        if self._written is not None:
+            self._written.synchronize()
+        return self._copy.tolist()
 
 
 class CupyNcclBaseline(AllToAllBaseline):

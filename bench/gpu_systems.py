@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from gpu_baselines import PeerCopyBaseline, TunedPeerCopyBaseline
-from gpu_clock import DeviceClock
 from systems import Baseline, Commlib, CommlibZeroCopy, System
 from torch import Tensor
 from workload import Job, Received, Shape, expert
@@ -91,22 +91,25 @@ def make_baselines(group: commlib.Group, shape: Shape, device: str) -> list[Syst
     ]
 
 
-def iterate(system: System, job: Job, clock: DeviceClock, check: bool) -> tuple[dict[str, float], list[str]]:
+Timed = Callable[[str, Callable[[], Any]], tuple[float, Any]]  # seconds of a named operation, and its result
+
+
+def iterate(system: System, job: Job, timed: Timed, check: bool) -> tuple[dict[str, float], list[str]]:
     """Seconds of one dispatch, one with the known routing, and one combine; and what was wrong, if checked.
 
     Called by all ranks.
     """
     seconds: dict[str, float] = {}
     wrong: list[str] = []
-    seconds[DISPATCH], received = clock.timed(lambda: system.dispatch(job))
+    seconds[DISPATCH], received = timed(DISPATCH, lambda: system.dispatch(job))
     if check:
         wrong += system.wrong_rows(job, received)
     del received  # its slot is free again
     if isinstance(system, Commlib):
-        seconds[REDISPATCH], rows = clock.timed(lambda: system.redispatch(job))
+        seconds[REDISPATCH], rows = timed(REDISPATCH, lambda: system.redispatch(job))
         del rows
     y = system.place(job)
-    seconds[COMBINE], out = clock.timed(lambda: system.combine(y))
+    seconds[COMBINE], out = timed(COMBINE, lambda: system.combine(y))
     if check:
         wrong += system.wrong_sum(job, out)
     system.release()

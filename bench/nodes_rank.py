@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from common import Launch, add_shape_arguments
-from dispatch_combine import measure_throughput
 from node_systems import Counted, Meeting, NodesLaunch, Rows, open_systems
 from report import machine
+from turns import measure_throughput
 from workload import Job, Shape
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 from common import Launch, usable_cores
+from facts import commit, driver, slug
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +74,7 @@ def gpu(index: int = 0) -> dict[str, Any]:
         "gpu_memory": properties.total_memory,
         "gpus": torch.cuda.device_count(),
         "cuda_of_torch": torch.version.cuda,
-        "driver": _driver(),
+        "driver": driver(),
         "environment": {name: os.environ.get(name) for name in CUDA_ENVIRONMENT},
     }
 
@@ -92,11 +91,6 @@ def device_name(facts: dict[str, Any]) -> str:
     return slug(facts["gpu"]) if "gpu" in facts else "cpu"
 
 
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def markdown(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]) -> str:
     """What :func:`table` shows, as a Markdown table."""
     lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
@@ -109,8 +103,15 @@ def markdown(title: str, columns: Sequence[str], sections: Iterable[Iterable[Seq
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once: whoever ends this program leaves the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def _cpu_model() -> str:
@@ -133,38 +134,3 @@ def _mpi_version(launch: Launch) -> str | None:
     from mpi4py import MPI
 
     return MPI.Get_library_version().split(",")[0].strip("\0 \n")
-
-
-def _driver() -> str | None:
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return asked.stdout.partition("\n")[0].strip() or None
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked where the working tree differs from it.
-
-    Without git, COMMLIB_COMMIT; None: nobody says.
-    """
-    return _described() or os.environ.get("COMMLIB_COMMIT")
-
-
-def _described() -> str | None:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return described.stdout.strip() or None

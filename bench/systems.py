@@ -73,7 +73,7 @@ class System:
 
 
 class Baseline(System):
-    """gloo or MPI."""
+    """gloo, MPI, NCCL, ...: an all-to-all."""
 
     def __init__(self, name: str, transport: AllToAllBaseline) -> None:
         self.name, self._transport = name, transport

@@ -50,6 +50,8 @@ class Communicator:
     @property
     def heap_bytes(self) -> int: ...
     @property
+    def plan_stream(self) -> int: ...
+    @property
     def slot_bytes(self) -> int: ...
     @property
     def slots_in_use(self) -> int: ...
@@ -85,6 +87,7 @@ class Config:
     chunks: int
     max_tokens: int
     num_sms: int
+    plan_stream: int
     rank: int
     share: str
     size: int
@@ -113,11 +116,12 @@ class Memory:
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 class PendingDispatch:
-    def write_offsets(self, arg0: int, arg1: int, arg2: int) -> int: ...
     @property
     def dropped(self) -> int: ...
     @property
     def lease(self) -> SlotLease: ...
+    @property
+    def results(self) -> int: ...
     @property
     def rows(self) -> int: ...
 
@@ -134,6 +138,7 @@ class RoutingView:
         places: int = ...,
         offsets: int = ...,
         rows_per_expert: int = ...,
+        align: int = ...,
     ) -> None: ...
 
 class Rows:

@@ -39,9 +39,21 @@ class Backend(ABC):
         """Of results given back and kept for the next ones."""
         return 0
 
+    def close(self) -> None:
+        """Finish what is under way and tell the other ranks."""
+        self.core.close()
+
+    @abstractmethod
+    def begin_plan(self) -> None:
+        """The plan of the dispatch issued next sees what the caller's work has produced so far."""
+
     @abstractmethod
     def begin(self) -> None:
         """Communication issued next sees what the caller's work has produced so far."""
+
+    def give_up(self, why: str) -> None:
+        """After an error between plan and rows: other ranks need not wait, and tensors may go."""
+        self.core.give_up(why)
 
     @abstractmethod
     def end(
@@ -78,6 +90,9 @@ class CpuBackend(Backend):
     def idle_bytes(self) -> int:
         return self.core.idle_bytes
 
+    def begin_plan(self) -> None:
+        pass
+
     def begin(self) -> None:
         pass
 
@@ -94,26 +109,40 @@ class CpuBackend(Backend):
 class CudaBackend(Backend):
     """Kernels on a stream of their own: streams order everything, and the host goes on."""
 
-    def __init__(self, core: _core.Communicator, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, core: _core.Communicator, stream: torch.cuda.Stream, free_sms: Callable[[], None]
+    ) -> None:
         self.device = stream.device
         self.core = core
         self.stream = stream
+        self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
+        self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
         self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._free_sms()
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
 
+    def begin_plan(self) -> None:
+        _refuse_capture()
+        self._plan_stream.wait_stream(torch.cuda.current_stream(self.device))
+
     def begin(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise CommError(
-                "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
-                "carries the number of the call"
-            )
+        _refuse_capture()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         if self.trace is not None:
             self._begun = torch.cuda.Event(enable_timing=True)
             self._begun.record(self.stream)
+
+    def give_up(self, why: str) -> None:
+        self.core.give_up(why)
+        torch.cuda.current_stream(self.device).wait_stream(self._plan_stream)
 
     def end(
         self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
@@ -141,3 +170,11 @@ class CudaBackend(Backend):
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.core.note_uses([tensor.data_ptr()], stream.cuda_stream)
         tensor.record_stream(stream)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise CommError(
+            "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
+            "carries the number of the call"
+        )

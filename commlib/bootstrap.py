@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
-from commlib.fd_exchange import exchange_fds
+from commlib.fd_exchange import close_fds, exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
 from commlib.partition import SMPartition
+from commlib.residency import of_this_process
 from commlib.settings import CORE_DTYPES, Settings
 from commlib.topology import Topology, find_topology, node_size
 
@@ -22,6 +24,10 @@ from commlib.topology import Topology, find_topology, node_size
 # the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
+# For a kernel: a sleep costs 50 µs and more, and what the host waits for comes within milliseconds.
+_SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
+_USER = 5  # of whom a warning is: frames from _count_blocks to the caller of ExpertParallel
+_LEAST_START = 10.0  # seconds: processes start further apart than their operations later are
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
@@ -65,33 +71,52 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
         config.use_ucx()
-    return _make_and_connect(group, config, stream, near), topology
+    core = _make_and_connect(group, config, infos, near)
+    if isinstance(core, _core.CpuCommunicator):
+        return CpuBackend(core), topology
+    assert stream is not None
+    return CudaBackend(core, stream, _count_blocks(settings, infos[group.rank], config.num_sms)), topology
 
 
 def _make_and_connect(
-    group: Group, config: _core.Config, stream: torch.cuda.Stream | None, near: list[int]
-) -> Backend:
+    group: Group, config: _core.Config, infos: list[dict[str, Any]], near: list[int]
+) -> _core.Communicator:
+    on_gpu = "uuid" in infos[group.rank]
     error: Exception | None = None
     core: _core.Communicator | None = None
     address = None
     try:
-        core = _core.CpuCommunicator(config) if stream is None else cuda._cuda.make_communicator(config)
+        if on_gpu:
+            for uuid in {infos[rank]["uuid"] for rank in near}:
+                cuda._cuda.require_peer_access(config.device, uuid)
+            core = cuda._cuda.make_communicator(config)
+        else:
+            core = _core.CpuCommunicator(config)
         address = core.address()
     except (RuntimeError, MemoryError) as e:
         error = e
     addresses = _gather(group, error, address)
     assert core is not None
     try:
-        if stream is not None:
-            addresses = exchange_fds(group, addresses, near)
-        core.connect(addresses)
+        if on_gpu:
+            addresses = exchange_fds(group, addresses, near, max(config.timeout, _LEAST_START))
+            try:
+                core.connect(addresses)
+            finally:
+                close_fds(addresses, near)  # what is mapped stays
+        else:
+            core.connect(addresses)
     except (RuntimeError, OSError) as e:
         error = e
     _gather(group, error, None)
-    if isinstance(core, _core.CpuCommunicator):
-        return CpuBackend(core)
-    assert stream is not None
-    return CudaBackend(core, stream)
+    return core
+
+
+def _count_blocks(settings: Settings, facts: dict[str, Any], blocks: int) -> Callable[[], None]:
+    """Warn if all communicators of this process do not fit on the GPU; returns what to call at the end."""
+    if settings.partition is not None:
+        return lambda: None
+    return of_this_process.add(facts["uuid"], str(settings.device), blocks, facts["sms"], stacklevel=_USER)
 
 
 def _prepare_cpu(
@@ -124,7 +149,7 @@ def _prepare_cuda(
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
     error: Exception | None = None
     config = _config(group, settings, blocks, crowded=False)
-    config.device = settings.device.index
+    config.device, config.spin = settings.device.index, _SPIN_GPU
     if together > there_are:
         place = "it has" if partition is None else "its partition has for communication"
         error = ValueError(
@@ -133,19 +158,19 @@ def _prepare_cuda(
         )
     else:
         try:
-            _give_stream(config, partition)
+            _give_streams(config, partition)
         except RuntimeError as e:
             error = e
     _gather(group, error, None)
     return config, torch.cuda.ExternalStream(config.stream, settings.device)
 
 
-def _give_stream(config: _core.Config, partition: SMPartition | None) -> None:
-    """A stream that the communicator has to itself, on the partition's SMs for communication."""
+def _give_streams(config: _core.Config, partition: SMPartition | None) -> None:
+    """Streams that the communicator has to itself, on the partition's SMs for communication."""
     if partition is None:
-        cuda._cuda.give_stream(config, None)
+        cuda._cuda.give_streams(config, None)
     else:
-        partition.give_stream(config)
+        partition.give_streams(config)
 
 
 def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:
@@ -182,7 +207,7 @@ def _facts(settings: Settings) -> dict[str, Any]:
         "uuid": p.uuid,
         "sms": p.sms,
         "shares_fds": p.shares_fds,
-        "shares_fabric": p.shares_fabric,
+        "domain": p.domain,
     }
 
 
@@ -245,9 +270,11 @@ def _shared(settings: Settings, error: Exception | None) -> dict[str, Any]:
 
 
 def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
-    # GPUs of one NVLink domain map each other's memory across hosts.
-    domain = all(info.get("shares_fabric") for info in infos)
-    hosts = ["domain" if domain else info["host"] for info in infos]
+    # GPUs of one NVLink domain map each other's memory across hosts. All of them or none: a rank outside has
+    # only the network to reach the others, and those of its host should stay together then.
+    domains = {info.get("domain", "") for info in infos}
+    one = len(domains) == 1 and "" not in domains
+    hosts = ["domain" if one else info["host"] for info in infos]
     return find_topology(hosts, [info["host_name"] for info in infos], node_size(settings.ranks_per_node))
 
 

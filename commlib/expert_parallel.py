@@ -113,7 +113,7 @@ class ExpertParallel:
         self.first_expert = self.rank * num_experts // self.size
         self.num_local_experts = (self.rank + 1) * num_experts // self.size - self.first_expert
         ops.communicators[self._number] = self
-        self._finalizer = weakref.finalize(self, self._core.close)
+        self._finalizer = weakref.finalize(self, self._backend.close)
         if isinstance(self.group, ThreadGroup):
             self.group.communicators.add(self)
 

@@ -39,11 +39,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
-    where = torch.device("cpu" if device is None else device)
-    if where.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    if where.type == "cuda":
-        cuda.require()
+    where = _resolve(device)
     groups = ThreadGroup.world(world_size, str(where))
     begun = torch.cuda.current_stream(where).record_event() if where.type == "cuda" else None
     results: list[Any] = [None] * world_size
@@ -69,6 +65,18 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     if failures:
         raise _root(failures)
     return results
+
+
+def _resolve(device: Any) -> torch.device:
+    """The ranks' device; a CUDA device with its index, since a new thread's current device is number 0,
+    whatever the caller's is."""
+    where = torch.device("cpu" if device is None else device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    if where.type == "cpu":
+        return where
+    cuda.require()
+    return torch.device("cuda", cuda.device_index(where))
 
 
 @contextmanager

@@ -95,16 +95,22 @@ def _dispatch(
     core = ep._core
     tokens, topk = topk_idx.shape
     backend = ep._backend
+    experts = ep.num_local_experts
     routes = backend.empty(tokens, ep._width)
-    view = _core.RoutingView(topk_idx.data_ptr(), routes.data_ptr(), tokens)
-    backend.begin()
+    tokens_per_expert = backend.empty(experts)
+    offsets = backend.empty(experts + 1 if grouped else 0)
+    view = _core.RoutingView(
+        topk_idx.data_ptr(),
+        routes.data_ptr(),
+        tokens,
+        offsets=offsets.data_ptr(),
+        rows_per_expert=tokens_per_expert.data_ptr(),
+        align=align,
+    )
+    backend.begin_plan()
     pending = core.begin_dispatch(view, topk_weights is not None, drop, in_waves)
     try:
-        experts = ep.num_local_experts
-        tokens_per_expert = torch.empty(experts, dtype=torch.int64)
-        offsets = torch.empty(experts + 1 if grouped else 0, dtype=torch.int64)
-        size = pending.write_offsets(align, tokens_per_expert.data_ptr(), offsets.data_ptr())
-        tokens_per_expert, offsets = tokens_per_expert.to(x.device), offsets.to(x.device)
+        size = pending.results
         local = backend.empty(pending.rows, topk)
         source = backend.empty(size, 2)
         weights = ep._new_weights(topk_weights, size, grouped)
@@ -122,7 +128,7 @@ def _dispatch(
             pending, _rows(x, topk_weights), _routing_view(routing, grouped), received, async_op
         )
     except BaseException as error:
-        core.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
+        backend.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
     ep._event = backend.end("dispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)

@@ -71,9 +71,9 @@ class SMPartition:
             self._entered.stream = torch.cuda.ExternalStream(self._entered.owner.handle, self.device)
         return self._entered.stream
 
-    def give_stream(self, config: _core.Config) -> None:
-        """Let a communicator work on the communication SMs (CUDA only), in a stream of its own."""
-        cuda._cuda.give_stream(config, self._part)
+    def give_streams(self, config: _core.Config) -> None:
+        """Let a communicator work on the communication SMs (CUDA only), in streams of its own."""
+        cuda._cuda.give_streams(config, self._part)
 
     def check_fits(self, device: torch.device, num_sms: int | None) -> None:
         """Raise ValueError unless a communicator on ``device`` with ``num_sms`` can use this partition."""

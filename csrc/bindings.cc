@@ -153,6 +153,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("first_epoch", &Config::first_epoch)
       .def_readwrite("device", &Config::device)
       .def_readwrite("stream", &Config::stream)
+      .def_readwrite("plan_stream", &Config::plan_stream)
       .def_readwrite("share", &Config::share);
 
   py::class_<Rows>(m, "Rows").def(
@@ -163,13 +164,14 @@ void bind_structs(py::module_& m) {
 
   py::class_<RoutingView>(m, "RoutingView")
       .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address places,
-                       Address offsets, Address rows_per_expert) {
+                       Address offsets, Address rows_per_expert, int64_t align) {
              return RoutingView{
-                 at<int64_t>(topk_idx), at<int64_t>(routes),         tokens, rows, at<int64_t>(places),
-                 at<int64_t>(offsets),  at<int64_t>(rows_per_expert)};
+                 at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(places),
+                 at<int64_t>(offsets),  at<int64_t>(rows_per_expert), align};
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
-           py::arg("places") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0);
+           py::arg("places") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0,
+           py::arg("align") = 1);
 
   py::class_<Received>(m, "Received")
       .def(py::init([](Address rows, Address weights, Address topk_idx, Address source) {
@@ -194,15 +196,9 @@ void bind_structs(py::module_& m) {
 
   py::class_<PendingDispatch>(m, "PendingDispatch")
       .def_readonly("rows", &PendingDispatch::rows)
+      .def_readonly("results", &PendingDispatch::results)
       .def_readonly("dropped", &PendingDispatch::dropped)
-      .def_readonly("lease", &PendingDispatch::lease)
-      .def("write_offsets",
-           [](const PendingDispatch& p, int64_t align, Address rows_per_expert, Address offsets) {
-             const auto experts = static_cast<int64_t>(p.rows_per_expert.size());
-             std::copy(p.rows_per_expert.begin(), p.rows_per_expert.end(), at<int64_t>(rows_per_expert));
-             return offsets ? group_offsets(p.rows_per_expert.data(), experts, align, at<int64_t>(offsets))
-                            : p.rows;
-           });
+      .def_readonly("lease", &PendingDispatch::lease);
 
   py::class_<SlotLease, std::shared_ptr<SlotLease>>(m, "SlotLease");
   py::class_<Job, std::shared_ptr<Job>>(m, "Ticket")
@@ -267,6 +263,7 @@ void bind_communicator(py::module_& m) {
       .def("close", &Communicator::close, NoGil())
       .def("give_up", &Communicator::give_up, NoGil())
       .def("set_timeout", &Communicator::set_timeout)
+      .def_property_readonly("plan_stream", &Communicator::plan_stream)
       .def_property_readonly("slots_in_use", &Communicator::slots_in_use)
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)

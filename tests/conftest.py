@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
+from processes import run_processes
 
-from commlib import cuda
+from commlib import ExpertParallel, cuda
 
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
@@ -25,6 +27,48 @@ torch.set_num_threads(1)
 BENCH = Path(__file__).parent.parent / "bench"
 
 _deselected = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser):
+    seconds = {
+        "--deadline": (None, "that a rank of a GPU test waits for another one, where the test does not say"),
+        "--rest": (20.0, "that a GPU has after a test to become idle; its kernels end at their deadline"),
+    }
+    for name, (default, what) in seconds.items():
+        parser.addoption(name, type=float, default=default, help=f"seconds {what}")
+
+
+@pytest.fixture(autouse=True)
+def gpu_at_rest(request, monkeypatch):
+    """A test leaves the GPU idle and in order, or is the last one: a process keeps an error of CUDA's."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    deadline = request.config.getoption("--deadline")
+    if deadline is not None:
+        monkeypatch.setitem(ExpertParallel.__init__.__kwdefaults__, "timeout", deadline)
+    yield
+    if trouble := trouble_with_gpu(request.config.getoption("--rest")):
+        pytest.exit(f"after {request.node.nodeid} the GPU is of no more use: {trouble}", returncode=1)
+
+
+def trouble_with_gpu(seconds):
+    """What keeps the GPU from becoming idle in so many seconds; nothing, if it becomes idle."""
+    found = [f"it is not idle after {seconds:g} s"]
+
+    def wait():
+        try:
+            torch.cuda.synchronize()
+            found.clear()
+        except RuntimeError as error:
+            found[:] = [str(error)]
+
+    if not torch.cuda.is_initialized():
+        return ""
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(seconds)
+    return "".join(found)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -78,6 +122,12 @@ def host_clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", HostStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-3))
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """``run(main, size)``: see processes.run_processes."""
+    return lambda main, size: run_processes(main, size, tmp_path)
 
 
 @pytest.fixture

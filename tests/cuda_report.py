@@ -3,7 +3,8 @@
     python tests/cuda_report.py [80 90a 100]
 
 Prints one row for each kernel and target, and exits with 1 on a spill, on a stack frame that is more than the
-record of a failed wait, or where an expected instruction is missing.
+record of a failed wait, where an expected instruction is missing, or where something slow is back: more
+system-scope barriers than there need be, a second load in a grid barrier's polling loop, a longer sum loop.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)([^;]*);")
 ROOT = Path(__file__).parent.parent
 SOURCE = "csrc/cuda/launch.cu"
 MOST_STACK = 64  # bytes: a FailureRecord on its way to the host, off the hot path
@@ -41,6 +42,50 @@ EXPECTED_BULK = {
     "combine_kernel": ["UBLKCP.S.G", "SYNCS.PHASECHK.*TRYWAIT", "FENCE.VIEW.ASYNC.G"],
 }
 
+# What may not come back. At most so many system-scope barriers in a kernel, by target: each waits until all
+# that this SM has written is seen everywhere.
+MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 24, 90: 24, 100: 72}}
+# A grid barrier's polling loop loads the barrier's word and nothing that waits for it: the one loop that
+# loads words of this GPU, and none that other ranks write.
+POLLING = {"plan_kernel": 1}
+# Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
+MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 29, 90: 41, 100: 41}}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Where it lies, its name, and what follows."""
+
+    at: int
+    op: str
+    operands: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What lies between a branch back and where it goes."""
+
+    first: int
+    last: int
+    ops: tuple[str, ...]
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, op)) for op in self.ops)
+
+    def encloses(self, other: Loop) -> bool:
+        return self != other and self.first <= other.first and other.last <= self.last
+
+
+def loops_with(code: list[Instruction], pattern: str) -> list[Loop]:
+    """The loops that have an instruction like this one, without those around them."""
+    found = set()
+    for i in code:
+        target = re.search(r"0x([0-9a-f]+)", i.operands) if i.op.split(".")[0] == "BRA" else None
+        if target and (first := int(target[1], 16)) < i.at:
+            found.add(Loop(first, i.at, tuple(j.op for j in code if first <= j.at <= i.at)))
+    having = [loop for loop in found if loop.count(pattern)]
+    return [loop for loop in having if not any(loop.encloses(other) for other in having)]
+
 
 @dataclass
 class Kernel:
@@ -51,11 +96,46 @@ class Kernel:
     registers: int = 0
     stack: int = 0
     spills: int = 0
-    instructions: Counter[str] = field(default_factory=Counter)
+    code: list[Instruction] = field(default_factory=list)
 
     @property
     def base(self) -> str:
         return self.name.split("<")[0]
+
+    @property
+    def target(self) -> int:
+        return int(re.sub(r"\D", "", self.arch))
+
+    @property
+    def instructions(self) -> Counter[str]:
+        return Counter(i.op for i in self.code)
+
+    def system_barriers(self) -> int:
+        return sum(n for op, n in self.instructions.items() if re.match(r"MEMBAR.*\.SYS", op))
+
+    def polling_loads(self) -> list[int]:
+        """Of each loop of a grid barrier."""
+        local = loops_with(self.code, r"LDG.*STRONG\.GPU")
+        return [loop.count(r"LDG") for loop in local if not loop.count(r"LDG.*STRONG\.SYS")]
+
+    def a_piece(self) -> list[float]:
+        """Instructions for 16 bytes of a row, in each loop that sums: it loads pieces and stores none."""
+        load = r"LDS\.128" if self.target >= 90 else r"LDG\.E\.128"
+        sums = [loop for loop in loops_with(self.code, load) if not loop.count(r"STG\.E\.128")]
+        return sorted(len(loop.ops) / loop.count(load) for loop in sums)
+
+    def slow(self) -> list[str]:
+        """What is back that had been mended."""
+        found = []
+        barriers, most = self.system_barriers(), MOST_SYSTEM_BARRIERS.get(self.base, {}).get(self.target)
+        if most is not None and barriers > most:
+            found.append(f"{barriers} system-scope barriers, not {most}")
+        if self.base in POLLING and set(self.polling_loads()) != {POLLING[self.base]}:
+            found.append(f"polling loops with {self.polling_loads()} loads")
+        pieces, longest = self.a_piece(), MOST_A_PIECE.get(self.name, {}).get(self.target)
+        if longest is not None and (not pieces or pieces[-1] > longest):
+            found.append(f"sums take {pieces} instructions for 16 bytes, not {longest}")
+        return found
 
     def faults(self) -> list[str]:
         found = []
@@ -63,15 +143,25 @@ class Kernel:
             found.append(f"{self.spills} bytes of registers spilled")
         if self.stack > MOST_STACK:
             found.append(f"a stack frame of {self.stack} bytes")
-        if not self.instructions:
+        if not self.code:
             return found
         wanted = EXPECTED.get(self.base, [])
-        if int(re.sub(r"\D", "", self.arch)) >= 90:
+        if self.target >= 90:
             wanted = wanted + EXPECTED_BULK.get(self.base, [])
         for pattern in wanted:
             if not any(re.match(pattern, op) for op in self.instructions):
                 found.append(f"no {pattern}")
-        return found
+        return found + self.slow()
+
+    def figures(self) -> list[str]:
+        """For the table, as its head names them."""
+        known = [f"sm_{self.arch}", self.name, *map(str, (self.registers, self.stack, self.spills))]
+        if not self.code:
+            return [*known, "?", "?", "?", "?"]
+        local = sum(n for op, n in self.instructions.items() if op.startswith(("LDL", "STL")))
+        pieces = self.a_piece() if self.base == "combine_kernel" else []
+        span = " to ".join(dict.fromkeys(f"{n:.0f}" for n in (pieces[:1] + pieces[-1:])))
+        return [*known, str(len(self.code)), str(local), str(self.system_barriers()), span]
 
 
 def kernel_name(mangled: str) -> str:
@@ -112,7 +202,7 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=str(wheel)) or shutil.which("cuobjdump")
 
 
-def count_instructions(cuobjdump: str, binary: Path, kernels: dict[str, Kernel]) -> None:
+def read_instructions(cuobjdump: str, binary: Path, kernels: dict[str, Kernel]) -> None:
     path = {"PATH": f"{Path(cuobjdump).parent}:/usr/bin:/bin"}  # it calls nvdisasm
     command = [cuobjdump, "-sass", str(binary)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
@@ -121,35 +211,31 @@ def count_instructions(cuobjdump: str, binary: Path, kernels: dict[str, Kernel])
         if found := re.search(r"Function : (\S+)", line):
             current = kernels.get(found[1])
         elif current and (found := INSTRUCTION.match(line)):
-            current.instructions[found[1]] += 1
+            current.code.append(Instruction(int(found[1], 16), found[2], found[3]))
 
 
 def main() -> int:
     archs = sys.argv[1:] or ["80", "90a", "100"]
     cuobjdump = find_cuobjdump()
-    table = Table("target", "kernel", "registers", "stack", "spills", "instructions", "local", "faults")
+    table = Table(
+        "target", "kernel", "registers", "stack", "spills", "instructions", "local", "SYS", "16 B", "faults"
+    )
     bad = False
     for arch in archs:
         with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder) / "kernels.o"
             kernels = compile_for(arch, binary)
             if cuobjdump:
-                count_instructions(cuobjdump, binary, kernels)
+                read_instructions(cuobjdump, binary, kernels)
         for k in sorted(kernels.values(), key=lambda k: k.name):
             faults = k.faults()
             bad = bad or bool(faults)
-            local = sum(n for op, n in k.instructions.items() if op.startswith(("LDL", "STL")))
-            total = sum(k.instructions.values())
-            table.add_row(
-                f"sm_{arch}",
-                k.name,
-                *map(str, (k.registers, k.stack, k.spills)),
-                str(total) if cuobjdump else "?",
-                str(local) if cuobjdump else "?",
-                ", ".join(faults),
-            )
-    console = Console(width=120)
+            table.add_row(*k.figures(), ", ".join(faults))
+    console = Console(width=140)
     console.print(table)
+    console.print(
+        "SYS: system-scope barriers; 16 B: instructions for 16 bytes of a row in the loops that sum"
+    )
     if not cuobjdump:
         console.print("instructions were not looked at: cuobjdump is missing (requirements-dev.txt)")
     return int(bad)

@@ -86,6 +86,27 @@ def test_weights_scale_each_row_of_y(device, layout):
         torch.testing.assert_close(weighted, scaled)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_rounded_to_nearest_even_as_in_torch(device, dtype):
+    """Every 16-bit value times fp32 weights: ties, subnormal results, overflow and NaNs among them."""
+    world = make_world([64], hidden=1024, dtype=dtype, topk=1, device=device)
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).reshape(64, 1024).to(device)
+    g = torch.Generator().manual_seed(1)
+    powers = 2.0 ** torch.randint(-20, 17, (64,), generator=g).float()
+    uneven = powers * (1 + torch.rand(64, generator=g))
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            d = ep.dispatch(x, torch.zeros(64, 1, dtype=torch.int64, device=device))
+            return [ep.combine(d.x, d.handle, weights=w.to(device)) for w in (powers, uneven)]
+
+    [outs] = commlib.run_ranks(rank_main, 1, device=device)
+    for out, weights in zip(outs, (powers, uneven), strict=True):
+        want = (x.cpu().float() * weights[:, None] + 0.0).to(dtype)
+        assert torch.equal(out.cpu().isnan(), want.isnan())
+        assert torch.equal(out.cpu().nan_to_num(), want.nan_to_num())
+
+
 def test_bias_is_added_once_and_out_is_written(device):
     world = make_world([6, 9], holes=0.5, device=device)
     bias = [torch.randn(len(x), world.hidden, device=device) for x in world.x]

@@ -1,5 +1,7 @@
 """Ranks on several nodes, over UCX: everything as on one node, and what each error says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import expected_combine, expected_expert_layout, expected_rank_layout, make_world, tolerance
@@ -9,6 +11,7 @@ from test_dispatch import check
 
 import commlib
 from commlib import ExpertParallel, cli, ucx
+from commlib.bootstrap import _topology
 from commlib.errors import CommError, ConfigMismatch
 from commlib.topology import Topology, find_topology, node_size
 
@@ -204,6 +207,24 @@ def test_ranks_with_one_host_are_a_node():
     t = find_topology(["a", "b", "a", "b"], ["n1", "n2", "n1", "n2"], None)
     assert t.node_of == (0, 1, 0, 1) and t.hosts == ("n1", "n2") and t.nodes == [[0, 2], [1, 3]]
     assert t.gateway(0, 1) == 1 and t.gateway(2, 1) == 3 and t.gateway(3, 0) == 2
+
+
+@pytest.mark.parametrize(
+    ("domains", "nodes"),
+    [
+        (["rack/1"] * 4, [[0, 1, 2, 3]]),
+        (["rack/1", "rack/1", "rack/2", "rack/2"], [[0, 1], [2, 3]]),
+        (["rack/1", "rack/2", "rack/1", "rack/2"], [[0, 1], [2, 3]]),  # hosts stay whole
+        (["rack/1"] * 3 + [""], [[0, 1], [2, 3]]),
+        ([""] * 4, [[0, 1], [2, 3]]),
+        ([None] * 4, [[0, 1], [2, 3]]),  # on the CPU
+    ],
+)
+def test_gpus_of_one_nvlink_domain_are_a_node(domains, nodes):
+    infos = [{"host": rank // 2, "host_name": f"n{rank // 2}"} for rank in range(4)]
+    for info, domain in zip(infos, domains, strict=True):
+        info.update({} if domain is None else {"domain": domain})
+    assert _topology(infos, SimpleNamespace(ranks_per_node=None)).nodes == nodes
 
 
 def test_nodes_may_be_set_but_not_across_hosts(monkeypatch):

@@ -46,7 +46,8 @@ struct Config {
   // CUDA
   int device = 0;
   uintptr_t stream = 0;                // of communication
-  std::shared_ptr<void> stream_owner;  // keeps it from being used by others; null: the caller does
+  uintptr_t plan_stream = 0;           // of plans; 0, or where they find no room beside rows: the same
+  std::shared_ptr<void> stream_owner;  // keeps both from being used by others; null: the caller does
   std::string share;                   // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
@@ -73,10 +74,11 @@ struct RoutingView {
   const int64_t* topk_idx = nullptr;  // [tokens][topk]
   int64_t* routes = nullptr;          // [tokens][width]
   int64_t tokens = 0;
-  int64_t rows = 0;                          // unique rows received
-  int64_t* places = nullptr;                 // [rows][topk], layout="expert" only
-  const int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
-  const int64_t* rows_per_expert = nullptr;  // [own experts], layout="expert" only
+  int64_t rows = 0;                    // unique rows received
+  int64_t* places = nullptr;           // [rows][topk], layout="expert" only
+  int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
+  int64_t* rows_per_expert = nullptr;  // [own experts]
+  int64_t align = 1;                   // of groups, in rows; layout="expert" only
 };
 
 // Where received rows go.
@@ -92,12 +94,12 @@ struct PendingDispatch {
   uint32_t epoch = 0;
   Call call;
   std::shared_ptr<SlotLease> lease;
-  std::vector<int64_t> source_rows;      // [ranks]
-  std::vector<int64_t> rows_per_expert;  // [own experts]
-  std::vector<uint8_t> slots;            // [ranks]
-  int64_t rows = 0;
-  int64_t dropped = 0;     // of this rank's (token, rank) pairs
-  uint64_t delivered = 0;  // in waves, CUDA: how far the counter of each wave comes with it
+  std::vector<int64_t> source_rows;  // [ranks]
+  std::vector<uint8_t> slots;        // [ranks]
+  int64_t rows = 0;                  // unique
+  int64_t results = 0;               // unique, or grouped with their padding
+  int64_t dropped = 0;               // of this rank's (token, rank) pairs
+  uint64_t delivered = 0;            // in waves, CUDA: how far the counter of each wave comes with it
 
   bool in_waves() const { return call.flags & kCallInWaves; }
 };
@@ -126,10 +128,10 @@ class Communicator {
   // Maps the others' heaps. All ranks keep theirs until all have connected (a barrier of the caller's).
   virtual void connect(const std::vector<PeerAddress>& peers) = 0;
 
-  // Plans, sends counts and waits for everyone's. Checks ids before anything is sent: std::invalid_argument.
-  // CapacityError on all ranks alike when one would receive more than `capacity` rows, unless `drop`.
-  // `in_waves`: rows go in the order in which wait_expert may ask for them; needs places, and ranks of one
-  // node.
+  // Plans, sends counts and waits for everyone's; fills in routes, rows_per_expert and offsets, on a GPU
+  // later than it returns. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
+  // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
+  // order in which wait_expert may ask for them; needs places, and ranks of one node.
   virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
                                                           bool drop, bool in_waves) = 0;
   // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
@@ -171,6 +173,8 @@ class Communicator {
   int slots_in_use() { return slots_->in_use(); }
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() const = 0;
+  // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
+  virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.
   const Network* network() const { return network_.get(); }
 

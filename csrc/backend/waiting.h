@@ -1,7 +1,19 @@
 // How threads of the host wait.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace commlib {
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // How long a wait burns its core before it sleeps in the kernel. With a core for each thread the peer
 // answers within microseconds, so spin; with more threads than cores it may need this very core.

@@ -13,10 +13,6 @@
 #include "backend/waiting.h"
 #include "protocol/words.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace commlib {
 
 inline double monotonic_seconds() {
@@ -34,14 +30,6 @@ inline void ring(Bell& bell) {
   if (__atomic_load_n(&bell.sleepers, __ATOMIC_SEQ_CST) != 0) {
     syscall(SYS_futex, &bell.rings, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
-}
-
-inline void cpu_pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // Waits until ready(). Each nap at the latest it calls give_up(), and returns false when that says true.

@@ -160,10 +160,9 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   CpuWorker caller(*op, 0, 1);
   std::vector<int64_t> base(config_.size), received(config_.size);
   pending->source_rows.resize(config_.size);
-  pending->rows_per_expert.resize(placement_.count(config_.rank));
   pending->slots.resize(config_.size);
   const CountsResult result{base.data(), received.data(), pending->source_rows.data(),
-                            pending->rows_per_expert.data()};
+                            routing.rows_per_expert};
   const auto exchange = [&] {
     publish_counts(caller, peers_, placement_, counts, ++dispatches_);
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise_failed(*op);
@@ -182,7 +181,11 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
     pending->dropped = drop_overflow(caller, in, routing.routes, counts, config_.capacity);
     exchange();
   }
-  pending->rows = received[config_.rank];
+  pending->rows = pending->results = received[config_.rank];
+  if (routing.offsets) {
+    pending->results = group_offsets(caller, routing.rows_per_expert, placement_.count(config_.rank),
+                                     routing.align, routing.offsets);
+  }
   return pending;
 }
 

@@ -64,6 +64,7 @@ class CpuWorker {
   static constexpr bool all(bool ok) { return ok; }
   static constexpr uint64_t any_bits(uint64_t mask) { return mask; }
   static constexpr int64_t lowest(int64_t value) { return value; }
+  static constexpr Prefix prefix(int64_t value) { return {0, value}; }
   static uint32_t take(bool mine, uint32_t* counter) { return mine ? (*counter)++ : 0; }
   static uint32_t take_each(int32_t key, uint32_t* counters) { return key < 0 ? 0 : counters[key]++; }
 
@@ -76,13 +77,23 @@ class CpuWorker {
   static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
   // Orders this worker's streaming stores before its later releases.
   void flush() { op_.ops->flush(); }
+  int gather() {
+    flush();
+    return 1;
+  }
+  template <class Ask>
+  bool once(Ask ask) {
+    return ask();
+  }
 
   bool link_limited() const { return op_.link->limited(); }
   void pass_link(int64_t bytes) { op_.link->pass(bytes); }
 
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-  void add(uint64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
+  void add(uint64_t* counter, uint64_t n = 1) { __atomic_fetch_add(counter, n, __ATOMIC_RELEASE); }
   uint64_t read(const uint64_t* word) { return load_word(word); }
+  static void say(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
+  static uint64_t glance(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
   static void wake(Mailbox& mail) { ring(mail.bell); }
   void post(const Outbox&, const Post& post) { op_.network->post(post); }
   // Planning is one thread's work here.

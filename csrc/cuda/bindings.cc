@@ -32,9 +32,15 @@ class ComputeStream {
   Stream stream_;
 };
 
-void use_stream(Config& config, const Stream& stream) {
-  config.stream = reinterpret_cast<uintptr_t>(stream.get());
-  config.stream_owner = stream;
+// One for rows and one for plans.
+void give_streams(Config& config, const Partition* partition) {
+  const auto take = [&] {
+    return partition ? partition->comm_stream() : commlib::cuda::comm_stream(config.device);
+  };
+  const auto both = std::make_shared<std::pair<Stream, Stream>>(take(), take());
+  config.stream = reinterpret_cast<uintptr_t>(both->first.get());
+  config.plan_stream = reinterpret_cast<uintptr_t>(both->second.get());
+  config.stream_owner = both;
 }
 
 }  // namespace
@@ -50,20 +56,18 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readonly("capability", &DeviceFacts::capability)
       .def_readonly("total_memory", &DeviceFacts::memory)
       .def_readonly("shares_fds", &DeviceFacts::shares_fds)
-      .def_readonly("shares_fabric", &DeviceFacts::shares_fabric);
+      .def_readonly("domain", &DeviceFacts::domain);
   m.def("properties", &commlib::cuda::facts_of, py::arg("device"));
+  m.def("require_peer_access",
+        py::overload_cast<int, const std::string&>(&commlib::cuda::require_peer_access), py::arg("device"),
+        py::arg("uuid"));
   py::class_<ComputeStream>(m, "ComputeStream").def_property_readonly("handle", &ComputeStream::handle);
   py::class_<Partition>(m, "Partition")
       .def(py::init<int, int>(), py::arg("device"), py::arg("comm"))
       .def_property_readonly("comm_sms", &Partition::comm_sms)
       .def_property_readonly("compute_sms", &Partition::compute_sms)
       .def("compute_stream", [](const Partition& p) { return ComputeStream{p.compute_stream()}; });
-  m.def(
-      "give_stream",
-      [](Config& config, const Partition* partition) {
-        use_stream(config, partition ? partition->comm_stream() : commlib::cuda::comm_stream(config.device));
-      },
-      py::arg("config"), py::arg("partition").none(true));
+  m.def("give_streams", &give_streams, py::arg("config"), py::arg("partition").none(true));
   m.def(
       "make_communicator",
       [](const Config& config) -> std::unique_ptr<Communicator> {

@@ -14,10 +14,9 @@
 namespace commlib::cuda {
 namespace {
 
-std::shared_ptr<HostState> mapped_host_state(int device, int64_t experts) {
-  const size_t bytes = sizeof(HostState) + static_cast<size_t>(experts) * sizeof(int64_t);
-  const Memory memory = mapped_memory(device, bytes);
-  std::memset(memory.get(), 0, bytes);
+std::shared_ptr<HostState> mapped_host_state(int device) {
+  const Memory memory = mapped_memory(device, sizeof(HostState));
+  std::memset(memory.get(), 0, sizeof(HostState));
   return std::reinterpret_pointer_cast<HostState>(memory);
 }
 
@@ -48,10 +47,15 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   slots_ = std::make_shared<CudaSlotPool>(config.device, region_, region_->data() + control_bytes(), layout_,
                                           config.slots);
   aside_ = side_stream(config.device);
+  // Kernels for several nodes leave no room beside them.
+  const bool beside = config.plan_stream && config.node_of.empty() &&
+                      plans_fit_beside_rows(config.device, shape_, config.dtype);
+  plan_stream_ = beside ? reinterpret_cast<cudaStream_t>(config.plan_stream) : shape_.stream;
+  check(cudaEventCreateWithFlags(&planned_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
   put(region_->data(), control.data(), control.size());
-  host_ = mapped_host_state(config.device, placement_.count(config.rank));
+  host_ = mapped_host_state(config.device);
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
@@ -68,6 +72,7 @@ CudaCommunicator::~CudaCommunicator() {
     watch_.reset();
     drain();  // nothing of this rank may use what goes back to the pool
     keep_what_others_use();
+    cudaEventDestroy(planned_);
   } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
   }
 }
@@ -92,25 +97,14 @@ void CudaCommunicator::keep_what_others_use() {
 
 void CudaCommunicator::make_scratch() {
   const int64_t workers = static_cast<int64_t>(config_.num_sms) * kWarps;
-  const int64_t ranks = config_.size, own = placement_.count(config_.rank);
+  const int64_t own = placement_.count(config_.rank);
   uint8_t* owner = nullptr;
   const auto carve = [&](std::byte* base) {
     Carver c(base);
     state_ = c.take<DeviceState>(1);
     owner = c.take<uint8_t>(config_.experts);
-    scratch_ = {c.take<uint32_t>(workers * ranks),
-                c.take<int64_t>(workers * ranks),
-                c.take<uint32_t>(ranks),
-                c.take<uint32_t>(config_.experts),
-                c.take<int64_t>(workers),
-                c.take<int64_t>(ranks),
-                c.take<int64_t>(ranks),
-                c.take<int64_t>(ranks),
-                c.take<int64_t>(own),
-                c.take<uint8_t>(ranks),
-                c.take<uint32_t>(workers * own),
-                c.take<int64_t>(workers * own),
-                c.take<uint8_t>(config_.max_tokens * width_)};
+    scratch_ = {c.take<uint32_t>(config_.experts), c.take<uint32_t>(workers * own),
+                c.take<int64_t>(workers * own), c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };
   memory_ = device_memory(config_.device, static_cast<size_t>(carve(nullptr)));
@@ -226,14 +220,18 @@ void CudaCommunicator::look_around() {
   if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
 }
 
-bool CudaCommunicator::stream_is_idle() const {
-  const cudaError_t error = cudaStreamQuery(shape_.stream);
-  if (error == cudaErrorNotReady) {
-    cudaGetLastError();
-    return false;
+bool CudaCommunicator::is_idle() const {
+  bool idle = true;
+  for (const cudaStream_t stream : {plan_stream_, shape_.stream}) {
+    const cudaError_t error = cudaStreamQuery(stream);
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();
+      idle = false;
+    } else {
+      check(error, "a communication kernel");
+    }
   }
-  check(error, "a communication kernel");
-  return true;
+  return idle;
 }
 
 void CudaCommunicator::wait_for(const std::function<bool()>& done) {
@@ -241,7 +239,9 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
   while (!done()) {
     if (!wait.pause()) continue;
     look_around();
-    stream_is_idle();  // throws if a kernel crashed
+    if (is_idle() && !done()) {
+      throw std::runtime_error("communication kernels have ended without a word: a fault of commlib's");
+    }
   }
   check_health();
 }
@@ -261,12 +261,13 @@ void CudaCommunicator::wait_event(uintptr_t event) {
 
 void CudaCommunicator::synchronize() {
   const OnDevice guard = on_device();
-  wait_for([&] { return stream_is_idle(); });
+  wait_for([&] { return is_idle(); });
 }
 
 // However operations end: those that fail do so by their deadline.
 void CudaCommunicator::drain() {
   const OnDevice guard = on_device();
+  cudaStreamSynchronize(plan_stream_);
   cudaStreamSynchronize(shape_.stream);
 }
 
@@ -281,7 +282,9 @@ void CudaCommunicator::tell_all(uint64_t left) {
 
 // On each stream whose kernels tell others of the slot, who then write there.
 void CudaCommunicator::prepare_slot(const SlotLease& lease) {
-  static_cast<CudaSlotPool&>(*slots_).wait_for_uses(lease.index(), shape_.stream);
+  auto& slots = static_cast<CudaSlotPool&>(*slots_);
+  slots.wait_for_uses(lease.index(), shape_.stream);
+  if (plan_stream_ != shape_.stream) slots.wait_for_uses(lease.index(), plan_stream_);
 }
 
 // After the last of everything else that this rank does to others' memory.

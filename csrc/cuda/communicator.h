@@ -1,8 +1,8 @@
 // A rank on a CUDA GPU: its heap in device memory, its kernels on one stream.
 //
-// Operations run in the order of the stream, on `num_sms` blocks each. The host waits in begin_dispatch, for
-// sizes, and nowhere else. Whoever calls orders the stream after the work that produced the inputs, and later
-// work after the stream.
+// Operations run in the order of the stream, on `num_sms` blocks each. Plans have a stream of their own where
+// they find room beside them. The host waits in begin_dispatch, for sizes, and nowhere else. Whoever calls
+// orders the streams after the work that produced the inputs, and later work after the stream of operations.
 #pragma once
 
 #include <functional>
@@ -41,6 +41,9 @@ class CudaCommunicator final : public Communicator {
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() const override { return static_cast<int64_t>(region_->bytes()); }
+  uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
+  // What the kernels have told the host so far, for those who look into one that hangs.
+  const HostState& host_state() const { return *host_; }
 
  private:
   void drain() override;
@@ -58,7 +61,8 @@ class CudaCommunicator final : public Communicator {
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks; then throws
   // if an operation has failed.
   void wait_for(const std::function<bool()>& done);
-  bool stream_is_idle() const;
+  bool is_idle() const;
+  void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
   void look_for_the_dead();
   void look_around();
@@ -67,6 +71,8 @@ class CudaCommunicator final : public Communicator {
   OnDevice on_device() const { return OnDevice(config_.device); }
 
   LaunchShape shape_;
+  cudaStream_t plan_stream_ = nullptr;
+  cudaEvent_t planned_ = nullptr;                       // recorded after each plan
   std::shared_ptr<DeviceRegion> region_;                // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
   std::vector<int> visitors_;                           // ranks of other processes that map region_

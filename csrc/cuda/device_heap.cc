@@ -20,6 +20,10 @@ constexpr const char* kOutOfMemory =
 constexpr const char* kUnreachable =
     "Every GPU must reach the memory of every other (NVLink, or PCIe without an IOMMU in between): see "
     "nvidia-smi topo -p2p r.";
+constexpr const char* kNoAtomics =
+    "Ranks count each other's arrivals in peers' memory, which PCIe alone may not let them: see nvidia-smi "
+    "topo "
+    "-p2p a. Such GPUs can be nodes of their own (ranks_per_node=1), with UCX in between.";
 
 constexpr const char* kNotShared =
     "ranks in several processes need GPUs whose memory one process can share with another by file descriptor "
@@ -63,15 +67,6 @@ void remember(Known& known, uint64_t number, const std::shared_ptr<DeviceRegion>
   std::lock_guard<std::mutex> lock(known_mutex);
   for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : ++it;
   known[number] = region;
-}
-
-void require_peer_access(int device, int owner) {
-  if (device == owner) return;
-  int can = 0;
-  check(cudaDeviceCanAccessPeer(&can, device, owner), "cudaDeviceCanAccessPeer");
-  if (can) return;
-  throw std::runtime_error("GPU " + std::to_string(device) + " cannot reach the memory of GPU " +
-                           std::to_string(owner) + ". " + kUnreachable);
 }
 
 // Memory of cuMemCreate.
@@ -169,6 +164,25 @@ class PlainRegion : public DeviceRegion {
 };
 
 }  // namespace
+
+void require_peer_access(int device, int owner) {
+  if (device == owner) return;
+  const std::string gpus[] = {"GPU " + std::to_string(device), "GPU " + std::to_string(owner)};
+  int can = 0;
+  check(cudaDeviceCanAccessPeer(&can, device, owner), "cudaDeviceCanAccessPeer");
+  if (!can)
+    throw std::runtime_error(gpus[0] + " cannot reach the memory of " + gpus[1] + ". " + kUnreachable);
+  check(cudaDeviceGetP2PAttribute(&can, cudaDevP2PAttrNativeAtomicSupported, device, owner),
+        "cudaDeviceGetP2PAttribute");
+  if (!can)
+    throw std::runtime_error(gpus[0] + " has no native atomics in the memory of " + gpus[1] + ". " +
+                             kNoAtomics);
+}
+
+void require_peer_access(int device, const std::string& uuid) {
+  const int owner = device_with(uuid);
+  if (owner >= 0) require_peer_access(device, owner);
+}
 
 Share share_named(const std::string& name) {
   if (name == "fd") return Share::fd;

@@ -14,6 +14,11 @@ namespace commlib::cuda {
 enum class Share : uint8_t { fd = 0, fabric = 1, none = 2 };
 Share share_named(const std::string& name);
 
+// Throws std::runtime_error unless kernels on `device` can load, store and count in the memory of `owner`.
+void require_peer_access(int device, int owner);
+// The same for the GPU that has this UUID, as far as this process sees it: CUDA_VISIBLE_DEVICES may hide it.
+void require_peer_access(int device, const std::string& uuid);
+
 class DeviceRegion {
  public:
   // Memory of this process on `device`, of the pool (pool.h): contents undefined. All owners together keep it
@@ -21,7 +26,7 @@ class DeviceRegion {
   static std::shared_ptr<DeviceRegion> create(int device, size_t bytes, Share share);
   // The region that a rank described by handle() and fd(), for use by `device`. `fd`: one of this process,
   // which stays the caller's, to be closed at any time; -1 for the other kinds. A region that this process
-  // has or maps already is shared, not mapped twice.
+  // has or maps already is shared.
   static std::shared_ptr<DeviceRegion> open(int device, int64_t owner_pid, int fd, const std::string& handle,
                                             size_t bytes);
 

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "cuda/nvml.h"
+
 namespace commlib::cuda {
 namespace {
 
@@ -60,6 +62,22 @@ bool attribute(CUdevice_attribute which, int device) {
   return value != 0;
 }
 
+cudaDeviceProp properties_of(int device) {
+  cudaDeviceProp p;
+  check(cudaGetDeviceProperties(&p, device), "cudaGetDeviceProperties", "Is there such a device?");
+  return p;
+}
+
+std::string uuid_of(const cudaDeviceProp& p) {
+  std::string uuid;
+  for (const char c : p.uuid.bytes) {
+    char hex[3];
+    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(c));
+    uuid += hex;
+  }
+  return uuid;
+}
+
 }  // namespace
 
 void check(cudaError_t error, const char* call, const char* hint) {
@@ -99,24 +117,51 @@ std::string why_not() {
 }
 
 DeviceFacts facts_of(int device) {
-  cudaDeviceProp p;
-  check(cudaGetDeviceProperties(&p, device), "cudaGetDeviceProperties", "Is there such a device?");
+  const cudaDeviceProp p = properties_of(device);
   DeviceFacts f;
   f.name = p.name;
-  for (const char c : p.uuid.bytes) {
-    char hex[3];
-    std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned char>(c));
-    f.uuid += hex;
-  }
+  f.uuid = uuid_of(p);
   f.sms = p.multiProcessorCount;
   f.capability = p.major * 10 + p.minor;
   f.memory = static_cast<int64_t>(p.totalGlobalMem);
   f.shared_per_sm = static_cast<int>(p.sharedMemPerMultiprocessor);
   f.shared_per_block = static_cast<int>(p.sharedMemPerBlockOptin);
+  f.registers_per_sm = p.regsPerMultiprocessor;
+  f.threads_per_sm = p.maxThreadsPerMultiProcessor;
   f.shares_fds = attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) &&
                  attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device);
-  f.shares_fabric = attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, device);
+  // NVML first: on most hosts there is no domain, and nothing need be made on the device to see that.
+  f.domain = domain_of(p.pciDomainID, p.pciBusID, p.pciDeviceID);
+  if (!f.domain.empty() && !makes_fabric_memory(device)) f.domain.clear();
   return f;
+}
+
+bool makes_fabric_memory(int device) {
+  if (!attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, device)) return false;
+  const OnDevice guard(device);
+  check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
+  CUmemAllocationProp prop{};
+  prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+  prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_FABRIC;
+  size_t bytes = 0;  // the least there is: 2 MiB
+  CUmemGenericAllocationHandle allocation = 0;
+  if (driver().mem_granularity(&bytes, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM) != CUDA_SUCCESS ||
+      driver().mem_create(&allocation, bytes, &prop, 0) != CUDA_SUCCESS)
+    return false;
+  CUmemFabricHandle handle;
+  const CUresult exported = driver().mem_export(&handle, allocation, CU_MEM_HANDLE_TYPE_FABRIC, 0);
+  driver().mem_release(allocation);
+  return exported == CUDA_SUCCESS;
+}
+
+int device_with(const std::string& uuid) {
+  int devices = 0;
+  check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+  for (int device = 0; device < devices; ++device) {
+    if (uuid_of(properties_of(device)) == uuid) return device;
+  }
+  return -1;
 }
 
 OnDevice::OnDevice(int device) {

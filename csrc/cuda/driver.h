@@ -49,9 +49,18 @@ struct DeviceFacts {
   int capability;  // 90 for 9.0
   int64_t memory;  // bytes
   int shared_per_sm, shared_per_block;
-  bool shares_fds, shares_fabric;  // of virtual memory
+  int registers_per_sm, threads_per_sm;
+  bool shares_fds;     // of virtual memory
+  std::string domain;  // key of the NVLink domain in which it can share memory with other hosts; "": none
 };
 DeviceFacts facts_of(int device);
+
+// Whether memory with a fabric handle can be made, by making some. The device's attribute is no answer:
+// Hopper has it everywhere, and without nvidia-imex making the memory fails.
+bool makes_fabric_memory(int device);
+
+// The number of the device that has this UUID (as in DeviceFacts); -1: this process sees none.
+int device_with(const std::string& uuid);
 
 // Makes `device` the calling thread's current one, as long as it lives.
 class OnDevice {

@@ -4,11 +4,31 @@
 
 #include "cuda/driver.h"
 #include "cuda/kernels.cuh"
+#include "cuda/plan.cuh"
 
 namespace commlib::cuda {
 namespace {
 
-constexpr int kRingBytes = 12 * 1024;  // times 16 warps: as much as fits beside the rest in 227 KB
+constexpr int kAwaitSharedBytes = kBlockSharedBytes + WarpShared::bytes(0);
+// Of each warp's ring. The most: times 16 warps it fits beside the rest in the 227 KB of sm_90. The least:
+// two chunks of a sum, one that is added and one that comes.
+constexpr int kMostRing = 12 * 1024;
+constexpr int kLeastRing = 2 * kLongestChunk;
+constexpr int kRingUnit = 1024;
+
+// What each warp's ring can be where a block may have so much shared memory: 99 KB on compute capability
+// 12.x.
+int ring_bytes_on(const DeviceFacts& facts) {
+  if (facts.capability < 90) return 0;
+  const int each = (facts.shared_per_block - kBlockSharedBytes) / kWarps - WarpShared::bytes(0);
+  const int ring = each / kRingUnit * kRingUnit;
+  if (ring < kLeastRing) {
+    throw std::runtime_error(facts.name + " gives a block " + std::to_string(facts.shared_per_block) +
+                             " bytes of shared memory; commlib's copies need " +
+                             std::to_string(kBlockSharedBytes + kWarps * WarpShared::bytes(kLeastRing)));
+  }
+  return ring < kMostRing ? ring : kMostRing;
+}
 
 using CombineKernel = void (*)(const CombineOp);
 
@@ -52,32 +72,73 @@ void prepare_rows(const LaunchShape& shape, int sms) {
 }
 
 template <class Kernel, class Op>
-void launch(Kernel kernel, const LaunchShape& shape, const Op& op, const char* name) {
+void launch(Kernel kernel, dim3 blocks, int warps, int shared_bytes, cudaStream_t stream, const Op& op,
+            const char* name) {
   void* arguments[] = {const_cast<Op*>(&op)};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(shape.blocks), dim3(kThreads), arguments,
-                         shape.shared_bytes, shape.stream),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(warps * kWarpLanes), arguments,
+                         shared_bytes, stream),
         name);
 }
+
+template <class Kernel, class Op>
+void launch(Kernel kernel, const LaunchShape& shape, const Op& op, const char* name) {
+  launch(kernel, dim3(shape.blocks), kWarps, shape.shared_bytes, shape.stream, op, name);
+}
+
+// Of an SM, what a block takes. Registers come in parts of 256 for each warp.
+struct Room {
+  int registers = 0, shared_bytes = 0, threads = 0;
+
+  template <class Kernel>
+  static Room of(Kernel kernel, int warps, int shared_bytes) {
+    constexpr int kSystemBytes = 1024;  // of shared memory, for each block
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    return {warps * static_cast<int>(align_up(attributes.numRegs * kWarpLanes, 256)),
+            shared_bytes + kSystemBytes, warps * kWarpLanes};
+  }
+  Room operator*(int n) const { return {registers * n, shared_bytes * n, threads * n}; }
+  Room operator+(const Room& o) const {
+    return {registers + o.registers, shared_bytes + o.shared_bytes, threads + o.threads};
+  }
+  bool fits(const DeviceFacts& facts) const {
+    return registers <= facts.registers_per_sm && shared_bytes <= facts.shared_per_sm &&
+           threads <= facts.threads_per_sm;
+  }
+};
 
 }  // namespace
 
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   const DeviceFacts facts = facts_of(device);
-  LaunchShape shape{blocks, 0, facts.capability >= 90 ? kRingBytes : 0, stream};
+  LaunchShape shape{blocks, 0, ring_bytes_on(facts), stream};
   const int needed = kBlockSharedBytes + kWarps * WarpShared::bytes(shape.ring_bytes);
   const int half = facts.shared_per_sm / 2 + 1024;  // more than half an SM's: no second block fits
   shape.shared_bytes = needed > half ? needed : half;
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
-  prepare(plan_kernel, shape, facts.sms);
   prepare(waves_kernel, shape, facts.sms);
-  prepare(await_kernel, shape, facts.sms);
   prepare_rows<WarpWorker>(shape, facts.sms);
   prepare_rows<HopsWorker>(shape, facts.sms);
+  Room::of(plan_kernel, kPlanWarps, kPlanSharedBytes);  // which loads them
+  Room::of(await_kernel, 1, kAwaitSharedBytes);
   return shape;
 }
 
-void launch_plan(const LaunchShape& shape, const PlanOp& op) {
-  launch(plan_kernel, shape, op, "plan_kernel");
+bool plans_fit_beside_rows(int device, const LaunchShape& shape, DType dtype) {
+  constexpr int kWaitingRanks = 8;  // that may all wait on one SM
+  const DeviceFacts facts = facts_of(device);
+  const Room plan = Room::of(plan_kernel, kPlanWarps, kPlanSharedBytes);
+  const Room waits = Room::of(await_kernel, 1, kAwaitSharedBytes) * kWaitingRanks;
+  const auto fit = [&](auto kernel) {
+    const Room rows = Room::of(kernel, kWarps, shape.shared_bytes);
+    return (rows + plan).fits(facts) && (rows + waits).fits(facts);
+  };
+  return fit(rows_kernel<WarpWorker>) && fit(waves_kernel) && fit(combine_kernel_of<WarpWorker>(dtype));
+}
+
+// Neither copies rows, so their warps have no ring.
+void launch_plan(cudaStream_t stream, const PlanOp& op) {
+  launch(plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op, "plan_kernel");
 }
 
 void launch_rows(const LaunchShape& shape, const RowsOp& op) {
@@ -94,8 +155,8 @@ void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) 
          "combine_kernel");
 }
 
-void launch_await(const LaunchShape& shape, const AwaitOp& op) {
-  launch(await_kernel, shape, op, "await_kernel");
+void launch_await(cudaStream_t stream, const AwaitOp& op) {
+  launch(await_kernel, dim3(1), 1, kAwaitSharedBytes, stream, op, "await_kernel");
 }
 
 }  // namespace commlib::cuda

@@ -20,17 +20,22 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   pending->call = call;
   pending->epoch = ++epoch_;
 
+  await_writable(*pending->lease, call, pending->epoch, plan_stream_);
   PlanOp op{};
   op.common = params(call, pending->epoch);
+  op.common.ring_bytes = 0;
   op.routing = routing_of(routing, owner_on_device_);
   op.routes = routing.routes;
+  op.rows_per_expert = routing.rows_per_expert;
+  op.offsets = routing.offsets;
+  op.align = routing.align;
   op.scratch = scratch_;
   op.plan = ++plans_;
   op.dispatch = dispatches_ + 1;
   op.capacity = config_.capacity;
   op.drop = drop;
-  op.reused = slots_->last_pull(pending->lease->index(), &op.reuse_epoch);
-  launch_plan(shape_, op);
+  launch_plan(plan_stream_, op);
+  check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
   wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });
 
   if (host_->plan_status == PlanStatus::bad_id) {
@@ -41,11 +46,20 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   if (host_->plan_status == PlanStatus::overflow) raise_overflow(host_->fullest, host_->fullest_rows);
   pending->source_rows.assign(host_->source_rows, host_->source_rows + config_.size);
   pending->slots.assign(host_->slots, host_->slots + config_.size);
-  const int64_t* rows_per_expert = host_->rows_per_expert;
-  pending->rows_per_expert.assign(rows_per_expert, rows_per_expert + placement_.count(config_.rank));
   for (const int64_t n : pending->source_rows) pending->rows += n;
+  pending->results = routing.offsets ? host_->grouped_rows : pending->rows;
   pending->dropped = host_->dropped;
   return pending;
+}
+
+// Nobody pulls from the slot any more when what comes next in the stream begins.
+void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint32_t epoch,
+                                      cudaStream_t stream) {
+  AwaitOp op{};
+  if (!slots_->last_pull(lease.index(), &op.reuse_epoch)) return;
+  op.common = params(call, epoch);
+  op.common.ring_bytes = 0;
+  launch_await(stream, op);
 }
 
 RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
@@ -66,9 +80,11 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   std::lock_guard<std::mutex> issue(issue_mutex_);
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
   op.send.with_experts = true;
-  op.send.slots = scratch_.slots;
-  op.deliver.source_rows = scratch_.source_rows;
+  op.fresh = true;
+  std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
+  std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
   op.places = routing.places;
+  check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");  // routes are placed last
   if (pending.in_waves()) {
     launch_in_waves(op, &pending);
   } else {
@@ -139,11 +155,7 @@ std::shared_ptr<SlotLease> CudaCommunicator::lend_slot() {
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   auto lease = take_slot();
-  AwaitOp op{};
-  if (slots_->last_pull(lease->index(), &op.reuse_epoch)) {
-    op.common = params({OpKind::combine, 0, 0}, op.reuse_epoch);
-    launch_await(shape_, op);
-  }
+  await_writable(*lease, {OpKind::combine, 0, 0}, epoch_, shape_.stream);
   lease->lend();
   return lease;
 }

@@ -38,6 +38,16 @@ __device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
 }
 
+// Whole, and nothing else: no order with any other access.
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
+  uint64_t v;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(word) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
+}
+
 // -- words of one GPU
 // ----------------------------------------------------------------------------------------
 
@@ -64,9 +74,9 @@ __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t exp
   return old;
 }
 
-// Unordered: whoever reads the sum needs a barrier first.
+// Unordered: whoever reads the sum needs a barrier first. The word may lie in shared memory.
 __device__ __forceinline__ void add_relaxed_gpu(uint32_t* word, uint32_t v) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
+  asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
 }
 __device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) {
   asm volatile("red.relaxed.gpu.global.min.s64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
@@ -85,20 +95,26 @@ __device__ __forceinline__ uint64_t globaltimer() {
 // Leaves the issue slots to other warps for about this long.
 __device__ __forceinline__ void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// -- half precision
+// -- half precision and bfloat16: the bits of protocol/scalar_types.h, but for NaNs
 // ------------------------------------------------------------------------------------------
 
-// Exact. Both give the bits of protocol/scalar_types.h, but for the payload of a NaN.
+// Exact. A NaN stays one.
 __device__ __forceinline__ float float_of_half(uint16_t bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
 
-// Rounds to nearest, ties to even.
-__device__ __forceinline__ uint16_t half_of_float(float f) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+// Two numbers in one word, the first in its low half; both rounded to nearest, ties to even, subnormal
+// results too. Every NaN becomes 0x7fff, without its sign and payload.
+__device__ __forceinline__ uint32_t half2_of_floats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t bf16x2_of_floats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

@@ -13,21 +13,24 @@ namespace commlib::cuda {
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
+constexpr int kPlanWarps = 6;  // of the one block of a plan, which must find room beside another on its SM
+
+constexpr uint64_t kBarrierTurn = uint64_t{1} << 63;  // see DeviceState::barrier
 
 // How a dispatch's counts came out.
 enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed = 3 };
 
 // Zero at the start.
 struct DeviceState {
-  // Counts arrivals of blocks at grid barriers. Added by each block's thread 0 (acq_rel), never reset; a
-  // barrier ends at the next multiple of the grid's blocks.
+  // Each block's thread 0 adds to it at a grid barrier (acq_rel) and waits until the top bit is another than
+  // before its addition (acquire). Block 0 adds kBarrierTurn - (blocks - 1), the others 1: kBarrierTurn
+  // together, so the top bit turns over when the last of them comes, whichever that is, and the bits below
+  // are zero again. Hence nothing need be reset, and launches of any number of blocks may follow each other.
+  // It cannot turn a second time while a block waits, for that block's next addition would be missing.
   uint64_t barrier;
   // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
   // broken.
   uint64_t failed;
-  // Written by block 0 before a grid barrier, read by all blocks after it.
-  PlanStatus plan_status;
-  uint32_t dropped;
   // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t link_free;
   // delivered[i] grows by the grid's warps with each dispatch in waves, when wave i is in place, or the
@@ -45,8 +48,8 @@ struct HostState {
   // can know, and the peer.
   uint64_t abort;
 
-  // The number of the newest plan that is done; written by the plan kernel's block 0 (release) after what
-  // follows, read by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
+  // The number of the newest plan whose results follow; written by the plan kernel (release) after them, read
+  // by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
   uint64_t planned;
   PlanStatus plan_status;
   int64_t bad_index;  // bad_id: into topk_idx, and what it holds
@@ -55,24 +58,16 @@ struct HostState {
   int64_t fullest_rows;
   int64_t rounds;  // of counts
   int64_t dropped;
+  int64_t grouped_rows;  // layout="expert"
   int64_t source_rows[kMaxRanks];
   uint8_t slots[kMaxRanks];
-  int64_t rows_per_expert[1];  // [own experts]
 };
 
-// Device memory that only lives within an operation, or between the halves of a dispatch.
+// Device memory that only lives within a kernel. A plan may run beside the rows of earlier dispatches, so
+// they share none of it, and what rows need of their plan comes in their arguments.
 struct Scratch {
-  uint32_t* rank_counts;     // [workers][ranks]: rows of each worker's tokens
-  int64_t* rank_firsts;      // [workers][ranks]: the first of them, at each rank
-  uint32_t* rank_totals;     // [ranks]
-  uint32_t* expert_counts;   // [experts]
-  int64_t* bad;              // [workers]
-  int64_t* base;             // [ranks]
-  int64_t* received;         // [ranks]
-  int64_t* source_rows;      // [ranks]
-  int64_t* rows_per_expert;  // [own experts]
-  uint8_t* slots;            // [ranks]
-  uint32_t* group_counts;    // [workers][own experts]
+  uint32_t* expert_counts;   // [experts]; of plans
+  uint32_t* group_counts;    // [workers][own experts]; the others are of rows
   int64_t* group_firsts;     // [workers][own experts]
   uint8_t* waves_of_routes;  // [max_tokens][width]
 };
@@ -92,21 +87,23 @@ struct PlanOp {
   OpParams common;
   Routing routing;
   int64_t* routes;
+  int64_t* rows_per_expert;  // [own experts]
+  int64_t* offsets;          // [own experts + 1]; null: layout="rank"
+  int64_t align;
   Scratch scratch;
   uint64_t plan;      // its number, told to the host when it is done
   uint32_t dispatch;  // number of the first round of counts
   int64_t capacity;
   bool drop;
-  // The slot that this rank lends was pulled from in operation `reuse_epoch`: wait until all have finished
-  // it.
-  bool reused;
-  uint32_t reuse_epoch;
 };
 
 struct RowsOp {
   OpParams common;
-  SendPlan send;  // slots: as the plan kernel left them, or null: to be collected
-  DeliverPlan deliver;
+  SendPlan send;        // slots: null
+  DeliverPlan deliver;  // source_rows: null
+  bool fresh;  // a plan has found what follows: the slot that each rank lends, and how many rows it sends
+  uint8_t slots[kMaxRanks];
+  int64_t source_rows[kMaxRanks];
   int64_t* places;  // to be filled: layout="expert" of a fresh dispatch; else null
   Scratch scratch;
   uint64_t arrivals[kMaxRanks];

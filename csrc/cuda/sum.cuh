@@ -19,7 +19,7 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::Type;
 
-// Conversions to and from the accumulator: in hardware where there is an instruction.
+// From the accumulator and to it: in hardware where there is an instruction.
 template <class T>
 __device__ Accumulator<T> widened(T e) {
   return widen(e);
@@ -33,8 +33,12 @@ __device__ T narrowed(Accumulator<T> v) {
   return e;
 }
 template <>
+__device__ inline Bf16 narrowed<Bf16>(float v) {
+  return {static_cast<uint16_t>(ptx::bf16x2_of_floats(v, 0))};
+}
+template <>
 __device__ inline Half narrowed<Half>(float v) {
-  return {ptx::half_of_float(v)};
+  return {static_cast<uint16_t>(ptx::half2_of_floats(v, 0))};
 }
 
 // The i-th element of 16 bytes, i known at compile time.
@@ -49,17 +53,22 @@ __device__ inline double element_of(const ptx::Vec16& v, int i, double) {
   return double_of(static_cast<uint64_t>(v.word[2 * i + 1]) << 32 | v.word[2 * i]);
 }
 
-__device__ inline void set_element(ptx::Vec16& v, int i, Bf16 e) {
-  v.word[i / 2] |= static_cast<uint32_t>(e.bits) << (i % 2 * 16);
+// 16 bytes of T from their sums, rounded once.
+__device__ inline ptx::Vec16 packed(const float* sums, Bf16) {
+  return {{ptx::bf16x2_of_floats(sums[0], sums[1]), ptx::bf16x2_of_floats(sums[2], sums[3]),
+           ptx::bf16x2_of_floats(sums[4], sums[5]), ptx::bf16x2_of_floats(sums[6], sums[7])}};
 }
-__device__ inline void set_element(ptx::Vec16& v, int i, Half e) {
-  v.word[i / 2] |= static_cast<uint32_t>(e.bits) << (i % 2 * 16);
+__device__ inline ptx::Vec16 packed(const float* sums, Half) {
+  return {{ptx::half2_of_floats(sums[0], sums[1]), ptx::half2_of_floats(sums[2], sums[3]),
+           ptx::half2_of_floats(sums[4], sums[5]), ptx::half2_of_floats(sums[6], sums[7])}};
 }
-__device__ inline void set_element(ptx::Vec16& v, int i, float e) { v.word[i] = bits_of(e); }
-__device__ inline void set_element(ptx::Vec16& v, int i, double e) {
-  const uint64_t bits = bits_of(e);
-  v.word[2 * i] = static_cast<uint32_t>(bits);
-  v.word[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+__device__ inline ptx::Vec16 packed(const float* sums, float) {
+  return {{bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])}};
+}
+__device__ inline ptx::Vec16 packed(const double* sums, double) {
+  const uint64_t a = bits_of(sums[0]), b = bits_of(sums[1]);
+  return {{static_cast<uint32_t>(a), static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b),
+           static_cast<uint32_t>(b >> 32)}};
 }
 
 // The sum of 16 bytes of each row.
@@ -68,24 +77,15 @@ class Sum16 {
  public:
   using Acc = Accumulator<T>;
 
-  __device__ void add(const ptx::Vec16& row, const std::byte* weight) {
-    if (!weight) {  // the same for all lanes
+  __device__ void add(const ptx::Vec16& row) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) sums_[i] += value(row, i);
-      return;
-    }
-    const Acc w = *reinterpret_cast<const Acc*>(weight);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) sums_[i] += w * value(row, i);
+    for (int i = 0; i < kElements; ++i) sums_[i] += value(row, i);
   }
-  __device__ ptx::Vec16 rounded() const {
-    ptx::Vec16 out{};
+  __device__ void add(const ptx::Vec16& row, Acc weight) {
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      set_element(out, i, narrowed<T>(sums_[i]));
-    }
-    return out;
+    for (int i = 0; i < kElements; ++i) sums_[i] += weight * value(row, i);
   }
+  __device__ ptx::Vec16 rounded() const { return packed(sums_, T{}); }
 
  private:
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));

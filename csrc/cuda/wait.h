@@ -13,7 +13,8 @@ namespace commlib::cuda {
 inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 inline void store_word(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 
-// Spins, then yields, then sleeps: a kernel's answer takes microseconds, a missing rank's never comes.
+// Spins, then yields, then sleeps: a kernel's answer takes microseconds, or as long as the work that it is
+// queued behind; a missing rank's never comes. A sleep of any length costs 50 µs and more.
 class HostWait {
  public:
   explicit HostWait(SpinPolicy spin) : spin_(spin) {}
@@ -21,7 +22,10 @@ class HostWait {
   // Waits a little; true every nap: time to look around.
   bool pause() {
     ++calls_;
-    if (calls_ <= spin_.pauses) return false;
+    if (calls_ <= spin_.pauses) {
+      cpu_pause();
+      return false;
+    }
     if (calls_ <= spin_.pauses + spin_.yields) {
       sched_yield();
       return false;

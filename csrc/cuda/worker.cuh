@@ -1,8 +1,5 @@
-// The CUDA worker: one warp. protocol/worker.h says what its members mean.
-//
-// Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its slots and
-// empties them while the warp goes on. One kernel uses either multicast or reduce, so each lays the ring out
-// as it likes.
+// The CUDA worker: one warp. protocol/worker.h says what its members mean; what they do with rows is in
+// worker_rows.cuh.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -13,22 +10,37 @@ namespace commlib::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint64_t kLookNs = 5'000'000;  // between two looks at why a wait does not end
+constexpr int kPollsBetweenLooks = 64;   // at a grid barrier
 
 // A warp's shared memory. The ring comes first, for bulk copies want their alignment.
 struct WarpShared {
   static constexpr int kBarriers = 8;
   static constexpr int kListBytes = (kMaxTopk + 1) * static_cast<int>(sizeof(Term));
+  static constexpr int kWeightBytes = (kMaxTopk + 1) * static_cast<int>(sizeof(double));
 
   __host__ __device__ static constexpr int bytes(int ring_bytes) {
-    return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kMaxRanks, 128));
+    return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kWeightBytes, 128));
+  }
+  // Slots of the ring in a sum, of so many bytes each.
+  __host__ __device__ static constexpr int sum_slots(int ring_bytes, int slot_bytes) {
+    return ring_bytes / slot_bytes < kBarriers ? ring_bytes / slot_bytes : kBarriers;
   }
   std::byte* ring;
   uint64_t* barriers;  // [kBarriers], one for each slot of the ring
   std::byte* list;     // Terms or Targets
-  uint8_t* slots;      // [kMaxRanks]: for collect_calls
+  std::byte* weights;  // the values of the Terms' weights, as accumulators
 };
 
-constexpr int kBlockSharedBytes = 128;  // words of the block, before those of its warps
+// 16-byte pieces of a row that each lane sums at once; half of them where registers are short.
+constexpr int kSumPieces = 4;
+
+// What the warps of a block share, before what each of them has.
+struct BlockShared {
+  uint64_t answer;           // one thread's, for all; two barriers of the block around it
+  uint8_t slots[kMaxRanks];  // for collect_calls
+};
+constexpr int kBlockSharedBytes = 128;
+static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
 
 // Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
 struct WordReader {
@@ -95,7 +107,7 @@ class WarpWorker {
     shared_.ring = base;
     shared_.barriers = reinterpret_cast<uint64_t*>(base + op.ring_bytes);
     shared_.list = base + op.ring_bytes + WarpShared::kBarriers * 8;
-    shared_.slots = reinterpret_cast<uint8_t*>(shared_.list + WarpShared::kListBytes);
+    shared_.weights = shared_.list + WarpShared::kListBytes;
     if (lane_ < WarpShared::kBarriers) ptx::mbarrier_init(&shared_.barriers[lane_]);
     ptx::fence_mbarrier_init();
     __syncwarp();
@@ -103,12 +115,12 @@ class WarpWorker {
 
   // Warps with neighbouring numbers lie on different SMs, so that little work uses all of them.
   __device__ int index() const { return warp_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
-  __device__ int count() const { return kWarps * static_cast<int>(gridDim.x); }
+  __device__ int count() const { return static_cast<int>(blockDim.x / kWarpLanes * gridDim.x); }
   __device__ int lane() const { return lane_; }
   __device__ static constexpr int lanes() { return kWarpLanes; }
   __device__ int warp() const { return warp_; }
   __device__ Span share(int64_t n) const { return share_of(n, index(), count()); }
-  __device__ uint8_t* slots() const { return shared_.slots; }
+  __device__ uint8_t* slots() const { return block_shared().slots; }
 
   template <class T, class F>
   __device__ List<T> list(int n, F f);
@@ -129,6 +141,14 @@ class WarpWorker {
     }
     return value;
   }
+  __device__ Prefix prefix(int64_t value) const {
+    int64_t with = value;
+    for (int step = 1; step < kWarpLanes; step *= 2) {
+      const int64_t below = __shfl_sync(kAllLanes, with, lane_ < step ? lane_ : lane_ - step);
+      if (lane_ >= step) with += below;
+    }
+    return {with - value, __shfl_sync(kAllLanes, with, kWarpLanes - 1)};
+  }
   __device__ uint32_t take(bool mine, uint32_t* counter) const {
     const unsigned takers = __ballot_sync(kAllLanes, mine);
     return take_as(takers, counter, lane_ == 0);
@@ -140,18 +160,32 @@ class WarpWorker {
   }
 
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
-  // kUnroll: 16-byte pieces that each lane sums at once.
   template <class T, int kUnroll>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
-  __device__ void zero(std::byte* dst, int64_t bytes) const {
-    for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
-  }
+  __device__ void zero(std::byte* dst, int64_t bytes) const;
   // The bulk copies of each lane are complete, and its ordinary stores stay before bulk copies of others that
   // acquire what is released next; the barrier passes both on to whichever lane releases.
   __device__ void flush() const {
     ptx::bulk_wait_written();
     ptx::fence_proxy_async();
     __syncwarp();
+  }
+
+  // One warp speaks for its block, for each that does pays for a system-wide barrier at each release: its
+  // release passes on what the others have written before the block's barrier.
+  __device__ int gather() const {
+    flush();
+    __syncthreads();
+    return warp_ == 0 ? kWarps : 0;
+  }
+  // One warp asks for its block; all() makes what it has acquired good for the bulk copies of the others.
+  template <class Ask>
+  __device__ bool once(Ask ask) const {
+    if (warp_ == 0) {
+      const bool ok = ask();
+      if (lane_ == 0) block_shared().answer = ok;
+    }
+    return all(answer_for_block());
   }
 
   __device__ bool link_limited() const { return op_.link.fs_per_byte != 0; }
@@ -171,8 +205,10 @@ class WarpWorker {
   }
 
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
-  __device__ void add(uint64_t* counter) const { ptx::add_release_sys(counter, 1); }
+  __device__ void add(uint64_t* counter, uint64_t n = 1) const { ptx::add_release_sys(counter, n); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
+  __device__ void say(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
+  __device__ uint64_t glance(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
   __device__ void wake(const Mailbox&) const {}
   __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
   __device__ void tally(uint32_t* counter, int n) const {
@@ -209,9 +245,17 @@ class WarpWorker {
   __device__ bool grid_barrier(bool ok) const;
 
  private:
-  static constexpr int kSendSlots = 4;  // of the ring, in multicast
-  static constexpr int kSumSlots = 6;   // in sum
-
+  __device__ bool await_blocks() const;
+  __device__ static BlockShared& block_shared() {
+    return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
+  }
+  // What one thread of the block has left there.
+  __device__ static bool answer_for_block() {
+    __syncthreads();
+    const bool answer = block_shared().answer != 0;
+    __syncthreads();  // nobody comes back and overwrites it before all have read it
+    return answer;
+  }
   // Lanes of `takers` get *counter + 0, 1, ...; the lane that says so writes the sum.
   __device__ uint32_t take_as(unsigned takers, uint32_t* counter, bool writes) const {
     const uint32_t before = *counter;
@@ -221,10 +265,15 @@ class WarpWorker {
     return before + static_cast<uint32_t>(__popc(takers & ((1u << lane_) - 1)));
   }
 
+  __device__ bool all_aligned(uintptr_t bits) const;
   __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes);
-  __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes, bool aligned) const;
-  template <class T, int kUnroll>
-  __device__ void bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes);
+  __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
+  template <class T>
+  __device__ bool gather_weights(List<Term> terms) const;
+  template <class T, int kUnroll, bool kWeighted>
+  __device__ void bulk_sum(std::byte* dst, List<Term> terms, int bytes);
+  template <class T, int kUnroll, bool kWeighted>
+  __device__ void plain_sum(std::byte* dst, List<Term> terms, int bytes) const;
 
   // Ring slots are taken in turn, and each mbarrier flips its phase each time round.
   struct Turn {
@@ -259,13 +308,12 @@ class WarpWorker {
       ptx::nanosleep(100);
       const uint64_t now = ptx::globaltimer();
       if (now < next_look) continue;
-      if (!gives_up(op_, peer, phase, start, false)) {
-        next_look = now + kLookNs;
-        continue;
-      }
+      next_look = now + kLookNs;
+      if (!gives_up(op_, peer, phase, start, false)) continue;
       if (ready()) return true;  // who left did its part first, and said so after that
-      gives_up(op_, peer, phase, start, true);
-      return false;
+      // What was a reason may be none any more: from another node, that a rank has left may come before what
+      // it did. No wait is given up without a record.
+      if (gives_up(op_, peer, phase, start, true)) return false;
     }
   }
 
@@ -296,143 +344,28 @@ __device__ List<T> WarpWorker::list(int n, F f) {
   return {items, kept};
 }
 
-__device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes) {
-  const Target mine = lane_ < to.count ? to.items[lane_] : nullptr;  // at most topk, which is a warp's lanes
-  const auto bits =
-      reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) | static_cast<uintptr_t>(bytes);
-  const bool aligned = __all_sync(kAllLanes, bits % 16 == 0);
-  if (to.count == 0) return;
-  if (op_.ring_bytes > 0 && aligned) {
-    bulk_multicast(mine, src, bytes);
-  } else {
-    plain_multicast(to, src, bytes, aligned);
-  }
-}
-
-// Lane 0 loads chunks of the row, two ahead; each lane stores them to its own target. A slot is loaded again
-// four chunks later: by then all but each lane's newest group of stores must have read it.
-__device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
-  const int slot_bytes = op_.ring_bytes / kSendSlots;
-  constexpr int kAhead = kSendSlots / 2;
-  Turn ahead = turn_;
-  int64_t loaded = 0;
-  const auto load_next = [&] {
-    const int64_t n = bytes - loaded < slot_bytes ? bytes - loaded : slot_bytes;
-    ptx::bulk_wait_read<kAhead - 1>();
-    __syncwarp();
-    if (lane_ == 0) load_into_ring(ahead.slot, slot_bytes, src + loaded, n);
-    ahead.next(kSendSlots);
-    loaded += n;
-  };
-  for (int i = 0; i < kAhead && loaded < bytes; ++i) load_next();
-  for (int64_t sent = 0; sent < bytes; sent += slot_bytes) {
-    if (loaded < bytes) load_next();
-    const int64_t n = bytes - sent < slot_bytes ? bytes - sent : slot_bytes;
-    await_ring(turn_);
-    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.slot * slot_bytes, static_cast<uint32_t>(n));
-    ptx::bulk_commit();
-    turn_.next(kSendSlots);
-  }
-}
-
-__device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::byte* src, int64_t bytes,
-                                                   bool aligned) const {
-  if (aligned) {
-    for (int64_t i = lane_ * 16; i < bytes; i += kWarpLanes * 16) {
-      const ptx::Vec16 v = ptx::load_global(src + i);
-      for (int j = 0; j < to.count; ++j) ptx::store_global(to.items[j] + i, v);
-    }
-    return;
-  }
-  for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) {  // the smallest element has two bytes
-    const uint16_t v = *reinterpret_cast<const uint16_t*>(src + i);
-    for (int j = 0; j < to.count; ++j) *reinterpret_cast<uint16_t*>(to.items[j] + i) = v;
-  }
-}
-
-template <class T, int kUnroll>
-__device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elements) {
-  uintptr_t bits = reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(elements * sizeof(T));
-  for (int j = lane_; j < terms.count; j += kWarpLanes)
-    bits |= reinterpret_cast<uintptr_t>(terms.items[j].row);
-  const bool aligned = __all_sync(kAllLanes, bits % 16 == 0);
-  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-  if (op_.ring_bytes > 0 && aligned) {
-    bulk_sum<T, kUnroll>(dst, terms, bytes);
-  } else if (aligned) {
-    for (int64_t i = lane_ * 16; i < bytes; i += kWarpLanes * 16) {
-      Sum16<T> s;
-      for (int j = 0; j < terms.count; ++j)
-        s.add(ptx::load_global(terms.items[j].row + i), terms.items[j].weight);
-      ptx::store_global(dst + i, s.rounded());
-    }
-  } else {
-    for (int64_t i = lane_; i < elements; i += kWarpLanes) {
-      reinterpret_cast<T*>(dst)[i] = sum_element<T>(terms, i);
-    }
-  }
-}
-
-// Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
-// of each row, ... Lane 0 keeps every free slot loading.
-template <class T, int kUnroll>
-__device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int64_t bytes) {
-  constexpr int kChunk = kUnroll * kWarpLanes * 16;
-  Turn ahead = turn_;
-  int64_t load_at = 0;
-  int load_row = 0;
-  const auto load_next = [&](int slot) {
-    const int64_t n = bytes - load_at < kChunk ? bytes - load_at : kChunk;
-    if (lane_ == 0) load_into_ring(slot, kChunk, terms.items[load_row].row + load_at, n);
-    if (++load_row < terms.count) return;
-    load_row = 0;
-    load_at += kChunk;
-  };
-  for (int i = 0; i < kSumSlots && load_at < bytes && terms.count > 0; ++i) {
-    load_next(ahead.slot);
-    ahead.next(kSumSlots);
-  }
-  for (int64_t at = 0; at < bytes; at += kChunk) {
-    Sum16<T> sums[kUnroll];
-    for (int j = 0; j < terms.count; ++j) {
-      await_ring(turn_);
-      const std::byte* slot = shared_.ring + turn_.slot * kChunk;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int i = (u * kWarpLanes + lane_) * 16;
-        if (at + i < bytes) sums[u].add(ptx::load_shared(slot + i), terms.items[j].weight);
-      }
-      __syncwarp();  // all lanes have read the slot
-      if (load_at < bytes) load_next(turn_.slot);
-      turn_.next(kSumSlots);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = at + (u * kWarpLanes + lane_) * 16;
-      if (i < bytes) ptx::store_global(dst + i, sums[u].rounded());
-    }
-  }
-}
-
 __device__ inline bool WarpWorker::grid_barrier(bool ok) const {
-  uint64_t* block_ok = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
   if (!ok && lane_ == 0) ptx::exchange_if_gpu(&op_.state->failed, 0, 1);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint64_t ticket = ptx::add_acq_rel_gpu(&op_.state->barrier, 1);
-    const uint64_t target = (ticket / gridDim.x + 1) * gridDim.x;
-    bool failed = false;
-    while (ptx::load_acquire_gpu(&op_.state->barrier) < target && !failed) {
-      failed = ptx::load_acquire_gpu(&op_.state->failed) != 0;
-      ptx::nanosleep(50);
+  if (threadIdx.x == 0) block_shared().answer = await_blocks();
+  return answer_for_block();
+}
+
+// Whether all blocks have come, and none of them has failed. Who fails says so before it comes, but some that
+// have failed do not come again: so a block that waits long looks as well.
+__device__ inline bool WarpWorker::await_blocks() const {
+  const uint64_t mine = blockIdx.x == 0 ? kBarrierTurn - (gridDim.x - 1) : 1;
+  const uint64_t before = ptx::add_acq_rel_gpu(&op_.state->barrier, mine);
+  uint64_t now = before + mine;
+  const auto failed = [&] { return ptx::load_acquire_gpu(&op_.state->failed) != 0; };
+  for (;;) {
+#pragma unroll 1
+    for (int i = 0; i < kPollsBetweenLooks; ++i) {
+      if (((now ^ before) & kBarrierTurn) != 0) return !failed();
+      now = ptx::load_acquire_gpu(&op_.state->barrier);
     }
-    failed = failed || ptx::load_acquire_gpu(&op_.state->failed) != 0;
-    *block_ok = failed ? 0 : 1;
+    if (failed()) return false;
   }
-  __syncthreads();
-  ok = *block_ok != 0;
-  __syncthreads();  // nobody comes back and overwrites it before all have read it
-  return ok;
 }
 
 // Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.
@@ -448,7 +381,7 @@ class SumWorker : public Base {
  public:
   using Base::Base;
   __device__ void reduce(DType, std::byte* dst, List<Term> terms, int64_t elements) {
-    this->template sum<T, Base::kHops ? 2 : 4>(dst, terms, elements);  // so that none needs more registers
+    this->template sum<T, Base::kHops ? kSumPieces / 2 : kSumPieces>(dst, terms, elements);
   }
 };
 

@@ -9,18 +9,20 @@ namespace commlib {
 
 COMMLIB_HD int64_t count_words(const Placement& placement) { return placement.ranks + placement.max_count(); }
 
-// To rank p go [ranks] row counts and [experts of p] counts, each word tagged with the dispatch.
+// To rank p go [ranks] row counts and [experts of p] counts, each word tagged with the dispatch: it is value
+// and flag in one, and orders nothing else. That this rank's slot may be written is what its call says.
+// Workers share the ranks.
 template <class Worker>
 COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placement& placement,
                                const SourceCounts& counts, uint32_t dispatch) {
-  for (int p = 0; p < peers.size; ++p) {
+  for (int p = w.index(); p < peers.size; p += w.count()) {
     uint64_t* words = peers.counts(p, peers.rank, dispatch);
     for (int q = w.lane(); q < peers.size; q += w.lanes()) {
-      w.publish(&words[q], tagged(dispatch, counts.per_rank[q]));
+      w.say(&words[q], tagged(dispatch, counts.per_rank[q]));
     }
     const int64_t first = placement.first_expert(p);
     for (int64_t e = w.lane(); e < placement.count(p); e += w.lanes()) {
-      w.publish(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
+      w.say(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
     }
     tell(w, peers, p, words, peers.count_words);
   }
@@ -34,36 +36,65 @@ struct CountsResult {
   int64_t* rows_per_expert;  // [own experts]
 };
 
-// One count word of source s: that of rank i, or of own expert i - ranks.
-COMMLIB_HD void add_count(const PeerTable& peers, const CountsResult& result, int s, int64_t i,
-                          uint32_t rows) {
-  if (i >= peers.size) {
-    result.rows_per_expert[i - peers.size] += rows;
-    return;
+// One count word, summed over sources.
+struct CountSum {
+  int64_t before = 0;  // over the sources below this rank
+  int64_t all = 0;
+};
+
+// Sums word i of every source: that of rank i, or of own expert i - ranks. Looks at several sources at once,
+// for a look at another's word takes long, and waits only for words that are not there yet.
+template <class Worker>
+COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i,
+                          const CountsResult& result, CountSum* sum) {
+  constexpr int kAtOnce = 8;
+  for (int first = 0; first < peers.size;) {
+    const int n = peers.size - first < kAtOnce ? peers.size - first : kAtOnce;
+    const auto word = [&](int j) { return &peers.counts(peers.rank, first + j, dispatch)[i]; };
+    uint64_t seen[kAtOnce];
+    bool here = true;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      seen[j] = w.glance(word(j < n ? j : 0));
+      here = here && tag_of(seen[j]) == dispatch;
+    }
+    if (!here) {
+#pragma unroll 1
+      for (int j = 0; j < n; ++j) {
+        if (!w.await_tag(word(j), dispatch, first + j, Phase::counts)) return false;
+      }
+      continue;  // and look again
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (j >= n) break;
+      const auto rows = static_cast<int64_t>(value_of(seen[j]));
+      if (first + j < peers.rank) sum->before += rows;
+      if (i == peers.rank) result.source_rows[first + j] = rows;
+      sum->all += rows;
+    }
+    first += n;
   }
-  if (s < peers.rank) result.base[i] += rows;
-  if (i == peers.rank) result.source_rows[s] = rows;
-  result.received[i] += rows;
+  return true;
 }
 
-// Each lane takes words of its own, from every source in turn, so no two lanes add to one sum.
+// Workers and their lanes share the words; each sums its own over all sources, so no two add to one sum. Each
+// worker returns whether its words are there.
 template <class Worker>
 COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placement& placement,
                                uint32_t dispatch, const CountsResult& result) {
   const int64_t words = peers.size + placement.count(peers.rank);
+  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
   bool ok = true;
-  for (int64_t i = w.lane(); i < words; i += w.lanes()) {
+  for (int64_t i = w.index() * w.lanes() + w.lane(); ok && i < words; i += step) {
+    CountSum sum;
+    ok = sum_count(w, peers, dispatch, i, result, &sum);
+    if (!ok) break;
     if (i < peers.size) {
-      result.base[i] = result.received[i] = 0;
+      result.base[i] = sum.before;
+      result.received[i] = sum.all;
     } else {
-      result.rows_per_expert[i - peers.size] = 0;
-    }
-  }
-  for (int s = 0; s < peers.size; ++s) {
-    const uint64_t* from = peers.counts(peers.rank, s, dispatch);
-    for (int64_t i = w.lane(); ok && i < words; i += w.lanes()) {
-      ok = w.await_tag(&from[i], dispatch, s, Phase::counts);
-      if (ok) add_count(peers, result, s, i, value_of(w.read(&from[i])));
+      result.rows_per_expert[i - peers.size] = sum.all;
     }
   }
   return w.all(ok);

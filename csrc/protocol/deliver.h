@@ -41,14 +41,25 @@ COMMLIB_HD void replicate_rows(Worker& w, const DeliverPlan& plan) {
 }
 
 template <class Worker>
-COMMLIB_HD void zero_padding(Worker& w, const DeliverPlan& plan) {
+COMMLIB_HD void zero_padding_row(Worker& w, const DeliverPlan& plan, int64_t row) {
   const int64_t wb = plan.layout.weight_bytes;
-  for (int64_t e = w.index(); e < plan.experts; e += w.count()) {
-    for (int64_t row = plan.offsets[e] + plan.rows_per_expert[e]; row < plan.offsets[e + 1]; ++row) {
-      w.zero(plan.out_rows + row * plan.layout.row_bytes, plan.layout.row_bytes);
-      if (w.lane() != 0) continue;
-      if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
-      if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;
+  w.zero(plan.out_rows + row * plan.layout.row_bytes, plan.layout.row_bytes);
+  if (w.lane() != 0) return;
+  if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
+  if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;
+}
+
+// Where there are more workers than experts, several share the padding of one group.
+template <class Worker>
+COMMLIB_HD void zero_padding(Worker& w, const DeliverPlan& plan) {
+  const int experts = static_cast<int>(plan.experts);
+  if (experts == 0) return;
+  const int sharing = w.count() > experts ? w.count() / experts : 1;
+  for (int i = w.index(); i < experts * sharing; i += w.count()) {
+    const int e = i % experts;
+    const int64_t end = plan.offsets[e + 1];
+    for (int64_t row = plan.offsets[e] + plan.rows_per_expert[e] + i / experts; row < end; row += sharing) {
+      zero_padding_row(w, plan, row);
     }
   }
 }

@@ -101,14 +101,16 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   }
 }
 
-// Says to every rank of this node that this worker's part of the operation is in place.
+// Says to every rank of this node that this worker's part of the operation is in place, and that of those it
+// speaks for.
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
-  w.flush();
+  const int workers = w.gather();
+  if (workers == 0) return;
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
     if (!peers.is_near(p)) continue;
-    w.add(&peers.mail_to(p).arrived);
+    w.add(&peers.mail_to(p).arrived, static_cast<uint64_t>(workers));
     w.wake(peers.mail_to(p));
   }
 }

@@ -128,8 +128,8 @@ COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   if (hops) start_hops(w, dispatch_lane(plan, peers, wait, w.index()));
   send_rows(w, plan, peers);
   arrive(w, peers);
-  if (hops && !finish_hops(w, dispatch_lane(plan, peers, wait, w.index()))) return false;
-  return await_arrivals(w, peers, arrivals);
+  const bool passed = !hops || finish_hops(w, dispatch_lane(plan, peers, wait, w.index()));
+  return w.once([&] { return await_arrivals(w, peers, arrivals); }) && passed;
 }
 
 }  // namespace commlib

@@ -97,11 +97,13 @@ COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait
   for (int i = 0; i < peers.size; ++i) {
     const int p = (peer + i) % peers.size;
     const uint64_t left = w.read(&peers.mail_from(p).left);
+    if (p == peers.rank || left == 0) continue;  // to ask what it called last takes many words
     // What a rank of this node did before it closed is in place; from another node it may still be on its
     // way.
-    const bool did_its_part = (p != peer || !peers.is_near(p)) && has_called(w, peers, p, wait.epoch);
-    const bool needed = tag_of(left) == kGaveUp || (tag_of(left) == kClosed && !did_its_part);
-    if (p == peers.rank || !needed) continue;
+    const auto did_its_part = [&] {
+      return (p != peer || !peers.is_near(p)) && has_called(w, peers, p, wait.epoch);
+    };
+    if (tag_of(left) == kClosed && did_its_part()) continue;
     *record = new_record(w, peers, wait, Cause::left, static_cast<int>(value_of(left)), phase);
     record->teller = p;
     return true;

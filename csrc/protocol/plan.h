@@ -44,20 +44,33 @@ COMMLIB_HD int lowest_bit(uint64_t mask) {
 }
 
 // The ranks that own an expert of token t, as a mask; adds to the counts of the experts. An id outside
-// [-1, experts) is taken as -1, and the place of the first such is kept in *bad.
+// [-1, experts) is taken as -1, and the place of the first such is kept in *bad. Reads several ids before it
+// looks at any, and the owners of all of them: one trip to memory each.
 template <class Worker>
 COMMLIB_HD uint64_t ranks_of_token(Worker& w, const Routing& in, int64_t t, uint32_t* per_expert,
                                    int64_t* bad) {
+  constexpr int kAtOnce = 8, kBad = -2;
   uint64_t ranks = 0;
-  for (int64_t i = t * in.topk; i < (t + 1) * in.topk; ++i) {
-    const int64_t e = in.topk_idx[i];
-    if (e == -1) continue;
-    if (e < -1 || e >= in.placement.experts) {
-      if (i < *bad) *bad = i;
-      continue;
+  for (int first = 0; first < in.topk; first += kAtOnce) {
+    const int64_t* ids = in.topk_idx + t * in.topk + first;
+    const int n = in.topk - first < kAtOnce ? in.topk - first : kAtOnce;
+    int expert[kAtOnce], owner[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t id = k < n ? ids[k] : -1;
+      expert[k] = id < -1 || id >= in.placement.experts ? kBad : static_cast<int>(id);
     }
-    w.tally(&per_expert[e], 1);
-    ranks |= uint64_t{1} << in.owner[e];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) owner[k] = expert[k] < 0 ? 0 : in.owner[expert[k]];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (expert[k] >= 0) {
+        w.tally(&per_expert[expert[k]], 1);
+        ranks |= uint64_t{1} << owner[k];
+      } else if (expert[k] == kBad && ids - in.topk_idx + k < *bad) {
+        *bad = ids - in.topk_idx + k;
+      }
+    }
   }
   return ranks;
 }
@@ -129,15 +142,21 @@ COMMLIB_HD int64_t drop_overflow(Worker& w, const Routing& in, int64_t* routes, 
   return dropped;
 }
 
-// layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows.
-// offsets [experts + 1] from the number of rows of each expert; returns the number of rows in all.
-COMMLIB_HD int64_t group_offsets(const int64_t* rows_per_expert, int64_t experts, int64_t align,
+// layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows. One worker
+// writes offsets [experts + 1] from the number of rows of each expert, and returns the number of rows in all.
+template <class Worker>
+COMMLIB_HD int64_t group_offsets(Worker& w, const int64_t* rows_per_expert, int64_t experts, int64_t align,
                                  int64_t* offsets) {
-  offsets[0] = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    offsets[e + 1] = offsets[e] + (rows_per_expert[e] + align - 1) / align * align;
+  int64_t end = 0;
+  if (w.lane() == 0) offsets[0] = 0;
+  for (int64_t first = 0; first < experts; first += w.lanes()) {
+    const int64_t e = first + w.lane();
+    const int64_t padded = e < experts ? (rows_per_expert[e] + align - 1) / align * align : 0;
+    const Prefix here = w.prefix(padded);
+    if (e < experts) offsets[e + 1] = end + here.before + padded;
+    end += here.all;
   }
-  return offsets[experts];
+  return end;
 }
 
 // places [rows][topk]: of each (unique row, place) the ordinal within its expert's group in this worker's

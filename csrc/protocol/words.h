@@ -58,10 +58,11 @@ struct Bell {
 // What one source says to one rank, in that rank's control block.
 struct alignas(64) Mailbox {
   // Grows by workers(src) with each operation that moves rows, when src's rows for it are in place: at the
-  // receiver (dispatch) or in src's own slot, ready to be pulled (combine). Added by each worker of src
-  // after its stores are flushed (release); read by the owner of the block (acquire). Where src is on another
-  // node, it grows by lanes with each dispatch, added by src's gateway here. Operations run one
-  // after another on each rank, and the counter is never reset, so a late reader cannot miss it.
+  // receiver (dispatch) or in src's own slot, ready to be pulled (combine). Added by the workers of src,
+  // or by one for several, after their stores are flushed (release); read by the owner of the block
+  // (acquire). Where src is on another node, it grows by lanes with each dispatch, added by src's gateway
+  // here. Operations run one after another on each rank, and the counter is never reset, so a late reader
+  // cannot miss it.
   uint64_t arrived;
   // Tag: the last operation that src has finished, rows pulled and all. Written by src's worker 0 (release)
   // after a barrier of its workers; the owner reads it (acquire) before it writes again into a slot from

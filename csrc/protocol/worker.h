@@ -12,6 +12,7 @@
 //   all(ok)                    whether ok holds on every lane; what one has acquired, all have then
 //   any_bits(mask)             the lanes' masks, or-ed
 //   lowest(value)              the least of the lanes' values
+//   prefix(value)              the sum over the lanes below, and over all lanes
 //   take(mine, counter)        where mine: *counter and the number of lower lanes that take; adds them
 //   take_each(key, counters)   the same with counters[key], where key is not negative
 //   multicast(to, src, bytes)  copies src to every target
@@ -28,11 +29,19 @@
 //                              each lane waits for its own word; false once this rank's operation has
 //                              failed, which a wait past its deadline causes
 //
+// All lanes of all workers call these together:
+//
+//   gather()                   flushes; the number of workers that this one speaks for from then on: workers
+//                              may have one of them speak for several, which have all flushed
+//   once(ask)                  what ask() says; one of several workers may ask for all
+//
 // Single lanes call these:
 //
 //   publish(word, value)       a release store
-//   add(counter)               a release addition of 1
+//   add(counter, n)            a release addition; of 1, if n is not given
 //   read(word)                 an acquire load
+//   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
+//   glance(word)               a load that orders nothing
 //   wake(mailbox)              rings its bell, where threads sleep
 //   post(outbox, post)         hands something to the network
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
@@ -62,6 +71,11 @@ struct List {
 
 struct Span {
   int64_t begin, end;
+};
+
+// Of a sum over lanes.
+struct Prefix {
+  int64_t before, all;
 };
 
 // The contiguous part of n items that falls to one of `count` workers.

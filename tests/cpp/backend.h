@@ -1,5 +1,5 @@
-// What the tests need to know of a backend; cpu/backend.cc and ../simt/runtime/backend.cc define it, and one
-// of them is linked.
+// What the tests need to know of a backend; cpu/backend.cc, ../simt/runtime/backend.cc
+// and gpu/backend.cc define it and what memory.h declares, and one of them is linked.
 #pragma once
 
 #include <memory>
@@ -15,6 +15,8 @@ class Machine {
  public:
   virtual ~Machine() = default;
   virtual std::unique_ptr<Communicator> communicator(const Config& config) = 0;  // from any thread
+  // A rank has done its part; others may not have. Its communicator goes now, or with the machine.
+  virtual void retire(std::shared_ptr<Communicator>) {}
   virtual std::string error() { return ""; }  // what went wrong that no rank can know
 };
 std::unique_ptr<Machine> make_machine();

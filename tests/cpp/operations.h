@@ -40,7 +40,7 @@ class UnderWay {
 struct Dispatched {
   const Scenario* scenario = nullptr;
   int rank = 0;
-  std::vector<int64_t> routes, places, offsets, rows_per_expert, ids, source;
+  Int64s routes, places, offsets, rows_per_expert, ids, source;
   Buffer rows, weights;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
   std::unique_ptr<PendingDispatch> pending;
@@ -69,6 +69,7 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
 // The y of `values` back along the routing of `known`, which must be finished.
 CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner);
 
+// `got` may lie in a slot of the heap, which only copies need reach.
 void check_bytes(const void* got, const Buffer& wanted, const char* what);
 // Wait, and compare bit by bit.
 void check_dispatch(const Dispatched& d);

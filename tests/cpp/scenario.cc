@@ -36,8 +36,8 @@ Buffer random_values(int64_t count, int64_t shift, Random& random) {
   return buffer;
 }
 
-std::vector<int64_t> random_routing(const Config& config, int64_t tokens, Random& random) {
-  std::vector<int64_t> ids;
+Int64s random_routing(const Config& config, int64_t tokens, Random& random) {
+  Int64s ids;
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<int64_t> experts(config.experts);
     for (int64_t e = 0; e < config.experts; ++e) experts[e] = e;
@@ -248,10 +248,9 @@ void fill_values(Scenario& s, Random& random) {
 }  // namespace
 
 Buffer::Buffer(int64_t bytes, int64_t shift) : bytes_(bytes), shift_(shift) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes + shift)) != 0) throw std::bad_alloc();
-  memory_.reset(static_cast<std::byte*>(memory));
-  std::memset(memory, 0xa5, static_cast<size_t>(bytes + shift));
+  const auto size = static_cast<size_t>(bytes + shift);
+  memory_.reset(static_cast<std::byte*>(allocate(size)));
+  std::memset(memory_.get(), 0xa5, size);
 }
 
 void complete(Scenario& s, Random& random) {

@@ -2,13 +2,13 @@
 // the plainest way by one thread.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
 #include "backend/communicator.h"
 #include "check.h"
+#include "memory.h"
 
 namespace commlib::testing {
 
@@ -27,7 +27,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
+    void operator()(std::byte* p) const { release(p); }
   };
   std::unique_ptr<std::byte, Free> memory_;
   int64_t bytes_;
@@ -42,8 +42,8 @@ struct Origin {
 struct RankCase {
   // Put in.
   int64_t tokens = 0;
-  std::vector<int64_t> topk_idx;  // [tokens][topk]
-  Buffer x, weights;              // [tokens] rows, x_stride bytes apart; [tokens][topk]
+  Int64s topk_idx;    // [tokens][topk]
+  Buffer x, weights;  // [tokens] rows, x_stride bytes apart; [tokens][topk]
   int64_t x_stride = 0;
   bool grouped = false;  // layout="expert"
   int64_t align = 1;
@@ -55,13 +55,13 @@ struct RankCase {
 
   // Got out of the dispatch.
   std::vector<Origin> rows;  // unique, by source, then token
-  std::vector<int64_t> rows_per_expert, offsets;
-  std::vector<int64_t> places;  // [rows][topk]: grouped row; empty unless grouped
-  std::vector<int64_t> ids;     // [rows][topk]: local expert
-  int64_t results = 0;          // rows of the result: unique or grouped
-  int64_t dropped = 0;          // of this rank's (token, rank) pairs
+  Int64s rows_per_expert, offsets;
+  Int64s places;        // [rows][topk]: grouped row; empty unless grouped
+  Int64s ids;           // [rows][topk]: local expert
+  int64_t results = 0;  // rows of the result: unique or grouped
+  int64_t dropped = 0;  // of this rank's (token, rank) pairs
   Buffer received, received_weights;
-  std::vector<int64_t> source;  // [results][2]
+  Int64s source;  // [results][2]
 
   // Got out of the combine.
   Buffer out, out_weights;

@@ -2,9 +2,17 @@
 
 #include <poll.h>
 
-#include <cstring>
-
 namespace commlib::testing {
+namespace {
+
+// Chunks may lie where only copies reach.
+Bytes read(const std::byte* data, size_t bytes) {
+  Bytes here(bytes);
+  copy_bytes(here.data(), data, bytes);
+  return here;
+}
+
+}  // namespace
 
 class SlowTransport final : public Transport {
  public:
@@ -25,11 +33,11 @@ class SlowTransport final : public Transport {
     if (net_.take_death(rank_, &dead)) receiver_->lost(dead, "it was killed");
     SlowNetwork::Message m;
     if (!net_.take(rank_, &m)) return false;
-    const std::byte* data = m.copy.empty() ? m.data : m.copy.data();
+    const std::byte* data = m.read.empty() ? m.data : m.read.data();
     if (m.post.kind == PostKind::chunk) {
       std::byte* to = receiver_->place_for(m.from, m.post);
       check(to != nullptr, "a chunk is expected");
-      std::memcpy(to, data, m.post.bytes);
+      copy_bytes(to, data, m.post.bytes);
     }
     receiver_->arrived(m.from, m.post, data);
     return true;
@@ -72,7 +80,7 @@ void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   Message m{from, post, data, {}};
   m.post.peer = from;
   const bool has_data = post.kind != PostKind::taken;
-  if (has_data && random_.one_in(2)) m.copy.assign(data, data + post.bytes);
+  if (has_data && random_.one_in(2)) m.read = read(data, post.bytes);
   auto& queue = under_way_[post.peer];
   queue.push_back(std::move(m));
   size_t bytes = 0;
@@ -98,7 +106,7 @@ void SlowNetwork::let_go(int from) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& queue : under_way_) {
     for (Message& m : queue) {
-      if (m.from == from && m.data && m.copy.empty()) m.copy.assign(m.data, m.data + m.post.bytes);
+      if (m.from == from && m.data && m.read.empty()) m.read = read(m.data, m.post.bytes);
     }
   }
 }

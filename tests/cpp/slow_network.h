@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "memory.h"
 #include "net/transport.h"
 
 namespace commlib::testing {
@@ -32,7 +33,7 @@ class SlowNetwork {
     int from;
     Post post;
     const std::byte* data;
-    std::vector<std::byte> copy;  // of data, if it was read when it was sent
+    Bytes read;  // data, if it was read when it was sent
   };
 
   void set_cut(int rank, bool cut);

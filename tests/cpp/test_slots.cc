@@ -1,5 +1,4 @@
 // Slots and leases: who may hold memory, and how long.
-#include <cstring>
 #include <thread>
 
 #include "operations.h"
@@ -56,7 +55,8 @@ void a_lent_slot_serves_one_combine() {
   in_ranks(config, 2, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, {});
     const std::shared_ptr<SlotLease> lent = lend_slot(self);
-    std::memset(lent->slot().rows, 0, static_cast<size_t>(d->routing.rows * s.row_bytes()));
+    const Buffer rows(d->routing.rows * s.row_bytes());
+    copy_bytes(lent->slot().rows, rows.data(), static_cast<size_t>(rows.bytes()));
     CombineInput input;
     input.y = lent->slot().rows;
     input.stride = s.row_bytes();

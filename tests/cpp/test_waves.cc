@@ -130,11 +130,13 @@ void who_waits_for_an_expert_of_a_failed_dispatch_gets_its_failure() {
         const Failure failure = check_throws<CommFailure>(wait, "a wait for rows that do not come").failure;
         check(failure.peers() == std::vector<int>{1}, "the rank at fault is named");
       } else {
-        std::vector<int64_t> routes(s.ranks[1].tokens * 2);
+        Int64s routes(s.ranks[1].tokens * 2);
         RoutingView routing;
         routing.topk_idx = s.ranks[1].topk_idx.data();
         routing.routes = routes.data();
         routing.tokens = s.ranks[1].tokens;
+        Int64s rows_per_expert(s.ranks[1].rows_per_expert.size());
+        routing.rows_per_expert = rows_per_expert.data();
         const auto pending = self.comm->begin_dispatch(routing, true, false, true);
         if (!late) self.comm->give_up("out of memory");
         self.meet();

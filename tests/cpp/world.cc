@@ -58,6 +58,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       }
       meeting.give_up();
     }
+    machine->retire(std::move(self.comm));
   };
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) threads.emplace_back(run, rank);

@@ -26,7 +26,8 @@ uint64_t exchange_if(uint64_t* word, uint64_t expected, uint64_t desired);
 void add_relaxed(uint32_t* word, uint32_t v);
 void min_relaxed(int64_t* word, int64_t v);
 
-// What a careless kernel would write for store_release: no order with the stores before it. For tests only.
+// Whole, without any order with what comes before or after.
+uint64_t load_relaxed(const uint64_t* word);
 void store_relaxed(uint64_t* word, uint64_t v);
 
 void load_global_16(void* to, const void* p);

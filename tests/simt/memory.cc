@@ -117,9 +117,9 @@ void check_global(const void* p, size_t bytes, const char* what) {
     machine->fail(std::string(what) + ": " + hex(p) + " is shared memory");
 }
 
-void begin_access(const void* p, size_t bytes, const char* what) {
+void begin_access(const void* p, size_t bytes, const char* what, bool anywhere = false) {
   machine->preempt();
-  check_global(p, bytes, what);
+  anywhere ? check_aligned(p, bytes, what) : check_global(p, bytes, what);
   if (!machine->config.delay_stores) return;
   land_known_at(*self, p);
   if (!machine->mappings.empty()) fetch(p);
@@ -247,7 +247,7 @@ uint64_t exchange_if(uint64_t* word, uint64_t expected, uint64_t desired) {
 }
 
 void add_relaxed(uint32_t* word, uint32_t v) {
-  begin_access(word, sizeof(*word), "add_relaxed");
+  begin_access(word, sizeof(*word), "add_relaxed", true);
   if (machine->races)
     machine->races->access(*self, word, sizeof(*word), Races::atomic_write, __builtin_return_address(0));
   const uint32_t sum = *word + v;
@@ -261,7 +261,20 @@ void min_relaxed(int64_t* word, int64_t v) {
   write(reinterpret_cast<uint64_t*>(word), static_cast<uint64_t>(std::min(*word, v)));
 }
 
-void store_relaxed(uint64_t* word, uint64_t v) { store(word, &v, sizeof(v), "store_relaxed"); }
+uint64_t load_relaxed(const uint64_t* word) {
+  begin_access(word, sizeof(*word), "load_relaxed");
+  if (machine->races)
+    machine->races->access(*self, word, sizeof(*word), Races::atomic_read, __builtin_return_address(0));
+  const uint64_t v = *word;
+  machine->look(word, v);
+  return v;
+}
+
+void store_relaxed(uint64_t* word, uint64_t v) {
+  store(word, &v, sizeof(v), "store_relaxed");
+  if (machine->races)
+    machine->races->access(*self, word, sizeof(*word), Races::atomic_write, __builtin_return_address(0));
+}
 
 // -- 16-byte accesses
 // -------------------------------------------------------------------------------------------

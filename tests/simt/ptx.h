@@ -27,6 +27,12 @@ __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t v) {
   simt::store_release(word, v);
 }
 __device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) { simt::add_release(word, v); }
+__device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
+  return simt::load_relaxed(word);
+}
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t v) {
+  simt::store_relaxed(word, v);
+}
 
 __device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
   return simt::load_acquire(word);
@@ -46,14 +52,24 @@ __device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) { simt
 __device__ __forceinline__ uint64_t globaltimer() { return simt::globaltimer(); }
 __device__ __forceinline__ void nanosleep(uint32_t ns) { simt::nanosleep(ns); }
 
-// -- half precision
+// -- half precision and bfloat16
 // --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float float_of_half(uint16_t bits) { return widen(Half{bits}); }
-__device__ __forceinline__ uint16_t half_of_float(float f) {
-  Half h;
-  narrow(f, &h);
-  return h.bits;
+
+// As the GPU, which keeps nothing of a NaN.
+template <class T>
+uint32_t two_of_floats(float low, float high) {
+  T a, b;
+  narrow(low, &a);
+  narrow(high, &b);
+  return (low != low ? 0x7fffu : a.bits) | (high != high ? 0x7fffu : b.bits) << 16;
+}
+__device__ __forceinline__ uint32_t half2_of_floats(float low, float high) {
+  return two_of_floats<Half>(low, high);
+}
+__device__ __forceinline__ uint32_t bf16x2_of_floats(float low, float high) {
+  return two_of_floats<Bf16>(low, high);
 }
 
 // -- 16-byte accesses

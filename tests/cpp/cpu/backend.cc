@@ -1,5 +1,10 @@
 #include "../backend.h"
 
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "../memory.h"
 #include "cpu/communicator.h"
 #include "cpu/vector_ops.h"
 
@@ -27,5 +32,17 @@ bool is_done(Communicator&, const Ticket& ticket) { return ticket->done; }
 std::vector<std::string> vector_paths() { return available_vector_ops(); }
 
 int rounds(int many) { return many; }
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+void copy_bytes(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);  // neither place may be null, not even for nothing
+}
 
 }  // namespace commlib::testing

@@ -2,9 +2,13 @@
 // stream.
 #include "cpp/backend.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <new>
 
 #include "cpp/check.h"
+#include "cpp/memory.h"
 #include "cuda/communicator.h"
 #include "simt/runtime/cudart.h"
 
@@ -22,7 +26,9 @@ simt::Config config_of(uint64_t world) {
 
 class SimulatedGpu : public Machine {
  public:
-  explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)) { simt::gpu = &gpu_; }
+  explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)), plans_beside_(world % 3 != 0) {
+    simt::gpu = &gpu_;
+  }
   ~SimulatedGpu() override {
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
     simt::gpu = nullptr;
@@ -32,21 +38,25 @@ class SimulatedGpu : public Machine {
     Config config = asked;
     config.vector_ops.clear();
     if (config.share.empty()) config.share = "none";  // memory to the byte
-    cudaStream_t stream;
-    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    config.stream = reinterpret_cast<uintptr_t>(stream);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      streams_.push_back(stream);
-    }
+    config.stream = new_stream();
+    if (plans_beside_) config.plan_stream = new_stream();
     return std::make_unique<cuda::CudaCommunicator>(config);
   }
 
   std::string error() override { return gpu_.error(); }
 
  private:
+  uintptr_t new_stream() {
+    cudaStream_t stream;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    std::lock_guard<std::mutex> lock(mutex_);
+    streams_.push_back(stream);
+    return reinterpret_cast<uintptr_t>(stream);
+  }
+
   simt::Gpu gpu_;
-  std::mutex mutex_;  // guards streams_
+  const bool plans_beside_;  // on a stream of their own
+  std::mutex mutex_;         // guards streams_
   std::vector<cudaStream_t> streams_;
 };
 
@@ -79,6 +89,18 @@ std::vector<std::string> vector_paths() { return {""}; }
 int rounds(int many) {
   const int of = simt::accesses_are_seen() ? 32 : 16;
   return (many + of - 1) / of;
+}
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+void copy_bytes(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);  // neither place may be null, not even for nothing
 }
 
 }  // namespace commlib::testing

@@ -17,6 +17,8 @@
 namespace simt {
 
 Gpu* gpu = nullptr;
+Chip chip = commlib::ptx::kHasBulkCopies ? Chip{9, 228 << 10} : Chip{8, 164 << 10};
+bool peers_have_atomics = true;
 
 namespace {
 
@@ -24,12 +26,7 @@ constexpr int kSms = 16;
 constexpr size_t kAlignment = 256;
 constexpr size_t kReservedShared = 1024;  // of each block, by the system
 
-struct Chip {
-  int major;
-  size_t shared_per_sm;
-};
-constexpr Chip kChip = commlib::ptx::kHasBulkCopies ? Chip{9, 228 << 10} : Chip{8, 164 << 10};
-constexpr size_t kMostShared = kChip.shared_per_sm - kReservedShared;  // of a block
+size_t most_shared() { return chip.shared_per_sm - kReservedShared; }  // of a block
 
 struct Kernel {
   KernelFacts facts;
@@ -149,16 +146,23 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   if (device != 0) return result(cudaErrorInvalidDevice);
   *p = {};
   std::snprintf(p->name, sizeof(p->name), "simulated GPU");
-  p->major = simt::kChip.major;
+  p->major = simt::chip.major;
   p->multiProcessorCount = simt::kSms;
   p->totalGlobalMem = size_t{1} << 30;
-  p->sharedMemPerMultiprocessor = simt::kChip.shared_per_sm;
-  p->sharedMemPerBlockOptin = simt::kMostShared;
+  p->sharedMemPerMultiprocessor = simt::chip.shared_per_sm;
+  p->sharedMemPerBlockOptin = simt::most_shared();
+  p->regsPerMultiprocessor = 64 << 10;
+  p->maxThreadsPerMultiProcessor = 2048;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr which, int, int) {
+  *value = which != cudaDevP2PAttrNativeAtomicSupported || simt::peers_have_atomics;
   return cudaSuccess;
 }
 
@@ -300,7 +304,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (!known || static_cast<size_t>(value) > simt::kMostShared) return result(cudaErrorInvalidValue);
+  if (!known || static_cast<size_t>(value) > simt::most_shared()) return result(cudaErrorInvalidValue);
   std::lock_guard<std::mutex> lock(simt::mutex);
   simt::kernels.at(kernel).most_shared = static_cast<size_t>(value);
   return cudaSuccess;
@@ -308,7 +312,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                           size_t shared_bytes) {
-  const auto by_memory = static_cast<int>(simt::kChip.shared_per_sm / (shared_bytes + simt::kReservedShared));
+  const auto by_memory = static_cast<int>(simt::chip.shared_per_sm / (shared_bytes + simt::kReservedShared));
   *blocks = std::min(by_memory, 2048 / threads);
   return cudaSuccess;
 }

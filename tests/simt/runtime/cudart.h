@@ -32,7 +32,15 @@ bool accesses_are_seen() { return true; }
 // What all functions work on; set while nobody calls any.
 extern Gpu* gpu;
 
+// What device it says it is; a test may set another while there is no communicator.
+struct Chip {
+  int major;  // of its compute capability
+  size_t shared_per_sm;
+};
+extern Chip chip;
 size_t allocated_bytes();  // on the device, now
+// Whether GPUs can count in each other's memory.
+extern bool peers_have_atomics;
 
 // nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
 // for.

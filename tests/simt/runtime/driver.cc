@@ -12,6 +12,9 @@
 #include "simt/runtime/cudart.h"
 
 namespace simt {
+
+bool has_imex = false;
+
 namespace {
 
 constexpr size_t kGranularity = 64 << 10;
@@ -30,8 +33,8 @@ CUresult get_error_name(CUresult error, const char** name) {
   return CUDA_SUCCESS;
 }
 
-CUresult get_attribute(int* value, CUdevice_attribute which, CUdevice) {
-  *value = which != CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED;
+CUresult get_attribute(int* value, CUdevice_attribute, CUdevice) {
+  *value = 1;
   return CUDA_SUCCESS;
 }
 
@@ -42,7 +45,9 @@ CUresult mem_granularity(size_t* bytes, const CUmemAllocationProp*, CUmemAllocat
 
 CUresult mem_create(CUmemGenericAllocationHandle* allocation, size_t bytes, const CUmemAllocationProp* prop,
                     unsigned long long) {
-  const bool known = prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  const bool fabric = prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_FABRIC;
+  const bool known = fabric || prop->requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  if (fabric && !has_imex) return CUDA_ERROR_NOT_PERMITTED;
   if (!known || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   const int file = memfd_create("simulated GPU", MFD_CLOEXEC);
   if (file >= 0 && ftruncate(file, static_cast<off_t>(bytes)) != 0) return CUDA_ERROR_INVALID_VALUE;
@@ -53,15 +58,18 @@ CUresult mem_release(CUmemGenericAllocationHandle allocation) {
   return close(file_of(allocation)) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-CUresult mem_export(void* file, CUmemGenericAllocationHandle allocation, CUmemAllocationHandleType,
+// A fabric handle is the allocation's own number: good in this process, while it lives.
+CUresult mem_export(void* file, CUmemGenericAllocationHandle allocation, CUmemAllocationHandleType kind,
                     unsigned long long) {
-  const int mine = dup(file_of(allocation));
+  const int mine = kind == CU_MEM_HANDLE_TYPE_FABRIC ? file_of(allocation) : dup(file_of(allocation));
   std::memcpy(file, &mine, sizeof(mine));
   return mine < 0 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-CUresult mem_import(CUmemGenericAllocationHandle* allocation, void* file, CUmemAllocationHandleType) {
-  return allocation_of(dup(static_cast<int>(reinterpret_cast<intptr_t>(file))), allocation);
+CUresult mem_import(CUmemGenericAllocationHandle* allocation, void* file, CUmemAllocationHandleType kind) {
+  int theirs = static_cast<int>(reinterpret_cast<intptr_t>(file));
+  if (kind == CU_MEM_HANDLE_TYPE_FABRIC) std::memcpy(&theirs, file, sizeof(theirs));
+  return allocation_of(dup(theirs), allocation);
 }
 
 CUresult map_at(void* p, size_t bytes, int flags, int file, CUdeviceptr* to) {

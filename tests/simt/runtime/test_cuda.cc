@@ -10,7 +10,7 @@
 #include "cpp/operations.h"
 #include "cpp/suite.h"
 #include "cuda/communicator.h"
-#include "simt/runtime/cudart.h"
+#include "simt/runtime/connected.h"
 
 namespace commlib::testing {
 namespace {
@@ -73,12 +73,14 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   addresses[1].pid = child.pid();
   me->connect(addresses);
   child.end();
-  const std::vector<int64_t> ids{0, 1, 2, 3};
-  std::vector<int64_t> routes(4);
+  const Int64s ids{0, 1, 2, 3};
+  Int64s routes(4);
   RoutingView routing;
   routing.topk_idx = ids.data();
   routing.routes = routes.data();
   routing.tokens = 2;
+  std::vector<int64_t> rows_per_expert(config_of(0, 2).experts);
+  routing.rows_per_expert = rows_per_expert.data();
   const auto error = check_throws<CommFailure>([&] { me->begin_dispatch(routing, false, false, false); },
                                                "a dispatch without the other process");
   check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::exited), "the cause");
@@ -136,21 +138,6 @@ void more_blocks_than_multiprocessors_are_refused() {
 // A combine of no tokens, which ends when both ranks have come.
 void start_empty_combine(Communicator& comm) { comm.combine({}, {}, nullptr, nullptr, false); }
 
-using Communicators = std::vector<std::unique_ptr<Communicator>>;
-
-Communicators connected(Machine& machine, const Config& config) {
-  Communicators ranks;
-  std::vector<PeerAddress> addresses;
-  for (int rank = 0; rank < config.size; ++rank) {
-    Config mine = config;
-    mine.rank = rank;
-    ranks.push_back(machine.communicator(mine));
-    addresses.push_back(ranks.back()->address());
-  }
-  for (const auto& comm : ranks) comm->connect(addresses);
-  return ranks;
-}
-
 // The simulated GPU frees memory as a real one does: when all kernels have ended.
 void a_destructor_waits_for_no_other_rank() {
   const auto machine = make_machine();
@@ -167,33 +154,6 @@ void a_destructor_waits_for_no_other_rank() {
     start_empty_combine(*ranks[0]);
     for (const auto& comm : ranks) comm->synchronize();
   }
-}
-
-void communicators_that_come_and_go_take_no_more_memory() {
-  const auto machine = make_machine();
-  const auto use_one = [&](int ranks, int64_t hidden) {
-    Config config = small_config(ranks);
-    config.hidden = hidden;
-    for (const auto& comm : connected(*machine, config)) comm->close();
-  };
-  // All of the same shape: of another one the memory is used again.
-  use_one(2, 32);
-  const size_t two_ranks = simt::allocated_bytes();
-  for (int i = 0; i < 4; ++i) use_one(2, 32);
-  check_equal(simt::allocated_bytes(), two_ranks, "bytes after five of one shape");
-  // Each of another shape: what nobody takes again is freed when the next ones connect.
-  for (int i = 1; i < 6; ++i) use_one(2, 32 + 8 * i);
-  use_one(2, 32);
-  check_equal(simt::allocated_bytes(), two_ranks, "bytes after many shapes");
-  // Not while ranks of this process may wait for each other.
-  const Communicators alive = connected(*machine, small_config(2));
-  use_one(1, 320);
-  const size_t kept = simt::allocated_bytes();
-  use_one(1, 640);
-  check(simt::allocated_bytes() > kept, "nothing is freed beside operations");
-  for (const auto& comm : alive) comm->close();
-  use_one(1, 320);
-  check_equal(simt::allocated_bytes(), kept, "bytes when it has been freed later");
 }
 
 // Two ranks that take each other for another process's.
@@ -366,8 +326,6 @@ const Suite suite({
     {"a_heap_is_used_again_only_when_other_processes_have_gone",
      a_heap_is_used_again_only_when_other_processes_have_gone},
     {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
-    {"communicators_that_come_and_go_take_no_more_memory",
-     communicators_that_come_and_go_take_no_more_memory},
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},

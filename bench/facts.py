@@ -1,0 +1,56 @@
+"""What results are named by. Without PyTorch, for who has to tell that PyTorch does not work."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+LONGEST = 30  # seconds: a driver in trouble answers no question
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked where the working tree differs from it.
+
+    Without git, COMMLIB_COMMIT; None: nobody says.
+    """
+    described = _ask(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    return described or os.environ.get("COMMLIB_COMMIT")
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    return _ask_nvidia_smi("driver_version")
+
+
+def gpu_name() -> str | None:
+    """What the driver calls the first GPU."""
+    return _ask_nvidia_smi("name")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _ask_nvidia_smi(field: str) -> str | None:
+    answer = _ask(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"])
+    return answer.partition("\n")[0].strip() if answer else None
+
+
+def _ask(command: Sequence[str]) -> str | None:
+    """What a program answers; None if there is none, or it fails, or says nothing."""
+    try:
+        asked = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (asked.stdout.strip() or None) if asked.returncode == 0 else None

@@ -1,0 +1,352 @@
+"""Ranks with a GPU each: commlib beside NCCL and whatever else for this is installed, on the same routing.
+
+    mpirun -n 8 python bench/dispatch_combine.py --device cuda
+    torchrun --nproc-per-node 8 bench/dispatch_combine.py --device cuda --only commlib,nccl
+
+NCCL refuses two ranks on one GPU; there bench/gpu.py compares with plain PyTorch. A process by itself runs
+all of it on one rank. The GPUs' clocks cannot be compared, so times are the host's, from the first rank's
+begin to the moment when the last rank's GPU is done. Every system's answer is checked before any is timed:
+one that is wrong, or fails, is not timed, and the table says why; as it does of each that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import Launch, Stats
+from gpu_baselines import CupyNcclBaseline, NcclBaseline, PlainNcclBaseline
+from gpu_peers import (
+    DeepEp,
+    Vdev,
+    VdevBaseline,
+    why_no_cupy,
+    why_no_deep_ep,
+    why_no_symmetric_memory,
+)
+from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write, write_json
+from seats import NoSeat, Seat, gpu_numbers
+from systems import OWNED, ZERO_COPY, Baseline, Commlib, CommlibZeroCopy, System
+from torch import Tensor
+from turns import Samples, measure_throughput
+from workload import Job, Received, Shape
+
+import commlib
+from commlib import cuda
+
+PLAIN, TUNED, CUPY = "NCCL, plain", "NCCL, tuned", "CuPy's NCCL"
+VDEV, DEEP_EP = "symmetric memory", "DeepEP"
+COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
+SLOTS = 4  # as bench/gpu.py has them
+SHORT = 42  # characters of a reason that the table has on one line; all of it stands below
+DEFAULTS = {"tokens": 4096, "experts": 256, "iters": 12, "warmup": 3}
+
+
+@dataclass
+class Setting:
+    """What systems are made of.
+
+    Attributes:
+        group: of NCCL; gloo stands in for it in tests.
+        open: ends the systems that were made.
+    """
+
+    launch: Launch
+    shape: Shape
+    device: torch.device
+    num_sms: int | None
+    group: dist.ProcessGroup
+    open: ExitStack
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """As baselines call them."""
+        return self.shape.sizes | {"device": self.device}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One or more systems that come together.
+
+    Attributes:
+        names: of its systems, in the table's order.
+        why_not: the reason why this rank cannot have them; empty if it can.
+        make: the systems. Called by all ranks, if none has a reason.
+    """
+
+    names: tuple[str, ...]
+    why_not: Callable[[Setting], str]
+    make: Callable[[Setting], list[System]]
+
+
+def _commlib(setting: Setting) -> list[System]:
+    options = {"device": setting.device, "num_sms": setting.num_sms, "slots": SLOTS}
+    ep = commlib.ExpertParallel(setting.launch.ranks, **options, **setting.shape.sizes)
+    setting.open.callback(ep.close)
+    return [CommlibZeroCopy(ep), Commlib(ep)]
+
+
+def _nccl(setting: Setting) -> list[System]:
+    return [
+        Baseline(PLAIN, PlainNcclBaseline(setting.group, **setting.sizes)),
+        Baseline(TUNED, NcclBaseline(setting.group, **setting.sizes)),
+    ]
+
+
+def _cupy(setting: Setting) -> list[System]:
+    return [Baseline(CUPY, CupyNcclBaseline(setting.launch, **setting.sizes))]
+
+
+def _vdev(setting: Setting) -> list[System]:
+    assert dist.group.WORLD is not None
+    return [Vdev(VDEV, VdevBaseline(dist.group.WORLD, **setting.sizes))]
+
+
+def _deep_ep(setting: Setting) -> list[System]:
+    assert dist.group.WORLD is not None
+    system = DeepEp(DEEP_EP, dist.group.WORLD, setting.shape, setting.num_sms)
+    setting.open.callback(system.close)
+    return [system]
+
+
+CHOICES = {
+    "commlib": Choice((ZERO_COPY, OWNED), lambda _: "", _commlib),
+    "nccl": Choice((PLAIN, TUNED), lambda _: "", _nccl),
+    "cupy": Choice((CUPY,), lambda _: why_no_cupy(), _cupy),
+    "symm_mem": Choice((VDEV,), lambda s: why_no_symmetric_memory(s.launch.size), _vdev),
+    "deep_ep": Choice((DEEP_EP,), lambda s: why_no_deep_ep(s.shape, s.launch.size), _deep_ep),
+}
+ORDER = [name for choice in CHOICES.values() for name in choice.names]
+
+
+class UntilDone(System):
+    """A system whose operations end when the GPU has done them."""
+
+    def __init__(self, system: System, device: torch.device) -> None:
+        self.name, self._system = system.name, system
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def dispatch(self, job: Job) -> Received:
+        received = self._system.dispatch(job)
+        self._wait()
+        return received
+
+    def place(self, job: Job) -> Tensor:
+        y = self._system.place(job)
+        self._wait()
+        return y
+
+    def combine(self, y: Tensor) -> Tensor:
+        out = self._system.combine(y)
+        self._wait()
+        return out
+
+    def release(self) -> None:
+        self._system.release()
+
+    def wrong_rows(self, job: Job, received: Received) -> list[str]:
+        return self._system.wrong_rows(job, received)
+
+    def wrong_sum(self, job: Job, out: Tensor) -> list[str]:
+        return self._system.wrong_sum(job, out)
+
+
+@dataclass
+class Outcome:
+    """What was measured, and what was not; the same on all ranks.
+
+    Attributes:
+        missing: by system, why it was not measured.
+        wrong: what differed from what a job expects.
+        rows: that a rank receives, on average.
+    """
+
+    samples: Samples = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    rows: float = 0.0
+
+
+def open_systems(setting: Setting, only: set[str], outcome: Outcome) -> list[System]:
+    """All systems of these choices that every rank can have. Called by all ranks."""
+    systems: list[System] = []
+    for key, choice in CHOICES.items():
+        if key in only:
+            made: list[System] = []
+            why = _agreed(setting.launch, choice.why_not(setting))
+            if not why:
+                why = _agreed(setting.launch, _tried(lambda c=choice, m=made: m.extend(c.make(setting))))
+            if why:
+                outcome.missing |= dict.fromkeys(choice.names, why)
+            else:
+                systems += made
+    return [UntilDone(system, setting.device) for system in systems]
+
+
+def checked(launch: Launch, job: Job, systems: Sequence[System], outcome: Outcome) -> list[System]:
+    """Those that answer rightly on all ranks. Called by all ranks."""
+    right = []
+    for system in systems:
+        wrong: list[str] = []
+        # All ranks meet after each step, so one that fails leaves nobody in the next.
+        why = _agreed(launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_rows(job, s.dispatch(job)))))
+        why = why or _agreed(
+            launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_sum(job, s.combine(s.place(job)))))
+        )
+        system.release()
+        texts = list(chain(*launch.gather([f"rank {launch.rank}: {text}" for text in wrong])))
+        if why:  # what the other ranks then had is no answer
+            outcome.missing[system.name] = why
+        elif texts:
+            outcome.missing[system.name] = f"WRONG, {texts[0]}"
+            outcome.wrong += [f"{system.name}, {text}" for text in texts]
+        else:
+            right.append(system)
+    return right
+
+
+def _tried(run: Callable[[], Any]) -> str:
+    """Run it; what it failed with, in one line, or nothing."""
+    try:
+        run()
+    except Exception as error:  # others' libraries: an assertion, a driver's error, anything
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
+def _agreed(launch: Launch, why: str) -> str:
+    """The first rank's reason that has one."""
+    reasons = launch.gather(why)
+    found = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
+    if not found:
+        return ""
+    rank, reason = found[0]
+    return reason if len({*reasons}) == 1 else f"rank {rank}: {reason}"
+
+
+@contextmanager
+def _setting(
+    launch: Launch, shape: Shape, device: torch.device, num_sms: int | None, backend: str
+) -> Iterator[Setting]:
+    group = dist.new_group(backend=backend)
+    with ExitStack() as stack:
+        yield Setting(launch, shape, device, num_sms, group, stack)
+    dist.destroy_process_group(group)
+
+
+def compare(
+    launch: Launch,
+    shape: Shape,
+    args: argparse.Namespace,
+    device: torch.device,
+    backend: str = "nccl",
+) -> Outcome:
+    """Measure all that can be had. Called by all ranks."""
+    outcome = Outcome()
+    job = Job.build(shape, launch.rank, launch.size, device)
+    outcome.rows = statistics.mean(launch.gather(len(job.expected.rows)))
+    with _setting(launch, shape, device, args.num_sms, backend) as setting:
+        systems = checked(launch, job, open_systems(setting, args.only, outcome), outcome)
+        outcome.samples, wrong = measure_throughput(launch, job, systems, args.iters, args.warmup)
+        outcome.wrong += list(chain(*launch.gather(wrong)))
+    return outcome
+
+
+def rows_of_table(outcome: Outcome, row_bytes: int) -> Iterator[list[list[str]]]:
+    """A section for each operation, and one for what is missing."""
+    for operation in ("dispatch", "combine"):
+        stats = {name: Stats.of(times[operation]) for name, times in outcome.samples.items()}
+        yield [
+            [
+                operation,
+                name,
+                stats[name].text(unit=1e-3, digits=2),
+                f"{outcome.rows * row_bytes / stats[name].median / 1e9:.1f}",
+                *(
+                    f"{stats[to].median / stats[name].median:.1f}x" if to in stats else ""
+                    for to in (PLAIN, TUNED)
+                ),
+            ]
+            for name in ORDER
+            if name in stats
+        ]
+    yield [["not timed", name, _short(outcome.missing[name])] for name in ORDER if name in outcome.missing]
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= SHORT else f"{reason[: SHORT - 1]}…"
+
+
+def table_of(facts: dict[str, Any], shape: Shape, iters: int, outcome: Outcome) -> Titled:
+    """Title, columns and sections."""
+    where = "" if facts["hosts"] == 1 else f" on {facts['hosts']} hosts"
+    dtype = str(shape.dtype).removeprefix("torch.")
+    title = (
+        f"{facts['ranks']} ranks{where}, each on one {facts['gpu']}, T={shape.tokens} H={shape.hidden} "
+        f"{dtype}, top-{shape.topk} of {shape.experts} experts, NCCL {facts['nccl']}, median of {iters}"
+    )
+    return title, COLUMNS, list(rows_of_table(outcome, shape.hidden * shape.dtype.itemsize))
+
+
+def publish(facts: dict[str, Any], shape: Shape, args: argparse.Namespace, outcome: Outcome) -> None:
+    """Print the table; write it as Markdown, and every sample as JSON. Rank 0 only."""
+    titled = table_of(facts, shape, args.iters, outcome)
+    notes = [f"{name}: not timed: {why}" for name, why in outcome.missing.items()]
+    name = f"nccl-{slug(facts['gpu'])}-r{facts['ranks']}-{datetime.date.today()}.json"
+    path = args.json or RESULTS / name
+    show(table(*titled), *notes, f"every sample: {path}")
+    config = vars(args) | {"only": sorted(args.only), "json": str(path)}
+    found = {"samples_s": outcome.samples, "rows": outcome.rows, "wrong": outcome.wrong}
+    write_json(path, {"config": config, "machine": facts, "missing": outcome.missing} | found)
+    write(path.with_suffix(".md"), "\n".join([markdown(*titled), *(f"{note}.\n" for note in notes)]))
+
+
+def end(launch: Launch, outcome: Outcome) -> None:
+    """Exit with status 1 unless every answer was right and commlib was measured, if it was asked for."""
+    ours = [
+        f"{name}: {outcome.missing[name]}" for name in CHOICES["commlib"].names if name in outcome.missing
+    ]
+    wrong = ["WRONG RESULTS", *outcome.wrong] if outcome.wrong else ours
+    if wrong:
+        sys.exit("\n".join(wrong) if launch.rank == 0 else 1)
+
+
+def take_gpu(launch: Launch) -> tuple[torch.device, int]:
+    """This rank's GPU, from now on the current one, and the number of hosts. Called by all ranks.
+
+    Raises:
+        NoSeat: some rank has none to itself.
+    """
+    if why := _agreed(launch, cuda.why_not()):
+        raise NoSeat(f"needs a GPU for each rank: {why}")
+    seats = launch.gather(Seat.here())
+    device = torch.device("cuda", gpu_numbers(seats)[launch.rank])
+    torch.cuda.set_device(device)
+    return device, len({seat.host for seat in seats})
+
+
+def main(shape: Shape, args: argparse.Namespace) -> None:
+    with Launch.session() as launch:
+        try:
+            device, hosts = take_gpu(launch)
+        except NoSeat as error:
+            if launch.rank == 0:
+                print(f"bench/dispatch_combine.py --device cuda: {error}", file=sys.stderr)
+            sys.exit(NO_GPU)
+        if shape.experts % launch.size:
+            sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
+        outcome = compare(launch, shape, args, device)
+        if launch.rank == 0:
+            nccl = ".".join(map(str, torch.cuda.nccl.version()))
+            facts = host() | gpu(device.index) | {"ranks": launch.size, "hosts": hosts, "nccl": nccl}
+            publish(facts, shape, args, outcome)
+        end(launch, outcome)

@@ -1,0 +1,75 @@
+"""Whether the blocks of all communicators of this process fit on a GPU at once."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+
+class Residency:
+    """Blocks that communicators may have running on each GPU, all outside partitions.
+
+    The blocks of an operation wait for each other, so all of them must run at once. Operations of one
+    communicator take turns, but those of two may be under way together; if each has got some of the SMs that
+    both need, neither goes on.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a communicator may be collected, and take itself off, inside
+        self._blocks: dict[str, Counter[int]] = {}  # by device: communicators by their number of blocks
+        self._warned: set[str] = set()
+
+    def add(self, device: str, name: str, blocks: int, sms: int, stacklevel: int = 2) -> Callable[[], None]:
+        """Count a communicator; warn, once for each device, if there are now more blocks than SMs.
+
+        Args:
+            device: what is the same for communicators on one GPU.
+            name: of the GPU, for people.
+            blocks: that the communicator's operations run on.
+            sms: that the GPU has.
+            stacklevel: as of :func:`warnings.warn`, seen from the caller.
+
+        Returns:
+            What takes the communicator off again. Calling it twice does no harm.
+        """
+        with self._lock:
+            alive = self._blocks.setdefault(device, Counter())
+            alive[blocks] += 1
+            warn = alive.total() > 1 and _sum(alive) > sms and device not in self._warned
+            if warn:
+                self._warned.add(device)
+                text = _warning(name, alive, sms)
+        if warn:
+            warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        left = [blocks]
+
+        def remove() -> None:
+            with self._lock:
+                if left:
+                    alive[left.pop()] -= 1
+
+        return remove
+
+    def blocks_on(self, device: str) -> int:
+        """Blocks of all communicators counted on a device."""
+        with self._lock:
+            return _sum(self._blocks.get(device, Counter()))
+
+
+def _sum(alive: Counter[int]) -> int:
+    return sum(blocks * count for blocks, count in alive.items())
+
+
+def _warning(name: str, alive: Counter[int], sms: int) -> str:
+    each = " + ".join(f"{count} x {blocks}" for blocks, count in sorted(alive.items()) if count)
+    return (
+        f"the communicators of this process on {name} want {_sum(alive)} SMs together ({each}), and it has "
+        f"{sms}. All blocks of an operation must run at once: should operations of several communicators be "
+        "under way together, they can wait for each other until their timeout. Lower num_sms, or let layers "
+        "share a communicator"
+    )
+
+
+of_this_process = Residency()

@@ -1,0 +1,176 @@
+// The kernel of a plan: from expert ids to routes, and counts from rank to rank.
+//
+// One block, which needs no grid barrier and finds room beside another kernel's block on its SM: so plans run
+// on a stream of their own, beside the rows of earlier dispatches, and their ranks wait for each other's
+// plans and for nothing else.
+#pragma once
+
+#include "cuda/worker.cuh"
+#include "protocol/combine.h"
+#include "protocol/counts.h"
+#include "protocol/deliver.h"
+#include "protocol/tell.h"
+
+namespace commlib::cuda {
+
+// What the warps of a plan tell each other, with __syncthreads in between.
+struct PlanShared {
+  uint32_t rank_counts[kPlanWarps][kMaxRanks];  // rows of each warp's tokens
+  int64_t firsts[kPlanWarps][kMaxRanks];        // the first of them: of all warps' rows, then at each rank
+  uint32_t rank_totals[kMaxRanks];
+  int64_t base[kMaxRanks], received[kMaxRanks], source_rows[kMaxRanks];
+  int64_t bad[kPlanWarps];
+  uint32_t dropped;
+  uint8_t ok[kPlanWarps];
+  uint8_t slots[kMaxRanks];
+
+  // After the warps' own parts.
+  __host__ __device__ static constexpr int begin() {
+    return kBlockSharedBytes + kPlanWarps * WarpShared::bytes(0);
+  }
+  __device__ static PlanShared& here() {
+    return *reinterpret_cast<PlanShared*>(ptx::dynamic_shared() + begin());
+  }
+};
+// So many on an SM that a block has a quarter of its registers: blocks that move rows take up to 96 a thread,
+// which leaves that quarter.
+constexpr int kPlanBlocks = 4;
+constexpr int kPlanSharedBytes = PlanShared::begin() + static_cast<int>(sizeof(PlanShared));
+
+__device__ inline CountsResult counts_result(const PlanOp& op, PlanShared& s) {
+  return {s.base, s.received, s.source_rows, op.rows_per_expert};
+}
+__device__ inline SourceCounts source_counts(const PlanOp& op, PlanShared& s) {
+  return {s.rank_totals, op.scratch.expert_counts};
+}
+
+// Whether all warps of the block say so.
+__device__ inline bool all_warps(const WarpWorker& w, PlanShared& s, bool ok) {
+  if (w.lane() == 0) s.ok[w.warp()] = ok;
+  __syncthreads();
+  for (const uint8_t warp : s.ok) ok = ok && warp;
+  __syncthreads();  // nobody comes back and overwrites it before all have read it
+  return ok;
+}
+
+// Every warp counts its part of the tokens; then warp by warp its first row of each rank.
+__device__ inline void count_tokens(WarpWorker& w, const PlanOp& op, PlanShared& s) {
+  const int ranks = op.common.peers.size, thread = static_cast<int>(threadIdx.x);
+  for (int p = w.lane(); p < ranks; p += w.lanes()) s.rank_counts[w.warp()][p] = 0;
+  for (int64_t e = thread; e < op.routing.placement.experts; e += kPlanWarps * kWarpLanes) {
+    op.scratch.expert_counts[e] = 0;
+  }
+  if (thread == 0) s.dropped = 0;
+  __syncthreads();
+  const int64_t bad =
+      count_routes(w, op.routing, op.routes, {s.rank_counts[w.warp()], op.scratch.expert_counts});
+  if (w.lane() == 0) s.bad[w.warp()] = bad;
+  __syncthreads();
+  for (int p = thread; p < ranks; p += kPlanWarps * kWarpLanes) {
+    uint32_t sum = 0;
+    for (int warp = 0; warp < kPlanWarps; ++warp) {
+      s.firsts[warp][p] = sum;
+      sum += s.rank_counts[warp][p];
+    }
+    s.rank_totals[p] = sum;
+  }
+  __syncthreads();
+}
+
+__device__ inline int64_t first_bad_index(const PlanShared& s) {
+  int64_t least = kNoBadId;
+  for (const int64_t bad : s.bad) least = bad < least ? bad : least;
+  return least;
+}
+
+// Tells and asks the other ranks; every rank's call is asked for by the last warp, which has few words to
+// sum.
+__device__ inline bool exchange_counts(WarpWorker& w, const PlanOp& op, PlanShared& s, int round) {
+  const OpParams& common = op.common;
+  const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
+  if (round == 1 && w.warp() == 0) publish_call(w, common.peers, common.wait.epoch, common.wait.call);
+  publish_counts(w, common.peers, op.routing.placement, source_counts(op, s), dispatch);
+  bool ok = collect_counts(w, common.peers, op.routing.placement, dispatch, counts_result(op, s));
+  if (round == 1 && w.warp() == kPlanWarps - 1) {
+    ok = ok && collect_calls(w, common.peers, common.wait.epoch, common.wait.call, s.slots);
+  }
+  return all_warps(w, s, ok);
+}
+
+__device__ inline int fullest_rank(const PlanOp& op, const PlanShared& s) {
+  int fullest = 0;
+  for (int p = 1; p < op.common.peers.size; ++p) {
+    if (s.received[p] > s.received[fullest]) fullest = p;
+  }
+  return fullest;
+}
+
+// Hands the host what it waits for. Called by warp 0.
+__device__ inline void report_plan(WarpWorker& w, const PlanOp& op, PlanShared& s, PlanStatus status,
+                                   int rounds) {
+  HostState& host = *op.common.host;
+  if (status == PlanStatus::placed) {
+    for (int p = w.lane(); p < op.common.peers.size; p += w.lanes()) {
+      host.source_rows[p] = s.source_rows[p];
+      host.slots[p] = s.slots[p];
+    }
+    const int64_t experts = op.routing.placement.count(op.common.peers.rank);
+    int64_t grouped = 0;
+    if (op.offsets) grouped = group_offsets(w, op.rows_per_expert, experts, op.align, op.offsets);
+    if (w.lane() == 0) host.grouped_rows = grouped;
+  }
+  __syncwarp();
+  if (w.lane() != 0) return;
+  const int64_t bad = first_bad_index(s);
+  host.plan_status = status;
+  host.rounds = rounds;
+  host.dropped = s.dropped;
+  host.bad_index = bad;
+  host.bad_id = bad == kNoBadId ? 0 : op.routing.topk_idx[bad];
+  host.fullest = fullest_rank(op, s);
+  host.fullest_rows = s.received[host.fullest];
+  ptx::store_release_sys(&host.planned, op.plan);
+}
+
+// Ordinals become rows.
+__device__ inline void place(WarpWorker& w, const PlanOp& op, PlanShared& s) {
+  for (int p = w.lane(); p < op.common.peers.size; p += w.lanes()) s.firsts[w.warp()][p] += s.base[p];
+  __syncwarp();
+  place_routes(w, op.routing, op.routes, s.firsts[w.warp()]);
+}
+
+// Rows past capacity go.
+__device__ inline void drop(WarpWorker& w, const PlanOp& op, PlanShared& s) {
+  __syncthreads();  // routes are written by lanes of one token each, and dropped by others
+  const int64_t dropped = drop_overflow(w, op.routing, op.routes, source_counts(op, s), op.capacity);
+  if (dropped) w.tally(&s.dropped, static_cast<int>(dropped));
+  __syncthreads();
+}
+
+// Routes are placed once the host knows the sizes, and goes on; where it throws, they may be gone. Where rows
+// are dropped, all ranks see the same overflow in the counts, so all take a second round.
+__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
+    plan_kernel(const __grid_constant__ PlanOp op) {
+  WarpWorker w(op.common);
+  PlanShared& s = PlanShared::here();
+  count_tokens(w, op, s);
+  if (first_bad_index(s) != kNoBadId) {
+    if (w.warp() == 0) report_plan(w, op, s, PlanStatus::bad_id, 1);
+    return;
+  }
+#pragma unroll 1
+  for (int round = 1;; ++round) {
+    if (!exchange_counts(w, op, s, round)) return;
+    const bool overflow = round == 1 && s.received[fullest_rank(op, s)] > op.capacity;
+    const bool again = overflow && op.drop;
+    if (!again && w.warp() == 0) {
+      report_plan(w, op, s, overflow ? PlanStatus::overflow : PlanStatus::placed, round);
+    }
+    if (overflow && !again) return;
+    if (round == 1) place(w, op, s);
+    if (!again) return;
+    drop(w, op, s);
+  }
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,213 @@
+// What a warp does with rows: copies, sums, zeros.
+//
+// Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its slots and
+// empties them while the warp goes on. One kernel uses either multicast or sum, so each lays the ring out as
+// it likes. Where there is no such engine, each lane has several loads under way at once. Rows are shorter
+// than 2 GiB.
+#pragma once
+
+#include "cuda/worker.cuh"
+
+namespace commlib::cuda {
+
+constexpr int kPieceBytes = kWarpLanes * 16;  // 16 bytes a lane
+constexpr int kPlainLoads = 4;
+constexpr int kLongestChunk = kSumPieces * kPieceBytes;  // of a row in a sum
+
+// The ring in multicast: how many slots, and how many chunks are loaded ahead of the one that is stored. A
+// slot is loaded again when the stores of its last chunk have been read, up to kSendPending chunks later.
+constexpr int kSendSlots = 4;
+constexpr int kSendAhead = 2;
+constexpr int kSendPending = kSendSlots - kSendAhead - 1;
+static_assert(kSendSlots <= WarpShared::kBarriers && kSendPending >= 0);
+
+__device__ inline bool WarpWorker::all_aligned(uintptr_t bits) const {
+  return __all_sync(kAllLanes, bits % 16 == 0);
+}
+
+__device__ inline void WarpWorker::zero(std::byte* dst, int64_t bytes) const {
+  if ((reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(bytes)) % 16 == 0) {
+    for (int64_t i = lane_ * 16; i < bytes; i += kPieceBytes) ptx::store_global(dst + i, ptx::Vec16{});
+    return;
+  }
+  for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
+}
+
+__device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes) {
+  const Target mine = lane_ < to.count ? to.items[lane_] : nullptr;  // at most topk, which is a warp's lanes
+  const bool aligned = all_aligned(reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) |
+                                   static_cast<uintptr_t>(bytes));
+  if (to.count == 0) return;
+  if (!aligned) {
+    for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) {  // the smallest element has two bytes
+      const uint16_t v = *reinterpret_cast<const uint16_t*>(src + i);
+      for (int j = 0; j < to.count; ++j) *reinterpret_cast<uint16_t*>(to.items[j] + i) = v;
+    }
+  } else if constexpr (ptx::kHasBulkCopies) {
+    bulk_multicast(mine, src, bytes);
+  } else {
+    plain_multicast(to, src, bytes);
+  }
+}
+
+// Lane 0 loads chunks of the row ahead; each lane stores them to its own target. When a chunk is loaded, all
+// but each lane's newest kSendPending groups of stores must have read their slots.
+__device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
+  const int slot_bytes = op_.ring_bytes / kSendSlots;
+  Turn ahead = turn_;
+  int64_t loaded = 0;
+  const auto load_next = [&] {
+    const int64_t n = bytes - loaded < slot_bytes ? bytes - loaded : slot_bytes;
+    ptx::bulk_wait_read<kSendPending>();
+    __syncwarp();
+    if (lane_ == 0) load_into_ring(ahead.slot, slot_bytes, src + loaded, n);
+    ahead.next(kSendSlots);
+    loaded += n;
+  };
+  for (int i = 0; i < kSendAhead && loaded < bytes; ++i) load_next();
+  for (int64_t sent = 0; sent < bytes; sent += slot_bytes) {
+    if (loaded < bytes) load_next();
+    const int64_t n = bytes - sent < slot_bytes ? bytes - sent : slot_bytes;
+    await_ring(turn_);
+    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.slot * slot_bytes, static_cast<uint32_t>(n));
+    ptx::bulk_commit();
+    turn_.next(kSendSlots);
+  }
+}
+
+__device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::byte* src,
+                                                   int64_t bytes) const {
+  for (int64_t at = lane_ * 16; at < bytes; at += kPlainLoads * kPieceBytes) {
+    ptx::Vec16 v[kPlainLoads];
+#pragma unroll
+    for (int u = 0; u < kPlainLoads; ++u) {
+      const int64_t i = at + u * kPieceBytes;
+      v[u] = ptx::load_global(src + (i < bytes ? i : 0));  // past the end: anything, but no branch
+    }
+    for (int j = 0; j < to.count; ++j) {
+#pragma unroll
+      for (int u = 0; u < kPlainLoads; ++u) {
+        const int64_t i = at + u * kPieceBytes;
+        if (i < bytes) ptx::store_global(to.items[j] + i, v[u]);
+      }
+    }
+  }
+}
+
+// Whether any term has a weight; then the values of all are in shared memory, and those without one have 1,
+// which changes no bit of a number.
+template <class T>
+__device__ bool WarpWorker::gather_weights(List<Term> terms) const {
+  using Acc = Accumulator<T>;
+  bool weighted = false;
+  for (int j = lane_; j < terms.count; j += kWarpLanes) weighted |= terms.items[j].weight != nullptr;
+  if (!__any_sync(kAllLanes, weighted)) return false;
+  for (int j = lane_; j < terms.count; j += kWarpLanes) {
+    const std::byte* weight = terms.items[j].weight;
+    reinterpret_cast<Acc*>(shared_.weights)[j] = weight ? *reinterpret_cast<const Acc*>(weight) : Acc{1};
+  }
+  __syncwarp();  // all lanes have left the sum before since its list was replaced by this one
+  return true;
+}
+
+template <class T, int kUnroll>
+__device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elements) {
+  const int bytes = static_cast<int>(elements) * static_cast<int>(sizeof(T));
+  uintptr_t bits = reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(bytes);
+  for (int j = lane_; j < terms.count; j += kWarpLanes) {
+    bits |= reinterpret_cast<uintptr_t>(terms.items[j].row);
+  }
+  if (!all_aligned(bits)) {
+    for (int64_t i = lane_; i < elements; i += kWarpLanes) {
+      reinterpret_cast<T*>(dst)[i] = sum_element<T>(terms, i);
+    }
+    return;
+  }
+  const bool weighted = gather_weights<T>(terms);
+  if constexpr (ptx::kHasBulkCopies) {
+    weighted ? bulk_sum<T, kUnroll, true>(dst, terms, bytes) : bulk_sum<T, kUnroll, false>(dst, terms, bytes);
+  } else {
+    weighted ? plain_sum<T, kUnroll, true>(dst, terms, bytes)
+             : plain_sum<T, kUnroll, false>(dst, terms, bytes);
+  }
+}
+
+// Adds a lane's pieces of one row; `weights`: of all rows, looked at only where they count.
+template <bool kWeighted, class T, int kUnroll>
+__device__ inline void add_pieces(Sum16<T> (&sums)[kUnroll], const ptx::Vec16 (&row)[kUnroll],
+                                  const std::byte* weights, int j) {
+  if constexpr (kWeighted) {
+    const auto weight = reinterpret_cast<const Accumulator<T>*>(weights)[j];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sums[u].add(row[u], weight);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sums[u].add(row[u]);
+  }
+}
+
+// Stores those of a lane's pieces that lie before `end`; the first is at `at`.
+template <class T, int kUnroll>
+__device__ inline void store_pieces(std::byte* dst, const Sum16<T> (&sums)[kUnroll], int at, int end) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int i = at + u * kPieceBytes;
+    if (i < end) ptx::store_global(dst + i, sums[u].rounded());
+  }
+}
+
+// Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
+// of each row, ... Lane 0 keeps every free slot loading. Of a row's last chunk all of the slot is added,
+// whatever lies past the row's end, and not stored: so no lane asks of each piece whether it is there.
+template <class T, int kUnroll, bool kWeighted>
+__device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes) {
+  constexpr int kChunk = kUnroll * kPieceBytes;
+  const int slots = WarpShared::sum_slots(op_.ring_bytes, kChunk);
+  Turn ahead = turn_;
+  int load_at = 0, load_row = 0;
+  const auto load_next = [&](int slot) {
+    const int n = bytes - load_at < kChunk ? bytes - load_at : kChunk;
+    if (lane_ == 0) load_into_ring(slot, kChunk, terms.items[load_row].row + load_at, n);
+    if (++load_row < terms.count) return;
+    load_row = 0;
+    load_at += kChunk;
+  };
+  for (int i = 0; i < slots && load_at < bytes && terms.count > 0; ++i) {
+    load_next(ahead.slot);
+    ahead.next(slots);
+  }
+  for (int at = 0; at < bytes; at += kChunk) {
+    Sum16<T> sums[kUnroll];
+    for (int j = 0; j < terms.count; ++j) {
+      const std::byte* slot = shared_.ring + turn_.slot * kChunk + lane_ * 16;
+      await_ring(turn_);
+      ptx::Vec16 row[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) row[u] = ptx::load_shared(slot + u * kPieceBytes);
+      add_pieces<kWeighted>(sums, row, shared_.weights, j);
+      __syncwarp();  // all lanes have read the slot
+      if (load_at < bytes) load_next(turn_.slot);
+      turn_.next(slots);
+    }
+    store_pieces(dst, sums, at + lane_ * 16, bytes);
+  }
+}
+
+template <class T, int kUnroll, bool kWeighted>
+__device__ void WarpWorker::plain_sum(std::byte* dst, List<Term> terms, int bytes) const {
+  for (int at = lane_ * 16; at < bytes; at += kUnroll * kPieceBytes) {
+    Sum16<T> sums[kUnroll];
+    for (int j = 0; j < terms.count; ++j) {
+      ptx::Vec16 row[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = at + u * kPieceBytes;
+        row[u] = ptx::load_global(terms.items[j].row + (i < bytes ? i : 0));  // past the end: not stored
+      }
+      add_pieces<kWeighted>(sums, row, shared_.weights, j);
+    }
+    store_pieces(dst, sums, at, bytes);
+  }
+}
+
+}  // namespace commlib::cuda

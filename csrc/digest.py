@@ -1,0 +1,19 @@
+"""A name for the sources of the modules, by which a built module is known to belong to a checkout."""
+
+import hashlib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SUFFIXES = (".cc", ".cu", ".cuh", ".h")
+
+
+def digest() -> str:
+    """Of all that is compiled, and of the script that does it."""
+    found = hashlib.sha256()
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in SUFFIXES
+    )
+    for name in ["setup.py", *sources]:
+        content = (ROOT / name).read_bytes()
+        found.update(f"{name} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]

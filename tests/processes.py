@@ -1,0 +1,73 @@
+"""Ranks that are forked processes: for start-up without a launcher, and with ranks that die in it."""
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+from commlib.group import Group
+
+HANG_SECONDS = 60  # a rank that is still there then is killed
+
+
+class FileGroup(Group):
+    """Processes that gather through files. A rank that has left is an error, as it is with MPI and gloo."""
+
+    def __init__(self, place, rank, size):
+        self.place, self.rank, self.size, self.round = Path(place), rank, size, 0
+
+    def allgather(self, obj):
+        self.round += 1
+        written = self.place / f"written.{self.rank}"
+        written.write_bytes(pickle.dumps(obj))
+        written.rename(self.place / f"{self.round}.{self.rank}")
+        return [self._of(rank) for rank in range(self.size)]
+
+    def _of(self, rank):
+        file = self.place / f"{self.round}.{rank}"
+        while not file.exists():
+            if (self.place / f"left.{rank}").exists():
+                raise ConnectionError(f"the group has lost rank {rank}")
+            time.sleep(0.001)
+        return pickle.loads(file.read_bytes())
+
+    def leave(self):
+        """As a rank that dies: at once, and in the middle of whatever it does."""
+        (self.place / f"left.{self.rank}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_processes(main, size, place):
+    """``main(group)`` in a process for each rank; what each returned or raised, None where it was killed."""
+    pids = []
+    for rank in range(size):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            signal.alarm(HANG_SECONDS)
+            _be_rank(main, FileGroup(place, rank, size))
+    for pid in pids:
+        os.waitpid(pid, 0)
+    files = [Path(place) / f"result.{rank}" for rank in range(size)]
+    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def _be_rank(main, group):
+    try:
+        said = main(group)
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    (group.place / f"result.{group.rank}").write_bytes(pickle.dumps(said))
+    os._exit(0)
+
+
+def descriptors():
+    """How many this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def memory_of(rank):
+    """A descriptor of memory that says whose it is."""
+    fd = os.memfd_create(f"heap {rank}")
+    os.write(fd, b"heap of rank %d" % rank)
+    return fd

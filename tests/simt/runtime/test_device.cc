@@ -1,0 +1,92 @@
+// What only a simulated device can show: another amount of shared memory, and how much memory is allocated.
+#include "cpp/operations.h"
+#include "cpp/suite.h"
+#include "simt/runtime/connected.h"
+#include "simt/runtime/cudart.h"
+
+namespace commlib::testing {
+namespace {
+
+// Makes the device one with so much shared memory, as long as it lives.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t per_sm) : before_(simt::chip) { simt::chip.shared_per_sm = per_sm; }
+  ~SharedMemory() { simt::chip = before_; }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+ private:
+  simt::Chip before_;
+};
+
+// 99 KB for a block, as on compute capability 12.x. Shared memory is allocated to the byte, so a warp whose
+// part lay outside of it would be found out; rows are long enough to go round every ring.
+void rings_are_as_large_as_shared_memory_allows() {
+  Random random(202);
+  const SharedMemory shared(100 << 10);
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    Config config = small_config(2);
+    config.dtype = dtype;
+    config.hidden = 4160;
+    config.max_tokens = 40;
+    config.capacity = 2 * config.max_tokens;
+    config.num_sms = 1;
+    const Scenario s = random_scenario(config, 2, {}, random);
+    in_ranks(config, 2, [&](Rank& self) { check_round_trip(self, s, s, {}); });
+  }
+}
+
+Config one_rank() {
+  Config config = small_config(1);
+  config.share = "fd";
+  return config;
+}
+
+void a_device_with_too_little_shared_memory_is_refused() {
+  const auto machine = make_machine();
+  const SharedMemory shared(64 << 10);
+  if (simt::chip.major < 9) {
+    machine->communicator(one_rank());  // there is no ring
+    return;
+  }
+  const auto error =
+      check_throws<std::runtime_error>([&] { machine->communicator(one_rank()); }, "a block with 63 KB");
+  check_contains(error.what(), "gives a block 64512 bytes of shared memory", "the text");
+}
+
+void communicators_that_come_and_go_take_no_more_memory() {
+  const auto machine = make_machine();
+  const auto use_one = [&](int ranks, int64_t hidden) {
+    Config config = small_config(ranks);
+    config.hidden = hidden;
+    for (const auto& comm : connected(*machine, config)) comm->close();
+  };
+  // All of the same shape: of another one the memory is used again.
+  use_one(2, 32);
+  const size_t two_ranks = simt::allocated_bytes();
+  for (int i = 0; i < 4; ++i) use_one(2, 32);
+  check_equal(simt::allocated_bytes(), two_ranks, "bytes after five of one shape");
+  // Each of another shape: what nobody takes again is freed when the next ones connect.
+  for (int i = 1; i < 6; ++i) use_one(2, 32 + 8 * i);
+  use_one(2, 32);
+  check_equal(simt::allocated_bytes(), two_ranks, "bytes after many shapes");
+  // Not while ranks of this process may wait for each other.
+  const Communicators alive = connected(*machine, small_config(2));
+  use_one(1, 320);
+  const size_t kept = simt::allocated_bytes();
+  use_one(1, 640);
+  check(simt::allocated_bytes() > kept, "nothing is freed beside operations");
+  for (const auto& comm : alive) comm->close();
+  use_one(1, 320);
+  check_equal(simt::allocated_bytes(), kept, "bytes when it has been freed later");
+}
+
+const Suite suite({
+    {"communicators_that_come_and_go_take_no_more_memory",
+     communicators_that_come_and_go_take_no_more_memory},
+    {"rings_are_as_large_as_shared_memory_allows", rings_are_as_large_as_shared_memory_allows},
+    {"a_device_with_too_little_shared_memory_is_refused", a_device_with_too_little_shared_memory_is_refused},
+});
+
+}  // namespace
+}  // namespace commlib::testing

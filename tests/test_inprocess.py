@@ -1,0 +1,50 @@
+"""Ranks as threads of one process: the device they share."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.cuda._utils import _get_device_index
+
+import commlib
+from commlib import cuda
+from commlib.group import resolve_group
+
+
+class Stream:
+    """A CUDA stream, as far as run_ranks needs one."""
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The devices that threads made current, on a machine whose current GPU is number 3.
+
+    torch.cuda.set_device asks the same function for the number, which refuses a device that has none.
+    """
+    devices = []
+    monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: devices.append(_get_device_index(d)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: _get_device_index(d) is not None and Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("device", "number"),
+    [("cuda", 3), (torch.device("cuda"), 3), ("cuda:1", 1), (torch.device("cuda", 0), 0)],
+)
+def test_all_ranks_are_on_the_callers_gpu(chosen, device, number):
+    groups = commlib.run_ranks(lambda rank: resolve_group().device, 2, device=device)
+    assert groups == [f"cuda:{number}"] * 2
+    assert chosen == [number] * 2

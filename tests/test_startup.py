@@ -1,0 +1,70 @@
+"""Start-up of ranks that are processes with a GPU each, on cores that stand for the CUDA backend's."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from processes import descriptors, memory_of
+
+from commlib import bootstrap, cuda
+
+CONFIG = SimpleNamespace(device=0, timeout=60.0)
+
+
+class Core:
+    """Maps nothing, but reads what it is sent."""
+
+    def __init__(self, rank, fails):
+        self.rank, self.fails, self.fd = rank, fails, memory_of(rank)
+
+    def address(self):
+        return os.getpid(), self.fd, 16, b"handle", b""
+
+    def connect(self, addresses):
+        self.read = [os.pread(address[1], 99, 0) for address in addresses]
+        if self.fails:
+            raise RuntimeError("cannot map")
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    """The core of this rank, connected. The rank ``failing`` fails in ``step``."""
+
+    def run(group, step=None, failing=1):
+        def make(_):
+            return Core(group.rank, step == "connect" and group.rank == failing)
+
+        def require_peer_access(device, uuid):
+            if step == "access" and (group.rank, uuid) == (failing, "gpu 0"):
+                raise RuntimeError("GPU 1 cannot reach GPU 0")
+
+        stand_in = SimpleNamespace(make_communicator=make, require_peer_access=require_peer_access)
+        monkeypatch.setattr(cuda, "_cuda", stand_in)
+        infos = [{"uuid": f"gpu {rank}"} for rank in range(group.size)]
+        return bootstrap._make_and_connect(group, CONFIG, infos, list(range(group.size)))
+
+    return run
+
+
+def test_processes_open_each_others_memory_and_keep_no_descriptor_of_it(in_processes, connect):
+    def main(group):
+        before = descriptors()
+        core = connect(group)
+        return core.read, descriptors() - before
+
+    heaps = [b"heap of rank %d" % rank for rank in range(3)]
+    assert in_processes(main, 3) == [(heaps, 1)] * 3  # its own
+
+
+@pytest.mark.parametrize(("step", "why"), [("connect", "cannot map"), ("access", "GPU 1 cannot reach GPU 0")])
+def test_a_rank_that_cannot_open_anothers_memory_is_an_error_on_all(in_processes, connect, step, why):
+    def main(group):
+        before = descriptors()
+        with pytest.raises(RuntimeError) as caught:
+            connect(group, step)
+        return str(caught.value), descriptors() - before
+
+    texts, left = zip(*in_processes(main, 3), strict=True)
+    assert texts[1] == why
+    assert texts[0] == texts[2] == f"rank 1 could not start: RuntimeError: {why}"
+    assert max(left) <= 1  # its own
