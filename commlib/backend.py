@@ -68,6 +68,9 @@ class Backend(ABC):
             async_op: whether the caller waits for an event.
         """
 
+    def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:  # noqa: B027
+        """``stream`` uses ``tensor`` until it goes, also where its memory is the heap's."""
+
 
 class CpuBackend(Backend):
     """Threads on the host: an operation that is not asynchronous is done when its call returns."""
@@ -151,14 +154,22 @@ class CudaBackend(Backend):
             self.trace.append(
                 (name, lambda: (zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3))
             )
+        current = torch.cuda.current_stream(self.device)
+        tensors = [t for t in keep if isinstance(t, Tensor) and t.is_cuda]
+        addresses = [t.data_ptr() for t in tensors]
+        # Those that lie in slots, which record_stream knows nothing of.
+        self.core.note_uses(addresses, current.cuda_stream)
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            current.wait_stream(self.stream)
             return None
-        for tensor in keep:
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                tensor.record_stream(self.stream)
-        return CudaEvent(self.core, self.stream.record_event(), self.device)
+        for tensor in tensors:
+            tensor.record_stream(self.stream)
+        return CudaEvent(self.core, self.stream.record_event(), self.device, addresses)
+
+    def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        self.core.note_uses([tensor.data_ptr()], stream.cuda_stream)
+        tensor.record_stream(stream)
 
 
 def _refuse_capture() -> None:

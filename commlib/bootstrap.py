@@ -15,6 +15,7 @@ from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import close_fds, exchange_fds
 from commlib.group import Group
 from commlib.model import default_num_sms
+from commlib.partition import SMPartition
 from commlib.residency import of_this_process
 from commlib.settings import CORE_DTYPES, Settings
 from commlib.topology import Topology, find_topology, node_size
@@ -147,23 +148,29 @@ def _prepare_cuda(
     wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
     error: Exception | None = None
-    stream = None
+    config = _config(group, settings, blocks, crowded=False)
+    config.device, config.spin = settings.device.index, _SPIN_GPU
     if together > there_are:
         place = "it has" if partition is None else "its partition has for communication"
         error = ValueError(
             f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but {place} {there_are} "
             "SMs, and all blocks must run at once"
         )
-    elif partition is None:
-        stream, plans = (torch.cuda.Stream(settings.device, priority=-1) for _ in range(2))
     else:
-        stream, plans = partition.new_comm_stream(), partition.new_comm_stream()
+        try:
+            _give_streams(config, partition)
+        except RuntimeError as e:
+            error = e
     _gather(group, error, None)
-    assert stream is not None
-    config = _config(group, settings, blocks, crowded=False)
-    config.device, config.spin = settings.device.index, _SPIN_GPU
-    config.stream, config.plan_stream = stream.cuda_stream, plans.cuda_stream
-    return config, stream
+    return config, torch.cuda.ExternalStream(config.stream, settings.device)
+
+
+def _give_streams(config: _core.Config, partition: SMPartition | None) -> None:
+    """Streams that the communicator has to itself, on the partition's SMs for communication."""
+    if partition is None:
+        cuda._cuda.give_streams(config, None)
+    else:
+        partition.give_streams(config)
 
 
 def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:

@@ -98,20 +98,32 @@ class CpuEvent(Event):
 class CudaEvent(Event):
     """On the communication stream of a CUDA device."""
 
-    def __init__(self, comm: _core.Communicator, event: torch.cuda.Event, device: torch.device) -> None:
+    def __init__(
+        self,
+        comm: _core.Communicator,
+        event: torch.cuda.Event,
+        device: torch.device,
+        addresses: list[int],
+    ) -> None:
         self._comm = comm
         self._event = event
         self._device = device
+        self._addresses = addresses  # of what the operation works on
 
     def query(self) -> bool:
         return self._event.query()
 
     def wait(self) -> None:
-        self._event.wait()
+        self._event.wait(self._using_stream())
 
     def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
-        self._comm.wait_expert(waves, None, expert, torch.cuda.current_stream(self._device).cuda_stream)
+        self._comm.wait_expert(waves, None, expert, self._using_stream().cuda_stream)
+
+    def _using_stream(self) -> torch.cuda.Stream:
+        """The current stream, which from now on may use the results."""
+        stream = torch.cuda.current_stream(self._device)
+        self._comm.note_uses(self._addresses, stream.cuda_stream)
+        return stream
 
     def synchronize(self) -> None:
-        self._event.synchronize()
-        self._comm.check_health()
+        self._comm.wait_event(self._event.cuda_event)

@@ -299,8 +299,17 @@ class ExpertParallel:
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
         self._backend.begin()
         buffer = self._view(self._core.lend_slot(), handle.num_rows)
-        self._backend.end("lend a slot", None, (), False)
+        self._backend.end("lend a slot", None, (buffer,), False)
         return buffer
+
+    def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        """Let ``stream`` use a result or a lent buffer until the tensor goes, as ``Tensor.record_stream``.
+
+        Not needed for the stream that was current in the call that gave the tensor, nor for one on which its
+        event was waited for. ``Tensor.record_stream`` does nothing for memory of the symmetric heap. Does
+        nothing on the CPU.
+        """
+        self._backend.record_stream(tensor, stream)
 
     # -- the rest ------------------------------------------------------------------------------------------
 

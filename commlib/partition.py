@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from commlib import cuda
+from commlib import _core, cuda
 
 
 class SMPartition:
@@ -67,13 +67,13 @@ class SMPartition:
     def compute_stream(self) -> torch.cuda.Stream:
         """The calling thread's stream on the compute SMs (CUDA only)."""
         if getattr(self._entered, "stream", None) is None:
-            handle = self._part.new_compute_stream()
-            self._entered.stream = torch.cuda.ExternalStream(handle, self.device)
+            self._entered.owner = self._part.compute_stream()  # for this thread alone, as long as it lives
+            self._entered.stream = torch.cuda.ExternalStream(self._entered.owner.handle, self.device)
         return self._entered.stream
 
-    def new_comm_stream(self) -> torch.cuda.Stream:
-        """A stream on the communication SMs (CUDA only), with the highest priority: one a communicator."""
-        return torch.cuda.ExternalStream(self._part.new_comm_stream(), self.device)
+    def give_streams(self, config: _core.Config) -> None:
+        """Let a communicator work on the communication SMs (CUDA only), in streams of its own."""
+        cuda._cuda.give_streams(config, self._part)
 
     def check_fits(self, device: torch.device, num_sms: int | None) -> None:
         """Raise ValueError unless a communicator on ``device`` with ``num_sms`` can use this partition."""

@@ -253,8 +253,10 @@ void bind_communicator(py::module_& m) {
       .def("wait", &Communicator::wait, NoGil())
       .def("wait_expert", &Communicator::wait_expert, py::arg("dispatch"), py::arg("ticket").none(true),
            py::arg("expert"), py::arg("stream"), NoGil())
+      .def("wait_event", &Communicator::wait_event, py::arg("event"), NoGil())
       .def("synchronize", &Communicator::synchronize, NoGil())
       .def("check_health", &Communicator::check_health, NoGil())
+      .def("note_uses", &Communicator::note_uses, py::arg("addresses"), py::arg("stream"), NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())
       .def("view", [](const Communicator& c, std::shared_ptr<SlotLease> lease,
                       int64_t rows) { return view_of(std::move(lease), rows, c); })

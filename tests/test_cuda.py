@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reference import expected_rank_layout, make_world
 
 import commlib
 from commlib import ExpertParallel, cuda
+from commlib.event import CudaEvent
 
 PROGRAMS = Path(__file__).parent / "programs"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -56,6 +58,26 @@ def test_without_a_gpu_asking_for_one_is_an_error_with_the_reason(device):
 def test_without_a_gpu_no_device_means_the_cpu():
     with ExpertParallel(**CONFIG) as ep:
         assert ep.dispatch(torch.ones(4, 64), torch.zeros(4, 2, dtype=torch.int64)).x.device.type == "cpu"
+
+
+def test_an_event_tells_the_core_which_stream_uses_the_results_and_waits_there(monkeypatch):
+    calls = []
+
+    class Core:
+        def note_uses(self, addresses, stream):
+            calls.append(("uses", addresses, stream))
+
+        def wait_event(self, event):
+            calls.append(("wait", event))
+
+    recorded = SimpleNamespace(
+        cuda_event=5, wait=lambda stream: calls.append(("stream waits", stream.cuda_stream))
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    event = CudaEvent(Core(), recorded, torch.device("cuda:0"), [1, 2])
+    event.wait()
+    event.synchronize()
+    assert calls == [("uses", [1, 2], 7), ("stream waits", 7), ("wait", 5)]
 
 
 # -- the same results as the CPU's ---------------------------------------------------------------------------
@@ -369,3 +391,28 @@ def test_after_a_failure_the_gpu_goes_on(x, idx):
 
     for out in commlib.run_ranks(rank_main, 3, device="cuda"):
         assert torch.equal(out, 2 * x)
+
+
+@gpu
+def test_a_result_is_not_overwritten_while_a_named_stream_reads_it(x, idx):
+    side = torch.cuda.Stream()
+    with ExpertParallel(**CONFIG) as ep:
+        d = ep.dispatch(x, idx, zero_copy=True)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            seen = d.x.clone()
+        ep.record_stream(d.x, side)
+        address = d.x.data_ptr()
+        del d
+        again = ep.dispatch(x * 2, idx, zero_copy=True)
+        assert again.x.data_ptr() == address
+        torch.cuda.synchronize()
+        assert torch.equal(seen.cpu(), x.cpu())
+        assert torch.equal(again.x.cpu(), 2 * x.cpu())
+
+
+@gpu
+def test_every_communicator_has_a_stream_of_its_own():
+    several = [ExpertParallel(num_sms=1, **CONFIG) for _ in range(40)]
+    assert len({ep._backend.stream.cuda_stream for ep in several}) == 40

@@ -139,10 +139,19 @@ std::shared_ptr<SlotLease> Communicator::take_slot() {
     drain();  // operations under way give theirs back
     lease = slots_->take();
   }
-  if (lease) return lease;
+  if (lease) {
+    prepare_slot(*lease);
+    return lease;
+  }
   throw SlotError("all " + std::to_string(config_.slots) +
                   " slots are in use by zero-copy results or lent buffers: release a handle "
                   "(handle.release(), or let its tensors go), or make the communicator with more slots");
+}
+
+void Communicator::note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream) {
+  for (uintptr_t address : addresses) {
+    if (const auto lease = slots_->find(reinterpret_cast<const std::byte*>(address))) lease->use_on(stream);
+  }
 }
 
 Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutingView& routing) {

@@ -45,9 +45,10 @@ struct Config {
   std::vector<int> cores;  // that the pool's threads may run on; empty: any
   // CUDA
   int device = 0;
-  uintptr_t stream = 0;       // of communication
-  uintptr_t plan_stream = 0;  // of plans; 0, or where they find no room beside rows: the same
-  std::string share;          // how heaps reach other processes: "fd", "fabric" or "none"
+  uintptr_t stream = 0;                // of communication
+  uintptr_t plan_stream = 0;           // of plans; 0, or where they find no room beside rows: the same
+  std::shared_ptr<void> stream_owner;  // keeps both from being used by others; null: the caller does
+  std::string share;                   // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
 // What a rank tells the others when they connect.
@@ -148,12 +149,18 @@ class Communicator {
   // call throws.
   virtual void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                            uintptr_t stream) = 0;
+  // CUDA: waits until the event, recorded on the communication stream, is done; throws what failed.
+  virtual void wait_event(uintptr_t) { check_usable(); }
   // Waits until all operations issued are done; throws what failed.
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
   virtual void check_health() { check_usable(); }
   // A slot to write rows for combine into.
   virtual std::shared_ptr<SlotLease> lend_slot() = 0;
+
+  // CUDA: what `stream` has queued when a tensor at one of these addresses goes may still use it. Addresses
+  // that are not the first row of a slot in use are passed over.
+  void note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream);
 
   // Finishes what is under way, and tells the others. May be called twice.
   void close();
@@ -178,6 +185,8 @@ class Communicator {
   virtual void drain() = 0;
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(uint64_t left) = 0;
+  // The slot has been taken, and is about to be shown to others.
+  virtual void prepare_slot(const SlotLease&) {}
   // close() is through.
   virtual void has_closed() {}
 

@@ -1,10 +1,13 @@
 #include "backend/slots.h"
 
+#include <algorithm>
+
 #include "backend/failure.h"
 
 namespace commlib {
 
 SlotLease::~SlotLease() {
+  if (!streams_.empty()) pool_->note_uses(index_, streams_);
   std::lock_guard<std::mutex> lock(pool_->mutex_);
   pool_->states_[index_].busy = false;
 }
@@ -18,6 +21,11 @@ void SlotLease::use() {
         "with combine_buffer(handle)");
   }
   used_ = true;
+}
+
+void SlotLease::use_on(uintptr_t stream) {
+  std::lock_guard<std::mutex> lock(pool_->mutex_);
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
 }
 
 void SlotLease::pulled_in(uint32_t epoch) {

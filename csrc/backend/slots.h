@@ -30,12 +30,15 @@ class SlotLease {
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
   void use();
+  // CUDA: what `stream` has queued when the lease ends may still use the slot.
+  void use_on(uintptr_t stream);
 
  private:
   std::shared_ptr<SlotPool> pool_;
   int index_;
   bool lent_ = false;
   bool used_ = false;
+  std::vector<uintptr_t> streams_;  // guarded by the pool's mutex
 };
 
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
@@ -51,8 +54,12 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   bool last_pull(int index, uint32_t* epoch);
   Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
   int in_use();
+  virtual ~SlotPool() = default;
 
  private:
+  // A lease ends whose slot these streams use. Must not throw.
+  virtual void note_uses(int, const std::vector<uintptr_t>&) {}
+
   friend class SlotLease;
   struct State {
     std::weak_ptr<SlotLease> lease;

@@ -5,6 +5,7 @@
 #include "cuda/communicator.h"
 #include "cuda/driver.h"
 #include "cuda/partition.h"
+#include "cuda/pool.h"
 
 namespace py = pybind11;
 using commlib::Communicator;
@@ -12,6 +13,37 @@ using commlib::Config;
 using commlib::cuda::CudaCommunicator;
 using commlib::cuda::DeviceFacts;
 using commlib::cuda::Partition;
+using commlib::cuda::Stream;
+
+namespace {
+
+// Compute's, which may still be at work when its user goes.
+class ComputeStream {
+ public:
+  explicit ComputeStream(Stream stream) : stream_(std::move(stream)) {}
+  ComputeStream(ComputeStream&&) = default;
+  ~ComputeStream() {
+    if (stream_)
+      commlib::cuda::keep_until(stream_, [s = stream_.get()] { return commlib::cuda::is_idle(s); });
+  }
+  uintptr_t handle() const { return reinterpret_cast<uintptr_t>(stream_.get()); }
+
+ private:
+  Stream stream_;
+};
+
+// One for rows and one for plans.
+void give_streams(Config& config, const Partition* partition) {
+  const auto take = [&] {
+    return partition ? partition->comm_stream() : commlib::cuda::comm_stream(config.device);
+  };
+  const auto both = std::make_shared<std::pair<Stream, Stream>>(take(), take());
+  config.stream = reinterpret_cast<uintptr_t>(both->first.get());
+  config.plan_stream = reinterpret_cast<uintptr_t>(both->second.get());
+  config.stream_owner = both;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "commlib's CUDA backend. Imports without a driver; why_not() says what is missing.";
@@ -29,12 +61,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("require_peer_access",
         py::overload_cast<int, const std::string&>(&commlib::cuda::require_peer_access), py::arg("device"),
         py::arg("uuid"));
+  py::class_<ComputeStream>(m, "ComputeStream").def_property_readonly("handle", &ComputeStream::handle);
   py::class_<Partition>(m, "Partition")
       .def(py::init<int, int>(), py::arg("device"), py::arg("comm"))
       .def_property_readonly("comm_sms", &Partition::comm_sms)
       .def_property_readonly("compute_sms", &Partition::compute_sms)
-      .def("new_comm_stream", &Partition::new_comm_stream)
-      .def("new_compute_stream", &Partition::new_compute_stream);
+      .def("compute_stream", [](const Partition& p) { return ComputeStream{p.compute_stream()}; });
+  m.def("give_streams", &give_streams, py::arg("config"), py::arg("partition").none(true));
   m.def(
       "make_communicator",
       [](const Config& config) -> std::unique_ptr<Communicator> {

@@ -44,7 +44,8 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   const OnDevice guard = on_device();
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
-  slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
+  slots_ = std::make_shared<CudaSlotPool>(config.device, region_, region_->data() + control_bytes(), layout_,
+                                          config.slots);
   aside_ = side_stream(config.device);
   // Kernels for several nodes leave no room beside them.
   const bool beside = config.plan_stream && config.node_of.empty() &&
@@ -68,6 +69,7 @@ CudaCommunicator::CudaCommunicator(const Config& config)
 CudaCommunicator::~CudaCommunicator() {
   try {
     close();
+    watch_.reset();
     drain();  // nothing of this rank may use what goes back to the pool
     keep_what_others_use();
     cudaEventDestroy(planned_);
@@ -152,6 +154,15 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
     peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
   }
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
+  left_before_it_exited_.assign(config_.size, false);
+  if (!visitors_.empty() || network_) {
+    watch_ = std::make_unique<Watch>([this] {
+      try {
+        look_for_the_dead();
+      } catch (const std::exception&) {  // the device is lost: whoever waits for it is told
+      }
+    });
+  }
   const auto own = std::count(pids.begin(), pids.end(), getpid());
   if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
 }
@@ -179,11 +190,32 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
   store_word(&host_->abort, tagged(static_cast<uint32_t>(cause), static_cast<uint32_t>(peer)));
 }
 
+// Who left before its process ended did its part in what it took part in: the kernels judge by its word.
+bool CudaCommunicator::has_said_that_it_left(int peer) {
+  std::lock_guard<std::mutex> lock(look_mutex_);
+  if (left_before_it_exited_[peer]) return true;
+  const OnDevice guard = on_device();
+  uint64_t left = 0;
+  check(
+      cudaMemcpyAsync(&left, &peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
+      "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
+  left_before_it_exited_[peer] = left != 0;
+  return left != 0;
+}
+
+void CudaCommunicator::look_for_the_dead() {
+  for (int p = 0; p < config_.size; ++p) {
+    if (processes_->has_exited(p) && !has_said_that_it_left(p)) return abort_waits(Cause::exited, p);
+    if (network_ && network_->has_lost(p) && !has_said_that_it_left(p)) return abort_waits(Cause::lost, p);
+  }
+}
+
 // What only the host can see while kernels wait.
 void CudaCommunicator::look_around() {
-  for (int p = 0; p < config_.size; ++p) {
-    if (processes_->has_exited(p)) return abort_waits(Cause::exited, p);
-    if (network_ && network_->has_lost(p)) return abort_waits(Cause::lost, p);
+  look_for_the_dead();
+  for (int p = 0; network_ && p < config_.size; ++p) {
+    if (network_->has_lost(p)) return abort_waits(Cause::lost, p);
   }
   if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
 }
@@ -214,6 +246,19 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
   check_health();
 }
 
+void CudaCommunicator::wait_event(uintptr_t event) {
+  const OnDevice guard = on_device();
+  wait_for([&] {
+    const cudaError_t error = cudaEventQuery(reinterpret_cast<cudaEvent_t>(event));
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();
+      return false;
+    }
+    check(error, "a communication kernel");
+    return true;
+  });
+}
+
 void CudaCommunicator::synchronize() {
   const OnDevice guard = on_device();
   wait_for([&] { return is_idle(); });
@@ -235,8 +280,16 @@ void CudaCommunicator::tell_all(uint64_t left) {
   if (network_) tell_far(left);
 }
 
+// On each stream whose kernels tell others of the slot, who then write there.
+void CudaCommunicator::prepare_slot(const SlotLease& lease) {
+  auto& slots = static_cast<CudaSlotPool&>(*slots_);
+  slots.wait_for_uses(lease.index(), shape_.stream);
+  if (plan_stream_ != shape_.stream) slots.wait_for_uses(lease.index(), plan_stream_);
+}
+
 // After the last of everything else that this rank does to others' memory.
 void CudaCommunicator::has_closed() {
+  watch_.reset();
   if (peers_.size == 0) return;  // it never connected
   const OnDevice guard = on_device();
   const uint64_t gone = 1;

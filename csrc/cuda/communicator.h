@@ -12,7 +12,8 @@
 #include "cuda/driver.h"
 #include "cuda/launch.h"
 #include "cuda/pool.h"
-#include "cuda/stream_uses.h"
+#include "cuda/slots.h"
+#include "cuda/watcher.h"
 #include "heap/symmetric_heap.h"
 
 namespace commlib::cuda {
@@ -35,6 +36,7 @@ class CudaCommunicator final : public Communicator {
   void wait(const Ticket&) override { synchronize(); }
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
+  void wait_event(uintptr_t event) override;
   void synchronize() override;
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
@@ -46,6 +48,7 @@ class CudaCommunicator final : public Communicator {
  private:
   void drain() override;
   void tell_all(uint64_t left) override;
+  void prepare_slot(const SlotLease& lease) override;
   void has_closed() override;
 
   void make_scratch();
@@ -61,7 +64,9 @@ class CudaCommunicator final : public Communicator {
   bool is_idle() const;
   void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
+  void look_for_the_dead();
   void look_around();
+  bool has_said_that_it_left(int peer);
 
   OnDevice on_device() const { return OnDevice(config_.device); }
 
@@ -82,7 +87,10 @@ class CudaCommunicator final : public Communicator {
   Scratch scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
-  Stream aside_;  // for words to other ranks while kernels run
+  std::vector<bool> left_before_it_exited_;  // by rank; of the watcher's, or whoever waits: see look_mutex_
+  std::mutex look_mutex_;                    // guards left_before_it_exited_
+  Stream aside_;                             // for words to other ranks while kernels run
+  std::unique_ptr<Watch> watch_;             // last: it uses the others
 };
 
 }  // namespace commlib::cuda

@@ -1,7 +1,10 @@
 #include "cuda/partition.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace commlib::cuda {
 namespace {
@@ -16,6 +19,15 @@ unsigned split_flags(int capability, int comm) {
 }  // namespace
 
 Partition::Partition(int device, int comm) : device_(device) {
+  static std::mutex mutex;
+  static auto* const made = new std::map<std::pair<int, int>, Parts>;  // by device and comm
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = made->find({device, comm});
+  if (found == made->end()) found = made->insert({{device, comm}, split(device, comm)}).first;
+  parts_ = &found->second;
+}
+
+Partition::Parts Partition::split(int device, int comm) {
   const OnDevice guard(device);
   check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
   const Driver& d = driver();
@@ -40,15 +52,7 @@ Partition::Partition(int device, int comm) : device_(device) {
                                 "splits off " +
                                 std::to_string(part.sm.smCount));
   }
-  comm_ = make_part(device, part);
-  compute_ = make_part(device, rest);
-}
-
-Partition::~Partition() {
-  for (CUstream s : streams_) cudaStreamDestroy(s);
-  for (const Part& part : {comm_, compute_}) {
-    if (part.context) driver().green_context_destroy(part.context);
-  }
+  return {make_part(device, part), make_part(device, rest)};
 }
 
 Partition::Part Partition::make_part(int device, CUdevResource& sms) {
@@ -62,22 +66,22 @@ Partition::Part Partition::make_part(int device, CUdevResource& sms) {
   return part;
 }
 
-uintptr_t Partition::new_stream(const Part& part, int priority) {
+Stream Partition::stream_on(const Part& part, int priority) const {
+  const auto make = [&]() -> void* {
+    CUstream stream = nullptr;
+    check(driver().green_context_stream(&stream, part.context, CU_STREAM_NON_BLOCKING, priority),
+          "cuGreenCtxStreamCreate");
+    return stream;
+  };
+  const std::string name = "stream of a part " + std::to_string(reinterpret_cast<uintptr_t>(part.context));
+  return std::static_pointer_cast<CUstream_st>(pooled(device_, name, make, nullptr));
+}
+
+Stream Partition::comm_stream() const {
   const OnDevice guard(device_);
-  CUstream stream = nullptr;
-  check(driver().green_context_stream(&stream, part.context, CU_STREAM_NON_BLOCKING, priority),
-        "cuGreenCtxStreamCreate");
-  std::lock_guard<std::mutex> lock(mutex_);
-  streams_.push_back(stream);
-  return reinterpret_cast<uintptr_t>(stream);
+  return stream_on(parts_->comm, highest_priority());
 }
 
-uintptr_t Partition::new_comm_stream() {
-  int least = 0, greatest = 0;
-  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-  return new_stream(comm_, greatest);
-}
-
-uintptr_t Partition::new_compute_stream() { return new_stream(compute_, 0); }
+Stream Partition::compute_stream() const { return stream_on(parts_->compute, 0); }
 
 }  // namespace commlib::cuda

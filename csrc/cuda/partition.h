@@ -2,40 +2,37 @@
 // other's.
 #pragma once
 
-#include <cstdint>
-#include <mutex>
-#include <vector>
-
 #include "cuda/driver.h"
+#include "cuda/pool.h"
 
 namespace commlib::cuda {
 
+// Contexts are shared by all partitions of the same size, and never destroyed, nor are streams: what they
+// have run may still be in use.
 class Partition {
  public:
   // At least `comm` SMs for communication, as few as the hardware's granularity allows; compute has the rest.
   Partition(int device, int comm);
-  ~Partition();
-  Partition(const Partition&) = delete;
-  Partition& operator=(const Partition&) = delete;
 
-  int comm_sms() const { return comm_.sms; }
-  int compute_sms() const { return compute_.sms; }
-  // Streams live as long as the partition. Communication streams have the highest priority.
-  uintptr_t new_comm_stream();
-  uintptr_t new_compute_stream();
+  int comm_sms() const { return parts_->comm.sms; }
+  int compute_sms() const { return parts_->compute.sms; }
+  Stream comm_stream() const;  // of the highest priority
+  Stream compute_stream() const;
 
  private:
   struct Part {
     CUgreenCtx context = nullptr;
     int sms = 0;
   };
+  struct Parts {
+    Part comm, compute;
+  };
+  static Parts split(int device, int comm);
   static Part make_part(int device, CUdevResource& sms);
-  uintptr_t new_stream(const Part& part, int priority);
+  Stream stream_on(const Part& part, int priority) const;
 
   const int device_;
-  Part comm_, compute_;
-  std::mutex mutex_;  // guards streams_
-  std::vector<CUstream> streams_;
+  const Parts* parts_;  // of the process
 };
 
 }  // namespace commlib::cuda

@@ -64,7 +64,7 @@ bool free_all_idle(int device) {
     std::lock_guard<std::mutex> lock(pool().mutex);
     for (auto it = pool().idle.begin(); it != pool().idle.end();) {
       const auto next = std::next(it);
-      if (it->first.first == device) idle.insert(pool().idle.extract(it));
+      if (it->first.first == device && it->second.free) idle.insert(pool().idle.extract(it));
       it = next;
     }
   }
@@ -122,8 +122,29 @@ Stream side_stream(int device) {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     return stream;
   };
-  return std::static_pointer_cast<CUstream_st>(
-      pooled(device, "side stream", make, [](void* s) { cudaStreamDestroy(static_cast<cudaStream_t>(s)); }));
+  return std::static_pointer_cast<CUstream_st>(pooled(device, "side stream", make, nullptr));
+}
+
+Stream comm_stream(int device) {
+  const auto make = []() -> void* {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest_priority()),
+          "cudaStreamCreateWithPriority");
+    return stream;
+  };
+  return std::static_pointer_cast<CUstream_st>(pooled(device, "communication stream", make, nullptr));
+}
+
+int highest_priority() {
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  return greatest;
+}
+
+bool is_idle(cudaStream_t stream) {
+  const cudaError_t error = cudaStreamQuery(stream);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error != cudaErrorNotReady;
 }
 
 void keep_until(std::shared_ptr<void> what, std::function<bool()> done) {

@@ -27,9 +27,14 @@ using Memory = std::shared_ptr<std::byte>;
 Memory device_memory(int device, size_t bytes);
 Memory mapped_memory(int device, size_t bytes);  // of the host, and pinned
 
-// A stream that has no other user, and waits for no other stream. Its user leaves nothing queued.
+// A stream that has no other user, and never waits for another of them. It is to be given back idle. Streams
+// are never destroyed: PyTorch's allocator may hold one that record_stream() named. PyTorch's own come from a
+// pool of 32, so that the 33rd communicator would share one, and the two could wait for each other in it.
 using Stream = std::shared_ptr<CUstream_st>;
 Stream side_stream(int device);
+Stream comm_stream(int device);  // of the highest priority
+int highest_priority();          // on the current device
+bool is_idle(cudaStream_t stream);
 
 // Keeps `what`, which others may still use, until `done`. Asked whenever something is taken from the pool.
 void keep_until(std::shared_ptr<void> what, std::function<bool()> done);

@@ -17,28 +17,42 @@ StreamEvent new_event(int device) {
 
 }  // namespace
 
+void StreamUses::record(cudaStream_t stream, Use& use) {
+  const OnDevice guard(use.device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status != cudaStreamCaptureStatusNone) return;
+  check(cudaEventRecord(use.event.get(), stream), "cudaEventRecord");
+  use.recorded = true;
+}
+
 void StreamUses::note(int device, cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex_);
-  StreamEvent& event = last_[stream];
-  if (!event) event = new_event(device);
-  check(cudaEventRecord(event.get(), stream), "cudaEventRecord");
+  Use& use = uses_[stream];
+  if (!use.event) use = {device, new_event(device)};
+  use.recorded = false;
+  record(stream, use);
 }
 
 // A device that is lost uses nothing any more.
-bool StreamUses::done() const {
+bool StreamUses::done() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [_, event] : last_) {
-    const cudaError_t error = cudaEventQuery(event.get());
+  for (auto& [stream, use] : uses_) {
+    if (!use.recorded) record(stream, use);
+    if (!use.recorded) return false;
+    const cudaError_t error = cudaEventQuery(use.event.get());
     if (error != cudaSuccess) cudaGetLastError();
     if (error == cudaErrorNotReady) return false;
   }
   return true;
 }
 
-void StreamUses::wait_on(cudaStream_t stream) const {
+void StreamUses::wait_on(cudaStream_t stream) {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [_, event] : last_)
-    check(cudaStreamWaitEvent(stream, event.get(), 0), "cudaStreamWaitEvent");
+  for (auto& [user, use] : uses_) {
+    if (!use.recorded) record(user, use);
+    if (use.recorded) check(cudaStreamWaitEvent(stream, use.event.get(), 0), "cudaStreamWaitEvent");
+  }
 }
 
 }  // namespace commlib::cuda

@@ -12,16 +12,25 @@ using StreamEvent = std::shared_ptr<CUevent_st>;
 
 class StreamUses {
  public:
-  // What has been queued on `stream` until now uses it. From any thread; does not wait.
+  // What has been queued on `stream` until now uses it. From any thread; does not wait. Of a stream that is
+  // being captured nothing can be known: it counts as using it until the capture has ended, and then with all
+  // that is queued at that time.
   void note(int device, cudaStream_t stream);
   // Whether all of it is done.
-  bool done() const;
-  // What is queued on `stream` from now on comes after it.
-  void wait_on(cudaStream_t stream) const;
+  bool done();
+  // What is queued on `stream` from now on comes after it, as far as it is known.
+  void wait_on(cudaStream_t stream);
 
  private:
-  mutable std::mutex mutex_;  // guards last_
-  std::map<cudaStream_t, StreamEvent> last_;
+  struct Use {
+    int device;
+    StreamEvent event;
+    bool recorded = false;
+  };
+  static void record(cudaStream_t stream, Use& use);
+
+  std::mutex mutex_;  // guards uses_
+  std::map<cudaStream_t, Use> uses_;
 };
 
 }  // namespace commlib::cuda

@@ -95,7 +95,7 @@ void virtual_memory_may_be_shared_by_file_descriptor() {
   in_ranks(config, 3, [&](Rank& self) { check_round_trip(self, s, s, {}); });
 }
 
-// As another process would: with a descriptor of its own for the same memory.
+// As another process would.
 void a_region_of_another_process_is_the_same_memory() {
   const auto machine = make_machine();
   const auto mine = cuda::DeviceRegion::create(0, 100'000, cuda::Share::fd);
@@ -189,7 +189,138 @@ void a_heap_is_used_again_only_when_other_processes_have_gone() {
   }
 }
 
+// While nobody of rank 0's host waits for it.
+void a_peer_that_dies_ends_kernels_that_wait_for_it() {
+  const auto machine = make_machine();
+  Child other;
+  const Communicators ranks = strangers(*machine, other);
+  start_empty_combine(*ranks[0]);
+  other.end();
+  while (!is_done(*ranks[0], nullptr)) usleep(1000);
+  const auto error = check_throws<CommFailure>([&] { ranks[0]->check_health(); }, "the next call");
+  check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::exited), "the cause");
+  check(error.failure.peers() == std::vector<int>{1}, "it is named");
+}
+
+void a_wait_for_an_event_may_be_interrupted() {
+  const auto machine = make_machine();
+  Config config = small_config(2);
+  config.interrupted = [] { return interrupted.load(); };
+  interrupted = false;
+  const Communicators ranks = connected(*machine, config);
+  const auto end_of = [](Communicator& comm) {
+    cudaEvent_t event = nullptr;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    cudaEventRecord(event, reinterpret_cast<cudaStream_t>(comm.config().stream));
+    return event;
+  };
+  for (const auto& comm : ranks) start_empty_combine(*comm);
+  cudaEvent_t event = end_of(*ranks[0]);
+  ranks[0]->wait_event(reinterpret_cast<uintptr_t>(event));
+  check(cudaEventQuery(event) == cudaSuccess, "the event is done");
+  cudaEventDestroy(event);
+  start_empty_combine(*ranks[0]);
+  event = end_of(*ranks[0]);
+  interrupted = true;
+  const auto error = check_throws<CommFailure>(
+      [&] { ranks[0]->wait_event(reinterpret_cast<uintptr_t>(event)); }, "an event without rank 1");
+  check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::interrupted),
+              "the cause");
+  cudaEventDestroy(event);
+}
+
+// A stream that stands still until it is told to go on.
+class SideStream {
+ public:
+  SideStream() {
+    cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
+    cuda::check(cuda::driver().stream_wait_value(stream_, reinterpret_cast<CUdeviceptr>(&go_), 1,
+                                                 CU_STREAM_WAIT_VALUE_GEQ),
+                "cuStreamWaitValue64");
+  }
+  ~SideStream() {
+    go();
+    cudaStreamDestroy(stream_);
+  }
+  void go() {
+    cudaMemcpyAsync(&go_, &one_, sizeof go_, cudaMemcpyHostToDevice, nullptr);
+    cudaStreamSynchronize(nullptr);
+    cudaStreamSynchronize(stream_);
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  uint64_t go_ = 0, one_ = 1;
+};
+
+void memory_is_kept_until_streams_have_passed_their_use_of_it() {
+  const auto machine = make_machine();
+  constexpr size_t kBytes = 4321;  // nobody else's
+  SideStream user;
+  const auto uses = std::make_shared<cuda::StreamUses>();
+  uses->note(0, user.get());
+  cuda::Memory memory = cuda::device_memory(0, kBytes);
+  const std::byte* was = memory.get();
+  cuda::keep_until(std::move(memory), [uses] { return uses->done(); });
+  check(cuda::device_memory(0, kBytes).get() != was, "it may still be used");
+  user.go();
+  const cuda::Memory next = cuda::device_memory(0, kBytes), after = cuda::device_memory(0, kBytes);
+  check(next.get() == was || after.get() == was, "it is used again");
+}
+
+void no_two_communicators_share_a_stream() {
+  const auto machine = make_machine();
+  std::vector<cuda::Stream> streams;
+  std::vector<cudaStream_t> handles;
+  for (int i = 0; i < 70; ++i) {
+    streams.push_back(cuda::comm_stream(0));
+    handles.push_back(streams.back().get());
+  }
+  std::sort(handles.begin(), handles.end());
+  check(std::unique(handles.begin(), handles.end()) == handles.end(), "each has its own");
+  streams.clear();
+  cuda::free_idle(0);
+  check(std::binary_search(handles.begin(), handles.end(), cuda::comm_stream(0).get()),
+        "they are used again");
+}
+
+void a_slot_that_another_stream_reads_is_not_written() {
+  Random random(202);
+  Config config = small_config(1);
+  config.slots = 1;
+  Asked asked;
+  asked.may_group = false;
+  const Scenario s = random_scenario(config, 1, asked, random), t = with_other_values(s, random);
+  in_ranks(config, 1, [&](Rank& self) {
+    const DispatchedPtr known = start_dispatch(self, s, {});
+    check_dispatch(*known);
+    Manner manner;
+    manner.zero_copy = true;
+    DispatchedPtr d = start_dispatch(self, s, manner);
+    check_dispatch(*d);
+    const Buffer& wanted = d->mine().received;
+    const auto bytes = static_cast<size_t>(d->routing.rows * s.row_bytes());
+    Buffer read(d->routing.rows * s.row_bytes());
+    SideStream reader;
+    cudaMemcpyAsync(read.data(), d->data(), bytes, cudaMemcpyDeviceToDevice, reader.get());
+    self.comm->note_uses({reinterpret_cast<uintptr_t>(d->data())}, reinterpret_cast<uintptr_t>(reader.get()));
+    d.reset();
+    const DispatchedPtr again = start_redispatch(self, *known, t, {});  // in the same slot
+    usleep(50'000);                                                     // enough to write it
+    reader.go();
+    check_bytes(read.data(), wanted, "what the other stream read");
+    check_redispatch(*again);
+  });
+}
+
 const Suite suite({
+    {"a_peer_that_dies_ends_kernels_that_wait_for_it", a_peer_that_dies_ends_kernels_that_wait_for_it},
+    {"a_wait_for_an_event_may_be_interrupted", a_wait_for_an_event_may_be_interrupted},
+    {"memory_is_kept_until_streams_have_passed_their_use_of_it",
+     memory_is_kept_until_streams_have_passed_their_use_of_it},
+    {"no_two_communicators_share_a_stream", no_two_communicators_share_a_stream},
+    {"a_slot_that_another_stream_reads_is_not_written", a_slot_that_another_stream_reads_is_not_written},
     {"memory_that_cannot_be_shared_is_refused_to_other_processes",
      memory_that_cannot_be_shared_is_refused_to_other_processes},
     {"a_heap_is_used_again_only_when_other_processes_have_gone",
