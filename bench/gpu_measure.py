@@ -107,7 +107,7 @@ def _on_ranks(plan: Plan, run: Callable[[Record], None]) -> Record:
         return record
 
     try:
-        return commlib.run_ranks(rank_main, plan.ranks, device=plan.device)[0]
+        return commlib.run_ranks(rank_main, plan.ranks, device=plan.device, run_ahead=True)[0]
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # the next ranks have other streams, to which its memory would be lost

@@ -161,7 +161,7 @@ def on_ranks(device: str, size: int, fn: Callable[[Ranks], Any]) -> Any:
         with torch.no_grad():
             return fn(DeviceRanks(device))
 
-    return commlib.run_ranks(rank_main, size, device=device)[0]
+    return commlib.run_ranks(rank_main, size, device=device, run_ahead=True)[0]
 
 
 def interleaved(ranks: Ranks, cases: Mapping[str, Case], iters: int, title: str) -> dict[str, list[float]]:

@@ -107,15 +107,23 @@ class CpuBackend(Backend):
 
 
 class CudaBackend(Backend):
-    """Kernels on a stream of their own: streams order everything, and the host goes on."""
+    """Kernels on a stream of their own: streams order everything, and the host goes on.
+
+    With ``in_step`` it does not: see :func:`commlib.run_ranks`.
+    """
 
     def __init__(
-        self, core: _core.Communicator, stream: torch.cuda.Stream, free_sms: Callable[[], None]
+        self,
+        core: _core.Communicator,
+        stream: torch.cuda.Stream,
+        free_sms: Callable[[], None],
+        in_step: bool = False,
     ) -> None:
         self.device = stream.device
         self.core = core
         self.stream = stream
         self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
+        self._in_step = in_step
         self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
         self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
@@ -162,10 +170,13 @@ class CudaBackend(Backend):
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
             current.wait_stream(self.stream)
+            if self._in_step:
+                self.core.synchronize()
             return None
         for tensor in tensors:
             tensor.record_stream(self.stream)
-        return CudaEvent(self.core, self.stream.record_event(), self.device, addresses)
+        event = self.stream.record_event()
+        return CudaEvent(self.core, event, self.device, addresses, in_step=self._in_step)
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.core.note_uses([tensor.data_ptr()], stream.cuda_stream)

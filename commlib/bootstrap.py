@@ -13,7 +13,7 @@ from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
 from commlib.errors import CommError, ConfigMismatch
 from commlib.fd_exchange import close_fds, exchange_fds
-from commlib.group import Group
+from commlib.group import Group, ThreadGroup
 from commlib.model import default_num_sms
 from commlib.partition import SMPartition
 from commlib.residency import of_this_process
@@ -75,7 +75,9 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
     if isinstance(core, _core.CpuCommunicator):
         return CpuBackend(core), topology
     assert stream is not None
-    return CudaBackend(core, stream, _count_blocks(settings, infos[group.rank], config.num_sms)), topology
+    free_sms = _count_blocks(settings, infos[group.rank], config.num_sms)
+    in_step = isinstance(group, ThreadGroup) and not group.run_ahead
+    return CudaBackend(core, stream, free_sms, in_step), topology
 
 
 def _make_and_connect(

@@ -104,20 +104,27 @@ class CudaEvent(Event):
         event: torch.cuda.Event,
         device: torch.device,
         addresses: list[int],
+        in_step: bool = False,
     ) -> None:
         self._comm = comm
         self._event = event
         self._device = device
         self._addresses = addresses  # of what the operation works on
+        self._in_step = in_step  # the host waits as well
 
     def query(self) -> bool:
         return self._event.query()
 
     def wait(self) -> None:
         self._event.wait(self._using_stream())
+        if self._in_step:
+            self.synchronize()
 
     def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
-        self._comm.wait_expert(waves, None, expert, self._using_stream().cuda_stream)
+        stream = self._using_stream()
+        self._comm.wait_expert(waves, None, expert, stream.cuda_stream)
+        if self._in_step:
+            stream.synchronize()
 
     def _using_stream(self) -> torch.cuda.Stream:
         """The current stream, which from now on may use the results."""

@@ -13,7 +13,7 @@ from commlib import _core, checks, ops, split
 from commlib.arrays import as_tensor, exporter_for
 from commlib.bootstrap import connect, resolve_device
 from commlib.dispatched import Dispatched, Handle
-from commlib.errors import HandleError
+from commlib.errors import CommError, HandleError
 from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
@@ -350,14 +350,23 @@ class ExpertParallel:
         return report
 
     def close(self) -> None:
-        """Finish what is under way and tell the other ranks. Using it afterwards raises CommError."""
+        """Finish what is under way and tell the other ranks. Using it afterwards raises CommError.
+
+        Raises:
+            PeerTimeout, CallMismatch: an operation failed, and no call has said so yet (on a GPU, where
+                operations only queue). The communicator is closed all the same.
+        """
         self._finalizer()
 
     def __enter__(self) -> ExpertParallel:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CommError:
+            if kind is None:  # else there is a better reason on its way
+                raise
 
     def __repr__(self) -> str:
         return f"ExpertParallel(rank={self.rank}, size={self.size}, {self.settings})"

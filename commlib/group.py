@@ -98,16 +98,17 @@ class _Meeting:
 class ThreadGroup(Group):
     """One rank of several that are threads of this process; made by :func:`commlib.run_ranks`."""
 
-    def __init__(self, meeting: _Meeting, rank: int, device: str) -> None:
+    def __init__(self, meeting: _Meeting, rank: int, device: str, run_ahead: bool) -> None:
         self._meeting = meeting
+        self.run_ahead = run_ahead  # see run_ranks
         self.rank, self.size, self.device = rank, meeting.size, device
         self.communicators: weakref.WeakSet[Any] = weakref.WeakSet()  # of this rank
 
     @staticmethod
-    def world(size: int, device: str = "cpu") -> list[ThreadGroup]:
+    def world(size: int, device: str = "cpu", run_ahead: bool = False) -> list[ThreadGroup]:
         """The groups of ``size`` in-process ranks, one for each thread."""
         meeting = _Meeting(size)
-        return [ThreadGroup(meeting, r, device) for r in range(size)]
+        return [ThreadGroup(meeting, r, device, run_ahead) for r in range(size)]
 
     def allgather(self, obj: Any) -> list[Any]:
         self._meeting.places[self.rank] = obj

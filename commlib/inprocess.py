@@ -14,12 +14,21 @@ from commlib.errors import CommError
 from commlib.group import ThreadGroup, set_current_group
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any = None) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, device: Any = None, run_ahead: bool = False
+) -> list[Any]:
     """Run ``fn(rank, *args)`` on ``world_size`` threads that are ranks of one group.
 
     Inside ``fn``, ``ExpertParallel()`` without a group finds that group, and its device. On a GPU each thread
     has a current stream of its own, which begins after the caller's work; what ``fn`` returned is complete on
     the device.
+
+    A rank's thread also waits until each of its operations is done, and each event that it waits for, before
+    it goes on. Otherwise the operation only queues, as it does for a process that has a GPU to itself, and
+    what comes next may hold up all ranks: a copy from the device to ordinary memory (``.cpu()``,
+    ``.tolist()``, ``print``) keeps other threads out of the driver until the stream has come to it, and the
+    stream may be waiting for a rank whose thread needs the driver. ``run_ahead`` leaves the wait out, for
+    programs that measure, and avoid such copies.
 
     On a GPU set ``CUDA_MODULE_LOADING=EAGER`` and ``CUDA_DEVICE_MAX_CONNECTIONS=32`` in the environment: a
     kernel of one rank that is loaded, or queued, behind a waiting one of another rank holds up both.
@@ -28,6 +37,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
         fn: what each rank does.
         world_size: how many ranks, at least 1.
         device: "cpu" (or None), or "cuda" or "cuda:i", which all ranks then share.
+        run_ahead: on a GPU, operations that are not asynchronous only queue.
 
     Returns:
         What each rank returned, by rank.
@@ -40,7 +50,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, device: Any =
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     where = _resolve(device)
-    groups = ThreadGroup.world(world_size, str(where))
+    groups = ThreadGroup.world(world_size, str(where), run_ahead)
     begun = torch.cuda.current_stream(where).record_event() if where.type == "cuda" else None
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []

@@ -38,19 +38,25 @@ _ROUTING = (
     "Tensor offsets, int comm, bool grouped"
 )
 
+# torch.compile(mode="reduce-overhead") leaves such ops outside of its CUDA graphs; older PyTorch knows no tag.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
 _library = torch.library.Library("commlib", "DEF")
 _library.define(
     "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int comm, bool grouped, int align, "
     "bool drop, bool zero_copy, bool async_op, bool in_waves) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _library.define(
     f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 _library.define(
     f"combine(Tensor y, Tensor? weights, Tensor? bias, Tensor? weight_grads, {_ROUTING}, "
-    "bool async_op) -> (Tensor, Tensor)"
+    "bool async_op) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 

@@ -82,3 +82,9 @@ def test_activation_checkpointing_dispatches_again_in_backward(device):
     for plain, saved in commlib.run_ranks(rank_main, 2, device=device):
         for a, b in zip(plain, saved, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch has no such tag")
+@pytest.mark.parametrize("name", ["dispatch", "redispatch", "combine"])
+def test_cuda_graphs_of_the_compiler_leave_the_ops_out(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.commlib, name).default.tags

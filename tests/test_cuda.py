@@ -13,6 +13,7 @@ from reference import expected_rank_layout, make_world
 
 import commlib
 from commlib import ExpertParallel, cuda
+from commlib.group import resolve_group
 from commlib.event import CudaEvent
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -302,7 +303,7 @@ def test_the_host_goes_on_while_the_stream_is_busy(x, idx, operation, async_op):
             assert event is None or event.query()
             return doubled.cpu(), (out * 2).cpu()
 
-    for early, late in commlib.run_ranks(rank_main, 2, device="cuda"):
+    for early, late in commlib.run_ranks(rank_main, 2, device="cuda", run_ahead=True):
         assert torch.equal(early, late), "the stream did not wait for the operation"
         want = 4 * x if operation == "combine" else 2 * torch.cat([x, x])
         assert torch.equal(late, want.cpu())
@@ -324,7 +325,7 @@ def test_wait_orders_the_stream_on_which_it_is_called(idx):
             other.synchronize()
             return doubled.cpu()
 
-    for out in commlib.run_ranks(rank_main, 2, device="cuda"):
+    for out in commlib.run_ranks(rank_main, 2, device="cuda", run_ahead=True):
         assert torch.equal(out, 4 * x.cpu())
 
 
@@ -346,7 +347,7 @@ def never_combine(x, idx, then, **config):
             finally:
                 ep.group.barrier()
 
-    return commlib.run_ranks(rank_main, 3, device="cuda")
+    return commlib.run_ranks(rank_main, 3, device="cuda", run_ahead=True)
 
 
 @gpu
@@ -378,6 +379,39 @@ def test_a_failed_combine_is_raised_by_the_next_call(x, idx):
     assert errors[1] is None
     for rank in (0, 2):
         assert "waited 1.0 s in combine" in str(errors[rank])
+
+
+@gpu
+def test_a_failed_combine_is_raised_at_the_end_if_nobody_asks_before(x, idx):
+    def rank_main(rank):
+        meeting = resolve_group()
+        with ExpertParallel(timeout=1.0, **CONFIG) as ep:
+            d = ep.dispatch(x, idx)
+            if rank != 1:
+                ep.combine(d.x, d.handle)
+            else:
+                meeting.barrier()
+        meeting.barrier()
+
+    with pytest.raises(commlib.PeerTimeout, match="waited 1.0 s in combine"):
+        commlib.run_ranks(rank_main, 2, device="cuda", run_ahead=True)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [[37, 0], [0, 5, 64]])
+def test_copies_to_the_host_hold_up_no_other_rank(tokens):
+    world = make_world(tokens, device="cuda")
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            for _ in range(20):
+                d = ep.dispatch(world.x[rank], world.topk_idx[rank], layout="expert")
+                d.tokens_per_expert.tolist()
+                out, event = ep.combine(d.x, d.handle, async_op=True)
+                event.wait()
+                out.cpu()
+
+    commlib.run_ranks(rank_main, len(tokens), device="cuda")
 
 
 @gpu

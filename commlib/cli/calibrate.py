@@ -114,7 +114,9 @@ def calibrate(plan: Plan, out: Path | None) -> None:
     if launched.size > 1:
         samples = _measure_rank(plan)
     else:
-        samples = commlib.run_ranks(lambda _: _measure_rank(plan), plan.ranks, device=plan.device)[0]
+        samples = commlib.run_ranks(
+            lambda _: _measure_rank(plan), plan.ranks, device=plan.device, run_ahead=True
+        )[0]
     if launched.rank == 0:
         copies, products = _plain_copies(plan), _products(plan)
         hardware = _hardware(plan, samples, copies, products)

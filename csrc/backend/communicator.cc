@@ -128,9 +128,21 @@ void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
 void Communicator::close() {
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
   drain();
+  bool usable;
+  {
+    std::lock_guard<std::mutex> lock(broken_mutex_);
+    usable = broken_.empty();
+  }
+  std::exception_ptr untold;  // of an operation that only joined a stream, and failed since
+  try {
+    if (usable) check_health();
+  } catch (...) {
+    untold = std::current_exception();
+  }
   leave(kClosed, config_.rank, "it has been closed");
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
   has_closed();
+  if (untold) std::rethrow_exception(untold);
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {

@@ -162,7 +162,8 @@ class Communicator {
   // that are not the first row of a slot in use are passed over.
   void note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream);
 
-  // Finishes what is under way, and tells the others. May be called twice.
+  // Finishes what is under way, and tells the others. Throws, when all that is done, what has failed and no
+  // call has told yet. May be called twice.
   void close();
   // After an error between two halves of an operation: the others need not wait.
   void give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }

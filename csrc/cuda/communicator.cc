@@ -234,7 +234,7 @@ bool CudaCommunicator::is_idle() const {
   return idle;
 }
 
-void CudaCommunicator::wait_for(const std::function<bool()>& done) {
+void CudaCommunicator::wait_until(const std::function<bool()>& done) {
   HostWait wait(config_.spin);
   while (!done()) {
     if (!wait.pause()) continue;
@@ -243,12 +243,16 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
       throw std::runtime_error("communication kernels have ended without a word: a fault of commlib's");
     }
   }
+}
+
+void CudaCommunicator::wait_for(const std::function<bool()>& done) {
+  wait_until(done);
   check_health();
 }
 
 void CudaCommunicator::wait_event(uintptr_t event) {
   const OnDevice guard = on_device();
-  wait_for([&] {
+  wait_until([&] {
     const cudaError_t error = cudaEventQuery(reinterpret_cast<cudaEvent_t>(event));
     if (error == cudaErrorNotReady) {
       cudaGetLastError();
@@ -257,6 +261,7 @@ void CudaCommunicator::wait_event(uintptr_t event) {
     check(error, "a communication kernel");
     return true;
   });
+  if (load_word(&host_->failed) != 0) check_health();  // to have been closed since is no failure
 }
 
 void CudaCommunicator::synchronize() {

@@ -58,8 +58,9 @@ class CudaCommunicator final : public Communicator {
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
                  const Received& received, const SlotLease& lease);
   void launch_in_waves(const RowsOp& rows, PendingDispatch* pending);
-  // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks; then throws
-  // if an operation has failed.
+  // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks. wait_for:
+  // then throws if an operation has failed, or the communicator is closed.
+  void wait_until(const std::function<bool()>& done);
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
   void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);

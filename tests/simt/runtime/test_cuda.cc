@@ -39,6 +39,27 @@ void a_user_who_interrupts_ends_the_wait() {
   });
 }
 
+// An operation that only queues may fail unseen.
+void closing_tells_what_no_call_has_told() {
+  Random random(203);
+  Config config = small_config(2);
+  config.timeout = 0.3;
+  const Scenario s = random_scenario(config, 2, {}, random);
+  in_ranks(config, 2, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    d->under_way.wait();
+    self.meet();
+    if (self.rank == 0) {
+      const CombinedPtr sums = start_combine(self, *d, s, {});
+      const auto error =
+          check_throws<CommFailure>([&] { self.comm->close(); }, "to close after a combine without rank 1");
+      check(error.failure.peers() == std::vector<int>{1}, "it is named");
+      self.comm->close();  // told once
+    }
+    self.meet();
+  });
+}
+
 // A child that only waits to be killed.
 class Child {
  public:
@@ -326,6 +347,7 @@ const Suite suite({
     {"a_heap_is_used_again_only_when_other_processes_have_gone",
      a_heap_is_used_again_only_when_other_processes_have_gone},
     {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
+    {"closing_tells_what_no_call_has_told", closing_tells_what_no_call_has_told},
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},
