@@ -69,11 +69,14 @@ CudaCommunicator::CudaCommunicator(const Config& config)
 CudaCommunicator::~CudaCommunicator() {
   try {
     close();
+  } catch (const std::exception&) {  // an operation has failed, and a destructor has nobody to tell
+  }
+  try {
     watch_.reset();
     drain();  // nothing of this rank may use what goes back to the pool
     keep_what_others_use();
     cudaEventDestroy(planned_);
-  } catch (const std::exception&) {  // the device is lost, and a destructor has nobody to tell
+  } catch (const std::exception&) {  // the device is lost
   }
 }
 
