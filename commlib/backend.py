@@ -158,10 +158,7 @@ class CudaBackend(Backend):
         if self.trace is not None:
             begun, ended = self._begun, torch.cuda.Event(enable_timing=True)
             ended.record(self.stream)
-            zero = self.zero
-            self.trace.append(
-                (name, lambda: (zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3))
-            )
+            self.trace.append((name, span_of(self.zero, begun, ended)))
         current = torch.cuda.current_stream(self.device)
         tensors = [t for t in keep if isinstance(t, Tensor) and t.is_cuda]
         addresses = [t.data_ptr() for t in tensors]
@@ -181,6 +178,16 @@ class CudaBackend(Backend):
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.core.note_uses([tensor.data_ptr()], stream.cuda_stream)
         tensor.record_stream(stream)
+
+
+def span_of(zero: torch.cuda.Event, begun: torch.cuda.Event, ended: torch.cuda.Event) -> Span:
+    """From events, the first of which is time 0. Waits for their own streams only: others may wait for us."""
+
+    def span() -> tuple[float, float]:
+        ended.synchronize()
+        return zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3
+
+    return span
 
 
 def _refuse_capture() -> None:

@@ -51,6 +51,20 @@ def require() -> None:
         raise RuntimeError(f"CUDA is not available to commlib: {why_not()}")
 
 
+@cache
+def warm_up(index: int) -> None:
+    """Load what would have to wait for the GPU to be idle when it is first used there.
+
+    cuBLAS loads its kernels type by type, and loading waits for all kernels that run. Among ranks that share
+    the GPU some of them wait for the very rank that loads. (Seen on an H100 with CUDA 13.0.)
+    """
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        a = torch.ones(64, 64, dtype=dtype, device=torch.device("cuda", index))
+        for product in (a @ a, a @ a.T, a.T @ a):
+            product.sum()
+    torch.cuda.synchronize(index)
+
+
 def device_index(device: torch.device | str | int | None = None) -> int:
     """The number of a CUDA device; of the current one for None or "cuda"."""
     if isinstance(device, int):

@@ -30,6 +30,9 @@ def run_ranks(
     stream may be waiting for a rank whose thread needs the driver. ``run_ahead`` leaves the wait out, for
     programs that measure, and avoid such copies.
 
+    cuBLAS is loaded before the ranks start. Other libraries, ``torch.compile`` and Triton among them, load
+    their kernels at first use, and that waits until the GPU is idle: use them once before.
+
     On a GPU set ``CUDA_MODULE_LOADING=EAGER`` and ``CUDA_DEVICE_MAX_CONNECTIONS=32`` in the environment: a
     kernel of one rank that is loaded, or queued, behind a waiting one of another rank holds up both.
 
@@ -86,7 +89,9 @@ def _resolve(device: Any) -> torch.device:
     if where.type == "cpu":
         return where
     cuda.require()
-    return torch.device("cuda", cuda.device_index(where))
+    index = cuda.device_index(where)
+    cuda.warm_up(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ _ROUTING = (
     "Tensor offsets, int comm, bool grouped"
 )
 
-# torch.compile(mode="reduce-overhead") leaves such ops outside of its CUDA graphs; older PyTorch knows no tag.
+# torch.compile(mode="reduce-overhead") leaves such ops out of its CUDA graphs. Older PyTorch knows no tag.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 _library = torch.library.Library("commlib", "DEF")

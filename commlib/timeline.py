@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commlib.backend import CudaBackend, Span
+from commlib.backend import CudaBackend, Span, span_of
 
 if TYPE_CHECKING:
     from commlib.expert_parallel import ExpertParallel
@@ -75,8 +75,6 @@ class Timeline:
         if error[0] is not None:
             return
         self._ep.synchronize()
-        if isinstance(self._backend, CudaBackend):
-            torch.cuda.synchronize(self._backend.device)
         notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in trace)]
         for lane, name, span in notes:
             begin, end = span()
@@ -93,9 +91,7 @@ class Timeline:
             begun.record(stream)
             yield
             ended.record(stream)
-            self._notes.append(
-                (COMPUTE, name, lambda: (zero.elapsed_time(begun) / 1e3, zero.elapsed_time(ended) / 1e3))
-            )
+            self._notes.append((COMPUTE, name, span_of(zero, begun, ended)))
             return
         begin = time.monotonic()
         yield

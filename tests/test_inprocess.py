@@ -32,6 +32,7 @@ def chosen(monkeypatch):
     """
     devices = []
     monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(cuda, "warm_up", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: devices.append(_get_device_index(d)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: _get_device_index(d) is not None and Stream())

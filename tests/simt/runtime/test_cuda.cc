@@ -254,9 +254,10 @@ void a_wait_for_an_event_may_be_interrupted() {
 class SideStream {
  public:
   SideStream() {
+    std::memset(word_.data(), 0, static_cast<size_t>(word_.bytes()));
     cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
-    cuda::check(cuda::driver().stream_wait_value(stream_, reinterpret_cast<CUdeviceptr>(&go_), 1,
-                                                 CU_STREAM_WAIT_VALUE_GEQ),
+    cuda::check(cuda::driver().stream_wait_value(stream_, reinterpret_cast<CUdeviceptr>(word_.as<uint64_t>()),
+                                                 1, CU_STREAM_WAIT_VALUE_GEQ),
                 "cuStreamWaitValue64");
   }
   ~SideStream() {
@@ -264,15 +265,14 @@ class SideStream {
     cudaStreamDestroy(stream_);
   }
   void go() {
-    cudaMemcpyAsync(&go_, &one_, sizeof go_, cudaMemcpyHostToDevice, nullptr);
-    cudaStreamSynchronize(nullptr);
+    __atomic_store_n(word_.as<uint64_t>(), 1, __ATOMIC_RELEASE);
     cudaStreamSynchronize(stream_);
   }
   cudaStream_t get() const { return stream_; }
 
  private:
   cudaStream_t stream_;
-  uint64_t go_ = 0, one_ = 1;
+  Buffer word_{sizeof(uint64_t)};  // 1: go on
 };
 
 void memory_is_kept_until_streams_have_passed_their_use_of_it() {
@@ -324,7 +324,7 @@ void a_slot_that_another_stream_reads_is_not_written() {
     const auto bytes = static_cast<size_t>(d->routing.rows * s.row_bytes());
     Buffer read(d->routing.rows * s.row_bytes());
     SideStream reader;
-    cudaMemcpyAsync(read.data(), d->data(), bytes, cudaMemcpyDeviceToDevice, reader.get());
+    cudaMemcpyAsync(read.data(), d->data(), bytes, cudaMemcpyDefault, reader.get());
     self.comm->note_uses({reinterpret_cast<uintptr_t>(d->data())}, reinterpret_cast<uintptr_t>(reader.get()));
     d.reset();
     const DispatchedPtr again = start_redispatch(self, *known, t, {});  // in the same slot
