@@ -393,7 +393,7 @@ def test_a_failed_combine_is_raised_at_the_end_if_nobody_asks_before(x, idx):
                 meeting.barrier()
         meeting.barrier()
 
-    with pytest.raises(commlib.PeerTimeout, match="waited 1.0 s in combine"):
+    with pytest.raises(commlib.PeerTimeout, match=r"waited 1\.0 s in combine"):
         commlib.run_ranks(rank_main, 2, device="cuda", run_ahead=True)
 
 
