@@ -68,7 +68,7 @@ class CpuWorker {
   static uint32_t take(bool mine, uint32_t* counter) { return mine ? (*counter)++ : 0; }
   static uint32_t take_each(int32_t key, uint32_t* counters) { return key < 0 ? 0 : counters[key]++; }
 
-  void multicast(List<Target> to, const std::byte* src, int64_t bytes, const std::byte* = nullptr) {
+  void multicast(List<Target> to, const std::byte* src, int64_t bytes) {
     op_.ops->multicast(to.items, to.count, src, bytes);
   }
   void reduce(DType t, std::byte* dst, List<Term> terms, int64_t elements) {

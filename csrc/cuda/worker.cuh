@@ -159,8 +159,7 @@ class WarpWorker {
     return take_as(takers, &counters[key < 0 ? 0 : key], key >= 0 && lane_ == __ffs(takers) - 1);
   }
 
-  __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes,
-                            const std::byte* next = nullptr);
+  __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
   template <class T, int kUnroll>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
   __device__ void zero(std::byte* dst, int64_t bytes) const;
@@ -267,8 +266,7 @@ class WarpWorker {
   }
 
   __device__ bool all_aligned(uintptr_t bits) const;
-  __device__ void drop_ahead();
-  __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes, const std::byte* next);
+  __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes);
   __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
   template <class T>
   __device__ bool gather_weights(List<Term> terms) const;
@@ -286,13 +284,6 @@ class WarpWorker {
       slot = 0;
       parity ^= 1;
     }
-  };
-  // What multicast has loaded and not stored: the last bytes of it are those of `row` up to `loaded`.
-  struct Ahead {
-    const std::byte* row = nullptr;
-    int64_t loaded = 0;
-    int chunks = 0;
-    Turn turn;  // the slot that is loaded next
   };
   __device__ void await_ring(Turn turn) const {
     while (!ptx::mbarrier_try_wait(&shared_.barriers[turn.slot], turn.parity)) {
@@ -330,7 +321,6 @@ class WarpWorker {
   WarpShared shared_;
   int lane_, warp_;
   Turn turn_;
-  Ahead ahead_;
 };
 
 // Lanes evaluate f side by side; a ballot closes the gaps. The barriers keep the list from being overwritten

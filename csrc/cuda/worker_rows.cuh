@@ -33,12 +33,10 @@ __device__ inline void WarpWorker::zero(std::byte* dst, int64_t bytes) const {
   for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
 }
 
-__device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes,
-                                             const std::byte* next) {
+__device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes) {
   const Target mine = lane_ < to.count ? to.items[lane_] : nullptr;  // at most topk, which is a warp's lanes
   const bool aligned = all_aligned(reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) |
                                    static_cast<uintptr_t>(bytes));
-  if (to.count == 0 || !aligned) drop_ahead();
   if (to.count == 0) return;
   if (!aligned) {
     for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) {  // the smallest element has two bytes
@@ -46,53 +44,35 @@ __device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* s
       for (int j = 0; j < to.count; ++j) *reinterpret_cast<uint16_t*>(to.items[j] + i) = v;
     }
   } else if constexpr (ptx::kHasBulkCopies) {
-    bulk_multicast(mine, src, bytes, reinterpret_cast<uintptr_t>(next) % 16 == 0 ? next : nullptr);
+    bulk_multicast(mine, src, bytes);
   } else {
     plain_multicast(to, src, bytes);
   }
 }
 
-// Waits for chunks that nobody wants, so that their slots are free.
-__device__ inline void WarpWorker::drop_ahead() {
-  for (; ahead_.chunks > 0; --ahead_.chunks) {
-    await_ring(turn_);
-    turn_.next(kSendSlots);
-  }
-  ahead_.row = nullptr;
-}
-
-// Lane 0 loads chunks ahead, of this row and then of the next; each lane stores this row's to its own target.
-// When a chunk is loaded, all but each lane's newest kSendPending groups of stores must have read their
-// slots.
-__device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes,
-                                                  const std::byte* next) {
+// Lane 0 loads chunks of the row ahead; each lane stores them to its own target. When a chunk is loaded, all
+// but each lane's newest kSendPending groups of stores must have read their slots.
+__device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
   const int slot_bytes = op_.ring_bytes / kSendSlots;
-  if (ahead_.row != src) drop_ahead();
-  if (!ahead_.row) ahead_ = {src, 0, 0, turn_};
+  Turn ahead = turn_;
+  int64_t loaded = 0;
   const auto load_next = [&] {
-    if (ahead_.loaded == bytes) {
-      ahead_.row = next;
-      ahead_.loaded = 0;
-      next = nullptr;
-    }
-    const int64_t left = bytes - ahead_.loaded, n = left < slot_bytes ? left : slot_bytes;
+    const int64_t n = bytes - loaded < slot_bytes ? bytes - loaded : slot_bytes;
     ptx::bulk_wait_read<kSendPending>();
     __syncwarp();
-    if (lane_ == 0) load_into_ring(ahead_.turn.slot, slot_bytes, ahead_.row + ahead_.loaded, n);
-    ahead_.turn.next(kSendSlots);
-    ahead_.loaded += n;
-    ++ahead_.chunks;
+    if (lane_ == 0) load_into_ring(ahead.slot, slot_bytes, src + loaded, n);
+    ahead.next(kSendSlots);
+    loaded += n;
   };
+  for (int i = 0; i < kSendAhead && loaded < bytes; ++i) load_next();
   for (int64_t sent = 0; sent < bytes; sent += slot_bytes) {
-    while (ahead_.chunks <= kSendAhead && (ahead_.loaded < bytes || next)) load_next();
+    if (loaded < bytes) load_next();
     const int64_t n = bytes - sent < slot_bytes ? bytes - sent : slot_bytes;
     await_ring(turn_);
     if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.slot * slot_bytes, static_cast<uint32_t>(n));
     ptx::bulk_commit();
     turn_.next(kSendSlots);
-    --ahead_.chunks;
   }
-  if (ahead_.chunks == 0) ahead_.row = nullptr;
 }
 
 __device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::byte* src,

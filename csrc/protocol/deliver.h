@@ -25,21 +25,19 @@ struct DeliverPlan {
 };
 
 // Unique row n is copied to its places in the groups, or, in layout="rank", once in the order received.
-// `next`: the row that this worker copies after it, or one past the last.
 template <class Worker>
-COMMLIB_HD void replicate_row(Worker& w, const DeliverPlan& plan, int64_t n, int64_t next) {
+COMMLIB_HD void replicate_row(Worker& w, const DeliverPlan& plan, int64_t n) {
   const int64_t bytes = plan.layout.row_bytes;
   const auto to = w.template list<Target>(plan.places ? plan.topk : 1, [&](int k) -> Target {
     const int64_t place = plan.places ? plan.places[n * plan.topk + k] : n;
     return place < 0 ? nullptr : plan.out_rows + place * bytes;
   });
-  w.multicast(to, plan.slot.rows + n * bytes, bytes,
-              next < plan.rows ? plan.slot.rows + next * bytes : nullptr);
+  w.multicast(to, plan.slot.rows + n * bytes, bytes);
 }
 
 template <class Worker>
 COMMLIB_HD void replicate_rows(Worker& w, const DeliverPlan& plan) {
-  for (int64_t n = w.index(); n < plan.rows; n += w.count()) replicate_row(w, plan, n, n + w.count());
+  for (int64_t n = w.index(); n < plan.rows; n += w.count()) replicate_row(w, plan, n);
 }
 
 template <class Worker>

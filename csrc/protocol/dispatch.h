@@ -94,9 +94,7 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
       return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
     });
     pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
-    const std::byte* x = plan.x + t * plan.x_stride;
-    const bool last = t + w.count() >= plan.tokens;
-    w.multicast(to, x, plan.layout.row_bytes, last ? nullptr : x + w.count() * plan.x_stride);
+    w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
     for (int j = 0; Worker::kMetadataWithRows && metadata && j < plan.width && route[j] != kNoRoute; ++j) {
       if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
     }

@@ -148,11 +148,8 @@ COMMLIB_HD void deliver_wave(Worker& w, const DeliverPlan& plan, int wave) {
   for (int64_t first = w.index(); first < plan.rows; first += step) {
     const int64_t mine = first + static_cast<int64_t>(w.lane()) * w.count();
     const bool now = mine < plan.rows && wave_of_row(plan, mine) == wave;
-    const auto row = [&](uint64_t rows) {
-      return rows ? first + static_cast<int64_t>(lowest_bit(rows)) * w.count() : plan.rows;
-    };
     for (uint64_t left = w.any_bits(static_cast<uint64_t>(now) << w.lane()); left; left &= left - 1) {
-      replicate_row(w, plan, row(left), row(left & (left - 1)));
+      replicate_row(w, plan, first + static_cast<int64_t>(lowest_bit(left)) * w.count());
     }
   }
 }

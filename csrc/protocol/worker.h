@@ -15,9 +15,7 @@
 //   prefix(value)              the sum over the lanes below, and over all lanes
 //   take(mine, counter)        where mine: *counter and the number of lower lanes that take; adds them
 //   take_each(key, counters)   the same with counters[key], where key is not negative
-//   multicast(to, src, bytes, next)
-//                              copies src to every target. next: what the worker copies after it, of as many
-//                              bytes, so that it may be read ahead; or null
+//   multicast(to, src, bytes)  copies src to every target
 //   reduce(dtype, dst, terms, elements)
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end; no terms: zeros
