@@ -44,10 +44,10 @@ EXPECTED_BULK = {
 
 # What may not come back. At most so many system-scope barriers in a kernel, by target: each waits until all
 # that this SM has written is seen everywhere.
-MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 24, 90: 24, 100: 72}}
-# A grid barrier's polling loop loads the barrier's word and nothing that waits for it: the one loop that
-# loads words of this GPU, and none that other ranks write.
-POLLING = {"plan_kernel": 1}
+MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 7, 90: 7, 100: 7}}
+# Grid barriers of a kernel: each polls one word, and nothing that waits for it. A loop that loads a second word
+# of this GPU at each turn counts for none.
+POLLING = {"combine_kernel": 1, "rows_kernel": 3, "waves_kernel": 3}
 # Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
 MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}
 
@@ -113,10 +113,10 @@ class Kernel:
     def system_barriers(self) -> int:
         return sum(n for op, n in self.instructions.items() if re.match(r"MEMBAR.*\.SYS", op))
 
-    def polling_loads(self) -> list[int]:
-        """Of each loop of a grid barrier."""
+    def quick_polls(self) -> int:
+        """Loops that load one word of this GPU, and nothing else."""
         local = loops_with(self.code, r"LDG.*STRONG\.GPU")
-        return [loop.count(r"LDG") for loop in local if not loop.count(r"LDG.*STRONG\.SYS")]
+        return sum(loop.count(r"LDG") == 1 for loop in local)
 
     def a_piece(self) -> list[float]:
         """Instructions for 16 bytes of a row, in each loop that sums: it loads pieces and stores none."""
@@ -130,8 +130,9 @@ class Kernel:
         barriers, most = self.system_barriers(), MOST_SYSTEM_BARRIERS.get(self.base, {}).get(self.target)
         if most is not None and barriers > most:
             found.append(f"{barriers} system-scope barriers, not {most}")
-        if self.base in POLLING and set(self.polling_loads()) != {POLLING[self.base]}:
-            found.append(f"polling loops with {self.polling_loads()} loads")
+        barriers = POLLING.get(self.base, 0)
+        if self.quick_polls() < barriers:
+            found.append(f"{self.quick_polls()} quick polls for {barriers} grid barriers")
         pieces, longest = self.a_piece(), MOST_A_PIECE.get(self.name, {}).get(self.target)
         if longest is not None and (not pieces or pieces[-1] > longest):
             found.append(f"sums take {pieces} instructions for 16 bytes, not {longest}")
