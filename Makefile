@@ -22,7 +22,7 @@ $(VENV)/requirements: requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/extension: $(VENV)/requirements setup.py pyproject.toml $(SOURCES)
+$(VENV)/extension: $(VENV)/requirements setup.py csrc/nvcc.py pyproject.toml $(SOURCES)
 	@echo "== building the extension: about half a minute, two with nvcc"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "from commlib import cuda; print('== CUDA backend:', cuda.why_not() or 'ready')"

@@ -7,7 +7,6 @@ CI do: another compiler has other warnings, which are no reason not to install.
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from glob import glob
@@ -19,28 +18,10 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from digest import digest
+from nvcc import ARCHS, CUDA_HOME, WARNINGS, nvcc_command
 
-ARCHS = os.environ.get("COMMLIB_CUDA_ARCHS", "80 90 100").split()
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # "unroll" is nvcc's
-if os.environ.get("COMMLIB_WERROR", "") not in ("", "0"):
-    WARNINGS.append("-Werror")
 OLDEST_SETUPTOOLS = 77  # that knows `license = "MIT"` in pyproject.toml
-
-
-def find_cuda_home() -> Path | None:
-    """The CUDA toolkit to build with, or None."""
-    if ARCHS == ["none"]:
-        return None
-    nvcc = shutil.which("nvcc")
-    # A wrapper on the PATH may lie outside the toolkit: what it says of itself counts.
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc:
-        candidates.insert(2, str(Path(nvcc).resolve().parent.parent))
-    for home in filter(None, candidates):
-        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime_api.h").exists():
-            return Path(home)
-    return None
 
 
 def find_ucx_headers() -> list[str]:
@@ -53,26 +34,7 @@ def find_ucx_headers() -> list[str]:
     return [str(i) for i in includes if (i / "ucp/api/ucp.h").exists()][:1]
 
 
-CUDA_HOME = find_cuda_home()
 UCX_INCLUDE = find_ucx_headers()
-
-
-def gencodes(archs: list[str]) -> list[str]:
-    """Machine code for each target, and PTX 9.0 for GPUs yet to come."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return [*codes, "-gencode=arch=compute_90,code=compute_90"] if "90" in archs else codes
-
-
-def nvcc_command(source: str, target: Path, *options: str) -> list[str]:
-    """How kernels are compiled. -fmad=false: multiply and add stay apart, for the bits of the CPU backend."""
-    return [
-        str(CUDA_HOME / "bin/nvcc"),
-        *("-std=c++17", "-O3", "-fmad=false", "-Icsrc", f"--threads={os.cpu_count() or 1}"),
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden," + ",".join(WARNINGS)),
-        *options,
-        *gencodes(ARCHS),
-        *("-c", source, "-o", str(target)),
-    ]
 
 
 class BuildExtensions(build_ext):
@@ -93,7 +55,7 @@ class BuildExtensions(build_ext):
 
     def compile_kernels(self, source: str) -> str:
         target = Path(self.build_temp) / f"{Path(source).stem}-{'-'.join(ARCHS)}.o"
-        newest = max(os.path.getmtime(f) for f in [source, "setup.py", *HEADERS])
+        newest = max(os.path.getmtime(f) for f in [source, "csrc/nvcc.py", *HEADERS])
         if not target.exists() or target.stat().st_mtime < newest:
             target.parent.mkdir(parents=True, exist_ok=True)
             command = nvcc_command(source, target)
@@ -135,7 +97,7 @@ core = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=["-O3", "-ffp-contract=off", *WARNINGS],
     extra_link_args=["-pthread"],
-    depends=["setup.py", *HEADERS],
+    depends=["setup.py", "csrc/nvcc.py", *HEADERS],
 )
 extensions = [core]
 if CUDA_HOME is None:
@@ -157,7 +119,7 @@ else:
             cxx_std=17,
             extra_compile_args=["-O3", *WARNINGS],
             extra_link_args=["-pthread", "-Wl,--exclude-libs,ALL"],
-            depends=["setup.py", *HEADERS],
+            depends=["setup.py", "csrc/nvcc.py", *HEADERS],
         )
     )
 

@@ -8,12 +8,12 @@ SUFFIXES = (".cc", ".cu", ".cuh", ".h")
 
 
 def digest() -> str:
-    """Of all that is compiled, and of the script that does it."""
+    """Of all that is compiled, and of the scripts that do it."""
     found = hashlib.sha256()
     sources = sorted(
         p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in SUFFIXES
     )
-    for name in ["setup.py", *sources]:
+    for name in ["setup.py", "csrc/nvcc.py", *sources]:
         content = (ROOT / name).read_bytes()
         found.update(f"{name} {len(content)}\n".encode() + content)
     return found.hexdigest()[:16]

@@ -174,13 +174,13 @@ def kernel_name(mangled: str) -> str:
 
 def compile_for(arch: str, target: Path) -> dict[str, Kernel]:
     """Compile the kernels for one target, and read what ptxas says of them."""
-    sys.path.insert(0, str(ROOT))
-    import setup
+    sys.path.insert(0, str(ROOT / "csrc"))
+    import nvcc
 
-    if setup.CUDA_HOME is None:
+    if nvcc.CUDA_HOME is None:
         raise SystemExit("no nvcc found: nothing to report on")
-    setup.ARCHS = [arch]
-    command = setup.nvcc_command(SOURCE, target, "-Xptxas=-v")
+    nvcc.ARCHS = [arch]
+    command = nvcc.nvcc_command(SOURCE, target, "-Xptxas=-v")
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)

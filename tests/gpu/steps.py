@@ -79,6 +79,7 @@ def sanitize_small(tool: str) -> Step:
 
 # bf16 on 1, 2 and 4 ranks.
 EXACT = ("tests/test_cuda.py", "-k", "bit_for_bit and dtype0 and not 8-dtype0")
+DECODING = ("--ranks", "1", "4", "8", "--tokens", "128", "--num-sms", "4", "8")
 LARGE = ("--ranks", "4", "--num-sms", "4", "8", "--iters", "5")
 ON_GPU = ("--device", "cuda", "--ranks", "4")
 
@@ -109,14 +110,16 @@ STEPS = (
     tests("overlap", 40),
     tests("moe_layer", 50),  # whatever it does to the GPU, the others are done
     # 3. Figures.
-    figures("gpu-r4", 3, 150, "gpu", "--ranks", "4"),
-    figures("gpu-r8", 3, 150, "gpu", "--ranks", "8"),
+    figures("gpu-r4", 3, 150, "gpu", "--ranks", "4", "--budget", "130"),
+    figures("gpu-r8", 3, 150, "gpu", "--ranks", "8", "--budget", "130"),
+    figures("gpu-t128", 3, 90, "gpu", *DECODING, "--budget", "70"),
     figures("overlap", 3, 150, "overlap", *ON_GPU),
     figures("link", 3, 120, "dispatch_combine", "--preset", "h800", *ON_GPU),
     # 4. What takes long: the compiler, programs of their own, sanitizers.
     tests("compile", 120, stage=4),
     tests("nodes", 60, stage=4),
     tests("gpu_bench", 150, stage=4),
+    tests("gpu_comparison", 120, stage=4),
     tests("overlap_bench", 150, stage=4),
     *(sanitize_cpp(tool) for tool in ("memcheck", "racecheck")),
     *(sanitize_small(tool) for tool in ("memcheck", "racecheck")),

@@ -16,7 +16,7 @@ WERROR ?=
 # -ffp-contract=off: the reference's sums have the kernels' bits.
 GPU_CPP_FLAGS := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) \
   -Wno-unknown-pragmas -pthread -Icsrc -Itests
-gpu_cpp_compile := COMMLIB_CUDA_ARCHS="$(COMMLIB_CUDA_ARCHS)" $(PYTHON) tests/cpp/gpu/compile_kernels.py
+gpu_cpp_compile := COMMLIB_CUDA_ARCHS="$(COMMLIB_CUDA_ARCHS)" $(PYTHON) csrc/nvcc.py
 GPU_CPP_SOURCES := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) csrc/net/network.cc csrc/net/topology.cc \
   $(filter-out %/bindings.cc %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
   $(wildcard tests/cpp/gpu/*.cc) tests/simt/runtime/test_cuda.cc
@@ -47,7 +47,7 @@ $(GPU_CPP_PROGRAM): $(GPU_CPP_KERNELS) $(GPU_CPP_OBJECTS)
 	@$(CXX) -pthread -rdynamic -no-pie -static-libstdc++ -Wl,--exclude-libs,libstdc++.a -Wl,--gc-sections -o $@ $^ \
 	  -L$(GPU_CPP_CUDA)/lib64 -L$(GPU_CPP_CUDA)/targets/$$(uname -m)-linux/lib -lcudart_static -lrt -ldl
 
-$(GPU_CPP)/launch-%.o: csrc/cuda/launch.cu setup.py $(shell find csrc -name '*.h' -o -name '*.cuh')
+$(GPU_CPP)/launch-%.o: csrc/cuda/launch.cu csrc/nvcc.py $(shell find csrc -name '*.h' -o -name '*.cuh')
 	@mkdir -p $(@D)
 	@echo "nvcc $<"
 	@$(gpu_cpp_compile) $< $@
