@@ -45,8 +45,8 @@ EXPECTED_BULK = {
 # What may not come back. At most so many system-scope barriers in a kernel, by target: each waits until all
 # that this SM has written is seen everywhere.
 MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 7, 90: 7, 100: 7}}
-# Grid barriers of a kernel: each polls one word, and nothing that waits for it. A loop that loads a second word
-# of this GPU at each turn counts for none.
+# Grid barriers of a kernel: each polls one word, and nothing that waits for it. A loop that loads a second
+# one at each turn counts for none.
 POLLING = {"combine_kernel": 1, "rows_kernel": 3, "waves_kernel": 3}
 # Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
 MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}

@@ -42,10 +42,10 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "number"),
+    ("asked", "number"),
     [("cuda", 3), (torch.device("cuda"), 3), ("cuda:1", 1), (torch.device("cuda", 0), 0)],
 )
-def test_all_ranks_are_on_the_callers_gpu(chosen, device, number):
-    groups = commlib.run_ranks(lambda rank: resolve_group().device, 2, device=device)
+def test_all_ranks_are_on_the_callers_gpu(chosen, asked, number):
+    groups = commlib.run_ranks(lambda rank: resolve_group().device, 2, device=asked)
     assert groups == [f"cuda:{number}"] * 2
     assert chosen == [number] * 2
