@@ -75,7 +75,8 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
     if isinstance(core, _core.CpuCommunicator):
         return CpuBackend(core), topology
     assert stream is not None
-    free_sms = _count_blocks(settings, infos[group.rank], config.num_sms)
+    blocks = config.num_sms + (config.plan_stream != 0)
+    free_sms = _count_blocks(settings, infos[group.rank], blocks)
     in_step = isinstance(group, ThreadGroup) and not group.run_ahead
     return CudaBackend(core, stream, free_sms, in_step), topology
 
@@ -163,6 +164,8 @@ def _prepare_cuda(
             _give_streams(config, partition)
         except RuntimeError as e:
             error = e
+    if together + len(beside) > there_are:
+        config.plan_stream = 0  # no SM is left for plans beside rows: see csrc/cuda/plan.cuh
     _gather(group, error, None)
     return config, torch.cuda.ExternalStream(config.stream, settings.device)
 

@@ -45,8 +45,10 @@ struct Config {
   std::vector<int> cores;  // that the pool's threads may run on; empty: any
   // CUDA
   int device = 0;
-  uintptr_t stream = 0;                // of communication
-  uintptr_t plan_stream = 0;           // of plans; 0, or where they find no room beside rows: the same
+  uintptr_t stream = 0;  // of communication
+  // Of plans; 0: the same. Another only where each rank of this process finds an SM for its plan beside those
+  // for the rows of all: see cuda/plan.cuh.
+  uintptr_t plan_stream = 0;
   std::shared_ptr<void> stream_owner;  // keeps both from being used by others; null: the caller does
   std::string share;                   // how heaps reach other processes: "fd", "fabric" or "none"
 };

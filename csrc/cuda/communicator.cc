@@ -47,10 +47,9 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   slots_ = std::make_shared<CudaSlotPool>(config.device, region_, region_->data() + control_bytes(), layout_,
                                           config.slots);
   aside_ = side_stream(config.device);
-  // Kernels for several nodes leave no room beside them.
-  const bool beside = config.plan_stream && config.node_of.empty() &&
-                      plans_fit_beside_rows(config.device, shape_, config.dtype);
-  plan_stream_ = beside ? reinterpret_cast<cudaStream_t>(config.plan_stream) : shape_.stream;
+  plan_stream_ = config.plan_stream && config.node_of.empty()
+                     ? reinterpret_cast<cudaStream_t>(config.plan_stream)
+                     : shape_.stream;
   check(cudaEventCreateWithFlags(&planned_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());

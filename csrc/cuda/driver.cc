@@ -126,8 +126,6 @@ DeviceFacts facts_of(int device) {
   f.memory = static_cast<int64_t>(p.totalGlobalMem);
   f.shared_per_sm = static_cast<int>(p.sharedMemPerMultiprocessor);
   f.shared_per_block = static_cast<int>(p.sharedMemPerBlockOptin);
-  f.registers_per_sm = p.regsPerMultiprocessor;
-  f.threads_per_sm = p.maxThreadsPerMultiProcessor;
   f.shares_fds = attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) &&
                  attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device);
   // NVML first: on most hosts there is no domain, and nothing need be made on the device to see that.

@@ -49,7 +49,6 @@ struct DeviceFacts {
   int capability;  // 90 for 9.0
   int64_t memory;  // bytes
   int shared_per_sm, shared_per_block;
-  int registers_per_sm, threads_per_sm;
   bool shares_fds;     // of virtual memory
   std::string domain;  // key of the NVLink domain in which it can share memory with other hosts; "": none
 };

@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
   while (delivered < kWaves) deliver(delivered);
 }
 
-// Nobody pulls any more from a slot that is about to be lent. One warp, which leaves room on its SM for any
-// block that moves rows: what it waits for are such blocks.
+// Nobody pulls any more from a slot that is about to be lent. One warp; plan.cuh says why it finds an end.
 __global__ void __launch_bounds__(kWarpLanes, 1) await_kernel(const __grid_constant__ AwaitOp op) {
   WarpWorker w(op.common);
   await_pulled(w, op.common.peers, op.reuse_epoch);

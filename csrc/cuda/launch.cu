@@ -85,27 +85,16 @@ void launch(Kernel kernel, const LaunchShape& shape, const Op& op, const char* n
   launch(kernel, dim3(shape.blocks), kWarps, shape.shared_bytes, shape.stream, op, name);
 }
 
-// Of an SM, what a block takes. Registers come in parts of 256 for each warp.
-struct Room {
-  int registers = 0, shared_bytes = 0, threads = 0;
-
-  template <class Kernel>
-  static Room of(Kernel kernel, int warps, int shared_bytes) {
-    constexpr int kSystemBytes = 1024;  // of shared memory, for each block
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-    return {warps * static_cast<int>(align_up(attributes.numRegs * kWarpLanes, 256)),
-            shared_bytes + kSystemBytes, warps * kWarpLanes};
-  }
-  Room operator*(int n) const { return {registers * n, shared_bytes * n, threads * n}; }
-  Room operator+(const Room& o) const {
-    return {registers + o.registers, shared_bytes + o.shared_bytes, threads + o.threads};
-  }
-  bool fits(const DeviceFacts& facts) const {
-    return registers <= facts.registers_per_sm && shared_bytes <= facts.shared_per_sm &&
-           threads <= facts.threads_per_sm;
-  }
-};
+// Loads a kernel of few warps, which need no room of their own. An SM runs blocks side by side only with one
+// and the same share of shared memory, and blocks that move rows want all of it.
+template <class Kernel>
+void prepare_small(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute");
+}
 
 }  // namespace
 
@@ -119,21 +108,9 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   prepare(waves_kernel, shape, facts.sms);
   prepare_rows<WarpWorker>(shape, facts.sms);
   prepare_rows<HopsWorker>(shape, facts.sms);
-  Room::of(plan_kernel, kPlanWarps, kPlanSharedBytes);  // which loads them
-  Room::of(await_kernel, 1, kAwaitSharedBytes);
+  prepare_small(plan_kernel);
+  prepare_small(await_kernel);
   return shape;
-}
-
-bool plans_fit_beside_rows(int device, const LaunchShape& shape, DType dtype) {
-  constexpr int kWaitingRanks = 8;  // that may all wait on one SM
-  const DeviceFacts facts = facts_of(device);
-  const Room plan = Room::of(plan_kernel, kPlanWarps, kPlanSharedBytes);
-  const Room waits = Room::of(await_kernel, 1, kAwaitSharedBytes) * kWaitingRanks;
-  const auto fit = [&](auto kernel) {
-    const Room rows = Room::of(kernel, kWarps, shape.shared_bytes);
-    return (rows + plan).fits(facts) && (rows + waits).fits(facts);
-  };
-  return fit(rows_kernel<WarpWorker>) && fit(waves_kernel) && fit(combine_kernel_of<WarpWorker>(dtype));
 }
 
 // Neither copies rows, so their warps have no ring.

@@ -20,10 +20,6 @@ struct LaunchShape {
 // to wait for those that run, which may wait for it. Throws where `blocks` cannot all be resident.
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream);
 
-// Whether a plan's block, and the warps with which several ranks wait for a slot, find room on an SM beside
-// any block that moves rows of one node. If so, plans may have a stream of their own: see plan.cuh.
-bool plans_fit_beside_rows(int device, const LaunchShape& shape, DType dtype);
-
 void launch_plan(cudaStream_t stream, const PlanOp& op);
 void launch_rows(const LaunchShape& shape, const RowsOp& op);
 void launch_waves(const LaunchShape& shape, const WavesOp& op);

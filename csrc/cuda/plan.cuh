@@ -1,8 +1,10 @@
 // The kernel of a plan: from expert ids to routes, and counts from rank to rank.
 //
-// One block, which needs no grid barrier and finds room beside another kernel's block on its SM: so plans run
-// on a stream of their own, beside the rows of earlier dispatches, and their ranks wait for each other's
-// plans and for nothing else.
+// One block, which needs no grid barrier. Plans run on a stream of their own, beside the rows of earlier
+// dispatches, where the SMs that ranks of this process have together are one more for each rank than their
+// blocks that move rows. So nobody waits in a circle: a rank has one plan, or one warp that waits for a slot
+// before it, under way at a time, on one SM; whatever these wait for, rows of all ranks find the SMs they
+// need and end. The slots are then free, so all plans come, and wait for each other's words alone.
 #pragma once
 
 #include "cuda/worker.cuh"
@@ -32,8 +34,8 @@ struct PlanShared {
     return *reinterpret_cast<PlanShared*>(ptx::dynamic_shared() + begin());
   }
 };
-// So many on an SM that a block has a quarter of its registers: blocks that move rows take up to 96 a thread,
-// which leaves that quarter.
+// So many would fit an SM by their registers: a block finds room beside one that moves rows, which takes up
+// to 96 a thread, or beside those of compute.
 constexpr int kPlanBlocks = 4;
 constexpr int kPlanSharedBytes = PlanShared::begin() + static_cast<int>(sizeof(PlanShared));
 

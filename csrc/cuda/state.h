@@ -13,7 +13,8 @@ namespace commlib::cuda {
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
-constexpr int kPlanWarps = 6;  // of the one block of a plan, which must find room beside another on its SM
+constexpr int kPlanWarps =
+    6;  // of the one block of a plan, which had better find room beside another on its SM
 
 constexpr uint64_t kBarrierTurn = uint64_t{1} << 63;  // see DeviceState::barrier
 

@@ -100,7 +100,8 @@ class RealGpu : public Machine {
     config.timeout = std::min(config.timeout, kLongestTimeout);
     if (config.share.empty()) config.share = cuda::facts_of(0).shares_fds ? "fd" : "none";
     config.stream = reinterpret_cast<uintptr_t>(of_ranks.at(config.rank));
-    config.plan_stream = reinterpret_cast<uintptr_t>(of_plans.at(config.rank));
+    if (config.size * (config.num_sms + 1) <= cuda::facts_of(0).sms)
+      config.plan_stream = reinterpret_cast<uintptr_t>(of_plans.at(config.rank));
     auto comm = std::make_unique<cuda::CudaCommunicator>(config);
     watch_rank(config.rank, &comm->host_state());
     return comm;

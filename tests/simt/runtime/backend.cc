@@ -20,6 +20,7 @@ simt::Config config_of(uint64_t world) {
   simt::Config config;
   config.seed = seed() + world;
   config.delay_stores = world % 2 == 0;
+  config.sms = simt::resident_blocks;
   config.find_races = simt::accesses_are_seen();
   return config;
 }

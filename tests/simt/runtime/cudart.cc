@@ -17,6 +17,7 @@
 namespace simt {
 
 Gpu* gpu = nullptr;
+int resident_blocks = 1 << 30;
 Chip chip = commlib::ptx::kHasBulkCopies ? Chip{9, 228 << 10} : Chip{8, 164 << 10};
 bool peers_have_atomics = true;
 
@@ -151,8 +152,6 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->totalGlobalMem = size_t{1} << 30;
   p->sharedMemPerMultiprocessor = simt::chip.shared_per_sm;
   p->sharedMemPerBlockOptin = simt::most_shared();
-  p->regsPerMultiprocessor = 64 << 10;
-  p->maxThreadsPerMultiProcessor = 2048;
   return cudaSuccess;
 }
 
@@ -303,6 +302,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   const bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (!known || static_cast<size_t>(value) > simt::most_shared()) return result(cudaErrorInvalidValue);
   std::lock_guard<std::mutex> lock(simt::mutex);

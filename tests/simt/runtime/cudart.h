@@ -38,7 +38,8 @@ struct Chip {
   size_t shared_per_sm;
 };
 extern Chip chip;
-size_t allocated_bytes();  // on the device, now
+extern int resident_blocks;  // at most, of all streams; as for `chip`
+size_t allocated_bytes();    // on the device, now
 // Whether GPUs can count in each other's memory.
 extern bool peers_have_atomics;
 

@@ -81,7 +81,33 @@ void communicators_that_come_and_go_take_no_more_memory() {
   check_equal(simt::allocated_bytes(), kept, "bytes when it has been freed later");
 }
 
+// As in a layer in chunks: each rank plans further dispatches while rows of the first are on their way, on a
+// device with one SM more for each rank than its rows take. With none more, plans of some ranks would keep
+// rows of others from starting, on which they wait.
+void plans_beside_rows_need_one_sm_more_for_each_rank() {
+  Random random(204);
+  constexpr int kRanks = 3, kBlocks = 2, kChunks = 3;
+  simt::resident_blocks = kRanks * (kBlocks + 1);
+  for (int round = 0; round < rounds(128); ++round) {
+    Config config = small_config(kRanks);
+    config.num_sms = kBlocks;
+    config.timeout = 10;
+    config.slots = kChunks + 1;
+    std::vector<Scenario> chunks;
+    for (int i = 0; i < kChunks; ++i) chunks.push_back(random_scenario(config, kRanks, {}, random));
+    in_ranks(config, kRanks, [&](Rank& self) {
+      Manner manner;
+      manner.async = true;
+      std::vector<DispatchedPtr> sent;
+      for (const Scenario& chunk : chunks) sent.push_back(start_dispatch(self, chunk, manner));
+      for (const DispatchedPtr& d : sent) check_dispatch(*d);
+    });
+  }
+  simt::resident_blocks = 1 << 30;
+}
+
 const Suite suite({
+    {"plans_beside_rows_need_one_sm_more_for_each_rank", plans_beside_rows_need_one_sm_more_for_each_rank},
     {"communicators_that_come_and_go_take_no_more_memory",
      communicators_that_come_and_go_take_no_more_memory},
     {"rings_are_as_large_as_shared_memory_allows", rings_are_as_large_as_shared_memory_allows},
