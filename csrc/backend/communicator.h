@@ -189,7 +189,7 @@ class Communicator {
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(uint64_t left) = 0;
   // The slot has been taken, and is about to be shown to others.
-  virtual void prepare_slot(const SlotLease&) {}
+  virtual void prepare_slot(SlotLease&) {}
   // close() is through.
   virtual void has_closed() {}
 

@@ -10,6 +10,7 @@ SlotLease::~SlotLease() {
   if (!streams_.empty()) pool_->note_uses(index_, streams_);
   std::lock_guard<std::mutex> lock(pool_->mutex_);
   pool_->states_[index_].busy = false;
+  pool_->states_[index_].freed = ++pool_->ended_;
 }
 
 Slot SlotLease::slot() const { return pool_->slot(index_); }
@@ -34,19 +35,21 @@ void SlotLease::pulled_in(uint32_t epoch) {
   pool_->states_[index_].pulled_in = epoch;
 }
 
-SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count)
-    : heap_(std::move(heap)), slots_(slots), layout_(layout), states_(count) {}
+SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count, Choice choice)
+    : heap_(std::move(heap)), slots_(slots), layout_(layout), choice_(choice), states_(count) {}
 
 std::shared_ptr<SlotLease> SlotPool::take() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (size_t i = 0; i < states_.size(); ++i) {
-    if (states_[i].busy) continue;
-    auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(i));
-    states_[i].busy = true;
-    states_[i].lease = lease;
-    return lease;
+  State* taken = nullptr;
+  for (State& s : states_) {
+    if (s.busy || (taken && (choice_ == Choice::first || s.freed >= taken->freed))) continue;
+    taken = &s;
   }
-  return nullptr;
+  if (!taken) return nullptr;
+  auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(taken - states_.data()));
+  taken->busy = true;
+  taken->lease = lease;
+  return lease;
 }
 
 std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {

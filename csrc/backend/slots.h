@@ -43,10 +43,15 @@ class SlotLease {
 
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
-  // `heap` keeps the memory at `slots` mapped.
-  SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count);
+  // Which free slot is taken. The first: then no more are ever touched than are needed. Or the one that has
+  // been free longest: then what is still queued from its last use is soonest done.
+  enum class Choice { first, longest_free };
 
-  // The first free slot, or null. Always the first, so that no more slots are ever touched than are needed.
+  // `heap` keeps the memory at `slots` mapped.
+  SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count,
+           Choice choice = Choice::first);
+
+  // A free slot, or null.
   std::shared_ptr<SlotLease> take();
   // The lease of the slot at whose first row `address` points, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
@@ -66,13 +71,16 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
     bool busy = false;
     bool pulled = false;
     uint32_t pulled_in = 0;
+    uint64_t freed = 0;  // when, in leases that have ended
   };
 
   std::shared_ptr<void> heap_;
   std::byte* slots_;
   SlotLayout layout_;
+  const Choice choice_;
   std::mutex mutex_;  // guards the members below it
   std::vector<State> states_;
+  uint64_t ended_ = 0;  // leases
 };
 
 }  // namespace commlib

@@ -50,7 +50,10 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   plan_stream_ = config.plan_stream && config.node_of.empty()
                      ? reinterpret_cast<cudaStream_t>(config.plan_stream)
                      : shape_.stream;
-  check(cudaEventCreateWithFlags(&planned_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  near_epoch_ = epoch_;
+  for (cudaEvent_t* event : {&planned_, &issued_}) {
+    check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  }
   std::vector<std::byte> control(static_cast<size_t>(control_bytes()));
   write_first_words(control.data());
   put(region_->data(), control.data(), control.size());
@@ -75,6 +78,7 @@ CudaCommunicator::~CudaCommunicator() {
     drain();  // nothing of this rank may use what goes back to the pool
     keep_what_others_use();
     cudaEventDestroy(planned_);
+    cudaEventDestroy(issued_);
   } catch (const std::exception&) {  // the device is lost
   }
 }
@@ -288,10 +292,14 @@ void CudaCommunicator::tell_all(uint64_t left) {
 }
 
 // On each stream whose kernels tell others of the slot, who then write there.
-void CudaCommunicator::prepare_slot(const SlotLease& lease) {
+// What this rank's operations queue until the lease ends uses the slot, too: a plan beside them must not lend
+// it before that is done.
+void CudaCommunicator::prepare_slot(SlotLease& lease) {
   auto& slots = static_cast<CudaSlotPool&>(*slots_);
   slots.wait_for_uses(lease.index(), shape_.stream);
-  if (plan_stream_ != shape_.stream) slots.wait_for_uses(lease.index(), plan_stream_);
+  if (plan_stream_ == shape_.stream) return;
+  slots.wait_for_uses(lease.index(), plan_stream_);
+  lease.use_on(reinterpret_cast<uintptr_t>(shape_.stream));
 }
 
 // After the last of everything else that this rank does to others' memory.

@@ -48,7 +48,7 @@ class CudaCommunicator final : public Communicator {
  private:
   void drain() override;
   void tell_all(uint64_t left) override;
-  void prepare_slot(const SlotLease& lease) override;
+  void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 
   void make_scratch();
@@ -63,6 +63,7 @@ class CudaCommunicator final : public Communicator {
   void wait_until(const std::function<bool()>& done);
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
+  void keep_near();
   void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
   void look_for_the_dead();
@@ -73,8 +74,10 @@ class CudaCommunicator final : public Communicator {
 
   LaunchShape shape_;
   cudaStream_t plan_stream_ = nullptr;
-  cudaEvent_t planned_ = nullptr;                       // recorded after each plan
-  std::shared_ptr<DeviceRegion> region_;                // this rank's
+  cudaEvent_t planned_ = nullptr;         // recorded after each plan
+  cudaEvent_t issued_ = nullptr;          // recorded after operations that the next plan comes after
+  uint32_t near_epoch_;                   // of the last plan that came after all operations before it
+  std::shared_ptr<DeviceRegion> region_;  // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
   std::vector<int> visitors_;                           // ranks of other processes that map region_
   std::shared_ptr<PeerProcesses> processes_;

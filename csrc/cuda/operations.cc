@@ -20,6 +20,7 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   pending->call = call;
   pending->epoch = ++epoch_;
 
+  keep_near();
   await_writable(*pending->lease, call, pending->epoch, plan_stream_);
   PlanOp op{};
   op.common = params(call, pending->epoch);
@@ -50,6 +51,16 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   pending->results = routing.offsets ? host_->grouped_rows : pending->rows;
   pending->dropped = host_->dropped;
   return pending;
+}
+
+// A plan that comes before operations issued earlier has its call said before theirs. That may be no more
+// than a ring of calls ahead, so now and then a plan comes after all of them.
+void CudaCommunicator::keep_near() {
+  constexpr uint32_t kAhead = kCallRing / 2;
+  if (plan_stream_ == shape_.stream || epoch_ - near_epoch_ < kAhead) return;
+  near_epoch_ = epoch_;
+  check(cudaEventRecord(issued_, shape_.stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(plan_stream_, issued_, 0), "cudaStreamWaitEvent");
 }
 
 // Nobody pulls from the slot any more when what comes next in the stream begins.

@@ -6,7 +6,7 @@ namespace commlib::cuda {
 
 CudaSlotPool::CudaSlotPool(int device, std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout,
                            int count)
-    : SlotPool(heap, slots, layout, count), device_(device), heap_(std::move(heap)) {
+    : SlotPool(heap, slots, layout, count, Choice::longest_free), device_(device), heap_(std::move(heap)) {
   for (int i = 0; i < count; ++i) uses_.push_back(std::make_shared<StreamUses>());
 }
 

@@ -106,7 +106,26 @@ void plans_beside_rows_need_one_sm_more_for_each_rank() {
   simt::resident_blocks = 1 << 30;
 }
 
+// Combines of a known routing only queue, however many; a dispatch among them is planned before they run.
+void a_plan_is_not_far_ahead_of_what_is_queued() {
+  Random random(205);
+  Config config = small_config(2);
+  config.timeout = 20;
+  for (int round = 0; round < 3; ++round) {  // of which in one plans queue with the rest
+    const Scenario s = random_scenario(config, 2, {}, random), t = random_scenario(config, 2, {}, random);
+    in_ranks(config, 2, [&](Rank& self) {
+      const DispatchedPtr known = start_dispatch(self, s, {});
+      check_dispatch(*known);
+      std::vector<CombinedPtr> queued;
+      for (int i = 0; i < 2 * kCallRing + 3; ++i) queued.push_back(start_combine(self, *known, s, {}));
+      check_dispatch(*start_dispatch(self, t, {}));
+      for (const CombinedPtr& c : queued) check_combine(self, *c, s);
+    });
+  }
+}
+
 const Suite suite({
+    {"a_plan_is_not_far_ahead_of_what_is_queued", a_plan_is_not_far_ahead_of_what_is_queued},
     {"plans_beside_rows_need_one_sm_more_for_each_rank", plans_beside_rows_need_one_sm_more_for_each_rank},
     {"communicators_that_come_and_go_take_no_more_memory",
      communicators_that_come_and_go_take_no_more_memory},
