@@ -81,9 +81,12 @@ def test_only_what_is_outside_partitions_is_counted(quiet, monkeypatch):
 @pytest.mark.parametrize("failure", [None, RuntimeError("the device is lost")])
 def test_closing_a_backend_gives_its_sms_back_last(monkeypatch, failure):
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *_: None)
     done = []
 
     class Core:
+        plan_stream = 0
+
         def close(self):
             done.append("closed")
             if failure:

@@ -255,6 +255,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (!gpu) return result(cudaErrorInvalidResourceHandle);  // a lease that outlives its world
   gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = ++event->records] {
     simt::store_release(reached.get(), number);
   });
