@@ -12,12 +12,12 @@ LONGEST = 30  # seconds: a driver in trouble answers no question
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked where the working tree differs from it.
+    """COMMLIB_COMMIT, or the checkout's commit, marked where the working tree differs from it.
 
-    Without git, COMMLIB_COMMIT; None: nobody says.
+    None: nobody says. A copy of a working tree may come with another history than its own.
     """
     described = _ask(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
-    return described or os.environ.get("COMMLIB_COMMIT")
+    return os.environ.get("COMMLIB_COMMIT") or described
 
 
 def driver() -> str | None:

@@ -269,7 +269,7 @@ class Findings:
         """Every sample, and what it depends on."""
         measured = self.measured
         return {
-            "config": vars(self.args) | {"json": str(self.path)},
+            "config": vars(self.args) | {"json": self.path.name},
             "machine": self.facts,
             "others": self.others,
             "left_out": self.left_out,
