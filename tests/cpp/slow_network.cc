@@ -59,7 +59,7 @@ class SlowTransport final : public Transport {
 };
 
 SlowNetwork::SlowNetwork(int ranks, uint64_t seed)
-    : under_way_(ranks), deaths_(ranks), cut_(ranks, 0), random_(seed) {}
+    : under_way_(ranks), deaths_(ranks), cut_(ranks, 0), hold_ms_(ranks, 0), random_(seed) {}
 
 std::unique_ptr<Transport> SlowNetwork::transport(int rank) {
   return std::make_unique<SlowTransport>(*this, rank);
@@ -69,6 +69,11 @@ void SlowNetwork::set_cut(int rank, bool cut) {
   std::lock_guard<std::mutex> lock(mutex_);
   cut_[rank] = cut;
   changed_.notify_all();
+}
+
+void SlowNetwork::hold(int rank, int milliseconds) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  hold_ms_[rank] = milliseconds;
 }
 
 void SlowNetwork::kill(int rank) {
@@ -85,8 +90,10 @@ void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   m.post.peer = from;
   const bool has_data = post.kind != PostKind::taken;
   if (has_data && random_.one_in(2)) m.read = read(data, post.bytes);
-  const int hold = post.kind == PostKind::words ? hold_ms_.load() : 0;
-  if (hold > 0 && random_.one_in(2)) m.due += std::chrono::microseconds(random_.below(1000 * hold));
+  if (hold_ms_[from] > 0 && random_.one_in(2)) {
+    const int most = hold_ms_[from] * (post.kind == PostKind::words ? 4 : 1);
+    m.due += std::chrono::microseconds(random_.below(1000 * most));
+  }
   auto& queue = under_way_[post.peer];
   queue.push_back(std::move(m));
   size_t bytes = 0;

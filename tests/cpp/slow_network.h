@@ -24,9 +24,9 @@ class SlowNetwork {
   // Nothing comes through to or from this rank, until mended; nothing is lost.
   void cut(int rank) { set_cut(rank, true); }
   void mend(int rank) { set_cut(rank, false); }
-  // From now on every other message of words takes up to so long, and others overtake it meanwhile: longer
-  // than a wait takes to ask why it does not end.
-  void hold_words(int milliseconds) { hold_ms_.store(milliseconds); }
+  // From now on every other message of this rank takes up to so long, and words four times as long, so that
+  // others overtake them.
+  void hold(int rank, int milliseconds);
   // Messages of words that came before older ones of the same sender.
   int64_t overtakings() const { return overtakings_.load(); }
   // The others hear that it is gone.
@@ -56,9 +56,9 @@ class SlowNetwork {
   std::vector<std::vector<Message>> under_way_;  // by receiver
   std::vector<std::vector<int>> deaths_;         // by who is to hear of them
   std::vector<char> cut_;
+  std::vector<int> hold_ms_;  // by sender
   Random random_;
   std::atomic<size_t> most_under_way_{0};
-  std::atomic<int> hold_ms_{0};
   std::atomic<int64_t> overtakings_{0};
 };
 
