@@ -37,6 +37,7 @@ class Transport {
   virtual void use_memory(std::byte* data, size_t bytes) = 0;
 
   // Sends post.bytes bytes from `data`, which stay as they are until the receiver has answered in some way.
+  // Messages may overtake each other, also those of one kind to one rank.
   virtual void send(const Post& post, const std::byte* data) = 0;
   // Moves what can be moved; whether anything was.
   virtual bool progress() = 0;

@@ -2,8 +2,12 @@
 
 #include <poll.h>
 
+#include <algorithm>
+
 namespace commlib::testing {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // Chunks may lie where only copies reach.
 Bytes read(const std::byte* data, size_t bytes) {
@@ -55,7 +59,7 @@ class SlowTransport final : public Transport {
 };
 
 SlowNetwork::SlowNetwork(int ranks, uint64_t seed)
-    : under_way_(ranks), deaths_(ranks), cut_(ranks, 0), random_(seed) {}
+    : under_way_(ranks), deaths_(ranks), cut_(ranks, 0), hold_ms_(ranks, 0), random_(seed) {}
 
 std::unique_ptr<Transport> SlowNetwork::transport(int rank) {
   return std::make_unique<SlowTransport>(*this, rank);
@@ -65,6 +69,11 @@ void SlowNetwork::set_cut(int rank, bool cut) {
   std::lock_guard<std::mutex> lock(mutex_);
   cut_[rank] = cut;
   changed_.notify_all();
+}
+
+void SlowNetwork::hold(int rank, int milliseconds) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  hold_ms_[rank] = milliseconds;
 }
 
 void SlowNetwork::kill(int rank) {
@@ -77,10 +86,14 @@ void SlowNetwork::kill(int rank) {
 
 void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   std::lock_guard<std::mutex> lock(mutex_);
-  Message m{from, post, data, {}};
+  Message m{from, post, data, {}, Clock::now()};
   m.post.peer = from;
   const bool has_data = post.kind != PostKind::taken;
   if (has_data && random_.one_in(2)) m.read = read(data, post.bytes);
+  if (hold_ms_[from] > 0 && random_.one_in(2)) {
+    const int most = hold_ms_[from] * (post.kind == PostKind::words ? 4 : 1);
+    m.due += std::chrono::microseconds(random_.below(1000 * most));
+  }
   auto& queue = under_way_[post.peer];
   queue.push_back(std::move(m));
   size_t bytes = 0;
@@ -89,15 +102,20 @@ void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   changed_.notify_all();
 }
 
-// Any of those under way, and none now and then.
+// Any of those that are due, and none now and then.
 bool SlowNetwork::take(int rank, Message* message) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto& queue = under_way_[rank];
   if (queue.empty() || cut_[rank] || random_.one_in(4)) return false;
   const size_t i = random_.below(queue.size());
-  if (cut_[queue[i].from]) return false;
-  *message = std::move(queue[i]);
-  queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
+  if (cut_[queue[i].from] || queue[i].due > Clock::now()) return false;
+  const auto chosen = queue.begin() + static_cast<std::ptrdiff_t>(i);
+  const auto are_words = [from = chosen->from](const Message& m) {
+    return m.from == from && m.post.kind == PostKind::words;
+  };
+  if (are_words(*chosen) && std::any_of(queue.begin(), chosen, are_words)) overtakings_.fetch_add(1);
+  *message = std::move(*chosen);
+  queue.erase(chosen);
   return true;
 }
 
@@ -121,7 +139,9 @@ bool SlowNetwork::take_death(int rank, int* dead) {
 
 void SlowNetwork::wait(int rank, int milliseconds) {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait_for(lock, std::chrono::milliseconds(milliseconds), [&] { return !under_way_[rank].empty(); });
+  const auto is_due = [now = Clock::now()](const Message& m) { return m.due <= now; };
+  changed_.wait_for(lock, std::chrono::milliseconds(milliseconds),
+                    [&] { return std::any_of(under_way_[rank].begin(), under_way_[rank].end(), is_due); });
 }
 
 }  // namespace commlib::testing

@@ -1,8 +1,10 @@
 // A network between the ranks of one process: late, in any order, and cut at will. Messages are read where
-// they lie when they are sent or when they arrive, as it happens: both must do.
+// they lie when they are sent or when they arrive, as it happens: both must do. A Transport promises no
+// order, not even of the words that one rank tells another, so there is none here.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <vector>
@@ -22,6 +24,11 @@ class SlowNetwork {
   // Nothing comes through to or from this rank, until mended; nothing is lost.
   void cut(int rank) { set_cut(rank, true); }
   void mend(int rank) { set_cut(rank, false); }
+  // From now on every other message of this rank takes up to so long, and words four times as long, so that
+  // others overtake them.
+  void hold(int rank, int milliseconds);
+  // Messages of words that came before older ones of the same sender.
+  int64_t overtakings() const { return overtakings_.load(); }
   // The others hear that it is gone.
   void kill(int rank);
   // The most bytes of chunks that ever were on their way to one rank.
@@ -34,6 +41,7 @@ class SlowNetwork {
     Post post;
     const std::byte* data;
     Bytes read;  // data, if it was read when it was sent
+    std::chrono::steady_clock::time_point due;
   };
 
   void set_cut(int rank, bool cut);
@@ -48,8 +56,10 @@ class SlowNetwork {
   std::vector<std::vector<Message>> under_way_;  // by receiver
   std::vector<std::vector<int>> deaths_;         // by who is to hear of them
   std::vector<char> cut_;
+  std::vector<int> hold_ms_;  // by sender
   Random random_;
   std::atomic<size_t> most_under_way_{0};
+  std::atomic<int64_t> overtakings_{0};
 };
 
 }  // namespace commlib::testing

@@ -1,6 +1,7 @@
 // Ranks on several nodes: the same rows as on one, sums with one rounding for each node, whatever the network
 // does.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <thread>
 
@@ -140,6 +141,81 @@ void a_rank_that_dies_is_named_at_once() {
   });
 }
 
+void run(Rank& self, OpKind kind, const Dispatched& known, const Scenario& values) {
+  if (kind == OpKind::dispatch) return check_dispatch(*start_dispatch(self, values, {}));
+  if (kind == OpKind::redispatch) return check_redispatch(*start_redispatch(self, known, values, {}));
+  check_combine(self, *start_combine(self, known, values, {}), values);
+}
+
+// One rank closes as soon as it has done its part, and what it said before may come after that it has closed.
+// So an operation of another may fail that could have ended well, but never does one end with less than all.
+struct Early {
+  int leaver;
+  OpKind kind;
+  const Scenario* first;
+  const Scenario* second;
+  int hold_ms;
+  std::atomic<int64_t> overtakings{0};
+
+  void operator()(Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, *first, {});
+    check_dispatch(*d);
+    self.meet();
+    if (self.rank == leaver) self.net->hold(leaver, hold_ms);
+    self.meet();
+    if (self.rank == leaver) {
+      run(self, kind, *d, *second);  // nobody leaves before it does
+      self.comm->close();
+    } else {
+      check_ends_well_or_blames_the_leaver(self, *d);
+    }
+    self.meet();
+    if (self.rank != leaver) {
+      const CommFailure next = check_throws<CommFailure>(
+          [&] { check_dispatch(*start_dispatch(self, *first, {})); }, "a call that the leaver does not make");
+      const Cause cause = next.failure.record.cause;
+      check(cause == Cause::broken || (cause == Cause::left && next.failure.record.peer == leaver),
+            next.what());
+    }
+    overtakings = self.net->overtakings();
+    self.meet();
+  }
+
+  void check_ends_well_or_blames_the_leaver(Rank& self, const Dispatched& known) {
+    try {
+      run(self, kind, known, *second);
+      self.comm->synchronize();
+    } catch (const CommFailure& e) {
+      const FailureRecord& r = e.failure.record;
+      check(r.cause == Cause::left && r.peer == leaver, e.what());
+      check_equal(name_of(r.op), name_of(kind), "the operation");
+    }
+  }
+};
+
+void a_rank_that_closes_early_fails_no_operation_in_silence() {
+  Random random(308);
+  const std::vector<std::vector<int>> nodes{{0, 0, 1, 1}, {0, 1, 2}, {0, 1, 1}};
+  constexpr int kRounds = 64;
+  // Longer than a wait takes to ask why it does not end. Where rounds are few, time passes slowly.
+  const int hold_ms = 60 * kRounds / rounds(kRounds);
+  int64_t overtakings = 0;
+  for (int i = 0; i < rounds(kRounds); ++i) {
+    const std::vector<int>& node_of = nodes[i % nodes.size()];
+    const int ranks = static_cast<int>(node_of.size());
+    Config config = on_nodes(node_of, random.one_in(2), random);
+    config.chunk_bytes = 4096;  // whoever leaves need not wait until its chunks are taken
+    config.chunks = 8;
+    const Scenario first = random_scenario(config, ranks, {}, random);
+    const Scenario second = with_other_values(first, random);
+    const auto kind = static_cast<OpKind>(1 + random.below(3));
+    Early early{static_cast<int>(random.below(ranks)), kind, &first, &second, hold_ms};
+    in_ranks(with_workers(config, random), [&](Rank& self) { early(self); });
+    overtakings += early.overtakings;
+  }
+  check(overtakings > 0, "words overtake each other");
+}
+
 const Suite suite({{"two_nodes_of_two", two_nodes_of_two},
                    {"nodes_of_different_sizes", nodes_of_different_sizes},
                    {"nodes_whose_ranks_do_not_lie_side_by_side", nodes_whose_ranks_do_not_lie_side_by_side},
@@ -148,7 +224,9 @@ const Suite suite({{"two_nodes_of_two", two_nodes_of_two},
                    {"a_cut_link_that_is_mended_loses_nothing", a_cut_link_that_is_mended_loses_nothing},
                    {"a_link_that_stays_cut_names_those_behind_it",
                     a_link_that_stays_cut_names_those_behind_it},
-                   {"a_rank_that_dies_is_named_at_once", a_rank_that_dies_is_named_at_once}});
+                   {"a_rank_that_dies_is_named_at_once", a_rank_that_dies_is_named_at_once},
+                   {"a_rank_that_closes_early_fails_no_operation_in_silence",
+                    a_rank_that_closes_early_fails_no_operation_in_silence}});
 
 }  // namespace
 }  // namespace commlib::testing
