@@ -68,7 +68,7 @@ void no_wait_is_given_up_without_a_record() {
   int ended_well = 0, given_up = 0;
   for (uint64_t round = 0; round < 200; ++round) {
     Waiter waiter;
-    wait_for_words_that_overtake(waiter, seed() + round, round * 60);
+    wait_for_words_that_overtake(waiter, seed() + round, round * 20);
     const bool recorded = waiter.host.failed != 0;
     check(waiter.ok != recorded, "a wait ends well, or says why not");
     if (recorded) {
