@@ -139,6 +139,8 @@ class RoutingView:
         offsets: int = ...,
         rows_per_expert: int = ...,
         align: int = ...,
+        ordinals: int = ...,
+        group_firsts: int = ...,
     ) -> None: ...
 
 class Rows:

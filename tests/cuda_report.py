@@ -47,7 +47,10 @@ EXPECTED_BULK = {
 MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 7, 90: 7, 100: 7}}
 # Grid barriers of a kernel: each polls one word, and nothing that waits for it. A loop that loads a second
 # one at each turn counts for none.
-POLLING = {"combine_kernel": 1, "rows_kernel": 3, "waves_kernel": 3}
+POLLING = {"combine_kernel": 1}
+# Additions that wait for their sum: of each grid barrier, and where words go to other nodes. Rows need no
+# barrier: their places come with them.
+MOST_ANSWERED_ADDITIONS = {"rows_kernel<WarpWorker>": 1, "waves_kernel": 0}
 # Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
 MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}
 
@@ -113,6 +116,9 @@ class Kernel:
     def system_barriers(self) -> int:
         return sum(n for op, n in self.instructions.items() if re.match(r"MEMBAR.*\.SYS", op))
 
+    def answered_additions(self) -> int:
+        return sum(n for op, n in self.instructions.items() if re.match(r"ATOMG.*\.ADD\.64", op))
+
     def quick_polls(self) -> int:
         """Loops that load one word of this GPU, and nothing else."""
         local = loops_with(self.code, r"LDG.*STRONG\.GPU")
@@ -133,6 +139,9 @@ class Kernel:
         barriers = POLLING.get(self.base, 0)
         if self.quick_polls() < barriers:
             found.append(f"{self.quick_polls()} quick polls for {barriers} grid barriers")
+        additions, most = self.answered_additions(), MOST_ANSWERED_ADDITIONS.get(self.name)
+        if most is not None and additions > most:
+            found.append(f"{additions} additions that wait for their sum, not {most}: a grid barrier?")
         pieces, longest = self.a_piece(), MOST_A_PIECE.get(self.name, {}).get(self.target)
         if longest is not None and (not pieces or pieces[-1] > longest):
             found.append(f"sums take {pieces} instructions for 16 bytes, not {longest}")

@@ -206,6 +206,7 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) c
   plan.x_stride = rows.stride;
   plan.routes = routing.routes;
   plan.topk_idx = routing.topk_idx;
+  plan.ordinals = routing.ordinals;
   plan.weights = rows.weights;
   plan.placement = placement_;
   plan.layout = layout_;

@@ -53,7 +53,6 @@ class CpuCommunicator final : public Communicator {
   Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async);
   void run_transfer(Transfer& t, int index);
   void run_in_waves(Transfer& t, Job& job, int index);
-  bool group_received(Transfer& t, int index);
   [[noreturn]] void raise_failed(OpContext& op);
   // A worker ran into an error of its own: its fellows and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);

@@ -57,20 +57,16 @@ Ticket CpuCommunicator::start(std::shared_ptr<Job> job, bool async) {
 
 // Rows on their way through one slot, with or without a plan of their own.
 struct CpuCommunicator::Transfer {
-  explicit Transfer(int workers) : barrier(workers) {}
-
   std::shared_ptr<OpContext> op;
   std::shared_ptr<SlotLease> lease;
   SendPlan send{};
   DeliverPlan deliver{};
-  int64_t* places = nullptr;  // to be filled; layout="expert", fresh only
   std::vector<uint64_t> arrivals;
   std::vector<uint64_t> early;           // in waves only
   std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
   // Own copies, for the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
   std::vector<int64_t> source_rows, offsets, rows_per_expert;
-  WorkerBarrier barrier;
 };
 
 Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
@@ -102,25 +98,8 @@ void CpuCommunicator::run_transfer(Transfer& t, int index) {
   send.slots = t.slots.empty() ? slots : t.slots.data();
   if (t.slots.empty() && !collect_calls(w, peers_, t.op->wait.epoch, t.op->wait.call, slots)) return;
   if (!move_rows(w, send, peers_, t.op->wait, t.arrivals.data())) return;
-  if (t.places && !group_received(t, index)) return;
-  if (t.deliver.out_rows) {
-    replicate_rows(w, t.deliver);
-    if (t.deliver.places) zero_padding(w, t.deliver);
-  }
-  if (send.with_experts || t.deliver.out_weights) deliver_metadata(w, t.deliver);
+  deliver(w, t.deliver);
   w.flush();
-}
-
-// Fills in `places`, once the metadata of all rows is there. False: another worker has failed.
-bool CpuCommunicator::group_received(Transfer& t, int index) {
-  if (index == 0) {  // one thread is fast enough: its part is all rows
-    CpuWorker alone(*t.op, 0, 1);
-    const int32_t* experts = t.deliver.slot.experts;
-    std::vector<uint32_t> next(t.deliver.experts);
-    group_rows(alone, experts, t.deliver.rows, config_.topk, next.data(), t.places);
-    place_groups(alone, experts, t.deliver.rows, config_.topk, t.deliver.offsets, t.places);
-  }
-  return t.barrier.wait(config_.spin, [&] { return another_failed(*t.op); });
 }
 
 void CpuCommunicator::run_in_waves(Transfer& t, Job& job, int index) {
@@ -128,14 +107,7 @@ void CpuCommunicator::run_in_waves(Transfer& t, Job& job, int index) {
   SendPlan send = t.send;
   send.slots = t.slots.data();
   const WavePlan plan{t.waves_of_routes.data(), t.early.data(), t.arrivals.data()};
-  const auto prepare = [&](bool ok) {
-    if (!ok || !t.places) return ok;  // no rows: no places
-    if (!group_received(t, index)) return false;
-    zero_padding(w, t.deliver);
-    deliver_metadata(w, t.deliver);
-    return true;
-  };
-  move_in_waves(w, send, t.deliver, plan, peers_, prepare, [&](int wave) { pool_->delivered(job, wave); });
+  move_in_waves(w, send, t.deliver, plan, peers_, [&](int wave) { pool_->delivered(job, wave); });
 }
 
 std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingView& routing, bool has_weights,
@@ -162,21 +134,24 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   pending->source_rows.resize(config_.size);
   pending->slots.resize(config_.size);
   const CountsResult result{base.data(), received.data(), pending->source_rows.data(),
-                            routing.rows_per_expert};
+                            routing.rows_per_expert, routing.group_firsts};
   const auto exchange = [&] {
     publish_counts(caller, peers_, placement_, counts, ++dispatches_);
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise_failed(*op);
   };
   exchange();
   if (!collect_calls(caller, peers_, pending->epoch, call, pending->slots.data())) raise_failed(*op);
-  place_routes(caller, in, routing.routes, base.data());
   const auto fullest = std::max_element(received.begin(), received.end());
-  if (*fullest > config_.capacity) {
-    if (!drop) {
-      // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
-      pool_->drain();
-      raise_overflow(fullest - received.begin(), *fullest);
-    }
+  const bool overflow = *fullest > config_.capacity;
+  if (overflow && !drop) {
+    // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
+    pool_->drain();
+    raise_overflow(fullest - received.begin(), *fullest);
+  }
+  place_routes(caller, in, routing.routes, base.data());
+  std::vector<uint32_t> next(config_.experts);
+  number_rows_of_experts(caller, in, routing.ordinals, next.data());
+  if (overflow) {
     // Everyone sees the same overflow in the counts, so everyone takes this second round.
     pending->dropped = drop_overflow(caller, in, routing.routes, counts, config_.capacity);
     exchange();
@@ -192,13 +167,13 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
 Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
                                         const RoutingView& routing, const Received& received, bool async) {
   std::lock_guard<std::mutex> issue(issue_mutex_);
-  auto t = std::make_shared<Transfer>(config_.num_sms);
+  auto t = std::make_shared<Transfer>();
   t->op = context(pending.call, pending.epoch);
   t->deliver = deliver_plan(routing, received, *pending.lease);
   t->lease = received.rows ? std::move(pending.lease) : pending.lease;
   t->send = send_plan(rows, routing);
   t->send.with_experts = true;
-  t->places = routing.places;
+  t->deliver.group_firsts = routing.group_firsts;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
   if (pending.in_waves()) {
@@ -217,7 +192,7 @@ Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutingView& routing,
   std::lock_guard<std::mutex> issue(issue_mutex_);
   check_usable();
   Call call = redispatch_call(rows);
-  auto t = std::make_shared<Transfer>(config_.num_sms);
+  auto t = std::make_shared<Transfer>();
   t->lease = take_writable_slot(call);
   if (!received.rows) *lease = t->lease;
   call.slot = static_cast<uint8_t>(t->lease->index());

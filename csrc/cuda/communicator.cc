@@ -102,15 +102,13 @@ void CudaCommunicator::keep_what_others_use() {
 }
 
 void CudaCommunicator::make_scratch() {
-  const int64_t workers = static_cast<int64_t>(config_.num_sms) * kWarps;
-  const int64_t own = placement_.count(config_.rank);
   uint8_t* owner = nullptr;
   const auto carve = [&](std::byte* base) {
     Carver c(base);
     state_ = c.take<DeviceState>(1);
     owner = c.take<uint8_t>(config_.experts);
-    scratch_ = {c.take<uint32_t>(config_.experts), c.take<uint32_t>(workers * own),
-                c.take<int64_t>(workers * own), c.take<uint8_t>(config_.max_tokens * width_)};
+    scratch_ = {c.take<uint32_t>(config_.experts), c.take<uint32_t>(kPlanWarps * config_.experts),
+                c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };
   memory_ = device_memory(config_.device, static_cast<size_t>(carve(nullptr)));

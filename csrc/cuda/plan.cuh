@@ -40,7 +40,7 @@ constexpr int kPlanBlocks = 4;
 constexpr int kPlanSharedBytes = PlanShared::begin() + static_cast<int>(sizeof(PlanShared));
 
 __device__ inline CountsResult counts_result(const PlanOp& op, PlanShared& s) {
-  return {s.base, s.received, s.source_rows, op.rows_per_expert};
+  return {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts};
 }
 __device__ inline SourceCounts source_counts(const PlanOp& op, PlanShared& s) {
   return {s.rank_totals, op.scratch.expert_counts};
@@ -55,27 +55,42 @@ __device__ inline bool all_warps(const WarpWorker& w, PlanShared& s, bool ok) {
   return ok;
 }
 
-// Every warp counts its part of the tokens; then warp by warp its first row of each rank.
-__device__ inline void count_tokens(WarpWorker& w, const PlanOp& op, PlanShared& s) {
-  const int ranks = op.common.peers.size, thread = static_cast<int>(threadIdx.x);
-  for (int p = w.lane(); p < ranks; p += w.lanes()) s.rank_counts[w.warp()][p] = 0;
-  for (int64_t e = thread; e < op.routing.placement.experts; e += kPlanWarps * kWarpLanes) {
-    op.scratch.expert_counts[e] = 0;
+// Counts of `items` by warp -> in all, and of all warps before each. Threads share the items.
+template <class Before>
+__device__ inline void sum_over_warps(const uint32_t* counts, Before* firsts, uint32_t* totals, int64_t items,
+                                      int64_t stride) {
+  for (int64_t i = threadIdx.x; i < items; i += kPlanWarps * kWarpLanes) {
+    uint32_t seen[kPlanWarps], sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kPlanWarps; ++warp) seen[warp] = counts[warp * stride + i];
+#pragma unroll
+    for (int warp = 0; warp < kPlanWarps; ++warp) {
+      firsts[warp * stride + i] = sum;
+      sum += seen[warp];
+    }
+    totals[i] = sum;
   }
-  if (thread == 0) s.dropped = 0;
-  __syncthreads();
-  const int64_t bad =
-      count_routes(w, op.routing, op.routes, {s.rank_counts[w.warp()], op.scratch.expert_counts});
+}
+
+__device__ inline uint32_t* expert_counts_of_warp(const PlanOp& op, int warp) {
+  return op.scratch.warp_counts + warp * op.routing.placement.experts;
+}
+
+// Every warp counts its part of the tokens; then warp by warp its first row of each rank and of each expert.
+__device__ inline void count_tokens(WarpWorker& w, const PlanOp& op, PlanShared& s) {
+  const int ranks = op.common.peers.size;
+  const int64_t experts = op.routing.placement.experts;
+  uint32_t* mine = expert_counts_of_warp(op, w.warp());
+  for (int p = w.lane(); p < ranks; p += w.lanes()) s.rank_counts[w.warp()][p] = 0;
+  for (int64_t e = w.lane(); e < experts; e += w.lanes()) mine[e] = 0;
+  if (threadIdx.x == 0) s.dropped = 0;
+  __syncwarp();
+  const int64_t bad = count_routes(w, op.routing, op.routes, {s.rank_counts[w.warp()], mine});
   if (w.lane() == 0) s.bad[w.warp()] = bad;
   __syncthreads();
-  for (int p = thread; p < ranks; p += kPlanWarps * kWarpLanes) {
-    uint32_t sum = 0;
-    for (int warp = 0; warp < kPlanWarps; ++warp) {
-      s.firsts[warp][p] = sum;
-      sum += s.rank_counts[warp][p];
-    }
-    s.rank_totals[p] = sum;
-  }
+  sum_over_warps(s.rank_counts[0], s.firsts[0], s.rank_totals, ranks, kMaxRanks);
+  uint32_t* of_warps = op.scratch.warp_counts;
+  sum_over_warps(of_warps, of_warps, op.scratch.expert_counts, experts, experts);
   __syncthreads();
 }
 
@@ -134,11 +149,12 @@ __device__ inline void report_plan(WarpWorker& w, const PlanOp& op, PlanShared& 
   ptx::store_release_sys(&host.planned, op.plan);
 }
 
-// Ordinals become rows.
+// Ordinals become rows, and each row learns which of its expert's it is.
 __device__ inline void place(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   for (int p = w.lane(); p < op.common.peers.size; p += w.lanes()) s.firsts[w.warp()][p] += s.base[p];
   __syncwarp();
   place_routes(w, op.routing, op.routes, s.firsts[w.warp()]);
+  number_rows_of_experts(w, op.routing, op.ordinals, expert_counts_of_warp(op, w.warp()));
 }
 
 // Rows past capacity go.
@@ -149,7 +165,7 @@ __device__ inline void drop(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   __syncthreads();
 }
 
-// Routes are placed once the host knows the sizes, and goes on; where it throws, they may be gone. Where rows
+// Rows are placed once the host knows the sizes, and goes on; where it throws, they may be gone. Where rows
 // are dropped, all ranks see the same overflow in the counts, so all take a second round.
 __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
     plan_kernel(const __grid_constant__ PlanOp op) {

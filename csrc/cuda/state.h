@@ -67,10 +67,9 @@ struct HostState {
 // Device memory that only lives within a kernel. A plan may run beside the rows of earlier dispatches, so
 // they share none of it, and what rows need of their plan comes in their arguments.
 struct Scratch {
-  uint32_t* expert_counts;   // [experts]; of plans
-  uint32_t* group_counts;    // [workers][own experts]; the others are of rows
-  int64_t* group_firsts;     // [workers][own experts]
-  uint8_t* waves_of_routes;  // [max_tokens][width]
+  uint32_t* expert_counts;   // [experts]; this and the next are of plans
+  uint32_t* warp_counts;     // [kPlanWarps][experts]
+  uint8_t* waves_of_routes;  // [max_tokens][width]; of rows
 };
 
 // What every kernel is given.
@@ -88,7 +87,9 @@ struct PlanOp {
   OpParams common;
   Routing routing;
   int64_t* routes;
+  int32_t* ordinals;         // [tokens][topk]
   int64_t* rows_per_expert;  // [own experts]
+  int64_t* group_firsts;     // [ranks][own experts]; null: layout="rank"
   int64_t* offsets;          // [own experts + 1]; null: layout="rank"
   int64_t align;
   Scratch scratch;
@@ -105,7 +106,6 @@ struct RowsOp {
   bool fresh;  // a plan has found what follows: the slot that each rank lends, and how many rows it sends
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
-  int64_t* places;  // to be filled: layout="expert" of a fresh dispatch; else null
   Scratch scratch;
   uint64_t arrivals[kMaxRanks];
   // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.

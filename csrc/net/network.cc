@@ -56,8 +56,8 @@ class HostMemory final : public NetworkMemory {
 
 FrameLayout largest_frame(const Config& config, const Topology& topology) {
   const int64_t row = config.hidden * size_of(config.dtype);
-  return FrameLayout::of(topology.served_most, config.topk, config.topk * accumulator_size(config.dtype),
-                         row);
+  return FrameLayout::of(topology.served_most, config.topk, config.topk,
+                         config.topk * accumulator_size(config.dtype), row);
 }
 
 int64_t or_else(int64_t asked, int64_t otherwise) { return asked ? asked : otherwise; }

@@ -18,10 +18,10 @@ struct CombineLane : HopLane {
 };
 
 COMMLIB_HD FrameLayout request_layout(const PullPlan& plan, const Hops& hops, bool with_weights) {
-  return FrameLayout::of(hops.served_most, with_weights ? plan.topk : 0, 0, 0);
+  return FrameLayout::of(hops.served_most, with_weights ? plan.topk : 0, 0, 0, 0);
 }
 COMMLIB_HD FrameLayout answer_layout(const PullPlan& plan, bool with_weights) {
-  return FrameLayout::of(0, 0, with_weights ? plan.topk * plan.layout.weight_bytes : 0,
+  return FrameLayout::of(0, 0, 0, with_weights ? plan.topk * plan.layout.weight_bytes : 0,
                          plan.layout.row_bytes);
 }
 

@@ -34,6 +34,7 @@ struct CountsResult {
   int64_t* received;         // [ranks]: rows each rank receives in all
   int64_t* source_rows;      // [ranks]: rows this rank receives from each source
   int64_t* rows_per_expert;  // [own experts]
+  int64_t* group_firsts;     // [sources][own experts]: in each group, the rows of sources below; or null
 };
 
 // One count word, summed over sources.
@@ -42,12 +43,14 @@ struct CountSum {
   int64_t all = 0;
 };
 
-// Sums word i of every source: that of rank i, or of own expert i - ranks. Looks at several sources at once,
-// for a look at another's word takes long, and waits only for words that are not there yet.
+// Sums word i of every source's `words`: that of rank i, or of own expert i - ranks. Looks at several sources
+// at once, for a look at another's word takes long, and waits only for words that are not there yet.
 template <class Worker>
-COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i,
+COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i, int64_t words,
                           const CountsResult& result, CountSum* sum) {
   constexpr int kAtOnce = 8;
+  int64_t* firsts = nullptr;
+  if (i >= peers.size && result.group_firsts) firsts = result.group_firsts + (i - peers.size);
   for (int first = 0; first < peers.size;) {
     const int n = peers.size - first < kAtOnce ? peers.size - first : kAtOnce;
     const auto word = [&](int j) { return &peers.counts(peers.rank, first + j, dispatch)[i]; };
@@ -71,6 +74,7 @@ COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, 
       const auto rows = static_cast<int64_t>(value_of(seen[j]));
       if (first + j < peers.rank) sum->before += rows;
       if (i == peers.rank) result.source_rows[first + j] = rows;
+      if (firsts) firsts[(first + j) * (words - peers.size)] = sum->all;
       sum->all += rows;
     }
     first += n;
@@ -88,7 +92,7 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placemen
   bool ok = true;
   for (int64_t i = w.index() * w.lanes() + w.lane(); ok && i < words; i += step) {
     CountSum sum;
-    ok = sum_count(w, peers, dispatch, i, result, &sum);
+    ok = sum_count(w, peers, dispatch, i, words, result, &sum);
     if (!ok) break;
     if (i < peers.size) {
       result.base[i] = sum.before;

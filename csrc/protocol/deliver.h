@@ -12,9 +12,10 @@ struct DeliverPlan {
   SlotLayout layout;
   int64_t rows;                // unique rows received
   const int64_t* source_rows;  // [sources]: how many of them came from each; null: the routing is known
-  const int64_t* places;       // [rows][topk], layout="expert"; null: layout="rank"
-  // layout="expert" only: groups, for their padding.
-  const int64_t* offsets;          // [experts + 1]
+  // layout="expert" only:
+  int64_t* places;                 // [rows][topk]: grouped rows; null: layout="rank"
+  const int64_t* group_firsts;     // [sources][experts]: see CountsResult; null: places are known already
+  const int64_t* offsets;          // [experts + 1], of the groups
   const int64_t* rows_per_expert;  // [experts]
   int64_t experts;
   // Results; null: not wanted.
@@ -23,6 +24,65 @@ struct DeliverPlan {
   int64_t* out_topk_idx;   // [rows][topk] local ids; layout="rank"
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
 };
+
+// The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
+// each source has numbered its own. So a place needs no other row's. -1: another rank's expert.
+COMMLIB_HD int64_t place_of(const DeliverPlan& plan, int64_t i, int64_t source) {
+  if (!plan.group_firsts) return plan.places[i];
+  const int64_t e = plan.slot.experts[i];
+  if (e < 0) return -1;
+  return plan.offsets[e] + plan.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
+}
+
+COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, int64_t token) {
+  out_source[row * 2] = source;
+  out_source[row * 2 + 1] = token;
+}
+
+// Of unique row n.
+template <class Worker>
+COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, int64_t source) {
+  const int64_t wb = plan.layout.weight_bytes;
+  for (int k = 0; k < plan.topk; ++k) {
+    const int64_t i = n * plan.topk + k;
+    const int64_t to = place_of(plan, i, source);
+    if (plan.group_firsts) plan.places[i] = to;
+    if (to < 0) continue;
+    if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);
+    if (plan.out_source) write_source(plan.out_source, to, source, plan.slot.tokens[n]);
+  }
+}
+
+template <class Weight, class Worker>
+COMMLIB_HD void deliver_ranked(Worker& w, const DeliverPlan& plan, Span part) {
+  const auto* weights = reinterpret_cast<const Weight*>(plan.slot.weights);
+  for (int64_t i = part.begin * plan.topk + w.lane(); i < part.end * plan.topk; i += w.lanes()) {
+    if (plan.out_weights) reinterpret_cast<Weight*>(plan.out_weights)[i] = weights[i];
+    if (plan.out_topk_idx) plan.out_topk_idx[i] = plan.slot.experts[i];
+  }
+}
+
+// Metadata of this worker's unique rows as it lies in the slot -> what the caller asked for.
+template <class Worker>
+COMMLIB_HD void deliver_metadata(Worker& w, const DeliverPlan& plan) {
+  if (!plan.source_rows && !plan.out_weights) return;  // a known routing, which has it all but weights
+  const Span part = w.share(plan.rows);
+  int64_t source = -1, source_end = plan.source_rows ? 0 : plan.rows;
+  for (int64_t n = part.begin + w.lane(); n < part.end; n += w.lanes()) {
+    while (n >= source_end) source_end += plan.source_rows[++source];
+    if (plan.places) {
+      deliver_grouped(w, plan, n, source);
+    } else if (plan.out_source) {
+      write_source(plan.out_source, n, source, plan.slot.tokens[n]);
+    }
+  }
+  if (plan.places) return;
+  if (plan.layout.weight_bytes == 8) {
+    deliver_ranked<double>(w, plan, part);
+  } else {
+    deliver_ranked<float>(w, plan, part);
+  }
+}
 
 // Unique row n is copied to its places in the groups, or, in layout="rank", once in the order received.
 template <class Worker>
@@ -33,11 +93,6 @@ COMMLIB_HD void replicate_row(Worker& w, const DeliverPlan& plan, int64_t n) {
     return place < 0 ? nullptr : plan.out_rows + place * bytes;
   });
   w.multicast(to, plan.slot.rows + n * bytes, bytes);
-}
-
-template <class Worker>
-COMMLIB_HD void replicate_rows(Worker& w, const DeliverPlan& plan) {
-  for (int64_t n = w.index(); n < plan.rows; n += w.count()) replicate_row(w, plan, n);
 }
 
 template <class Worker>
@@ -64,54 +119,21 @@ COMMLIB_HD void zero_padding(Worker& w, const DeliverPlan& plan) {
   }
 }
 
-COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, int64_t token) {
-  out_source[row * 2] = source;
-  out_source[row * 2 + 1] = token;
-}
-
-// What grouped row each place of unique row n became.
+// Everything but the rows, once the metadata of all of them is there. Each worker has to do with unique rows
+// of its own, here and where it copies them, so workers need not wait for each other.
 template <class Worker>
-COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, int64_t source,
-                                int64_t token) {
-  const int64_t wb = plan.layout.weight_bytes;
-  for (int k = 0; k < plan.topk; ++k) {
-    const int64_t i = n * plan.topk + k;
-    const int64_t to = plan.places[i];
-    if (to < 0) continue;
-    if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);
-    if (plan.out_source) write_source(plan.out_source, to, source, token);
-  }
+COMMLIB_HD void prepare_delivery(Worker& w, const DeliverPlan& plan) {
+  deliver_metadata(w, plan);
+  if (plan.places && plan.out_rows) zero_padding(w, plan);
+  w.all(true);  // its lanes see each other's places
 }
 
-template <class Weight, class Worker>
-COMMLIB_HD void deliver_ranked(Worker& w, const DeliverPlan& plan, Span part) {
-  const auto* weights = reinterpret_cast<const Weight*>(plan.slot.weights);
-  for (int64_t i = part.begin * plan.topk + w.lane(); i < part.end * plan.topk; i += w.lanes()) {
-    if (plan.out_weights) reinterpret_cast<Weight*>(plan.out_weights)[i] = weights[i];
-    if (plan.out_topk_idx) plan.out_topk_idx[i] = plan.slot.experts[i];
-  }
-}
-
-// Metadata of unique rows as it lies in the slot -> what the caller asked for.
 template <class Worker>
-COMMLIB_HD void deliver_metadata(Worker& w, const DeliverPlan& plan) {
+COMMLIB_HD void deliver(Worker& w, const DeliverPlan& plan) {
+  prepare_delivery(w, plan);
+  if (!plan.out_rows) return;
   const Span part = w.share(plan.rows);
-  int64_t source = -1, source_end = plan.source_rows ? 0 : plan.rows;
-  for (int64_t n = part.begin + w.lane(); n < part.end; n += w.lanes()) {
-    while (n >= source_end) source_end += plan.source_rows[++source];
-    const int64_t token = plan.slot.tokens[n];
-    if (plan.places) {
-      deliver_grouped(w, plan, n, source, token);
-    } else if (plan.out_source) {
-      write_source(plan.out_source, n, source, token);
-    }
-  }
-  if (plan.places) return;
-  if (plan.layout.weight_bytes == 8) {
-    deliver_ranked<double>(w, plan, part);
-  } else {
-    deliver_ranked<float>(w, plan, part);
-  }
+  for (int64_t n = part.begin; n < part.end; ++n) replicate_row(w, plan, n);
 }
 
 }  // namespace commlib

@@ -16,6 +16,7 @@ struct SendPlan {
   int64_t x_stride;
   const int64_t* routes;     // [tokens][width]
   const int64_t* topk_idx;   // [tokens][topk]
+  const int32_t* ordinals;   // [tokens][topk]: as number_rows_of_experts writes them; with_experts only
   const std::byte* weights;  // [tokens][topk] or null
   bool with_experts;         // false where the receiver knows the routing already
   Placement placement;
@@ -29,39 +30,55 @@ COMMLIB_HD Slot slot_of(const Plan& plan, const PeerTable& peers, int p) {
   return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
 }
 
-// The token, experts and weights of a row at rank p. ids, weights: [topk], of its token.
+// What goes with a token's rows, to all ranks alike; each takes what concerns its own experts.
+template <class Id>
+struct TokenMetadata {
+  int64_t token;
+  const Id* ids;             // [topk] experts
+  const int32_t* ordinals;   // [topk]; with_experts only
+  const std::byte* weights;  // [topk] or null
+};
+
 template <class Weight, class Id, class Worker>
-COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
-                                   int64_t row, const Id* ids, const Weight* weights) {
+COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t row,
+                                   const TokenMetadata<Id>& of) {
   const auto first = static_cast<uint64_t>(plan.placement.first_expert(p));
   const auto count = static_cast<uint64_t>(plan.placement.count(p));
-  if (plan.with_experts && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(t);
+  if (plan.with_experts && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(of.token);
   for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
-    const uint64_t expert = static_cast<uint64_t>(ids[k]) - first;  // -1 and other ranks' wrap around
+    const uint64_t expert = static_cast<uint64_t>(of.ids[k]) - first;  // -1 and other ranks' wrap around
+    const bool here = expert < count;
     const int64_t to = row * plan.topk + k;
-    if (plan.with_experts) slot.experts[to] = expert < count ? static_cast<int32_t>(expert) : -1;
-    if (weights) reinterpret_cast<Weight*>(slot.weights)[to] = expert < count ? weights[k] : Weight{0};
+    if (plan.with_experts) {
+      slot.experts[to] = here ? static_cast<int32_t>(expert) : -1;
+      slot.ordinals[to] = of.ordinals[k];
+    }
+    if (of.weights) {
+      const auto* weights = reinterpret_cast<const Weight*>(of.weights);
+      reinterpret_cast<Weight*>(slot.weights)[to] = here ? weights[k] : Weight{0};
+    }
   }
 }
 
+// To a row of rank p.
 template <class Id, class Worker>
-COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& slot, int p, int64_t t,
-                                   int64_t row, const Id* ids, const std::byte* weights) {
+COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int p,
+                                   int64_t row, const TokenMetadata<Id>& of) {
+  const Slot slot = slot_of(plan, peers, p);
   if (plan.layout.weight_bytes == 8) {
-    write_row_metadata(w, plan, slot, p, t, row, ids, reinterpret_cast<const double*>(weights));
+    write_row_metadata<double>(w, plan, slot, p, row, of);
   } else {
-    write_row_metadata(w, plan, slot, p, t, row, ids, reinterpret_cast<const float*>(weights));
+    write_row_metadata<float>(w, plan, slot, p, row, of);
   }
 }
 
 template <class Worker>
 COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t,
                                   int64_t route) {
-  const int p = rank_of(route);
-  const std::byte* weights = plan.weights;
-  if (weights) weights += t * plan.topk * plan.layout.weight_bytes;
-  write_row_metadata(w, plan, slot_of(plan, peers, p), p, t, row_of(route), plan.topk_idx + t * plan.topk,
-                     weights);
+  const int64_t at = t * plan.topk;
+  const TokenMetadata<int64_t> of{t, plan.topk_idx + at, plan.with_experts ? plan.ordinals + at : nullptr,
+                                  plan.weights ? plan.weights + at * plan.layout.weight_bytes : nullptr};
+  write_row_metadata(w, plan, peers, rank_of(route), row_of(route), of);
 }
 
 // Metadata goes rank by rank, apart from the rows, where small stores between rows would wait for the owners

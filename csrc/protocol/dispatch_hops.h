@@ -10,6 +10,7 @@ namespace commlib {
 
 COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Hops& hops, bool with_weights) {
   return FrameLayout::of(hops.served_most, plan.with_experts || with_weights ? plan.topk : 0,
+                         plan.with_experts ? plan.topk : 0,
                          with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes);
 }
 
@@ -28,6 +29,17 @@ COMMLIB_HD DispatchLane dispatch_lane(const SendPlan& plan, const PeerTable& pee
 }
 
 template <class Worker>
+COMMLIB_HD void write_token_metadata(Worker& w, const DispatchLane& d, const Frame& frame, int64_t t) {
+  const SendPlan& plan = d.plan;
+  const int64_t at = t * plan.topk, wb = plan.layout.weight_bytes;
+  if (plan.with_experts || d.with_weights) write_experts(w, frame, plan.topk_idx + at, plan.topk);
+  for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
+    if (plan.with_experts) frame.ordinals()[k] = plan.ordinals[at + k];
+    if (d.with_weights) w.copy_scalar(frame.weights() + k * wb, plan.weights + (at + k) * wb, wb);
+  }
+}
+
+template <class Worker>
 COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchLane& d, int g) {
   const SendPlan& plan = d.plan;
   const Gateway& gateway = d.hops.gateway[g];
@@ -35,12 +47,7 @@ COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchLane& d, int g) {
                      [&](const Frame& frame, int64_t t) {
                        write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, gateway.serves,
                                   d.hops.served_most);
-                       if (plan.with_experts || d.with_weights)
-                         write_experts(w, frame, plan.topk_idx + t * plan.topk, plan.topk);
-                       const int64_t wb = plan.layout.weight_bytes;
-                       for (int k = w.lane(); d.with_weights && k < plan.topk; k += w.lanes()) {
-                         w.copy_scalar(frame.weights() + k * wb, plan.weights + (t * plan.topk + k) * wb, wb);
-                       }
+                       write_token_metadata(w, d, frame, t);
                        const auto to = w.template list<Target>(1, [&](int) -> Target { return frame.row(); });
                        w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
                      });
@@ -51,12 +58,12 @@ template <class Worker>
 COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame) {
   const SendPlan& plan = d.plan;
   const int served = count_bits(d.hops.served);
+  const TokenMetadata<int32_t> of{*frame.token(), frame.experts(), frame.ordinals(),
+                                  d.with_weights ? frame.weights() : nullptr};
   for (int i = 0; (plan.with_experts || d.with_weights) && i < served; ++i) {
     const int32_t row = frame.rows()[i];
     if (row < 0) continue;
-    const int p = rank_at(d.hops.served, i);
-    write_row_metadata(w, plan, slot_of(plan, d.peers, p), p, *frame.token(), row, frame.experts(),
-                       d.with_weights ? frame.weights() : nullptr);
+    write_row_metadata(w, plan, d.peers, rank_at(d.hops.served, i), row, of);
   }
   const auto to = w.template list<Target>(served, [&](int i) -> Target {
     const int32_t row = frame.rows()[i];

@@ -106,6 +106,32 @@ COMMLIB_HD void place_routes(Worker& w, const Routing& in, int64_t* routes, cons
   }
 }
 
+// ordinals [tokens][topk]: which of this rank's rows for its expert each is, in the order of tokens. `next`
+// [experts]: the first of this worker's part; counts on. Rows that are dropped later are the last of theirs.
+// Reads several ids before it looks at any.
+template <class Worker>
+COMMLIB_HD void number_rows_of_experts(Worker& w, const Routing& in, int32_t* ordinals, uint32_t* next) {
+  constexpr int kAtOnce = 4;
+  const Span part = w.share(in.tokens);
+  const int64_t begin = part.begin * in.topk + w.lane();
+  const int64_t* id = in.topk_idx + begin;
+  const int64_t* end = in.topk_idx + part.end * in.topk;
+  int32_t* ordinal = ordinals + begin;
+  // As long as any lane has some left: the lanes number theirs together.
+  for (; id - w.lane() < end; id += kAtOnce * w.lanes(), ordinal += kAtOnce * w.lanes()) {
+    int32_t expert[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      expert[k] = id + k * w.lanes() < end ? static_cast<int32_t>(id[k * w.lanes()]) : -1;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const uint32_t mine = w.take_each(expert[k], next);
+      if (id + k * w.lanes() < end) ordinal[k * w.lanes()] = static_cast<int32_t>(mine);
+    }
+  }
+}
+
 // Takes one token's routes that lie at or past `capacity` off, and their experts off the counts; returns how
 // many.
 template <class Worker>
@@ -157,30 +183,6 @@ COMMLIB_HD int64_t group_offsets(Worker& w, const int64_t* rows_per_expert, int6
     end += here.all;
   }
   return end;
-}
-
-// places [rows][topk]: of each (unique row, place) the ordinal within its expert's group in this worker's
-// part of the rows; -1 where the expert is another rank's. `next` [experts] counts them.
-template <class Worker>
-COMMLIB_HD void group_rows(Worker& w, const int32_t* experts_of_rows, int64_t rows, int topk, uint32_t* next,
-                           int64_t* places) {
-  const Span part = w.share(rows);
-  for (int64_t first = part.begin * topk; first < part.end * topk; first += w.lanes()) {
-    const int64_t i = first + w.lane();
-    const int32_t e = i < part.end * topk ? experts_of_rows[i] : -1;
-    const uint32_t ordinal = w.take_each(e, next);
-    if (i < part.end * topk) places[i] = e < 0 ? -1 : static_cast<int64_t>(ordinal);
-  }
-}
-
-// Ordinals become grouped rows. first [experts]: the part's first row in each group.
-template <class Worker>
-COMMLIB_HD void place_groups(Worker& w, const int32_t* experts_of_rows, int64_t rows, int topk,
-                             const int64_t* first, int64_t* places) {
-  const Span part = w.share(rows);
-  for (int64_t i = part.begin * topk + w.lane(); i < part.end * topk; i += w.lanes()) {
-    if (places[i] >= 0) places[i] += first[experts_of_rows[i]];
-  }
 }
 
 }  // namespace commlib

@@ -18,7 +18,8 @@ struct SlotLayout {
 
   COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * row_bytes, kRowAlign); }
   COMMLIB_HD int64_t experts_at() const { return tokens_at() + align_up(capacity * 4, kRowAlign); }
-  COMMLIB_HD int64_t weights_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
+  COMMLIB_HD int64_t ordinals_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
+  COMMLIB_HD int64_t weights_at() const { return ordinals_at() + align_up(capacity * topk * 4, kRowAlign); }
   COMMLIB_HD int64_t bytes() const { return align_up(weights_at() + capacity * topk * weight_bytes, 4096); }
 };
 
@@ -27,12 +28,14 @@ struct Slot {
   std::byte* rows;     // [capacity][row_bytes]
   int32_t* tokens;     // [capacity]: the row's token at its source
   int32_t* experts;    // [capacity][topk]: expert local to the receiver, -1 where another rank owns it
+  int32_t* ordinals;   // [capacity][topk]: which of its source's rows for that expert it is
   std::byte* weights;  // [capacity][topk] fp32 (fp64 for fp64 rows)
 
   COMMLIB_HD static Slot at(const SlotLayout& layout, std::byte* slots, int index) {
     std::byte* base = slots + index * layout.bytes();
     return {base, reinterpret_cast<int32_t*>(base + layout.tokens_at()),
-            reinterpret_cast<int32_t*>(base + layout.experts_at()), base + layout.weights_at()};
+            reinterpret_cast<int32_t*>(base + layout.experts_at()),
+            reinterpret_cast<int32_t*>(base + layout.ordinals_at()), base + layout.weights_at()};
   }
 };
 

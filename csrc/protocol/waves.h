@@ -4,9 +4,8 @@
 // The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
 // experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its places,
 // those in later waves' groups as well. So once waves 0 to i are delivered, every row of wave i's experts is
-// in place, and nothing has been sent or copied twice. All metadata goes ahead, for groups are laid out from
-// it. Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows
-// there.
+// in place, and nothing has been sent or copied twice. All metadata goes ahead, for places come from it.
+// Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows there.
 #pragma once
 
 #include "protocol/deliver.h"
@@ -144,12 +143,12 @@ COMMLIB_HD int wave_of_row(const DeliverPlan& plan, int64_t n) {
 // Copies this worker's rows of a wave to all their places. Lanes look for them side by side.
 template <class Worker>
 COMMLIB_HD void deliver_wave(Worker& w, const DeliverPlan& plan, int wave) {
-  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
-  for (int64_t first = w.index(); first < plan.rows; first += step) {
-    const int64_t mine = first + static_cast<int64_t>(w.lane()) * w.count();
-    const bool now = mine < plan.rows && wave_of_row(plan, mine) == wave;
+  const Span part = w.share(plan.rows);
+  for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
+    const int64_t mine = first + w.lane();
+    const bool now = mine < part.end && wave_of_row(plan, mine) == wave;
     for (uint64_t left = w.any_bits(static_cast<uint64_t>(now) << w.lane()); left; left &= left - 1) {
-      replicate_row(w, plan, first + static_cast<int64_t>(lowest_bit(left)) * w.count());
+      replicate_row(w, plan, first + lowest_bit(left));
     }
   }
 }
@@ -157,24 +156,21 @@ COMMLIB_HD void deliver_wave(Worker& w, const DeliverPlan& plan, int wave) {
 // Sends and delivers all waves. A worker delivers as soon as a wave has arrived, whether or not it has sent
 // everything, and sends as long as none has: a late rank holds nobody's sending up.
 //
-// prepare(ok): called by each worker once, after the first wave has arrived (or not: !ok): lays out groups
-// and delivers metadata; false ends the operation. delivered(wave): this worker has its part of it in place.
-template <class Worker, class Prepare, class Delivered>
+// delivered(wave): called by each worker when it has its part of the wave in place.
+template <class Worker, class Delivered>
 COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const DeliverPlan& deliver,
-                              const WavePlan& plan, const PeerTable& peers, Prepare prepare,
-                              Delivered delivered) {
+                              const WavePlan& plan, const PeerTable& peers, Delivered delivered) {
   plan_waves(w, send, plan.of_routes);
   send_metadata_ahead(w, send, peers);
   Sending at{0, w.index()};
   for (int wave = 0; wave < kWaves;) {
-    bool ok = has_arrived(w, peers, plan, wave);
+    const bool ok = has_arrived(w, peers, plan, wave);
     if (!ok && at.wave < kWaves) {
       send_some(w, send, peers, plan.of_routes, &at);
       continue;
     }
-    ok = ok || await_wave(w, peers, plan, wave);
-    if (wave == 0) ok = prepare(ok);
-    if (!ok) return false;
+    if (!ok && !await_wave(w, peers, plan, wave)) return false;
+    if (wave == 0) prepare_delivery(w, deliver);
     deliver_wave(w, deliver, wave);
     w.flush();
     delivered(wave++);

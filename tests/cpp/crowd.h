@@ -1,9 +1,7 @@
 // More rows than a rank has room for.
 #pragma once
 
-#include <algorithm>
-
-#include "scenario.h"
+#include "operations.h"
 #include "world.h"
 
 namespace commlib::testing {
@@ -41,17 +39,10 @@ inline Scenario fitting(Config config, int ranks, Random& random) {
   return random_scenario(config, ranks, {}, random);
 }
 
-// What a dispatch of a crowd throws. Its routes are gone at once.
+// What a dispatch of a crowd throws. Its routing is gone at once.
 inline CapacityError refusal(Rank& self, const Scenario& many) {
-  const RankCase& r = many.ranks[self.rank];
-  Int64s routes(r.tokens * std::min(many.config.topk, static_cast<int>(many.ranks.size())));
-  Int64s rows_per_expert(r.rows_per_expert.size());
-  RoutingView routing;
-  routing.topk_idx = r.topk_idx.data();
-  routing.routes = routes.data();
-  routing.tokens = r.tokens;
-  routing.rows_per_expert = rows_per_expert.data();
-  return check_throws<CapacityError>([&] { self.comm->begin_dispatch(routing, true, false, false); },
+  const RoutingRoom room(many, self.rank);
+  return check_throws<CapacityError>([&] { self.comm->begin_dispatch(room.view, true, false, false); },
                                      "a dispatch past capacity");
 }
 

@@ -53,23 +53,36 @@ Manner random_manner(Random& random) {
   return {random.one_in(2), random.one_in(2), static_cast<RowsOf>(random.below(3))};
 }
 
+RoutingRoom::RoutingRoom(const Config& config, int ranks, int rank, const Int64s& topk_idx) {
+  const Placement placement{config.experts, ranks};
+  view.tokens = static_cast<int64_t>(topk_idx.size()) / config.topk;
+  view.topk_idx = topk_idx.data();
+  routes.resize(view.tokens * std::min(config.topk, ranks));
+  view.routes = routes.data();
+  rows_per_expert.resize(placement.count(rank));
+  view.rows_per_expert = rows_per_expert.data();
+  ordinals.resize(topk_idx.size());
+  view.ordinals = ordinals.data();
+}
+
+RoutingRoom::RoutingRoom(const Scenario& s, int rank)
+    : RoutingRoom(s.config, static_cast<int>(s.ranks.size()), rank, s.ranks[rank].topk_idx) {
+  const RankCase& r = s.ranks[rank];
+  if (!r.grouped) return;
+  offsets.resize(rows_per_expert.size() + 1);
+  view.offsets = offsets.data();
+  group_firsts.resize(s.ranks.size() * rows_per_expert.size());
+  view.group_firsts = group_firsts.data();
+  view.align = r.align;
+}
+
 DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner) {
   auto d = std::make_unique<Dispatched>();
   d->scenario = &s;
   d->rank = self.rank;
   const RankCase& r = d->mine();
-  const int width = std::min(s.config.topk, static_cast<int>(s.ranks.size()));
-  d->routes.resize(r.tokens * width);
-  d->routing.topk_idx = r.topk_idx.data();
-  d->routing.routes = d->routes.data();
-  d->routing.tokens = r.tokens;
-  d->rows_per_expert.resize(r.rows_per_expert.size());
-  d->routing.rows_per_expert = d->rows_per_expert.data();
-  if (r.grouped) {
-    d->offsets.resize(r.offsets.size());
-    d->routing.offsets = d->offsets.data();
-    d->routing.align = r.align;
-  }
+  d->room = RoutingRoom(s, self.rank);
+  d->routing = d->room.view;
   auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves);
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
@@ -153,8 +166,8 @@ void check_dispatch(const Dispatched& d) {
   const RankCase& r = d.mine();
   check(d.source == r.source, "each row's source rank and token are right, -1 in padding");
   check(d.ids == (r.grouped ? Int64s{} : r.ids), "each row's local expert ids are right");
-  check(d.rows_per_expert == r.rows_per_expert, "counts are right for each expert");
-  check(d.offsets == r.offsets, "offsets of the groups are right");
+  check(d.room.rows_per_expert == r.rows_per_expert, "counts are right for each expert");
+  check(d.room.offsets == r.offsets, "offsets of the groups are right");
   check(d.places == r.places, "places of rows in the groups are right");
   check_equal(d.dropped, r.dropped, "rows dropped");
 }

@@ -37,10 +37,23 @@ class UnderWay {
   Ticket ticket_;
 };
 
+// A routing that a plan is to fill in, and its memory.
+struct RoutingRoom {
+  Int64s routes, rows_per_expert, offsets, group_firsts;
+  Int32s ordinals;
+  RoutingView view;
+
+  RoutingRoom() = default;
+  // topk_idx must stay where it is.
+  RoutingRoom(const Config& config, int ranks, int rank, const Int64s& topk_idx);
+  RoutingRoom(const Scenario& s, int rank);  // grouped where it is there
+};
+
 struct Dispatched {
   const Scenario* scenario = nullptr;
   int rank = 0;
-  Int64s routes, places, offsets, rows_per_expert, ids, source;
+  RoutingRoom room;
+  Int64s places, ids, source;
   Buffer rows, weights;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
   std::unique_ptr<PendingDispatch> pending;

@@ -220,15 +220,9 @@ void a_bad_expert_id_is_refused_before_anything_is_sent() {
     for (const int64_t bad : {config.experts, int64_t{-2}, int64_t{1} << 40}) {
       if (self.rank == 1) {
         const Int64s ids{0, 1, 2, bad};
-        Int64s routes(4);
-        RoutingView routing;
-        routing.topk_idx = ids.data();
-        routing.routes = routes.data();
-        routing.tokens = 2;
-        Int64s rows_per_expert(s.ranks[1].rows_per_expert.size());
-        routing.rows_per_expert = rows_per_expert.data();
+        const RoutingRoom room(config, 3, 1, ids);
         const auto error = check_throws<std::invalid_argument>(
-            [&] { self.comm->begin_dispatch(routing, true, false, false); }, "a bad expert id");
+            [&] { self.comm->begin_dispatch(room.view, true, false, false); }, "a bad expert id");
         check_contains(error.what(), "topk_idx[1, 1] is " + std::to_string(bad), "the text");
       }
       check_equal(self.comm->slots_in_use(), 0, "slots in use");

@@ -16,7 +16,7 @@ void check_in_waves(Rank& self, const Scenario& s) {
   Manner manner;
   manner.async = true;
   const DispatchedPtr d = start_dispatch(self, s, manner);
-  const auto experts = static_cast<int64_t>(d->rows_per_expert.size());
+  const auto experts = static_cast<int64_t>(d->room.rows_per_expert.size());
   const bool last_only = experts > 0 && self.random.one_in(3);
   for (int64_t e = last_only ? experts - 1 : 0; e < experts; ++e) {
     check_expert(self, *d, e);
@@ -130,14 +130,8 @@ void who_waits_for_an_expert_of_a_failed_dispatch_gets_its_failure() {
         const Failure failure = check_throws<CommFailure>(wait, "a wait for rows that do not come").failure;
         check(failure.peers() == std::vector<int>{1}, "the rank at fault is named");
       } else {
-        Int64s routes(s.ranks[1].tokens * 2);
-        RoutingView routing;
-        routing.topk_idx = s.ranks[1].topk_idx.data();
-        routing.routes = routes.data();
-        routing.tokens = s.ranks[1].tokens;
-        Int64s rows_per_expert(s.ranks[1].rows_per_expert.size());
-        routing.rows_per_expert = rows_per_expert.data();
-        const auto pending = self.comm->begin_dispatch(routing, true, false, true);
+        const RoutingRoom room(s, 1);
+        const auto pending = self.comm->begin_dispatch(room.view, true, false, true);
         if (!late) self.comm->give_up("out of memory");
         self.meet();
       }

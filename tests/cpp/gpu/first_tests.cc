@@ -62,17 +62,11 @@ Scenario full_scenario(const Config& config, int ranks, int64_t tokens, bool gro
 // The first half of a dispatch: routes and counts.
 void check_plan(Rank& self, const Scenario& s) {
   const RankCase& r = s.ranks[self.rank];
-  Int64s routes(r.tokens * std::min(s.config.topk, static_cast<int>(s.ranks.size())));
-  RoutingView routing;
-  routing.topk_idx = r.topk_idx.data();
-  routing.routes = routes.data();
-  routing.tokens = r.tokens;
-  Int64s counts(r.rows_per_expert.size());
-  routing.rows_per_expert = counts.data();
-  const auto pending = self.comm->begin_dispatch(routing, true, false, false);
+  const RoutingRoom room(s, self.rank);
+  const auto pending = self.comm->begin_dispatch(room.view, true, false, false);
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   settle(*self.comm);
-  check(counts == r.rows_per_expert, "counts are right for each expert");
+  check(room.rows_per_expert == r.rows_per_expert, "counts are right for each expert");
   self.meet();
 }
 
@@ -159,7 +153,7 @@ void two_ranks_in_waves() {
   s.asked.waves = true;
   in_ranks(config, 2, [&](Rank& self) {
     const DispatchedPtr d = start_dispatch(self, s, {});
-    const auto experts = static_cast<int64_t>(d->rows_per_expert.size());
+    const auto experts = static_cast<int64_t>(d->room.rows_per_expert.size());
     for (int64_t e = 0; e < experts; ++e) check_expert(self, *d, e);
     check_dispatch(*d);
   });

@@ -95,14 +95,8 @@ void a_rank_whose_process_has_gone_is_named_at_once() {
   me->connect(addresses);
   child.end();
   const Int64s ids{0, 1, 2, 3};
-  Int64s routes(4);
-  RoutingView routing;
-  routing.topk_idx = ids.data();
-  routing.routes = routes.data();
-  routing.tokens = 2;
-  std::vector<int64_t> rows_per_expert(config_of(0, 2).experts);
-  routing.rows_per_expert = rows_per_expert.data();
-  const auto error = check_throws<CommFailure>([&] { me->begin_dispatch(routing, false, false, false); },
+  const RoutingRoom room(config_of(0, 2), 2, 0, ids);
+  const auto error = check_throws<CommFailure>([&] { me->begin_dispatch(room.view, false, false, false); },
                                                "a dispatch without the other process");
   check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::exited), "the cause");
   check(error.failure.peers() == std::vector<int>{1}, "it is named");
