@@ -78,9 +78,6 @@ __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t exp
 __device__ __forceinline__ void add_relaxed_gpu(uint32_t* word, uint32_t v) {
   asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
 }
-__device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) {
-  asm volatile("red.relaxed.gpu.global.min.s64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
-}
 
 // -- time
 // ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ uint64_t add_release(uint64_t* word, uint64_t v);
 uint64_t add_acquire_release(uint64_t* word, uint64_t v);
 uint64_t exchange_if(uint64_t* word, uint64_t expected, uint64_t desired);
 void add_relaxed(uint32_t* word, uint32_t v);
-void min_relaxed(int64_t* word, int64_t v);
 
 // Whole, without any order with what comes before or after.
 uint64_t load_relaxed(const uint64_t* word);

@@ -254,13 +254,6 @@ void add_relaxed(uint32_t* word, uint32_t v) {
   write(reinterpret_cast<std::byte*>(word), &sum, sizeof(sum));
 }
 
-void min_relaxed(int64_t* word, int64_t v) {
-  begin_access(word, sizeof(*word), "min_relaxed");
-  if (machine->races)
-    machine->races->access(*self, word, sizeof(*word), Races::atomic_write, __builtin_return_address(0));
-  write(reinterpret_cast<uint64_t*>(word), static_cast<uint64_t>(std::min(*word, v)));
-}
-
 uint64_t load_relaxed(const uint64_t* word) {
   begin_access(word, sizeof(*word), "load_relaxed");
   if (machine->races)

@@ -44,7 +44,6 @@ __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t exp
   return simt::exchange_if(word, expected, desired);
 }
 __device__ __forceinline__ void add_relaxed_gpu(uint32_t* word, uint32_t v) { simt::add_relaxed(word, v); }
-__device__ __forceinline__ void min_relaxed_gpu(int64_t* word, int64_t v) { simt::min_relaxed(word, v); }
 
 // -- time
 // -------------------------------------------------------------------------------------------------------
