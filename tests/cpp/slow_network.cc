@@ -9,14 +9,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Chunks may lie where only copies reach.
-Bytes read(const std::byte* data, size_t bytes) {
-  Bytes here(bytes);
-  copy_bytes(here.data(), data, bytes);
-  return here;
-}
-
 }  // namespace
+
+// Chunks may lie where only copies reach.
+void SlowNetwork::Message::read_now() {
+  if (!data || !read.empty()) return;
+  read.resize(post.bytes);
+  copy_bytes(read.data(), data, post.bytes);
+}
 
 class SlowTransport final : public Transport {
  public:
@@ -37,13 +37,12 @@ class SlowTransport final : public Transport {
     if (net_.take_death(rank_, &dead)) receiver_->lost(dead, "it was killed");
     SlowNetwork::Message m;
     if (!net_.take(rank_, &m)) return false;
-    const std::byte* data = m.read.empty() ? m.data : m.read.data();
     if (m.post.kind == PostKind::chunk) {
       std::byte* to = receiver_->place_for(m.from, m.post);
       check(to != nullptr, "a chunk is expected");
-      copy_bytes(to, data, m.post.bytes);
+      copy_bytes(to, m.read.data(), m.post.bytes);
     }
-    receiver_->arrived(m.from, m.post, data);
+    receiver_->arrived(m.from, m.post, m.read.data());
     return true;
   }
   void sleep(int wake, int milliseconds) override {
@@ -88,8 +87,8 @@ void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   std::lock_guard<std::mutex> lock(mutex_);
   Message m{from, post, data, {}, Clock::now()};
   m.post.peer = from;
-  const bool has_data = post.kind != PostKind::taken;
-  if (has_data && random_.one_in(2)) m.read = read(data, post.bytes);
+  if (post.kind == PostKind::taken) m.data = nullptr;
+  if (random_.one_in(2)) m.read_now();
   if (hold_ms_[from] > 0 && random_.one_in(2)) {
     const int most = hold_ms_[from] * (post.kind == PostKind::words ? 4 : 1);
     m.due += std::chrono::microseconds(random_.below(1000 * most));
@@ -102,7 +101,7 @@ void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
   changed_.notify_all();
 }
 
-// Any of those that are due, and none now and then.
+// Any of those that are due, and none now and then. Read before its sender may let go.
 bool SlowNetwork::take(int rank, Message* message) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto& queue = under_way_[rank];
@@ -116,6 +115,7 @@ bool SlowNetwork::take(int rank, Message* message) {
   if (are_words(*chosen) && std::any_of(queue.begin(), chosen, are_words)) overtakings_.fetch_add(1);
   *message = std::move(*chosen);
   queue.erase(chosen);
+  message->read_now();
   return true;
 }
 
@@ -124,7 +124,7 @@ void SlowNetwork::let_go(int from) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& queue : under_way_) {
     for (Message& m : queue) {
-      if (m.from == from && m.data && m.read.empty()) m.read = read(m.data, m.post.bytes);
+      if (m.from == from) m.read_now();
     }
   }
 }

@@ -39,9 +39,11 @@ class SlowNetwork {
   struct Message {
     int from;
     Post post;
-    const std::byte* data;
-    Bytes read;  // data, if it was read when it was sent
+    const std::byte* data;  // null: there is none
+    Bytes read;             // data, once it has been read
     std::chrono::steady_clock::time_point due;
+
+    void read_now();
   };
 
   void set_cut(int rank, bool cut);
