@@ -139,8 +139,6 @@ class RoutingView:
         offsets: int = ...,
         rows_per_expert: int = ...,
         align: int = ...,
-        ordinals: int = ...,
-        group_firsts: int = ...,
     ) -> None: ...
 
 class Rows:

@@ -73,9 +73,7 @@ def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
     return _core.Rows(x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights))
 
 
-def _routing_view(
-    r: Routing, grouped: bool, ordinals: Tensor | None = None, group_firsts: Tensor | None = None
-) -> _core.RoutingView:
+def _routing_view(r: Routing, grouped: bool) -> _core.RoutingView:
     return _core.RoutingView(
         r.topk_idx.data_ptr(),
         r.routes.data_ptr(),
@@ -84,8 +82,6 @@ def _routing_view(
         r.local.data_ptr() if grouped else 0,
         r.offsets.data_ptr(),
         r.tokens_per_expert.data_ptr(),
-        ordinals=_address(ordinals),
-        group_firsts=_address(group_firsts),
     )
 
 
@@ -109,9 +105,6 @@ def _dispatch(
     routes = backend.empty(tokens, ep._width)
     tokens_per_expert = backend.empty(experts)
     offsets = backend.empty(experts + 1 if grouped else 0)
-    # Which of its expert's rows each is, and where those of each source begin: until rows have moved.
-    ordinals = backend.empty(tokens, topk, dtype=torch.int32)
-    group_firsts = backend.empty(ep.size if grouped else 0, experts)
     view = _core.RoutingView(
         topk_idx.data_ptr(),
         routes.data_ptr(),
@@ -119,8 +112,6 @@ def _dispatch(
         offsets=offsets.data_ptr(),
         rows_per_expert=tokens_per_expert.data_ptr(),
         align=align,
-        ordinals=ordinals.data_ptr(),
-        group_firsts=group_firsts.data_ptr(),
     )
     backend.begin_plan()
     pending = core.begin_dispatch(view, topk_weights is not None, drop, in_waves)
@@ -140,18 +131,13 @@ def _dispatch(
         )
         backend.begin()
         ticket = core.finish_dispatch(
-            pending,
-            _rows(x, topk_weights),
-            _routing_view(routing, grouped, ordinals, group_firsts),
-            received,
-            async_op,
+            pending, _rows(x, topk_weights), _routing_view(routing, grouped), received, async_op
         )
     except BaseException as error:
         backend.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    keep = (x, topk_weights, rows, weights, *routing, ordinals, group_firsts)
-    ep._event = backend.end("dispatch", ticket, keep, async_op)
+    ep._event = backend.end("dispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
     if in_waves and ep._event is not None:
         ep._event.waves = pending
     return rows, weights, routes, local, source, tokens_per_expert, offsets

@@ -164,22 +164,14 @@ void bind_structs(py::module_& m) {
 
   py::class_<RoutingView>(m, "RoutingView")
       .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address places,
-                       Address offsets, Address rows_per_expert, int64_t align, Address ordinals,
-                       Address group_firsts) {
-             return RoutingView{at<int64_t>(topk_idx),
-                                at<int64_t>(routes),
-                                tokens,
-                                rows,
-                                at<int64_t>(places),
-                                at<int64_t>(offsets),
-                                at<int64_t>(rows_per_expert),
-                                align,
-                                at<int32_t>(ordinals),
-                                at<int64_t>(group_firsts)};
+                       Address offsets, Address rows_per_expert, int64_t align) {
+             return RoutingView{
+                 at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(places),
+                 at<int64_t>(offsets),  at<int64_t>(rows_per_expert), align};
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
            py::arg("places") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0,
-           py::arg("align") = 1, py::arg("ordinals") = 0, py::arg("group_firsts") = 0);
+           py::arg("align") = 1);
 
   py::class_<Received>(m, "Received")
       .def(py::init([](Address rows, Address weights, Address topk_idx, Address source) {

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from reference import expected_rank_layout, make_world
+from reference import expected_expert_layout, expected_rank_layout, make_world
 from test_dispatch import check
 
 import commlib
@@ -73,6 +73,28 @@ def test_inputs_live_until_the_operation_is_done(device):
                 d.event.wait()
                 assert torch.equal(d.x.cpu(), expected_rank_layout(world, rank).x)
                 del noise
+
+    commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_an_operation_needs_no_more_than_its_inputs_and_results(device):
+    """What else it works with is its own, and lives as long as it does, whether or not anybody has its event."""
+    world = make_world([64, 40], hidden=64, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(link_gbps=world.hidden * 4 / 0.002 / 1e9, num_sms=1, **world.config()) as ep:
+            d = ep.dispatch(
+                world.x[rank], world.topk_idx[rank], world.topk_weights[rank], layout="expert", async_op=True
+            )
+            rows, weights, source, handle = d.x, d.topk_weights, d.source, d.handle
+            del d  # and its event
+            junk = [torch.full((n,), 7, dtype=torch.int32) for n in range(1, 400)]
+            ep.synchronize()
+            wanted = expected_expert_layout(world, rank, 1)
+            assert torch.equal(rows.cpu(), wanted.x) and torch.equal(source.cpu(), wanted.source)
+            assert torch.equal(weights.cpu(), wanted.topk_weights)
+            assert torch.equal(ep.dispatch(world.x[rank], handle=handle).x.cpu(), wanted.x)
+            del junk
 
     commlib.run_ranks(rank_main, 2, device=device)
 

@@ -17,8 +17,9 @@ Communicator::Communicator(const Config& config)
     : config_(config),
       placement_{config.experts, config.size},
       width_(std::min(config.topk, config.size)),
-      layout_{config.capacity, config.hidden * size_of(config.dtype), config.topk,
-              accumulator_size(config.dtype)},
+      layout_{config.capacity,   config.hidden * size_of(config.dtype),
+              config.topk,       accumulator_size(config.dtype),
+              config.max_tokens, config.size * placement_.max_count()},
       workers_(config.size),
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
@@ -206,7 +207,6 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) c
   plan.x_stride = rows.stride;
   plan.routes = routing.routes;
   plan.topk_idx = routing.topk_idx;
-  plan.ordinals = routing.ordinals;
   plan.weights = rows.weights;
   plan.placement = placement_;
   plan.layout = layout_;

@@ -81,9 +81,6 @@ struct RoutingView {
   int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   int64_t* rows_per_expert = nullptr;  // [own experts]
   int64_t align = 1;                   // of groups, in rows; layout="expert" only
-  // What a fresh dispatch's rows need of its plan, and nobody after that.
-  int32_t* ordinals = nullptr;      // [tokens][topk]
-  int64_t* group_firsts = nullptr;  // [ranks][own experts], layout="expert" only
 };
 
 // Where received rows go.

@@ -134,7 +134,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   pending->source_rows.resize(config_.size);
   pending->slots.resize(config_.size);
   const CountsResult result{base.data(), received.data(), pending->source_rows.data(),
-                            routing.rows_per_expert, routing.group_firsts};
+                            routing.rows_per_expert, pending->lease->slot().group_firsts};
   const auto exchange = [&] {
     publish_counts(caller, peers_, placement_, counts, ++dispatches_);
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise_failed(*op);
@@ -150,7 +150,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   }
   place_routes(caller, in, routing.routes, base.data());
   std::vector<uint32_t> next(config_.experts);
-  number_rows_of_experts(caller, in, routing.ordinals, next.data());
+  number_rows_of_experts(caller, in, pending->lease->slot().sent_ordinals, next.data());
   if (overflow) {
     // Everyone sees the same overflow in the counts, so everyone takes this second round.
     pending->dropped = drop_overflow(caller, in, routing.routes, counts, config_.capacity);
@@ -173,7 +173,8 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
   t->lease = received.rows ? std::move(pending.lease) : pending.lease;
   t->send = send_plan(rows, routing);
   t->send.with_experts = true;
-  t->deliver.group_firsts = routing.group_firsts;
+  t->deliver.group_firsts = t->lease->slot().group_firsts;
+  t->send.ordinals = t->lease->slot().sent_ordinals;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
   if (pending.in_waves()) {

@@ -27,8 +27,8 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   op.common.ring_bytes = 0;
   op.routing = routing_of(routing, owner_on_device_);
   op.routes = routing.routes;
-  op.ordinals = routing.ordinals;
-  op.group_firsts = routing.group_firsts;
+  op.ordinals = pending->lease->slot().sent_ordinals;
+  op.group_firsts = pending->lease->slot().group_firsts;
   op.rows_per_expert = routing.rows_per_expert;
   op.offsets = routing.offsets;
   op.align = routing.align;
@@ -93,7 +93,8 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   std::lock_guard<std::mutex> issue(issue_mutex_);
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
   op.send.with_experts = true;
-  op.deliver.group_firsts = routing.group_firsts;
+  op.send.ordinals = pending.lease->slot().sent_ordinals;
+  op.deliver.group_firsts = pending.lease->slot().group_firsts;
   op.fresh = true;
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
   std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);

@@ -89,7 +89,7 @@ struct PlanOp {
   int64_t* routes;
   int32_t* ordinals;         // [tokens][topk]
   int64_t* rows_per_expert;  // [own experts]
-  int64_t* group_firsts;     // [ranks][own experts]; null: layout="rank"
+  int64_t* group_firsts;     // [ranks][own experts]
   int64_t* offsets;          // [own experts + 1]; null: layout="rank"
   int64_t align;
   Scratch scratch;

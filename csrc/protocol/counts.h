@@ -34,7 +34,7 @@ struct CountsResult {
   int64_t* received;         // [ranks]: rows each rank receives in all
   int64_t* source_rows;      // [ranks]: rows this rank receives from each source
   int64_t* rows_per_expert;  // [own experts]
-  int64_t* group_firsts;     // [sources][own experts]: in each group, the rows of sources below; or null
+  int64_t* group_firsts;     // [sources][own experts]: see Slot
 };
 
 // One count word, summed over sources.
@@ -50,7 +50,7 @@ COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, 
                           const CountsResult& result, CountSum* sum) {
   constexpr int kAtOnce = 8;
   int64_t* firsts = nullptr;
-  if (i >= peers.size && result.group_firsts) firsts = result.group_firsts + (i - peers.size);
+  if (i >= peers.size) firsts = result.group_firsts + (i - peers.size);
   for (int first = 0; first < peers.size;) {
     const int n = peers.size - first < kAtOnce ? peers.size - first : kAtOnce;
     const auto word = [&](int j) { return &peers.counts(peers.rank, first + j, dispatch)[i]; };

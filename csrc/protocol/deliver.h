@@ -14,7 +14,7 @@ struct DeliverPlan {
   const int64_t* source_rows;  // [sources]: how many of them came from each; null: the routing is known
   // layout="expert" only:
   int64_t* places;                 // [rows][topk]: grouped rows; null: layout="rank"
-  const int64_t* group_firsts;     // [sources][experts]: see CountsResult; null: places are known already
+  const int64_t* group_firsts;     // [sources][experts]: see Slot; null: places are known already
   const int64_t* offsets;          // [experts + 1], of the groups
   const int64_t* rows_per_expert;  // [experts]
   int64_t experts;

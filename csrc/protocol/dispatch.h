@@ -16,7 +16,7 @@ struct SendPlan {
   int64_t x_stride;
   const int64_t* routes;     // [tokens][width]
   const int64_t* topk_idx;   // [tokens][topk]
-  const int32_t* ordinals;   // [tokens][topk]: as number_rows_of_experts writes them; with_experts only
+  const int32_t* ordinals;   // [tokens][topk]: see Slot; with_experts only
   const std::byte* weights;  // [tokens][topk] or null
   bool with_experts;         // false where the receiver knows the routing already
   Placement placement;

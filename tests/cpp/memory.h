@@ -26,7 +26,6 @@ struct Reachable {
 };
 
 using Int64s = std::vector<int64_t, Reachable<int64_t>>;
-using Int32s = std::vector<int32_t, Reachable<int32_t>>;
 using Bytes = std::vector<std::byte, Reachable<std::byte>>;
 
 }  // namespace commlib::testing

@@ -61,8 +61,6 @@ RoutingRoom::RoutingRoom(const Config& config, int ranks, int rank, const Int64s
   view.routes = routes.data();
   rows_per_expert.resize(placement.count(rank));
   view.rows_per_expert = rows_per_expert.data();
-  ordinals.resize(topk_idx.size());
-  view.ordinals = ordinals.data();
 }
 
 RoutingRoom::RoutingRoom(const Scenario& s, int rank)
@@ -71,8 +69,6 @@ RoutingRoom::RoutingRoom(const Scenario& s, int rank)
   if (!r.grouped) return;
   offsets.resize(rows_per_expert.size() + 1);
   view.offsets = offsets.data();
-  group_firsts.resize(s.ranks.size() * rows_per_expert.size());
-  view.group_firsts = group_firsts.data();
   view.align = r.align;
 }
 

@@ -39,8 +39,7 @@ class UnderWay {
 
 // A routing that a plan is to fill in, and its memory.
 struct RoutingRoom {
-  Int64s routes, rows_per_expert, offsets, group_firsts;
-  Int32s ordinals;
+  Int64s routes, rows_per_expert, offsets;
   RoutingView view;
 
   RoutingRoom() = default;
