@@ -109,9 +109,11 @@ def _dispatch(
         topk_idx.data_ptr(),
         routes.data_ptr(),
         tokens,
-        offsets=offsets.data_ptr(),
-        rows_per_expert=tokens_per_expert.data_ptr(),
-        align=align,
+        0,  # rows, and places: not known yet
+        0,
+        offsets.data_ptr(),
+        tokens_per_expert.data_ptr(),
+        align,
     )
     backend.begin_plan()
     pending = core.begin_dispatch(view, topk_weights is not None, drop, in_waves)

@@ -78,7 +78,7 @@ def test_inputs_live_until_the_operation_is_done(device):
 
 
 def test_an_operation_needs_no_more_than_its_inputs_and_results(device):
-    """What else it works with is its own, and lives as long as it does, whether or not anybody has its event."""
+    """What else it works with is its own, and lives as long as it does, whoever has its event or not."""
     world = make_world([64, 40], hidden=64, device=device)
 
     def rank_main(rank):
