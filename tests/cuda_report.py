@@ -50,7 +50,7 @@ MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 7, 90: 7, 100: 7}}
 POLLING = {"combine_kernel": 1}
 # Additions that wait for their sum: of each grid barrier, and where words go to other nodes. Rows need no
 # barrier: their places come with them.
-MOST_ANSWERED_ADDITIONS = {"rows_kernel<WarpWorker>": 1, "waves_kernel": 0}
+MOST_ANSWERED_ADDITIONS = {"rows_kernel<WarpWorker>": 1, "rows_kernel<HopsWorker>": 4, "waves_kernel": 0}
 # Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
 MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}
 

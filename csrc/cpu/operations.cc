@@ -172,8 +172,6 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
   t->deliver = deliver_plan(routing, received, *pending.lease);
   t->lease = received.rows ? std::move(pending.lease) : pending.lease;
   t->send = send_plan(rows, routing);
-  t->send.with_experts = true;
-  t->deliver.group_firsts = t->lease->slot().group_firsts;
   t->send.ordinals = t->lease->slot().sent_ordinals;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;

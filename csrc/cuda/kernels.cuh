@@ -25,7 +25,7 @@ __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
 // Of a fresh dispatch, the plan says what came from whom.
 __device__ inline DeliverPlan deliver_of(const RowsOp& op) {
   DeliverPlan deliver = op.deliver;
-  deliver.source_rows = op.fresh ? op.source_rows : nullptr;
+  deliver.source_rows = op.send.is_fresh() ? op.source_rows : nullptr;
   return deliver;
 }
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
   SendPlan send = op.send;
   send.slots = op.slots;
   bool ok = true;
-  if (!op.fresh) {
+  if (!send.is_fresh()) {
     ok = w.once([&] {
       if (w.index() == 0) announce(w, op);
       return collect_calls(w, op.common.peers, op.common.wait.epoch, op.common.wait.call, w.slots());
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
 __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constant__ WavesOp op) {
   const RowsOp& rows = op.rows;
   WarpWorker w(rows.common);
-  const WavePlan plan{rows.scratch.waves_of_routes, op.early, rows.arrivals};
+  const WavePlan plan{op.waves_of_routes, op.early, rows.arrivals};
   SendPlan send = rows.send;
   send.slots = rows.slots;
   int delivered = 0;

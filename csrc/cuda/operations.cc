@@ -81,7 +81,6 @@ RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, co
   op.common = params(call, epoch);
   op.send = send_plan(rows, routing);
   op.deliver = deliver_plan(routing, received, lease);
-  op.scratch = scratch_;
   const std::vector<uint64_t> arrivals = next_arrivals(call.op);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   return op;
@@ -92,10 +91,7 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   const OnDevice guard = on_device();
   std::lock_guard<std::mutex> issue(issue_mutex_);
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
-  op.send.with_experts = true;
   op.send.ordinals = pending.lease->slot().sent_ordinals;
-  op.deliver.group_firsts = pending.lease->slot().group_firsts;
-  op.fresh = true;
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
   std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
   check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");  // routes are placed last
@@ -110,7 +106,7 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
 }
 
 void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pending) {
-  WavesOp op{rows, {}};
+  WavesOp op{rows, {}, scratch_.waves_of_routes};
   const std::vector<uint64_t> early = next_early();
   std::copy(early.begin(), early.end(), op.early);
   pending->delivered = early[config_.rank];

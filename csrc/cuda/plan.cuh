@@ -35,7 +35,7 @@ struct PlanShared {
   }
 };
 // So many would fit an SM by their registers: a block finds room beside one that moves rows, which takes up
-// to 96 a thread, or beside those of compute.
+// to 96 a thread in most kernels of sm_90, or beside those of compute.
 constexpr int kPlanBlocks = 4;
 constexpr int kPlanSharedBytes = PlanShared::begin() + static_cast<int>(sizeof(PlanShared));
 

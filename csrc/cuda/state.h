@@ -13,8 +13,8 @@ namespace commlib::cuda {
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
-constexpr int kPlanWarps =
-    6;  // of the one block of a plan, which had better find room beside another on its SM
+// Of the one block of a plan, which had better find room beside another on its SM.
+constexpr int kPlanWarps = 6;
 
 constexpr uint64_t kBarrierTurn = uint64_t{1} << 63;  // see DeviceState::barrier
 
@@ -103,10 +103,9 @@ struct RowsOp {
   OpParams common;
   SendPlan send;        // slots: null
   DeliverPlan deliver;  // source_rows: null
-  bool fresh;  // a plan has found what follows: the slot that each rank lends, and how many rows it sends
+  // Of a fresh dispatch, found by its plan: the slot that each rank lends, and how many rows it sends.
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
-  Scratch scratch;
   uint64_t arrivals[kMaxRanks];
   // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
   bool reused;
@@ -117,6 +116,7 @@ struct RowsOp {
 struct WavesOp {
   RowsOp rows;
   uint64_t early[kMaxRanks];
+  uint8_t* waves_of_routes;
 };
 
 struct CombineOp {

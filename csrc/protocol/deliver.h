@@ -11,11 +11,10 @@ struct DeliverPlan {
   Slot slot;
   SlotLayout layout;
   int64_t rows;                // unique rows received
-  const int64_t* source_rows;  // [sources]: how many of them came from each; null: the routing is known
+  const int64_t* source_rows;  // [sources]: how many of them came from each; null: a known routing
   // layout="expert" only:
-  int64_t* places;                 // [rows][topk]: grouped rows; null: layout="rank"
-  const int64_t* group_firsts;     // [sources][experts]: see Slot; null: places are known already
-  const int64_t* offsets;          // [experts + 1], of the groups
+  int64_t* places;         // [rows][topk]: grouped rows, to be filled in unless known; null: layout="rank"
+  const int64_t* offsets;  // [experts + 1], of the groups
   const int64_t* rows_per_expert;  // [experts]
   int64_t experts;
   // Results; null: not wanted.
@@ -28,10 +27,10 @@ struct DeliverPlan {
 // The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
 // each source has numbered its own. So a place needs no other row's. -1: another rank's expert.
 COMMLIB_HD int64_t place_of(const DeliverPlan& plan, int64_t i, int64_t source) {
-  if (!plan.group_firsts) return plan.places[i];
+  if (!plan.source_rows) return plan.places[i];
   const int64_t e = plan.slot.experts[i];
   if (e < 0) return -1;
-  return plan.offsets[e] + plan.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
+  return plan.offsets[e] + plan.slot.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
 }
 
 COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, int64_t token) {
@@ -46,7 +45,7 @@ COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, i
   for (int k = 0; k < plan.topk; ++k) {
     const int64_t i = n * plan.topk + k;
     const int64_t to = place_of(plan, i, source);
-    if (plan.group_firsts) plan.places[i] = to;
+    if (plan.source_rows) plan.places[i] = to;
     if (to < 0) continue;
     if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);
     if (plan.out_source) write_source(plan.out_source, to, source, plan.slot.tokens[n]);

@@ -16,12 +16,14 @@ struct SendPlan {
   int64_t x_stride;
   const int64_t* routes;     // [tokens][width]
   const int64_t* topk_idx;   // [tokens][topk]
-  const int32_t* ordinals;   // [tokens][topk]: see Slot; with_experts only
+  const int32_t* ordinals;   // [tokens][topk]: see Slot; null along a known routing
   const std::byte* weights;  // [tokens][topk] or null
-  bool with_experts;         // false where the receiver knows the routing already
   Placement placement;
   SlotLayout layout;
   const uint8_t* slots;  // [ranks]: the slot that each rank lends to this dispatch
+
+  // Otherwise receivers know the routing already, and rows bring no more than weights.
+  COMMLIB_HD bool is_fresh() const { return ordinals != nullptr; }
 };
 
 // The slot of rank p in a plan's operation.
@@ -35,7 +37,7 @@ template <class Id>
 struct TokenMetadata {
   int64_t token;
   const Id* ids;             // [topk] experts
-  const int32_t* ordinals;   // [topk]; with_experts only
+  const int32_t* ordinals;   // [topk]; of a fresh dispatch
   const std::byte* weights;  // [topk] or null
 };
 
@@ -44,12 +46,12 @@ COMMLIB_HD void write_row_metadata(Worker& w, const SendPlan& plan, const Slot& 
                                    const TokenMetadata<Id>& of) {
   const auto first = static_cast<uint64_t>(plan.placement.first_expert(p));
   const auto count = static_cast<uint64_t>(plan.placement.count(p));
-  if (plan.with_experts && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(of.token);
+  if (plan.is_fresh() && w.lane() == 0) slot.tokens[row] = static_cast<int32_t>(of.token);
   for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
     const uint64_t expert = static_cast<uint64_t>(of.ids[k]) - first;  // -1 and other ranks' wrap around
     const bool here = expert < count;
     const int64_t to = row * plan.topk + k;
-    if (plan.with_experts) {
+    if (plan.is_fresh()) {
       slot.experts[to] = here ? static_cast<int32_t>(expert) : -1;
       slot.ordinals[to] = of.ordinals[k];
     }
@@ -76,7 +78,7 @@ template <class Worker>
 COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t,
                                   int64_t route) {
   const int64_t at = t * plan.topk;
-  const TokenMetadata<int64_t> of{t, plan.topk_idx + at, plan.with_experts ? plan.ordinals + at : nullptr,
+  const TokenMetadata<int64_t> of{t, plan.topk_idx + at, plan.is_fresh() ? plan.ordinals + at : nullptr,
                                   plan.weights ? plan.weights + at * plan.layout.weight_bytes : nullptr};
   write_row_metadata(w, plan, peers, rank_of(route), row_of(route), of);
 }
@@ -86,7 +88,7 @@ COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTab
 // the rows.
 template <class Worker>
 COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers) {
-  if (!plan.with_experts && !plan.weights) return;
+  if (!plan.is_fresh() && !plan.weights) return;
   for (int i = w.index(); i < peers.size; i += w.count()) {
     const int p = (peers.rank + i) % peers.size;
     if (!peers.is_near(p)) continue;
@@ -102,7 +104,7 @@ COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& 
 // Rows to ranks of this node.
 template <class Worker>
 COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peers) {
-  const bool metadata = plan.with_experts || plan.weights;
+  const bool metadata = plan.is_fresh() || plan.weights;
   if (!Worker::kMetadataWithRows) send_metadata(w, plan, peers);
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;

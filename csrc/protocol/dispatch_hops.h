@@ -9,8 +9,8 @@
 namespace commlib {
 
 COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Hops& hops, bool with_weights) {
-  return FrameLayout::of(hops.served_most, plan.with_experts || with_weights ? plan.topk : 0,
-                         plan.with_experts ? plan.topk : 0,
+  return FrameLayout::of(hops.served_most, plan.is_fresh() || with_weights ? plan.topk : 0,
+                         plan.is_fresh() ? plan.topk : 0,
                          with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes);
 }
 
@@ -32,9 +32,9 @@ template <class Worker>
 COMMLIB_HD void write_token_metadata(Worker& w, const DispatchLane& d, const Frame& frame, int64_t t) {
   const SendPlan& plan = d.plan;
   const int64_t at = t * plan.topk, wb = plan.layout.weight_bytes;
-  if (plan.with_experts || d.with_weights) write_experts(w, frame, plan.topk_idx + at, plan.topk);
+  if (plan.is_fresh() || d.with_weights) write_experts(w, frame, plan.topk_idx + at, plan.topk);
   for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
-    if (plan.with_experts) frame.ordinals()[k] = plan.ordinals[at + k];
+    if (plan.is_fresh()) frame.ordinals()[k] = plan.ordinals[at + k];
     if (d.with_weights) w.copy_scalar(frame.weights() + k * wb, plan.weights + (at + k) * wb, wb);
   }
 }
@@ -60,7 +60,7 @@ COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame
   const int served = count_bits(d.hops.served);
   const TokenMetadata<int32_t> of{*frame.token(), frame.experts(), frame.ordinals(),
                                   d.with_weights ? frame.weights() : nullptr};
-  for (int i = 0; (plan.with_experts || d.with_weights) && i < served; ++i) {
+  for (int i = 0; (plan.is_fresh() || d.with_weights) && i < served; ++i) {
     const int32_t row = frame.rows()[i];
     if (row < 0) continue;
     write_row_metadata(w, plan, d.peers, rank_at(d.hops.served, i), row, of);
