@@ -73,6 +73,10 @@ std::string describe(const Failure& f) {
     }
     case Cause::mismatch:
       return me + " is in " + where + ", " + mismatch_text(me, r);
+    case Cause::damaged:
+      return me + " found in " + where + " that what rank " + std::to_string(r.peer) +
+             " wrote of its rows does not fit its counts. Were expert ids changed during the call, or does "
+             "something else write to its memory?";
     case Cause::interrupted:
       return me + " was interrupted in " + where;
     case Cause::broken:

@@ -2,6 +2,7 @@
 // mean.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -10,7 +11,7 @@
 #include "cpu/link.h"
 #include "cpu/pool.h"
 #include "cpu/vector_ops.h"
-#include "heap/symmetric_heap.h"
+#include "heap/peer_processes.h"
 #include "net/network.h"
 #include "protocol/failure.h"
 #include "protocol/worker.h"
@@ -24,7 +25,8 @@ struct OpContext {
   const PeerProcesses* processes;
   Network* network;  // null: all ranks share a node
   SpinPolicy spin;
-  InterruptCheck interrupted;  // asked by worker 0; null where that is not the user's own thread
+  InterruptCheck interrupted;        // asked by worker 0; null where that is not the user's own thread
+  const std::atomic<bool>* gave_up;  // this rank's communicator: no operation of it can succeed any more
   Wait wait;
   double timeout;
   Link* link;
@@ -33,6 +35,23 @@ struct OpContext {
   std::atomic<bool> failed{false};
   std::mutex mutex;  // guards record
   FailureRecord record{};
+};
+
+// Seconds waited, as counted by looks. What lies between two of them counts up to a limit: beyond that it was
+// this process that stood still (SIGSTOP, a debugger, a suspended machine), and its peers were not late.
+class Waited {
+ public:
+  double look() {
+    const double now = monotonic_seconds();
+    seconds_ += std::min(now - last_, kMostBetweenLooks);
+    last_ = now;
+    return seconds_;
+  }
+
+ private:
+  static constexpr double kMostBetweenLooks = 10 * kNapSeconds;
+  double last_ = monotonic_seconds();
+  double seconds_ = 0;
 };
 
 inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -121,6 +140,9 @@ class CpuWorker {
     return await_on(*hops.bell, [&] { return load_word(hops.news) != seen; }, peer, Phase::network);
   }
   bool mismatch(int peer, Call theirs);
+  void reject(int peer);
+  // Whether the operation may begin: not if the one before it ended the communicator.
+  bool may_begin();
 
  private:
   template <class Ready>
@@ -130,18 +152,19 @@ class CpuWorker {
   template <class Ready>
   bool await_on(Bell& bell, Ready ready, int peer, Phase phase) {
     if (ready()) return true;
-    const double start = monotonic_seconds();
-    return wait_on(bell, op_.spin, ready, [&] {
+    Waited waited;
+    return wait_on(bell, op_.spin, ready, [&](bool signalled) {
       FailureRecord record{};
-      if (!gives_up(peer, phase, start, &record)) return false;
-      if (!ready()) fail(record, start);  // who left did its part first, and said so after that
+      const double seconds = waited.look();
+      if (!gives_up(peer, phase, seconds, signalled, &record)) return false;
+      if (!ready()) fail(record, seconds);  // who left did its part first, and said so after that
       return true;
     });
   }
 
   // Whether a wait is to be given up, and why; Cause::none: another worker knows.
-  bool gives_up(int peer, Phase phase, double start, FailureRecord* record);
-  void fail(FailureRecord record, double start);
+  bool gives_up(int peer, Phase phase, double seconds, bool signalled, FailureRecord* record);
+  void fail(FailureRecord record, double seconds);
   bool find_exited(int* rank) const;
 
   OpContext& op_;

@@ -95,6 +95,12 @@ __device__ inline void post_to(const OpParams& op, const Outbox& box, const Post
   fail(op, &record, ptx::globaltimer());
 }
 
+[[gnu::noinline]] __device__ inline void fail_by_damage(const OpParams& op, int peer) {
+  WordReader reader;
+  FailureRecord record = new_record(reader, op.peers, op.wait, Cause::damaged, peer, Phase::arrival);
+  fail(op, &record, ptx::globaltimer());
+}
+
 class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
@@ -239,6 +245,8 @@ class WarpWorker {
     fail_by_mismatch(op_, peer, theirs);
     return false;
   }
+
+  __device__ void reject(int peer) const { fail_by_damage(op_, peer); }
 
   // All threads of the grid: what any of them did before, all see after it, in memory and with ok: whether
   // all came with `ok` and nobody has failed.

@@ -6,7 +6,7 @@
 
 namespace commlib {
 
-enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost };
+enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost, damaged };
 
 struct FailureRecord {
   Cause cause;

@@ -47,6 +47,7 @@
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
+//   reject(peer)               records that what the peer wrote of its rows cannot be; the operation fails
 #pragma once
 
 #include <utility>
