@@ -126,20 +126,26 @@ def _dispatch(
         rows = ep._view(pending.lease, size) if in_slot else ep._new_rows(size)
         routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
         received = _core.Received(
-            0 if in_slot else rows.data_ptr(),
+            None if in_slot else rows.data_ptr(),
             weights.data_ptr(),
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
         )
+        keep = (x, topk_weights, rows, weights, *routing)
         backend.begin()
         ticket = core.finish_dispatch(
-            pending, _rows(x, topk_weights), _routing_view(routing, grouped), received, async_op
+            pending,
+            _rows(x, topk_weights),
+            _routing_view(routing, grouped),
+            received,
+            async_op,
+            keep if async_op else None,
         )
     except BaseException as error:
         backend.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    ep._event = backend.end("dispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    ep._event = backend.end("dispatch", ticket, keep, async_op)
     if in_waves and ep._event is not None:
         ep._event.waves = pending
     return rows, weights, routes, local, source, tokens_per_expert, offsets
@@ -165,16 +171,18 @@ def _redispatch(
     weights = ep._new_weights(topk_weights, size, grouped)
     in_slot = zero_copy or (not grouped and ep._can_spare_slots(1))
     out = None if in_slot else ep._new_rows(size)
+    keep = (x, topk_weights, out, weights, *routing)
     ep._backend.begin()
     ticket, lease = ep._core.redispatch(
         _rows(x, topk_weights),
         _routing_view(routing, grouped),
-        _core.Received(_address(out), weights.data_ptr()),
+        _core.Received(None if out is None else out.data_ptr(), weights.data_ptr()),
         async_op,
+        keep if async_op else None,
     )
     rows = ep._view(lease, size) if out is None else out
     ep._count(redispatches=1, rows_received=local.shape[0])
-    ep._event = ep._backend.end("redispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    ep._event = ep._backend.end("redispatch", ticket, (rows, *keep), async_op)
     return rows, weights
 
 
@@ -209,6 +217,7 @@ def _combine(
         _address(bias),
         0 if bias is None else _row_stride(bias),
     )
+    keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
     ep._backend.begin()
     ticket = ep._core.combine(
         given,
@@ -216,9 +225,9 @@ def _combine(
         out.data_ptr(),
         out_weights.data_ptr() if weight_grads is not None else 0,
         async_op,
+        keep if async_op else None,
     )
     ep._count(combines=1)
-    keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
     ep._event = ep._backend.end("combine", ticket, keep, async_op)
     return out, out_weights
 

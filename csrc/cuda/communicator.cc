@@ -221,7 +221,7 @@ void CudaCommunicator::look_around() {
   for (int p = 0; network_ && p < config_.size; ++p) {
     if (network_->has_lost(p)) return abort_waits(Cause::lost, p);
   }
-  if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
+  if (config_.interrupted && config_.interrupted(true)) abort_waits(Cause::interrupted, config_.rank);
 }
 
 bool CudaCommunicator::is_idle() const {
@@ -255,6 +255,7 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
 }
 
 void CudaCommunicator::wait_event(uintptr_t event) {
+  check_can_wait();
   const OnDevice guard = on_device();
   wait_until([&] {
     const cudaError_t error = cudaEventQuery(reinterpret_cast<cudaEvent_t>(event));
@@ -269,6 +270,7 @@ void CudaCommunicator::wait_event(uintptr_t event) {
 }
 
 void CudaCommunicator::synchronize() {
+  check_can_wait();
   const OnDevice guard = on_device();
   wait_for([&] { return is_idle(); });
 }
@@ -278,6 +280,12 @@ void CudaCommunicator::drain() {
   const OnDevice guard = on_device();
   cudaStreamSynchronize(plan_stream_);
   cudaStreamSynchronize(shape_.stream);
+}
+
+// Ctrl-C makes the kernels leave their waits.
+void CudaCommunicator::drain_unless_interrupted() {
+  const OnDevice guard = on_device();
+  wait_until([&] { return is_idle(); });
 }
 
 // By copies beside the kernels, which may be waiting for this very word.
