@@ -71,7 +71,11 @@ def at_the_end_of_a_block(ep, d):
 
 
 def behind_another_thread(ep, d):
-    other = threading.Thread(target=lambda: pytest.raises(commlib.CommError, ep.combine, d.x, d.handle))
+    def wait_for_rank_1():
+        with pytest.raises(commlib.CommError):
+            ep.combine(d.x, d.handle)
+
+    other = threading.Thread(target=wait_for_rank_1)
     other.start()
     time.sleep(0.1)
     try:
