@@ -9,7 +9,8 @@ namespace commlib {
 namespace {
 
 constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
-constexpr int kMaxLanes = 16;        // GPUs have workers enough to fill any link several times over
+constexpr double kHandOverSeconds = 1;
+constexpr int kMaxLanes = 16;  // GPUs have workers enough to fill any link several times over
 
 }  // namespace
 
@@ -77,13 +78,14 @@ void Communicator::connect_network(const std::vector<PeerAddress>& peers, Mailbo
   }
 }
 
-void Communicator::tell_far(uint64_t left) {
+void Communicator::tell_far(const Farewell& left) {
   for (int p = 0; p < peers_.size; ++p) {
     if (peers_.is_near(p)) continue;
-    uint64_t* word = &peers_.mail_to(p).left;
-    __atomic_store_n(word, left, __ATOMIC_RELEASE);
-    const auto offset = reinterpret_cast<std::byte*>(word) - network_->control_for(p);
-    network_->post({PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left});
+    uint64_t* words = peers_.mail_to(p).left;
+    left.write(words);
+    const auto offset = reinterpret_cast<std::byte*>(words) - network_->control_for(p);
+    network_->post(
+        {PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left.words});
   }
 }
 
@@ -97,19 +99,21 @@ void Communicator::check_usable() const {
   throw CommFailure(failure);
 }
 
-void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
+void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) {
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
     if (!broken_.empty()) return;
     broken_ = why;
   }
-  tell_all(tagged(how, static_cast<uint32_t>(blamed)));
+  tell_all(Farewell::of(how, blamed));
+  // Who exits at the error is not to be blamed for that by ranks that have not heard why.
+  if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
 }
 
 void Communicator::raise(const FailureRecord& record) {
   Failure failure{config_.rank, record, ""};
   if (record.cause == Cause::lost) failure.detail = network_->why_lost(record.peer);
-  leave(kGaveUp, failure.peers().empty() ? config_.rank : failure.peers().front(), describe(failure));
+  leave(kGaveUp, record.blamed, describe(failure));
   throw CommFailure(std::move(failure));
 }
 
@@ -140,7 +144,7 @@ void Communicator::close() {
   } catch (...) {
     untold = std::current_exception();
   }
-  leave(kClosed, config_.rank, "it has been closed");
+  leave(kClosed, bit_of(config_.rank), "it has been closed");
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
   has_closed();
   if (untold) std::rethrow_exception(untold);

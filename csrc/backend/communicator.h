@@ -116,6 +116,18 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
+// What a rank leaves with every other when it goes: see Mailbox::left.
+struct Farewell {
+  uint64_t words[2];
+
+  static Farewell of(uint32_t how, uint64_t blamed) {
+    return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
+  }
+  void write(uint64_t* left) const {
+    for (int half = 0; half < 2; ++half) __atomic_store_n(&left[half], words[half], __ATOMIC_RELEASE);
+  }
+};
+
 class Network;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
@@ -168,7 +180,7 @@ class Communicator {
   // call has told yet. May be called twice.
   void close();
   // After an error between two halves of an operation: the others need not wait.
-  void give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }
+  void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
 
   const Config& config() const { return config_; }
   const SlotLayout& layout() const { return layout_; }
@@ -187,7 +199,7 @@ class Communicator {
   // Waits until operations under way have given their slots back, however they end.
   virtual void drain() = 0;
   // Leaves a word with every rank: this one is gone.
-  virtual void tell_all(uint64_t left) = 0;
+  virtual void tell_all(const Farewell& left) = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
   // close() is through.
@@ -200,11 +212,11 @@ class Communicator {
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
   // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
   void connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail);
-  void tell_far(uint64_t left);
+  void tell_far(const Farewell& left);
 
   void check_usable() const;
   // The communicator is of no use from here on; the first reason counts.
-  void leave(uint32_t how, int blamed, const std::string& why);
+  void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;

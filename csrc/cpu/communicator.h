@@ -43,7 +43,7 @@ class CpuCommunicator final : public Communicator {
   struct Transfer;
 
   void drain() override { pool_->drain(); }
-  void tell_all(uint64_t left) override;
+  void tell_all(const Farewell& left) override;
 
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
   std::shared_ptr<SlotLease> take_writable_slot(Call call);

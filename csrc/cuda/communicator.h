@@ -47,7 +47,7 @@ class CudaCommunicator final : public Communicator {
 
  private:
   void drain() override;
-  void tell_all(uint64_t left) override;
+  void tell_all(const Farewell& left) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -155,7 +156,10 @@ void Network::make_ends(std::byte* ring, uint64_t* word, LaneState* state) {
     hops_.from_source[i] = new_end(s);
     hops_.to_source[i] = new_end(s);
   }
-  for (int p = 0; p < size_; ++p) hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+  for (int p = 0; p < size_; ++p) {
+    hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+    hops_.brought_by[p] = static_cast<uint8_t>(topology_.brought_by[p]);
+  }
 }
 
 void Network::make_outbox(uint64_t* tickets) {
@@ -170,7 +174,14 @@ void Network::make_outbox(uint64_t* tickets) {
 void Network::post(const Post& post) {
   std::lock_guard<std::mutex> lock(mutex_);
   posts_.push_back(post);
+  ++posted_;
   if (asleep_) wake();
+}
+
+void Network::hand_over(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  handed_over_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                                [this, all = posted_] { return handed_over_ >= all; });
 }
 
 void Network::wake() {
@@ -185,6 +196,11 @@ bool Network::take_posts() {
     posts.swap(posts_);
   }
   for (const Post& post : posts) send(post);
+  if (!posts.empty()) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    handed_over_ += posts.size();
+    handed_over_changed_.notify_all();
+  }
   return take_from_outbox() || !posts.empty();
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -51,8 +52,12 @@ class Network final : Receiver {
   std::byte* control_for(int peer) const { return shadows_[peer]; }
   // From any thread of the host.
   void post(const Post& post);
-  // Nothing comes from this rank any more.
-  bool has_lost(int peer) const { return lost_.load(std::memory_order_acquire) >> peer & 1; }
+  // Waits, at most for so long, until all that has been posted is the transport's: a process that ends then
+  // takes none of it along.
+  void hand_over(double seconds);
+  // Nothing comes from these ranks any more: a mask.
+  uint64_t lost_ranks() const { return lost_.load(std::memory_order_acquire); }
+  bool has_lost(int peer) const { return has(lost_ranks(), peer); }
   std::string why_lost(int peer) const;
   // Sends what has been posted, at most for so long, and ends the thread. May be called twice.
   void close(double seconds);
@@ -98,6 +103,8 @@ class Network final : Receiver {
   int wake_;            // an eventfd
   std::mutex mutex_;    // guards the members below it
   std::vector<Post> posts_;
+  uint64_t posted_ = 0, handed_over_ = 0;  // posts, in all
+  std::condition_variable handed_over_changed_;
   bool asleep_ = false;  // a post must wake the thread, which looks for posts once more before it sleeps
   std::atomic<bool> stopping_{false};            // set once (release)
   double closing_seconds_ = 0;                   // written before `stopping_`

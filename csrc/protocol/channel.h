@@ -168,8 +168,6 @@ COMMLIB_HD bool has_lane(Worker& w, const PeerTable& peers) {
 
 // -- which rows go where
 
-COMMLIB_HD bool has(uint64_t mask, int rank) { return mask >> rank & 1; }
-
 COMMLIB_HD int count_bits(uint64_t mask) {
 #ifdef __CUDA_ARCH__
   return __popcll(mask);

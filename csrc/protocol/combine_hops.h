@@ -169,19 +169,20 @@ COMMLIB_HD bool sum_tokens(Worker& w, const CombineLane& c, int64_t* t, int64_t 
   return moved;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, or -1.
+// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
 template <class Worker>
-COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, int* awaited) {
+COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, uint64_t* awaited) {
   bool moved = false;
-  *awaited = -1;
+  *awaited = 0;
   for (int g = 0; g < c.hops.gateways; ++g) moved |= ask_gateway(w, c, g);
   for (int s = 0; s < c.hops.sources; ++s) {
     moved |= answer_source(w, c, s);
-    if (!c.from_source(s).finished()) *awaited = c.hops.from_source[s].peer;
+    if (!c.from_source(s).finished()) *awaited |= bit_of(c.hops.from_source[s].peer);
   }
   moved |= sum_tokens(w, c, t, end);
   for (int g = 0; g < c.hops.gateways; ++g) {
-    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished()) *awaited = c.hops.gateway[g].rank;
+    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished())
+      *awaited |= bit_of(c.hops.gateway[g].rank);
   }
   return moved;
 }
@@ -215,9 +216,9 @@ COMMLIB_HD bool pull_through_hops(Worker& w, const PullPlan& plan, const PeerTab
   const Span part = share_of(plan.tokens, c.lane, c.hops.shape.lanes);
   for (int64_t t = part.begin;;) {
     const uint64_t seen = oldest_news(w, c.hops);
-    int awaited;
+    uint64_t awaited;
     const bool moved = advance_combine(w, c, &t, part.end, &awaited);
-    if (awaited < 0) return true;
+    if (awaited == 0) return true;
     if (!moved && !w.await_change(c.hops, seen, awaited)) return false;
   }
 }

@@ -90,18 +90,18 @@ COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
   return true;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, or -1 when it has finished.
+// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
 template <class Worker>
-COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, int* awaited) {
+COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, uint64_t* awaited) {
   bool moved = false;
-  *awaited = -1;
+  *awaited = 0;
   for (int g = 0; g < d.hops.gateways; ++g) {
     moved |= send_to_gateway(w, d, g);
-    if (!d.to_gateway(g).finished()) *awaited = d.hops.gateway[g].rank;
+    if (!d.to_gateway(g).finished()) *awaited |= bit_of(d.hops.gateway[g].rank);
   }
   for (int s = 0; s < d.hops.sources; ++s) {
     moved |= pass_chunk_on(w, d, s);
-    if (!d.from_source(s).finished()) *awaited = d.hops.from_source[s].peer;
+    if (!d.from_source(s).finished()) *awaited |= bit_of(d.hops.from_source[s].peer);
   }
   return moved;
 }
@@ -119,9 +119,9 @@ template <class Worker>
 COMMLIB_HD bool finish_hops(Worker& w, const DispatchLane& d) {
   for (;;) {
     const uint64_t seen = oldest_news(w, d.hops);
-    int awaited;
+    uint64_t awaited;
     const bool moved = advance_dispatch(w, d, &awaited);
-    if (awaited < 0) return true;
+    if (awaited == 0) return true;
     if (!moved && !w.await_change(d.hops, seen, awaited)) return false;
   }
 }
