@@ -37,7 +37,8 @@ struct Config {
   bool hierarchical = true;             // one gateway for each node, or each rank its own
   int64_t chunk_bytes = 0, chunks = 0;  // of rings; 0: what suits
   TransportFactory make_transport;
-  uint32_t first_epoch = 1;  // for tests of the wrap-around
+  std::vector<PeerKeys> keys;  // by rank
+  uint32_t first_epoch = 1;    // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU
   SpinPolicy spin;

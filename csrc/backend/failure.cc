@@ -83,6 +83,11 @@ std::string describe(const Failure& f) {
     }
     case Cause::mismatch:
       return me + " is in " + where + ", " + mismatch_text(me, r);
+    case Cause::malformed:
+      return me + " is in " + where + ", and rank " + std::to_string(r.peer) +
+             " sent what does not fit it: rows or tokens that there are not, or a chunk of another "
+             "operation. Do "
+             "all ranks run the same version of commlib, and does anything write into its memory?";
     case Cause::interrupted:
       return me + " was interrupted in " + where;
     case Cause::broken:

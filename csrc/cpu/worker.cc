@@ -17,6 +17,10 @@ bool CpuWorker::mismatch(int peer, Call theirs) {
   return false;
 }
 
+void CpuWorker::malformed(int peer) {
+  fail(malformed_record(*this, *op_.peers, op_.wait, peer), monotonic_seconds());
+}
+
 bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double start, FailureRecord* record) {
   if (op_.failed.load(std::memory_order_acquire)) return true;
   if (find_cause(*this, *op_.peers, op_.wait, awaited, phase, record)) return true;

@@ -123,6 +123,7 @@ class CpuWorker {
         *hops.bell, [&] { return load_word(hops.news) != seen; }, [=] { return ranks; }, Phase::network);
   }
   bool mismatch(int peer, Call theirs);
+  void malformed(int peer);
 
  private:
   template <class Ready, class Late>

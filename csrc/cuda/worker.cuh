@@ -113,6 +113,12 @@ struct WaitingLane {
   fail(op, &record, ptx::globaltimer());
 }
 
+[[gnu::noinline]] __device__ inline void fail_by_malformed(const OpParams& op, int peer) {
+  WaitingLane w{op};
+  FailureRecord record = malformed_record(w, op.peers, op.wait, peer);
+  fail(op, &record, ptx::globaltimer());
+}
+
 class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
@@ -255,6 +261,7 @@ class WarpWorker {
     fail_by_mismatch(op_, peer, theirs);
     return false;
   }
+  __device__ void malformed(int peer) const { fail_by_malformed(op_, peer); }
 
   // All threads of the grid: what any of them did before, all see after it, in memory and with ok: whether
   // all came with `ok` and nobody has failed.

@@ -15,6 +15,7 @@
 
 #include "backend/waiting.h"
 #include "cpu/bell.h"
+#include "net/inspection.h"
 #include "net/topology.h"
 #include "net/transport.h"
 #include "protocol/channel.h"
@@ -65,17 +66,19 @@ class Network final : Receiver {
   // Messages sent, and the bytes in them, without what a transport adds.
   uint64_t messages_sent() const { return messages_.load(std::memory_order_relaxed); }
   uint64_t bytes_sent() const { return sent_.load(std::memory_order_relaxed); }
+  // Messages that were dropped because they did not prove from whom they were.
+  uint64_t messages_refused() const { return refused_.load(std::memory_order_relaxed); }
 
  private:
-  std::byte* place_for(int from, const Post& post) override;
-  void arrived(int from, const Post& post, const std::byte* words) override;
+  bool accepts(const void* header, size_t header_bytes, uint64_t bytes, Post* post) override;
+  std::byte* place_for(const Post& post) override;
+  void arrived(const Post& post, const std::byte* words) override;
   void lost(int peer, const std::string& why) override;
 
   ChannelShape shape_for(int lanes) const;
   void make_rings(int lanes);
   void make_ends(std::byte* ring, uint64_t* word, LaneState* state);
   void make_outbox(uint64_t* tickets);
-  const ChannelEnd* find(const Post& post, int peer, bool sending) const;
   void publish(uint64_t* word, uint64_t value);
   void run();
   void work();
@@ -93,6 +96,7 @@ class Network final : Receiver {
   const std::unique_ptr<Transport> transport_;
   const FrameLayout largest_;  // of frames
   const int64_t asked_chunk_bytes_, asked_chunks_;
+  Inspection inspection_;
   Hops hops_{};
   Bell bell_{};
   std::vector<std::byte*> shadows_;  // by rank
@@ -106,9 +110,9 @@ class Network final : Receiver {
   uint64_t posted_ = 0, handed_over_ = 0;  // posts, in all
   std::condition_variable handed_over_changed_;
   bool asleep_ = false;  // a post must wake the thread, which looks for posts once more before it sleeps
-  std::atomic<bool> stopping_{false};            // set once (release)
-  double closing_seconds_ = 0;                   // written before `stopping_`
-  std::atomic<uint64_t> messages_{0}, sent_{0};  // counted by the thread; order nothing
+  std::atomic<bool> stopping_{false};                         // set once (release)
+  double closing_seconds_ = 0;                                // written before `stopping_`
+  std::atomic<uint64_t> messages_{0}, sent_{0}, refused_{0};  // counted by the thread; order nothing
   std::atomic<uint64_t> lost_{0};  // set by the thread (release), read by waiting workers (acquire)
   mutable std::mutex why_mutex_;   // guards why_
   std::vector<std::string> why_;   // by rank

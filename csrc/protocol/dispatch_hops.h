@@ -73,11 +73,25 @@ COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame
   w.multicast(to, frame.row(), plan.layout.row_bytes);
 }
 
+COMMLIB_HD bool frame_fits(const DispatchLane& d, const Frame& frame) {
+  const SendPlan& plan = d.plan;
+  if (!places_fit(frame, plan.layout, d.hops)) return false;
+  if (!plan.is_fresh() && !d.with_weights) return true;
+  for (int k = 0; k < plan.topk; ++k) {
+    const int32_t* expert = &frame.experts()[k];
+    if (!all_in(expert, 1, -1, plan.placement.experts)) return false;
+    if (!plan.is_fresh() || *expert < 0) continue;
+    if (!all_in(&frame.ordinals()[k], 1, 0, plan.layout.max_tokens * plan.topk)) return false;
+  }
+  return true;
+}
+
 // One chunk of a source, if it is there. Says to the ranks served when it was the source's last.
 template <class Worker>
 COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
   const LaneEnd from = d.from_source(s);
   if (from.finished() || !from.arrived(w)) return false;
+  if (!from.check(w, d.layout, [&](const Frame& frame) { return frame_fits(d, frame); })) return false;
   for (int64_t i = 0; i < from.header().frames; ++i) pass_row_on(w, d, from.frame(d.layout, i));
   from.take(w);
   if (!from.finished()) return true;

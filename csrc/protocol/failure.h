@@ -6,7 +6,7 @@
 
 namespace commlib {
 
-enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost };
+enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost, malformed };
 
 struct FailureRecord {
   Cause cause;
@@ -62,6 +62,11 @@ COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, cons
   FailureRecord r = new_record(w, peers, wait, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
   r.their_call = theirs.pack();
   return r;
+}
+
+template <class Worker>
+COMMLIB_HD FailureRecord malformed_record(Worker& w, const PeerTable& peers, const Wait& wait, int peer) {
+  return new_record(w, peers, wait, Cause::malformed, bit_of(peer), bit_of(peer), Phase::network);
 }
 
 // Whether any rank made another call at this place in the order: the cause, whatever else is late for it.

@@ -15,7 +15,8 @@
 
 namespace commlib {
 
-// What goes through the network: also the header of each message.
+// What goes through the network, and what the header of each message says. Where it arrives nothing of it is
+// taken on trust: see net/inspection.h and, for what chunks hold, channel.h.
 enum class PostKind : uint8_t {
   chunk,  // rows; number: of the chunk, counted from 0
   taken,  // number: chunks of the channel's lane that its receiver has taken

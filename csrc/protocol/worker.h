@@ -52,6 +52,7 @@
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
+//   malformed(peer)            records that the peer sent what does not fit the operation
 #pragma once
 
 #include <utility>
