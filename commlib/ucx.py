@@ -20,8 +20,8 @@ _ADVICE = (
 def message_keys(secret: str, rank: int, size: int) -> list[tuple[bytes, bytes]]:
     """For each rank, what messages to it show and what those from it must.
 
-    One key for each ordered pair of ranks, from a secret (in hexadecimal) that all ranks of a communicator, and
-    nobody else, know: who has seen some of the keys knows none of the others.
+    One key for each ordered pair of ranks, from a secret (in hexadecimal) that all ranks of a communicator
+    know, and nobody else does: who has seen some of the keys knows none of the others.
     """
 
     def key(source: int, to: int) -> bytes:

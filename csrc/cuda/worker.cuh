@@ -64,7 +64,9 @@ struct WaitingLane {
   __device__ bool replace(uint64_t* word, uint64_t before, uint64_t after) const {
     return ptx::exchange_if_gpu(word, before, after) == before;
   }
-  __device__ void post(const Outbox& box, const Post& post) const { post_to(op, box, post); }
+  [[gnu::noinline]] __device__ void post(const Outbox& box, const Post& post) const {
+    post_to(op, box, post);
+  }
 };
 
 // The first warp to give up tells the host why, and the other ranks that it did.

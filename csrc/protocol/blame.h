@@ -32,6 +32,7 @@ COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
 // Of the ranks that an operation waits for, and those that have not come to it.
 template <class Worker>
 COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch, uint64_t awaited) {
+#pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
     if (p != peers.rank && !has_called(w, peers, p, epoch)) awaited |= bit_of(p);
   }
@@ -42,6 +43,7 @@ COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch
 template <class Worker>
 COMMLIB_HD uint64_t awaited_by(Worker& w, const PeerTable& peers, int p) {
   uint64_t ranks = 0;
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
     if (value_of(word) != 0 && !has_called(w, peers, p, tag_of(word) + 1)) ranks |= ranks_of_half(word, half);
@@ -52,6 +54,7 @@ COMMLIB_HD uint64_t awaited_by(Worker& w, const PeerTable& peers, int p) {
 template <class Worker>
 COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
   const int half = peers.rank / 32;
+#pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
     const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
     if (p != peers.rank && has(ranks_of_half(word, half), peers.rank)) return true;
@@ -63,6 +66,7 @@ COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
 template <class Worker>
 COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
   if (before == word || !w.replace(&peers.mail_to(peers.rank).awaits[half], before, word)) return;
+#pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
     if (p == peers.rank) continue;
     uint64_t* theirs = &peers.mail_to(p).awaits[half];
@@ -75,6 +79,7 @@ COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_
 template <class Worker>
 COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
   const uint32_t tag = tag_of(newest_call(w, peers, peers.rank));
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
     const uint64_t named = tag_of(before) == tag ? ranks_of_half(before, half) : 0;
@@ -86,6 +91,7 @@ COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
 // Takes that back, when a wait has ended well: other workers whose waits go on say it again.
 template <class Worker>
 COMMLIB_HD void say_awaited_no_more(Worker& w, const PeerTable& peers) {
+#pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
     say_awaited(w, peers, half, before, tagged(tag_of(before), 0));
@@ -97,6 +103,7 @@ COMMLIB_HD void say_awaited_no_more(Worker& w, const PeerTable& peers) {
 template <class Worker>
 COMMLIB_HD uint64_t silent_ranks(Worker& w, const PeerTable& peers, uint64_t late) {
   uint64_t silent = late, seen = 0;
+#pragma unroll 1
   while (const uint64_t next = silent & ~seen) {
     const int p = lowest_bit(next);
     seen |= bit_of(p);

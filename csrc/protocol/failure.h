@@ -51,6 +51,7 @@ COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const
                                         Phase phase) {
   const uint64_t late = late_ranks(w, peers, wait.epoch, awaited);
   uint64_t others = 0;  // that somebody else waits for: they hold up all ranks
+#pragma unroll 1
   for (int p = 0; p < peers.size; ++p) others |= awaited_by(w, peers, p);
   const uint64_t silent = silent_ranks(w, peers, late | others) & ~bit_of(peers.rank);
   return new_record(w, peers, wait, Cause::timeout, late, silent ? silent : late, phase);
@@ -99,6 +100,7 @@ template <class Worker>
 COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
                              Phase phase, FailureRecord* record) {
   const int first = lowest_bit(awaited);
+#pragma unroll 1
   for (int i = 0; i < peers.size; ++i) {
     const int p = (first + i) % peers.size;
     uint64_t blamed = 0;
