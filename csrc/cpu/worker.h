@@ -143,7 +143,7 @@ class CpuWorker {
       if (!ready()) fail(record, start);  // who left did its part first, and said so after that
       return true;
     });
-    if (told && ok) say_awaited_no_more(*this, *op_.peers);
+    if (told && ok) tell_of_wait(*this, *op_.peers, op_.wait, 0, false);
     return ok;
   }
 

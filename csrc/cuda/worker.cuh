@@ -64,9 +64,7 @@ struct WaitingLane {
   __device__ bool replace(uint64_t* word, uint64_t before, uint64_t after) const {
     return ptx::exchange_if_gpu(word, before, after) == before;
   }
-  [[gnu::noinline]] __device__ void post(const Outbox& box, const Post& post) const {
-    post_to(op, box, post);
-  }
+  __device__ void post(const Outbox& box, const Post& post) const { post_to(op, box, post); }
 };
 
 // The first warp to give up tells the host why, and the other ranks that it did.
@@ -82,31 +80,28 @@ struct WaitingLane {
   }  // and the host tells those on other nodes, when it raises
 }
 
-// Whether a wait for some ranks is to be given up; `for_good`: records why. If not, *told is set once others
-// have been told of it.
-[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, uint64_t awaited, Phase phase,
-                                                  uint64_t start, bool for_good, bool* told) {
-  if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
+enum class Look : int { wait, told_others, give_up };
+
+// What a wait for some ranks comes to; `for_good`: records why it is given up. None: a wait that others have
+// been told of has ended well, which they are told now.
+[[gnu::noinline]] __device__ inline Look look_around(const OpParams& op, uint64_t awaited, Phase phase,
+                                                     uint64_t start, bool for_good) {
+  if (ptx::load_acquire_gpu(&op.state->failed) != 0) return Look::give_up;
   WaitingLane w{op};
   FailureRecord record{};
-  if (!find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
+  if (awaited == 0 || !find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
     const uint64_t waited = ptx::globaltimer() - start;
-    if (abort == 0 && waited < op.timeout_ns) {
-      *told |= tell_of_wait(w, op.peers, op.wait, awaited, waited >= op.timeout_ns / 2);
-      return false;
+    if (awaited == 0 || (abort == 0 && waited < op.timeout_ns)) {
+      const bool told = tell_of_wait(w, op.peers, op.wait, awaited, waited >= op.timeout_ns / 2);
+      return told ? Look::told_others : Look::wait;
     }
     record = abort ? new_record(w, op.peers, op.wait, static_cast<Cause>(tag_of(abort)), awaited,
                                 bit_of(static_cast<int>(value_of(abort))), phase)
                    : timeout_record(w, op.peers, op.wait, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
-  return true;
-}
-
-[[gnu::noinline]] __device__ inline void take_back(const OpParams& op) {
-  WaitingLane w{op};
-  say_awaited_no_more(w, op.peers);
+  return Look::give_up;
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
@@ -334,7 +329,7 @@ __device__ bool WarpWorker::await(Ready ready, int, Late late, Phase phase) cons
   if (ready()) return true;
   bool told = false;
   const bool ok = await_long(ready, late, phase, &told);
-  if (told && ok) take_back(op_);
+  if (told && ok) look_around(op_, 0, phase, 0, false);
   return ok;
 }
 
@@ -352,11 +347,14 @@ __device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, bool
     if (now < next_look) continue;
     next_look = now + kLookNs;
     const uint64_t awaited = late();
-    if (awaited == 0 || !gives_up(op_, awaited, phase, start, false, told)) continue;
+    if (awaited == 0) continue;  // it has come meanwhile
+    const Look look = look_around(op_, awaited, phase, start, false);
+    *told |= look == Look::told_others;
+    if (look != Look::give_up) continue;
     if (ready()) return true;  // who left did its part first, and said so after that
     // What was a reason may be none any more: from another node, that a rank has left may come before what
     // it did. No wait is given up without a record.
-    if (gives_up(op_, awaited, phase, start, true, told)) return false;
+    if (look_around(op_, awaited, phase, start, true) == Look::give_up) return false;
   }
 }
 

@@ -65,7 +65,7 @@ COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
 // Puts a word about this rank's waits in place of `before`, with all ranks, unless another worker has.
 template <class Worker>
 COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
-  if (before == word || !w.replace(&peers.mail_to(peers.rank).awaits[half], before, word)) return;
+  if (!w.replace(&peers.mail_to(peers.rank).awaits[half], before, word)) return;
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
     if (p == peers.rank) continue;
@@ -75,26 +75,17 @@ COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_
   }
 }
 
-// Says that this rank waits for `ranks`, besides those that it has named since its newest call.
+// Says that this rank waits for `ranks`, besides those that it has named since its newest call; none: that it
+// waits for nobody. When one wait has ended well, other workers whose waits go on say theirs again.
 template <class Worker>
 COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
-  const uint32_t tag = tag_of(newest_call(w, peers, peers.rank));
+  const uint32_t newest = tag_of(newest_call(w, peers, peers.rank));
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
-    const uint64_t named = tag_of(before) == tag ? ranks_of_half(before, half) : 0;
-    const uint64_t named_now = (named | ranks) >> 32 * half & 0xffffffff;
-    if (named_now) say_awaited(w, peers, half, before, tagged(tag, static_cast<uint32_t>(named_now)));
-  }
-}
-
-// Takes that back, when a wait has ended well: other workers whose waits go on say it again.
-template <class Worker>
-COMMLIB_HD void say_awaited_no_more(Worker& w, const PeerTable& peers) {
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
-    say_awaited(w, peers, half, before, tagged(tag_of(before), 0));
+    const uint64_t named = ranks && tag_of(before) == newest ? ranks | ranks_of_half(before, half) : ranks;
+    const uint64_t word = tagged_half(newest, named, half);
+    if (word != before && (value_of(word) || value_of(before))) say_awaited(w, peers, half, before, word);
   }
 }
 

@@ -133,14 +133,14 @@ COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const Wait& wait, 
   return gone;
 }
 
-// What a wait that lasts does besides, now and then. `long_wait`: for half its deadline. Whether it says, now
-// or since an earlier time, whom this rank waits for, and has to take it back.
+// What a wait for some ranks does besides, now and then, and, where it has returned true, when it has ended
+// well: `awaited` is none then. `long_wait`: for half its deadline. Whether others have been told of it.
 template <class Worker>
 COMMLIB_HD bool tell_of_wait(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
                              bool long_wait) {
-  if (!long_wait && !is_awaited(w, peers)) return false;
-  say_awaited(w, peers, late_ranks(w, peers, wait.epoch, awaited));
-  return true;
+  if (awaited && !long_wait && !is_awaited(w, peers)) return false;
+  say_awaited(w, peers, awaited ? late_ranks(w, peers, wait.epoch, awaited) : 0);
+  return awaited != 0;
 }
 
 }  // namespace commlib

@@ -37,7 +37,7 @@ struct Ranks {
     for (auto& of : mail) of[rank].calls[epoch % kCallRing] = tagged(epoch, Call{OpKind::combine}.pack());
   }
   void awaits(int rank, uint64_t ranks) { say_awaited(clerk, peers[rank], ranks); }
-  void awaits_no_more(int rank) { say_awaited_no_more(clerk, peers[rank]); }
+  void awaits_no_more(int rank) { say_awaited(clerk, peers[rank], 0); }
   uint64_t blamed_by(int rank, uint32_t epoch, uint64_t late) {
     return timeout_record(clerk, peers[rank], {Call{OpKind::combine}, epoch}, late, Phase::arrival).blamed;
   }
