@@ -54,7 +54,11 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
         facts = _facts(settings)
     except (TypeError, ValueError, RuntimeError) as e:
         error = e
-    infos = _gather(group, error, facts | own_place() | {"pid": os.getpid()} | _shared(settings, error))
+    infos = _gather(
+        group,
+        error,
+        facts | own_place() | {"pid": os.getpid(), "secret": os.urandom(32).hex()} | _shared(settings, error),
+    )
     _compare([info["shared"] for info in infos])
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
@@ -70,7 +74,9 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
         config.hierarchical = (
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
-        config.use_ucx()
+        networks = {tuple(info["network"]) for info in infos}
+        keys = ucx.message_keys(infos[0]["secret"], group.rank, group.size)
+        config.use_ucx(keys, loopback=len(networks) == 1)
     core = _make_and_connect(group, config, infos, near)
     if isinstance(core, _core.CpuCommunicator):
         return CpuBackend(core), topology
@@ -262,12 +268,15 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def own_place() -> dict[str, Any]:
-    """Of this process: "host" has in common who can open each other's memory through /proc; and its name."""
+    """Of this process: "host" has in common who can open each other's memory through /proc, "network" who has
+    the same interfaces; and the host's name."""
     with open("/proc/sys/kernel/random/boot_id") as f:
-        return {
-            "host": (f.read().strip(), os.readlink("/proc/self/ns/pid")),
-            "host_name": socket.gethostname(),
-        }
+        boot = f.read().strip()
+    return {
+        "host": (boot, os.readlink("/proc/self/ns/pid")),
+        "network": (boot, os.readlink("/proc/self/ns/net")),
+        "host_name": socket.gethostname(),
+    }
 
 
 def _shared(settings: Settings, error: Exception | None) -> dict[str, Any]:

@@ -338,10 +338,12 @@ class ExpertParallel:
         """Counts since construction, of this rank.
 
         Operations; rows received; (token, rank) pairs dropped; messages to other nodes, and the bytes in them
-        (without what UCX, TCP and the wire add).
+        (without what UCX, TCP and the wire add); messages refused because they did not prove which rank sent
+        them.
         """
         messages, sent = self._core.network_sent
-        return self._stats | {"network_messages": messages, "network_bytes": sent}
+        network = {"messages": messages, "bytes": sent, "refused": self._core.network_refused}
+        return self._stats | {f"network_{name}": count for name, count in network.items()}
 
     def memory_report(self) -> MemoryReport:
         """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""

@@ -100,7 +100,7 @@ const char* error_type(Cause cause) {
     case Cause::mismatch:
       return "CallMismatch";
     case Cause::broken:
-    case Cause::damaged:
+    case Cause::malformed:
       return "CommError";
     default:
       return "PeerTimeout";
@@ -122,6 +122,21 @@ void translate(std::exception_ptr p) {
   } catch (const SlotError& e) {
     set_error("HandleError", e.what());
   }
+}
+
+Key key_of(const std::string& bytes) {
+  Key key;
+  if (bytes.size() != key.size()) throw std::invalid_argument("a key has 16 bytes");
+  std::memcpy(key.data(), bytes.data(), key.size());
+  return key;
+}
+
+// keys: by rank, what messages to it show, and what those from it must.
+void use_ucx(Config& c, const std::vector<std::pair<std::string, std::string>>& keys, bool loopback) {
+  for (const auto& [shown, expected] : keys) c.keys.push_back({key_of(shown), key_of(expected)});
+  c.make_transport = [size = c.size, options = UcxOptions{c.stream != 0, loopback}] {
+    return make_ucx_transport(size, options);
+  };
 }
 
 void bind_structs(py::module_& m) {
@@ -157,12 +172,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("hierarchical", &Config::hierarchical)
       .def_readwrite("chunk_bytes", &Config::chunk_bytes)
       .def_readwrite("chunks", &Config::chunks)
-      .def("use_ucx",
-           [](Config& c) {
-             c.make_transport = [rank = c.rank, size = c.size, gpu = c.stream != 0] {
-               return make_ucx_transport(rank, size, gpu);
-             };
-           })
+      .def("use_ucx", &use_ucx, py::arg("keys"), py::arg("loopback"))
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
       .def_readwrite("cores", &Config::cores)
@@ -300,9 +310,14 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
       .def_property_readonly("network_memory",
                              [](const Communicator& c) { return c.network() ? c.network()->bytes() : 0; })
-      .def_property_readonly("network_sent", [](const Communicator& c) {
-        const Network* n = c.network();
-        return n ? std::pair(n->messages_sent(), n->bytes_sent()) : std::pair<uint64_t, uint64_t>(0, 0);
+      .def_property_readonly("network_sent",
+                             [](const Communicator& c) {
+                               const Network* n = c.network();
+                               return n ? std::pair(n->messages_sent(), n->bytes_sent())
+                                        : std::pair<uint64_t, uint64_t>(0, 0);
+                             })
+      .def_property_readonly("network_refused", [](const Communicator& c) {
+        return c.network() ? c.network()->messages_refused() : 0;
       });
 
   py::class_<CpuCommunicator, Communicator, Owned<CpuCommunicator>>(m, "CpuCommunicator")

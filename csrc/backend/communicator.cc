@@ -12,7 +12,8 @@ namespace commlib {
 namespace {
 
 constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
-constexpr int kMaxLanes = 16;        // GPUs have workers enough to fill any link several times over
+constexpr double kHandOverSeconds = 1;
+constexpr int kMaxLanes = 16;  // GPUs have workers enough to fill any link several times over
 
 }  // namespace
 
@@ -80,13 +81,14 @@ void Communicator::connect_network(const std::vector<PeerAddress>& peers, Mailbo
   }
 }
 
-void Communicator::tell_far(uint64_t left) {
+void Communicator::tell_far(const Farewell& left) {
   for (int p = 0; p < peers_.size; ++p) {
     if (peers_.is_near(p)) continue;
-    uint64_t* word = &peers_.mail_to(p).left;
-    __atomic_store_n(word, left, __ATOMIC_RELEASE);
-    const auto offset = reinterpret_cast<std::byte*>(word) - network_->control_for(p);
-    network_->post({PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left});
+    uint64_t* words = peers_.mail_to(p).left;
+    left.write(words);
+    const auto offset = reinterpret_cast<std::byte*>(words) - network_->control_for(p);
+    network_->post(
+        {PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left.words});
   }
 }
 
@@ -143,7 +145,7 @@ int Communicator::slots_in_use() {
   return slots_->in_use();
 }
 
-void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
+void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) {
   if (!home_.is_here()) return;
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
@@ -152,14 +154,16 @@ void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
   }
   gave_up_.store(true, std::memory_order_release);
   end_waits();
-  tell_all(tagged(how, static_cast<uint32_t>(blamed)));
+  tell_all(Farewell::of(how, blamed));
+  // Who exits at the error is not to be blamed for that by ranks that have not heard why.
+  if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
 }
 
 void Communicator::raise(const FailureRecord& record) {
   if (record.cause == Cause::broken) check_usable();  // another call knows why
   Failure failure{config_.rank, record, ""};
   if (record.cause == Cause::lost) failure.detail = network_->why_lost(record.peer);
-  leave(kGaveUp, failure.peers().empty() ? config_.rank : failure.peers().front(), describe(failure));
+  leave(kGaveUp, record.blamed, describe(failure));
   throw CommFailure(std::move(failure));
 }
 
@@ -179,19 +183,20 @@ void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
 // Who waits no more for what is under way must not wait for it here, where the others may never come.
 void Communicator::drain_to_close(bool* interrupted) {
   const std::string why = "it was interrupted (Ctrl-C) with operations under way, and closed";
-  if (interrupted_.load(std::memory_order_relaxed)) leave(kGaveUp, config_.rank, why);
+  if (interrupted_.load(std::memory_order_relaxed)) leave(kGaveUp, bit_of(config_.rank), why);
   try {
     drain_unless_interrupted();
   } catch (const Interrupted&) {
     *interrupted = true;
-    leave(kGaveUp, config_.rank, why);
+    leave(kGaveUp, bit_of(config_.rank), why);
   }
   drain();
 }
 
 void Communicator::close() {
   if (!home_.is_here()) return;
-  if (is_issuing_here()) return leave(kGaveUp, config_.rank, "a signal handler closed it in the middle");
+  if (is_issuing_here())
+    return leave(kGaveUp, bit_of(config_.rank), "a signal handler closed it in the middle");
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
   bool interrupted = false;
   drain_to_close(&interrupted);
@@ -206,7 +211,7 @@ void Communicator::close() {
   } catch (...) {
     untold = std::current_exception();
   }
-  leave(kClosed, config_.rank, "it has been closed");
+  leave(kClosed, bit_of(config_.rank), "it has been closed");
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
   {
     std::lock_guard<std::timed_mutex> issue(issue_mutex_);  // no thread is in the middle of a call

@@ -39,7 +39,8 @@ struct Config {
   bool hierarchical = true;             // one gateway for each node, or each rank its own
   int64_t chunk_bytes = 0, chunks = 0;  // of rings; 0: what suits
   TransportFactory make_transport;
-  uint32_t first_epoch = 1;  // for tests of the wrap-around
+  std::vector<PeerKeys> keys;  // by rank
+  uint32_t first_epoch = 1;    // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU
   SpinPolicy spin;
@@ -119,6 +120,18 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
+// What a rank leaves with every other when it goes: see Mailbox::left.
+struct Farewell {
+  uint64_t words[2];
+
+  static Farewell of(uint32_t how, uint64_t blamed) {
+    return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
+  }
+  void write(uint64_t* left) const {
+    for (int half = 0; half < 2; ++half) __atomic_store_n(&left[half], words[half], __ATOMIC_RELEASE);
+  }
+};
+
 class Network;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
@@ -175,7 +188,7 @@ class Communicator {
   // handler that came in the middle of an operation it ends that; the rest is then left to the next call.
   void close();
   // After an error between two halves of an operation: the others need not wait.
-  void give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }
+  void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
   // Whether this is the process that made it, and not one forked from that.
   bool is_here() const { return home_.is_here(); }
 
@@ -198,7 +211,7 @@ class Communicator {
   // The same; where the user wants out before that, either throws Interrupted or makes them end.
   virtual void drain_unless_interrupted() = 0;
   // Leaves a word with every rank: this one is gone.
-  virtual void tell_all(uint64_t left) = 0;
+  virtual void tell_all(const Farewell& left) = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
   // Lets operations under way end, for the communicator is of no use any more.
@@ -228,12 +241,12 @@ class Communicator {
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
   // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
   void connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail);
-  void tell_far(uint64_t left);
+  void tell_far(const Farewell& left);
 
   void check_usable() const;
   [[noreturn]] void refuse(const std::string& why) const;
   // The communicator is of no use from here on; the first reason counts.
-  void leave(uint32_t how, int blamed, const std::string& why);
+  void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;

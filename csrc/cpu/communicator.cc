@@ -64,10 +64,10 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
   return op;
 }
 
-void CpuCommunicator::tell_all(uint64_t left) {
+void CpuCommunicator::tell_all(const Farewell& left) {
   for (int p = 0; p < peers_.size; ++p) {
     if (!peers_.is_near(p)) continue;
-    __atomic_store_n(&peers_.mail_to(p).left, left, __ATOMIC_RELEASE);
+    left.write(peers_.mail_to(p).left);
     ring(peers_.mail_to(p).bell);
   }
   if (network_) tell_far(left);

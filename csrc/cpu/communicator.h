@@ -46,7 +46,7 @@ class CpuCommunicator final : public Communicator {
 
   void drain() override { pool_->drain(); }
   void drain_unless_interrupted() override { pool_->drain_unless_interrupted(); }
-  void tell_all(uint64_t left) override;
+  void tell_all(const Farewell& left) override;
   void has_closed() override;
 
   // Calls `wait`, and remembers if the user wanted out.

@@ -201,7 +201,7 @@ bool CudaCommunicator::has_said_that_it_left(int peer) {
   const OnDevice guard = on_device();
   uint64_t left = 0;
   check(
-      cudaMemcpyAsync(&left, &peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
+      cudaMemcpyAsync(&left, peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
       "cudaMemcpyAsync");
   check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
   left_before_it_exited_[peer] = left != 0;
@@ -289,10 +289,10 @@ void CudaCommunicator::drain_unless_interrupted() {
 }
 
 // By copies beside the kernels, which may be waiting for this very word.
-void CudaCommunicator::tell_all(uint64_t left) {
+void CudaCommunicator::tell_all(const Farewell& left) {
   const OnDevice guard = on_device();
   for (int p = 0; p < peers_.size; ++p) {
-    if (peers_.is_near(p)) put(&peers_.mail_to(p).left, &left, sizeof left);
+    if (peers_.is_near(p)) put(peers_.mail_to(p).left, left.words, sizeof left.words);
   }
   if (network_) tell_far(left);
 }

@@ -49,7 +49,7 @@ class CudaCommunicator final : public Communicator {
   void drain() override;
   void drain_unless_interrupted() override;
   void end_waits() override { abort_waits(Cause::broken, config_.rank); }
-  void tell_all(uint64_t left) override;
+  void tell_all(const Farewell& left) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 

@@ -52,7 +52,7 @@ COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, i
     const int64_t i = n * plan.topk + k;
     int64_t to = place_of(plan, i, source);
     if (to == kNoPlace) {
-      w.reject(static_cast<int>(source));
+      w.malformed(static_cast<int>(source), Phase::arrival);
       to = -1;
     }
     if (plan.source_rows) plan.places[i] = to;

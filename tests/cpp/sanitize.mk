@@ -6,7 +6,7 @@ SANITIZE := build/sanitize
 SANITIZE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -Icsrc
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN_FLAGS := -fsanitize=thread
-SANITIZED := csrc/net/network.cc csrc/net/topology.cc $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc tests/cpp/cpu/*.cc)
+SANITIZED := $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc tests/cpp/cpu/*.cc)
 RUN_SANITIZED := sh tests/cpp/run_sanitized.sh
 
 .PHONY: test-sanitize

@@ -130,7 +130,7 @@ void ids_changed_during_a_dispatch_are_found_before_they_do_harm() {
       const Rows sent{x.data(), row_bytes, kTokens, false, nullptr};
       UnderWay(self, self.comm->finish_dispatch(*pending, sent, room.view, received, false)).wait();
     };
-    if (self.rank == 1) check_blames(failure_of(move, "a dispatch with changed ids"), Cause::damaged, 0);
+    if (self.rank == 1) check_blames(failure_of(move, "a dispatch with changed ids"), Cause::malformed, 0);
     if (self.rank == 0) move();
     self.meet();
   });
