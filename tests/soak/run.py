@@ -28,6 +28,11 @@ _SIGNALS = {
 }
 
 
+def _shortened(lines: list[str], least: int = 30) -> list[str]:
+    """The first and the last lines of many: a sanitizer begins with what matters, Python ends with it."""
+    return lines if len(lines) <= 2 * least else [*lines[:least], "...", *lines[-least:]]
+
+
 def end_with_parent() -> None:
     """This process is killed when its parent ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -148,5 +153,5 @@ class Run:
         for rank, end in enumerate(outcome.ends):
             lines.append(f"  rank {rank}: {end}")
             said = (self.place / f"said.{rank}").read_text(errors="replace").strip()
-            lines += [f"    | {line}" for line in said.splitlines()[-40:]]
+            lines += [f"    | {line}" for line in _shortened(said.splitlines())]
         print("\n".join(lines), flush=True)
