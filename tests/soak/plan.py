@@ -10,7 +10,18 @@ from reference import World, make_world
 
 from soak.faults import KINDS, START, Fault
 
-STEPS = ("sync", "sync", "asynchronous", "waves", "handle", "zero_copy", "buffer", "queued", "backward")
+STEPS = (
+    "sync",
+    "sync",
+    "asynchronous",
+    "waves",
+    "handle",
+    "zero_copy",
+    "buffer",
+    "queued",
+    "backward",
+    "crowded",
+)
 LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one by its own end
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 PATIENCE = 60.0  # a communicator's timeout where nothing waits for it: longer than a run may take
@@ -57,6 +68,15 @@ class Plan:
         """Inputs of all ranks."""
         shape = list(self.tokens), self.experts, self.topk, self.hidden, DTYPES[self.dtype]
         return [make_world(*shape, seed=WORLDS * self.seed + i) for i in range(WORLDS)]
+
+    def capacity(self, worlds: list[World]) -> int:
+        """Room for the rows that any rank receives, which is too little for all rows of all ranks."""
+        received = [
+            sum(int(((idx >= experts.start) & (idx < experts.stop)).any(1).sum()) for idx in world.topk_idx)
+            for world in worlds
+            for experts in map(world.experts_of, range(self.ranks))
+        ]
+        return max(1, *received)
 
     def draw_for(self, step: int, rank: int | None = None) -> random.Random:
         """Choices of a step: those that all ranks share, or a rank's own."""

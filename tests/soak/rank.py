@@ -106,10 +106,11 @@ class Rank:
             os.environ["UCX_TLS"] = plan.network
         self._happen([fault for fault in self.faults if fault.step == START])
         store = dist.FileStore(str(self.place / "store"), plan.ranks)
-        world = plan.worlds()[0]
+        worlds = plan.worlds()
         self.ep = commlib.ExpertParallel(
             StoreGroup(store, self.rank, plan.ranks),
-            **world.config() | {"timeout": plan.start_timeout},
+            **worlds[0].config() | {"timeout": plan.start_timeout},
+            capacity=plan.capacity(worlds),
             slots=plan.slots,
             num_sms=plan.sms,
             routing=plan.routing,

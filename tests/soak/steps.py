@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from reference import (
     World,
@@ -177,6 +178,24 @@ class Step:
         out.backward(self.x.detach())  # both are linear in x: its gradient is then what out is
         self.check_sum(out.detach())
         self.check_sum(self.x.grad)
+
+    def _crowded(self) -> None:
+        """All rows of all ranks to one of them: more than it has room for, where it has not."""
+        self.idx = torch.full_like(self.idx, -1)
+        self.idx[:, 0] = 0
+        self.weights = self.world.topk_weights[self.rank]  # no call like that of the fault "other_call"
+        capacity = self.ep.settings.capacity_on(self.ep.size)
+        tokens = [len(x) for x in self.world.x]
+        if sum(tokens) > capacity:
+            with pytest.raises(commlib.CapacityExceeded, match=f"would receive {sum(tokens)} rows"):
+                self.ep.dispatch(self.x, self.idx, self.weights)
+        d = self.ep.dispatch(self.x, self.idx, self.weights, overflow="drop")
+        self.middle()
+        everyones = torch.cat(self.world.x)[:capacity] * self.scale
+        assert torch.equal(d.x, everyones if 0 in self.world.experts_of(self.rank) else everyones[:0])
+        kept = max(0, min(len(self.x), capacity - sum(tokens[: self.rank])))
+        out = self.ep.combine(d.x, d.handle)
+        assert torch.equal(out[:kept], self.x[:kept]) and not out[kept:].any()
 
     def _dropped(self) -> None:
         """An asynchronous step that lets go of all that nobody needs but the operations under way."""
