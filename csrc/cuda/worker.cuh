@@ -80,28 +80,27 @@ struct WaitingLane {
   }  // and the host tells those on other nodes, when it raises
 }
 
-enum class Look : int { wait, told_others, give_up };
-
-// What a wait for some ranks comes to; `for_good`: records why it is given up. None: a wait that others have
-// been told of has ended well, which they are told now.
-[[gnu::noinline]] __device__ inline Look look_around(const OpParams& op, uint64_t awaited, Phase phase,
-                                                     uint64_t start, bool for_good) {
-  if (ptx::load_acquire_gpu(&op.state->failed) != 0) return Look::give_up;
+// Whether a wait for some ranks is to be given up; `for_good`: records why.
+[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, uint64_t awaited, Phase phase,
+                                                  uint64_t start, bool for_good) {
+  if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
   WaitingLane w{op};
   FailureRecord record{};
-  if (awaited == 0 || !find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
+  if (!find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
-    const uint64_t waited = ptx::globaltimer() - start;
-    if (awaited == 0 || (abort == 0 && waited < op.timeout_ns)) {
-      const bool told = tell_of_wait(w, op.peers, op.wait, awaited, waited >= op.timeout_ns / 2);
-      return told ? Look::told_others : Look::wait;
-    }
+    if (abort == 0 && ptx::globaltimer() - start < op.timeout_ns) return false;
     record = abort ? new_record(w, op.peers, op.wait, static_cast<Cause>(tag_of(abort)), awaited,
                                 bit_of(static_cast<int>(value_of(abort))), phase)
                    : timeout_record(w, op.peers, op.wait, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
-  return Look::give_up;
+  return true;
+}
+
+// See tell_of_wait. A function of its own: gives_up has no registers left for it in a plan.
+[[gnu::noinline]] __device__ inline void tell_others(const OpParams& op, uint64_t awaited, uint64_t start) {
+  WaitingLane w{op};
+  tell_of_wait(w, op.peers, op.wait, awaited, ptx::globaltimer() - start >= op.timeout_ns / 2);
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
@@ -316,7 +315,7 @@ class WarpWorker {
   }
 
   template <class Ready, class Late>
-  __device__ bool await_long(Ready ready, Late late, Phase phase, bool* told) const;
+  __device__ bool await_long(Ready ready, Late late, Phase phase, uint64_t start) const;
 
   const OpParams& op_;
   WarpShared shared_;
@@ -327,15 +326,14 @@ class WarpWorker {
 template <class Ready, class Late>
 __device__ bool WarpWorker::await(Ready ready, int, Late late, Phase phase) const {
   if (ready()) return true;
-  bool told = false;
-  const bool ok = await_long(ready, late, phase, &told);
-  if (told && ok) look_around(op_, 0, phase, 0, false);
+  const uint64_t start = ptx::globaltimer();
+  const bool ok = await_long(ready, late, phase, start);
+  if (ok && ptx::globaltimer() - start >= kLookNs) tell_others(op_, 0, start);
   return ok;
 }
 
 template <class Ready, class Late>
-__device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, bool* told) const {
-  const uint64_t start = ptx::globaltimer();
+__device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, uint64_t start) const {
   uint64_t next_look = start + kLookNs;
   for (;;) {
 #pragma unroll 1
@@ -348,13 +346,14 @@ __device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, bool
     next_look = now + kLookNs;
     const uint64_t awaited = late();
     if (awaited == 0) continue;  // it has come meanwhile
-    const Look look = look_around(op_, awaited, phase, start, false);
-    *told |= look == Look::told_others;
-    if (look != Look::give_up) continue;
+    if (!gives_up(op_, awaited, phase, start, false)) {
+      tell_others(op_, awaited, start);
+      continue;
+    }
     if (ready()) return true;  // who left did its part first, and said so after that
     // What was a reason may be none any more: from another node, that a rank has left may come before what
     // it did. No wait is given up without a record.
-    if (look_around(op_, awaited, phase, start, true) == Look::give_up) return false;
+    if (gives_up(op_, awaited, phase, start, true)) return false;
   }
 }
 

@@ -79,12 +79,12 @@ COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_
 // waits for nobody. When one wait has ended well, other workers whose waits go on say theirs again.
 template <class Worker>
 COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
-  const uint32_t newest = tag_of(newest_call(w, peers, peers.rank));
+  const uint32_t newest = ranks ? tag_of(newest_call(w, peers, peers.rank)) : 0;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
     const uint64_t named = ranks && tag_of(before) == newest ? ranks | ranks_of_half(before, half) : ranks;
-    const uint64_t word = tagged_half(newest, named, half);
+    const uint64_t word = tagged_half(ranks ? newest : tag_of(before), named, half);
     if (word != before && (value_of(word) || value_of(before))) say_awaited(w, peers, half, before, word);
   }
 }

@@ -134,8 +134,8 @@ COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const Wait& wait, 
   return gone;
 }
 
-// What a wait for some ranks does besides, now and then, and, where it has returned true, when it has ended
-// well: `awaited` is none then. `long_wait`: for half its deadline. Whether others have been told of it.
+// What a wait for some ranks does besides, now and then; and when it has ended well, if others may have been
+// told of it: `awaited` is none then. `long_wait`: for half its deadline. Whether others know of it now.
 template <class Worker>
 COMMLIB_HD bool tell_of_wait(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
                              bool long_wait) {
