@@ -26,6 +26,20 @@ NOTICE = 8  # bytes with which a rank asks for a signal
 CHILD_SECONDS = 15.0
 
 
+def serve_store(place: Path) -> dist.TCPStore:
+    """The store over which ranks meet, as torchrun serves it: no rank can stop while it holds its lock."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (place / "writing").write_text(str(store.port))
+    (place / "writing").rename(place / "port")
+    return store
+
+
+def connect_to_store(place: Path) -> dist.TCPStore:
+    while not (place / "port").exists():
+        time.sleep(0.001)
+    return dist.TCPStore("127.0.0.1", int((place / "port").read_text()), wait_for_workers=False)
+
+
 class Planned(Exception):
     """What the program itself raises."""
 
@@ -105,7 +119,7 @@ class Rank:
         if plan.network:
             os.environ["UCX_TLS"] = plan.network
         self._happen([fault for fault in self.faults if fault.step == START])
-        store = dist.FileStore(str(self.place / "store"), plan.ranks)
+        store = connect_to_store(self.place)
         worlds = plan.worlds()
         self.ep = commlib.ExpertParallel(
             StoreGroup(store, self.rank, plan.ranks),

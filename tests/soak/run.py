@@ -16,7 +16,7 @@ from pathlib import Path
 
 from soak.faults import End, judge
 from soak.plan import Plan
-from soak.rank import NOTICE, be_rank
+from soak.rank import NOTICE, be_rank, serve_store
 
 LIMIT = 25.0  # seconds for a run beside what its faults themselves take
 _TICK = 0.005
@@ -61,10 +61,12 @@ class Run:
     def run(self) -> Outcome:
         begun = time.monotonic()
         self._fork()
+        store = serve_store(self.place)  # has threads, and so comes after the ranks
         while self.alive and time.monotonic() - begun < self.limit:
             self._look()
         hung = list(self.alive)
         self._end_all()
+        del store
         seconds = time.monotonic() - begun
         ends = [self._end_of(rank, rank in hung) for rank in range(self.plan.ranks)]
         outcome = Outcome(ends, judge(self.plan, ends), seconds)
