@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import resource
 import socket
@@ -143,8 +144,8 @@ class BesetGroup(FileGroup):
 
     def allgather(self, obj):
         got = super().allgather(obj)
-        if self.rank == 0 and isinstance(got[1], str) and self.said is None:
-            self.said = self.act(got[1])
+        if self.rank == 0 and isinstance(got[1], bytes) and self.said is None:
+            self.said = self.act(json.loads(got[1]))
         return got
 
 

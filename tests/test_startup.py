@@ -7,8 +7,9 @@ import pytest
 from processes import descriptors, memory_of
 
 from commlib import bootstrap, cuda
+from commlib.conversation import gather
 
-CONFIG = SimpleNamespace(device=0, timeout=60.0)
+CONFIG = SimpleNamespace(device=0)
 
 
 class Core:
@@ -41,7 +42,10 @@ def connect(monkeypatch):
         stand_in = SimpleNamespace(make_communicator=make, require_peer_access=require_peer_access)
         monkeypatch.setattr(cuda, "_cuda", stand_in)
         infos = [{"uuid": f"gpu {rank}"} for rank in range(group.size)]
-        return bootstrap._make_and_connect(group, CONFIG, infos, list(range(group.size)))
+        with group.converse(60.0) as talk:
+            core = bootstrap._make_and_connect(talk, CONFIG, infos, list(range(group.size)))
+            gather(talk, "ready", None)
+        return core
 
     return run
 
