@@ -21,6 +21,7 @@ from commlib.errors import CommError, PeerTimeout
 
 _PATIENCE = 300.0  # seconds of a gather outside of start-up
 NOTHING: Any = object()  # has been posted yet
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-4, 2e-2  # seconds between looks for what others post
 _VALUE, _FAILURE = b"=", b"!"  # begin what a user's own group carries
 
 
@@ -111,8 +112,8 @@ def _about_files(error: BaseException) -> str:
     )
 
 
-# Open from the beginning, and given up while a rank tells the others that it fails: one that has run out of
-# open files can do so, too, where its group needs one for it.
+# Open from the beginning, and given up while ranks talk: one that has run out of open files can still tell
+# the others, also where its group needs a file for it.
 _spare: list[int] = []
 
 
@@ -126,12 +127,14 @@ _take_spare()
 
 @contextlib.contextmanager
 def _a_file_to_spare() -> Iterator[None]:
-    if _spare:
-        os.close(_spare.pop())
+    given = _spare.pop() if _spare else None
+    if given is not None:
+        os.close(given)
     try:
         yield
     finally:
-        _take_spare()
+        if given is not None:
+            _take_spare()
 
 
 def gather(group: Group, step: str, value: Any) -> list[Any]:
@@ -181,7 +184,8 @@ class _Plain(Conversation):
 
     def _gather(self, data: bytes) -> list[bytes]:
         try:
-            return self.group.allgather(data)
+            with _a_file_to_spare():
+                return self.group.allgather(data)
         except BaseException:
             self.over = True  # the group may be anywhere now, and would not come back from another gather
             raise
@@ -220,9 +224,9 @@ class PostingGroup(Group):
     def find(self, key: str) -> Any:
         """The bytes that a rank has posted, or NOTHING."""
 
-    @abstractmethod
-    def pause(self, key: str, seconds: float) -> None:
-        """Return when it may have been posted, or other things, or after so many seconds."""
+    def pause(self, waited: float, left: float) -> None:
+        """Wait until something may have been posted, or so long as is left, having waited for a while."""
+        time.sleep(min(left, max(_SHORTEST_PAUSE, min(_LONGEST_PAUSE, waited / 10))))
 
     @abstractmethod
     def drop(self, keys: Sequence[str]) -> None:
@@ -252,6 +256,7 @@ class _Posted(Conversation):
     def allgather(self, data: bytes) -> list[bytes]:
         keys = self._keys(self._step)
         self.group.post(keys[self.rank], data)
+        began = time.monotonic()
         said: list[Any] = [NOTHING] * self.size
         said[self.rank] = data
         while True:
@@ -260,7 +265,7 @@ class _Posted(Conversation):
             if not missing:
                 break
             self._raise_if_hopeless(missing)
-            self.group.pause(keys[missing[0]], self.left)
+            self.group.pause(time.monotonic() - began, self.left)
         self.group.drop(self.group.found)
         self.group.found = keys
         self._step += 1

@@ -25,7 +25,8 @@ from commlib.settings import START_SECONDS
 
 __all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "TorchGroup", "resolve_group"]
 
-_SLICE = 0.1  # seconds in one call of a store, which nothing interrupts
+_MPI_PAUSE = 1e-3  # seconds
+_MPI_LOOKS = 20  # after which what has been sent before is there: MPI moves a little each time
 
 
 class SingleGroup(Group):
@@ -60,10 +61,6 @@ class StoreGroup(PostingGroup):
     def find(self, key: str) -> Any:
         with _store_errors():
             return self._store.get(key) if self._store.check([key]) else NOTHING
-
-    def pause(self, key: str, seconds: float) -> None:
-        with _store_errors(), contextlib.suppress(dist.DistStoreError):
-            self._store.wait([key], timedelta(seconds=max(0.01, min(seconds, _SLICE))))
 
     def drop(self, keys: Sequence[str]) -> None:
         if keys:
@@ -119,7 +116,7 @@ class _Letters:
             self._sent.append((self._comm.Isend(letter, rank), letter))
         self._sent = [(request, letter) for request, letter in self._sent if not request.Test()]
 
-    def find(self, key: str) -> Any:
+    def receive(self) -> None:
         from mpi4py import MPI
 
         status = MPI.Status()
@@ -128,14 +125,14 @@ class _Letters:
             message.Recv(letter)
             name, _, data = bytes(letter).partition(b" ")
             self._received[name.decode()] = data
+
+    def find(self, key: str) -> Any:
+        self.receive()
         return self._received.get(key, NOTHING)
 
     def drop(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._received.pop(key, None)
-
-
-_MPI_PAUSE = 2e-4  # seconds
 
 
 @cache
@@ -165,8 +162,11 @@ class MPIGroup(PostingGroup):
     def open(self, seconds: float) -> int:
         if not self._letters.wait_for_all(seconds):
             others = [rank for rank in range(self.size) if rank != self.rank]
-            text = f"one or more ranks of the MPI communicator did not come within {seconds:g} s"
+            named = ", ".join(map(str, others))
+            text = f"one or more of ranks {named} of the MPI communicator did not come within {seconds:.3g} s"
             raise PeerTimeout(text, self.rank, others, "start-up", "communicator", 0)
+        for _ in range(_MPI_LOOKS):
+            self._letters.receive()
         self._letters.conversations += 1
         return self._letters.conversations
 
@@ -175,9 +175,6 @@ class MPIGroup(PostingGroup):
 
     def find(self, key: str) -> Any:
         return self._letters.find(key)
-
-    def pause(self, key: str, seconds: float) -> None:
-        time.sleep(min(seconds, _MPI_PAUSE))
 
     def drop(self, keys: Sequence[str]) -> None:
         self._letters.drop(keys)
@@ -231,10 +228,10 @@ class ThreadGroup(PostingGroup):
     def find(self, key: str) -> Any:
         return self._board.posts.get(key, NOTHING)
 
-    def pause(self, key: str, seconds: float) -> None:
+    def pause(self, waited: float, left: float) -> None:
         board = self._board
         with board.changed:
-            board.changed.wait_for(lambda: board.changes != self._seen, seconds)
+            board.changed.wait_for(lambda: board.changes != self._seen, left)
             self._seen = board.changes
 
     def drop(self, keys: Sequence[str]) -> None:

@@ -1,8 +1,10 @@
 """Ranks that are forked processes: for start-up without a launcher, and with ranks that die in it."""
 
+import contextlib
 import gc
 import os
 import pickle
+import resource
 import signal
 import time
 from pathlib import Path
@@ -77,3 +79,17 @@ def memory_of(rank):
     fd = os.memfd_create(f"heap {rank}")
     os.write(fd, b"heap of rank %d" % rank)
     return fd
+
+
+@contextlib.contextmanager
+def no_more_descriptors(but=0):
+    """This process can open so many files inside, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(but + 1)]
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -1,16 +1,14 @@
 """Descriptors from process to process at start-up: memfds stand for device memory."""
 
-import contextlib
 import glob
 import json
 import os
-import resource
 import socket
 import tempfile
 from array import array
 
 import pytest
-from processes import HANG_SECONDS, FileGroup, descriptors, memory_of
+from processes import HANG_SECONDS, FileGroup, descriptors, memory_of, no_more_descriptors
 
 from commlib import fd_exchange
 from commlib.errors import CommError
@@ -253,19 +251,6 @@ def test_a_rank_that_cannot_begin_tells_all_others(in_processes, room):
 
 
 # -- what comes in -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_more_descriptors():
-    """This process can open no file inside."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
-"""Start-up of ranks that are processes with a GPU each, on cores that stand for the CUDA backend's."""
+"""Start-up of ranks that are processes.
 
+With a GPU each, on cores that stand for the CUDA backend's; with too few open files.
+"""
+
+import contextlib
 import os
 from types import SimpleNamespace
 
 import pytest
-from processes import descriptors, memory_of
+from processes import descriptors, memory_of, no_more_descriptors
 
-from commlib import bootstrap, cuda
+from commlib import ExpertParallel, bootstrap, cuda
 from commlib.conversation import gather
 
 CONFIG = SimpleNamespace(device=0)
@@ -72,3 +76,25 @@ def test_a_rank_that_cannot_open_anothers_memory_is_an_error_on_all(in_processes
     assert texts[1] == why
     assert texts[0] == texts[2] == f"rank 1 could not start: RuntimeError: {why}"
     assert max(left) <= 1  # its own
+
+
+# -- open files
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_a_rank_that_runs_out_of_files_says_so_to_all(in_processes, left):
+    def main(group):
+        few = no_more_descriptors(left) if group.rank == 1 else contextlib.nullcontext()
+        with few:
+            ep = ExpertParallel(
+                group, num_experts=4, hidden=8, topk=1, max_tokens=4, device="cpu", timeout=60.0
+            )
+        group.barrier()
+        ep.close()
+
+    said = in_processes(main, 3)
+    if left > 0 and said == [None] * 3:  # it was enough
+        return
+    assert "ulimit -n" in said[1]
+    for other in (said[0], said[2]):
+        assert other.startswith("CommError: rank 1 could not start: ") and "ulimit -n" in other
