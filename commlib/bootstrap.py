@@ -60,7 +60,7 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
         _facts(settings) | own_place() | {"pid": os.getpid(), "shared": settings.shared() | _build(settings)}
     )
     infos = gather(talk, "settings", mine)
-    _compare([info["shared"] for info in infos])
+    _compare([_shared_of(info, rank) for rank, info in enumerate(infos)])
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
@@ -254,12 +254,20 @@ def _sources_of(module: Any) -> str:
     return record.read_text().strip() if record.exists() else "unknown"
 
 
+def _shared_of(info: Any, rank: int) -> dict[str, Any]:
+    """What a rank says that must be equal on all."""
+    shared = info.get("shared") if isinstance(info, dict) else None
+    if not isinstance(shared, dict):
+        raise CommError(f"settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?")
+    return shared
+
+
 def _compare(shared: list[dict[str, Any]]) -> None:
     differences = []
     for name in dict.fromkeys(name for settings in shared for name in settings):
         values: dict[Any, list[int]] = {}
         for rank, settings in enumerate(shared):
-            values.setdefault(settings.get(name), []).append(rank)
+            values.setdefault(str(settings.get(name)), []).append(rank)
         if len(values) > 1:
             said = ", ".join(f"{value} on rank {_ranks(ranks)}" for value, ranks in values.items())
             advice = ": install the same commlib on all" if name == "build" else ""

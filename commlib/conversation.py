@@ -272,7 +272,7 @@ class _Posted(Conversation):
         return said
 
     def tell(self, why: str, missing: Sequence[int]) -> None:
-        self.group.post(self._ended, json.dumps({"why": why, "missing": list(missing)}).encode())
+        self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
 
     def _raise_if_hopeless(self, missing: list[int]) -> None:
         ending = self._ending()
@@ -298,9 +298,15 @@ class _Posted(Conversation):
         return f"{self._number}/ended"
 
     def _ending(self) -> dict[str, Any]:
-        """How the conversation has ended, if it has."""
+        """How the conversation has ended, if it has: why, and because of which ranks that were missing."""
         said = self.group.find(self._ended)
-        return {} if said is NOTHING else json.loads(said)
+        if said is NOTHING:
+            return {}
+        try:
+            why, missing = json.loads(said)
+            return {"why": str(why), "missing": [int(rank) for rank in missing]}
+        except (TypeError, ValueError):
+            return {"why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
 
     def _keys(self, step: int) -> list[str]:
         return [f"{self._number}/{step}/{rank}" for rank in range(self.size)]

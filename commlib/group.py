@@ -46,8 +46,9 @@ class StoreGroup(PostingGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         # torchrun's store outlives its workers: what they said must not be taken for what the next ones say.
+        # torchrun counts attempts, but not where a node has joined or left.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"commlib/{attempt}", store)
+        self._store = dist.PrefixStore(f"commlib/{attempt}/{size}", store)
         self.rank, self.size = rank, size
 
     def open(self, seconds: float) -> int:
@@ -322,22 +323,20 @@ def _default_group(seconds: float) -> Group:
     return MPIGroup(MPI.COMM_WORLD)
 
 
-@cache
-def _kept_stores() -> dict[tuple[str, ...], dist.Store]:
-    """By address: rank 0 may have to serve its store for as long as the process lives."""
-    return {}
+# By address: rank 0 may have to serve its store for as long as the process lives. A child has its own.
+_stores: dict[tuple[int, str, str], dist.Store] = {}
 
 
 def _environment_store(rank: int, size: int, seconds: float) -> dist.Store:
     """The store that torchrun's variables name. Waits only for who serves it."""
-    place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    stores = _kept_stores()
-    if place not in stores:
+    place = os.getpid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _, host, port = place
+    if place not in _stores:
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
         try:
-            stores[place] = dist.TCPStore(
-                place[0],
-                int(place[1]),
+            _stores[place] = dist.TCPStore(
+                host,
+                int(port),
                 size,
                 is_master=rank == 0 and not served,
                 timeout=timedelta(seconds=seconds),
@@ -347,7 +346,7 @@ def _environment_store(rank: int, size: int, seconds: float) -> dist.Store:
         except (RuntimeError, ValueError) as error:
             who = "torchrun" if served else "rank 0"
             raise CommError(
-                f"the store that {who} serves for start-up, at {':'.join(place)} (MASTER_ADDR, MASTER_PORT), "
+                f"the store that {who} serves for start-up, at {host}:{port} (MASTER_ADDR, MASTER_PORT), "
                 f"could not be reached or opened within {seconds:g} s: {error}"
             ) from None
-    return stores[place]
+    return _stores[place]

@@ -85,11 +85,14 @@ def memory_of(rank):
 def no_more_descriptors(but=0):
     """This process can open so many files inside, and no more."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = [os.dup(0) for _ in range(but + 1)]
-    for fd in free:
-        os.close(fd)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), before[1]))
+    top = max(map(int, os.listdir("/proc/self/fd")))
+    filled = [os.dup(0)]  # what lies below the limit, which is one of numbers
+    while filled[-1] < top:
+        filled.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (filled[-1] + 1 + but, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for fd in filled:
+            os.close(fd)

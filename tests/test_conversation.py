@@ -111,7 +111,7 @@ def test_what_is_not_json_is_an_error_and_never_unpickled():
         def __reduce__(self):
             return pytest.fail, ("unpickled",)
 
-    dist.PrefixStore("commlib/0", store).set("1/0/1", pickle.dumps(Trap()))
+    dist.PrefixStore("commlib/0/2", store).set("1/0/1", pickle.dumps(Trap()))
     with pytest.raises(commlib.CommError, match=r"settings: rank 1 said .* another version"):
         construct(group)
 
