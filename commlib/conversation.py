@@ -154,8 +154,6 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
     except PeerTimeout as error:
         text = f"{step}: {error}"
         raise PeerTimeout(text, error.rank, error.peers, error.op, step, error.epoch) from None
-    if len(said) != group.size:
-        raise CommError(f"{step}: allgather gave {len(said)} things for {group.size} ranks")
     values = []
     for rank, data in enumerate(said):
         try:
@@ -173,6 +171,14 @@ class _Plain(Conversation):
 
     def allgather(self, data: bytes) -> list[bytes]:
         said = self._gather(_VALUE + data)
+        wrong = [what for what in said if not isinstance(what, bytes | bytearray | memoryview)]
+        if wrong or len(said) != self.size:
+            self.over = True
+            found = f"{len(said)} things" + "".join(
+                f", a {type(what).__name__} among them" for what in wrong[:1]
+            )
+            name = type(self.group).__name__
+            raise TypeError(f"{name}.allgather must return bytes of {self.size} ranks, it gave {found}")
         failures = [bytes(what[1:]) for what in said if bytes(what[:1]) == _FAILURE]
         if failures:
             self.over = True

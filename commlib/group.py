@@ -45,9 +45,11 @@ class StoreGroup(PostingGroup):
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        # torchrun's store outlives its workers: what they said must not be taken for what the next ones say.
-        # torchrun counts attempts, but not where a node has joined or left.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # torchrun's store outlives its workers. Those of the next attempt go on counting, which is right
+        # unless some died at start-up: then what these said must not be heard. The number of the attempt
+        # keeps it away, but with several nodes each counts the attempts after failures of its own.
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any"
         self._store = dist.PrefixStore(f"commlib/{attempt}/{size}", store)
         self.rank, self.size = rank, size
 
@@ -160,16 +162,32 @@ class MPIGroup(PostingGroup):
             self._comm.Set_attr(_letters_key(), letters)
         return letters
 
+    def barrier(self) -> None:
+        """Return when every rank has called it: by MPI, which lets all go at nearly the same moment.
+
+        Raises:
+            PeerTimeout: a rank did not come within 300 s.
+        """
+        request, end = self._comm.Ibarrier(), time.monotonic() + START_SECONDS
+        while not request.Test():
+            if time.monotonic() > end:
+                raise self._timeout(START_SECONDS)
+            time.sleep(0)
+
     def open(self, seconds: float) -> int:
         if not self._letters.wait_for_all(seconds):
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            named = ", ".join(map(str, others))
-            text = f"one or more of ranks {named} of the MPI communicator did not come within {seconds:.3g} s"
-            raise PeerTimeout(text, self.rank, others, "start-up", "communicator", 0)
+            raise self._timeout(seconds)
         for _ in range(_MPI_LOOKS):
             self._letters.receive()
         self._letters.conversations += 1
         return self._letters.conversations
+
+    def _timeout(self, seconds: float) -> PeerTimeout:
+        """MPI does not say who is missing."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        named = ", ".join(map(str, others))
+        text = f"one or more of ranks {named} of the MPI communicator did not come within {seconds:.3g} s"
+        return PeerTimeout(text, self.rank, others, "start-up", "communicator", 0)
 
     def post(self, key: str, data: bytes) -> None:
         self._letters.send(key, data)

@@ -103,6 +103,21 @@ def test_groups_are_given_bytes():
     assert on_ranks(groups, main) == [{bytes}] * 2
 
 
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [([b"=1"], "gave 1 things"), ([b"=1", 1], "gave 2 things, a int among them"), ([], "gave 0 things")],
+)
+def test_a_group_that_gathers_something_else_is_refused(said, text):
+    class Wrong(Group):
+        rank, size = 0, 2
+
+        def allgather(self, data):
+            return said
+
+    with pytest.raises(TypeError, match=rf"Wrong.allgather must return bytes of 2 ranks, it {text}$"):
+        construct(Wrong())
+
+
 def test_what_is_not_json_is_an_error_and_never_unpickled():
     store = dist.HashStore()
     group = StoreGroup(store, 0, 2)
@@ -264,6 +279,17 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_heard(monkeypatch):
 
     assert isinstance(attempt(0, [0])[0], commlib.PeerTimeout)
     assert attempt(1, [0, 1]) == [2, 2]
+
+
+def test_nodes_need_not_agree_on_the_number_of_the_attempt(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    for attempts in ((0, 0), (0, 1), (2, 1)):
+        groups = []
+        for rank, attempt in enumerate(attempts):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+            groups.append(StoreGroup(store, rank, 2))
+        assert on_ranks(groups, construct) == [2, 2]
 
 
 # -- Ctrl-C
