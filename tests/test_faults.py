@@ -46,7 +46,7 @@ def test_a_rank_that_never_comes_is_named(device, operation):
     started = time.monotonic()
 
     def rank_main(rank):
-        with ExpertParallel(timeout=1.0, **CONFIG) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG) as ep:
             d = ep.dispatch(x, idx)
             if rank == 2:
                 ep.group.barrier()
@@ -77,7 +77,7 @@ def test_all_missing_ranks_are_named(device):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.5, startup_timeout=60.0, **CONFIG) as ep:
             try:
                 if rank == 0:
                     ep.dispatch(x, idx)
@@ -141,7 +141,7 @@ def test_after_a_failure_the_communicator_says_that_it_is_broken(device):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.3, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.3, startup_timeout=60.0, **CONFIG) as ep:
             if rank == 0:
                 with pytest.raises(commlib.PeerTimeout):
                     ep.dispatch(x, idx)
@@ -164,7 +164,7 @@ def test_an_asynchronous_failure_is_raised_by_waiting(device, wait):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.5, startup_timeout=60.0, **CONFIG) as ep:
             d = ep.dispatch(x, idx)
             if rank == 0:
                 _, event = ep.combine(d.x, d.handle, async_op=True)

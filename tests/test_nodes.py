@@ -172,7 +172,7 @@ def test_a_rank_that_never_comes_is_named_across_nodes():
     config = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=1.0, ranks_per_node=2, **config) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, ranks_per_node=2, **config) as ep:
             ep.dispatch(x, idx)
             try:
                 if rank != 3:
