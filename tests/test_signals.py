@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ import commlib
 from commlib import ExpertParallel
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32, "device": "cpu"}
+CONFIG_TEXT = "dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, device='cpu')"
 X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
 DEADLINE = 40.0  # of operations, for which nothing here waits
 SOON = 15.0  # on a machine that does other things as well
@@ -219,3 +222,45 @@ def keep_the_gil(n, file):
         return True
     _ = 3**n
     return file.exists()
+
+
+ENDS = {
+    "it returns": ("", 0, 1.0),
+    "sys.exit": ("sys.exit(3)", 3, 1.0),
+    "an exception": ("raise ValueError('the program failed')", 1, DEADLINE),
+    "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", -signal.SIGINT, DEADLINE),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("operation", ["dispatch", "combine", "an event"])
+def test_a_program_may_end_while_a_thread_waits(operation, end):
+    """A daemon thread that waits in an operation when the interpreter ends neither aborts it nor holds it up."""
+    statement, status, deadline = ENDS[end]
+    program = f"""
+import os, signal, sys, threading, time, torch, commlib
+from commlib.group import ThreadGroup
+x, idx, there = torch.ones(4, 64), torch.tensor([[0, 7]] * 4), threading.Barrier(3)
+def rank_main(group):
+    ep = commlib.ExpertParallel(group, timeout={deadline}, startup_timeout=60.0, num_sms=2, **{CONFIG_TEXT})
+    d = ep.dispatch(x, idx)
+    there.wait()
+    if group.rank == 1:
+        time.sleep(60)
+    elif {operation == "dispatch"}:
+        ep.dispatch(x, idx)
+    elif {operation == "combine"}:
+        ep.combine(d.x, d.handle)
+    else:
+        ep.combine(d.x, d.handle, async_op=True)[1].wait()
+for group in ThreadGroup.world(2):
+    threading.Thread(target=rank_main, args=(group,), daemon=True).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+there.wait()
+time.sleep(0.2)
+{statement}
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status, done.stderr
+    assert time.monotonic() - began < 2 * SOON  # with the time that PyTorch takes to come
