@@ -105,13 +105,13 @@ std::vector<Forgery> forgeries(const Config& config) {
       {"size that there is not", chunk(0, 63), 63},
       {"size that there is not", chunk(0, 0), 0},
       {"size that there is not", chunk(0, 1 << 20), 1 << 20},
-      {"channel that there is not", chunk(0, 64, 1), 64},  // one lane there is
+      {"channel that there is not", chunk(0, 64, 16), 64},  // no rank has so many lanes
       {"channel that there is not", chunk(0, 64, UINT16_MAX), 64},
       {"channel that there is not", chunk(0, 64, 0, 2), 64},
       {"channel that there is not", chunk(0, 64, 0, 255), 64},
       {"not sent", taken(far), 0},
       {"not sent", taken(most), 0},
-      {"no channel", taken(0, 1), 0},
+      {"no channel", taken(0, 16), 0},
       {"no channel", taken(0, 0, 9), 0},
   };
 }
