@@ -121,7 +121,7 @@ class ThreadGroup(Group):
         """This rank failed: let the others' waits for it fail at once."""
         self._meeting.barrier.abort()
         for communicator in list(self.communicators):
-            communicator._core.give_up(why)
+            communicator.core.give_up(why)
 
 
 _current = threading.local()

@@ -43,8 +43,8 @@ def test_ops_pass_torchs_own_checks(device):
         d = ep.dispatch(x.detach(), world.topk_idx[0], w.detach())
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
-            ops.dispatch,
-            (x, world.topk_idx[0], w, ep._number, False, 1, False, False, False, False),
+            torch.ops.commlib.dispatch.default,
+            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, False, False),
             test_utils=tests,
         )
         torch.library.opcheck(
