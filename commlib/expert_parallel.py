@@ -166,6 +166,7 @@ class ExpertParallel:
             PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
+        self._before(async_op, previous_event)
         export = exporter_for(x)
         rows, weights = self._tensor("x", x), self._weights("topk_weights", topk_weights)
         if handle is not None:
@@ -173,7 +174,7 @@ class ExpertParallel:
             layout, align = handle.layout, handle.align
         layout = layout or "rank"
         checks.check_layout(layout, zero_copy, overflow)
-        checks.check_flags(zero_copy=zero_copy, async_op=async_op, in_waves=in_waves)
+        checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
         grouped = layout == "expert"
         if in_waves and not (grouped and async_op and handle is None):
             raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
@@ -208,9 +209,8 @@ class ExpertParallel:
             def routing_of(outputs: tuple) -> ops.Routing:
                 return known
 
-        self._before(async_op, previous_event)
         part = None
-        if async_op and not in_waves and split.wants_gradient(rows, weights):
+        if async_op and not in_waves and ops.wants_gradient(rows, weights):
             part, outputs = split.start_dispatch(self._comm, issue, rows, weights, routing_of, grouped)
         else:
             outputs = issue(rows, weights)
@@ -266,21 +266,20 @@ class ExpertParallel:
         Raises:
             ValueError, TypeError, PeerTimeout, HandleError: as dispatch.
         """
+        self._before(async_op, previous_event)
         export = exporter_for(y)
         self._check_handle(handle)
-        checks.check_flags(async_op=async_op)
         rows, row_weights = self._tensor("y", y), self._weights("weights", weights)
         bias_rows = None if bias is None else self._tensor("bias", bias)
         inputs = (rows, row_weights, bias_rows)
         target = None if out is None else checks.tensor_on(self.device, "out", out, writable=True)
-        self._before(async_op, previous_event)
         arguments = (*inputs, None, *handle._arguments(), async_op)
         part = None
         if target is not None:
             checks.check_out(target, handle.num_tokens, self.settings, inputs)
             ops.combine_into(target, arguments)
             result = out
-        elif async_op and split.wants_gradient(*inputs):
+        elif async_op and ops.wants_gradient(*inputs):
 
             def issue(y: Tensor, w: Tensor | None, b: Tensor | None) -> tuple:
                 return ops.combine(y, w, b, *arguments[3:])[:1]
@@ -409,6 +408,7 @@ class ExpertParallel:
                 raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
 
     def _before(self, async_op: bool, previous_event: Event | None) -> None:
+        checks.check_flags(async_op=async_op)
         refuse_forward_mode()
         if async_op and torch.compiler.is_compiling():
             raise ValueError("async_op cannot be traced by torch.compile")

@@ -398,7 +398,32 @@ def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: A
     return getattr(torch.ops.commlib, name).default
 
 
-_eager_dispatch = _register("dispatch", _dispatch, _fake_dispatch, _dispatch_backward, _setup_dispatch)
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _past_autograd(op: Any, inputs: int, traced: Any = None) -> Callable[..., Any]:
+    """``op`` without the way through autograd, a fifth of a small operation, where nothing wants a gradient.
+
+    Args:
+        inputs: that many arguments may require grad, the first ones.
+        traced: the op for torch.compile, if it is another.
+    """
+    traced = traced or op
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return traced(*arguments)
+        if wants_gradient(*arguments[:inputs]):
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
+_dispatch_op = _register("dispatch", _dispatch, _fake_dispatch, _dispatch_backward, _setup_dispatch)
 _traced_dispatch = _register(
     "traced_dispatch",
     lambda *arguments: list(_dispatch(*arguments)),
@@ -406,17 +431,16 @@ _traced_dispatch = _register(
     lambda ctx, grads: _dispatch_backward(ctx, *grads),
     _setup_dispatch,
 )
-redispatch = _register("redispatch", _redispatch, _fake_redispatch, _redispatch_backward, _setup_redispatch)
-combine = _register("combine", _combine, _fake_combine, _combine_backward, _setup_combine)
-for _op in (_traced_dispatch, redispatch, combine):
+_redispatch_op = _register(
+    "redispatch", _redispatch, _fake_redispatch, _redispatch_backward, _setup_redispatch
+)
+_combine_op = _register("combine", _combine, _fake_combine, _combine_backward, _setup_combine)
+for _op in (_traced_dispatch, _redispatch_op, _combine_op):
     compiling.keep_in_order(_op)
 
-
-def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op for the mode we are in."""
-    if torch.compiler.is_compiling():
-        return tuple(_traced_dispatch(*arguments))
-    return _eager_dispatch(*arguments)
+dispatch = _past_autograd(_dispatch_op, 3, _traced_dispatch)
+redispatch = _past_autograd(_redispatch_op, 2)
+combine = _past_autograd(_combine_op, 4)
 
 
 def combine_into(out: Tensor, arguments: tuple[Any, ...]) -> None:

@@ -94,11 +94,6 @@ def finish(split: Split, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return _Finish.apply(split, *tensors)
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an operation on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def start_dispatch(
     comm: Communicator,
     issue: Callable[..., tuple],
