@@ -190,7 +190,7 @@ def _check_rows(name: str, rows: Tensor, settings: Settings, count: int | None =
             raise ValueError(f"{name} has {shape[0]} rows, but max_tokens is {settings.max_tokens}")
     elif shape[0] != count:
         raise ValueError(f"{name} must have {count} rows, got {shape[0]}")
-    if rows.stride()[1] != 1 and shape[1] > 1:
+    if rows.stride()[1] != 1 and shape[1] > 1 and shape[0] > 0:
         raise ValueError(
             f"the elements of a row of {name} must lie side by side, but its strides are "
             f"{rows.stride()}: call .contiguous()"
