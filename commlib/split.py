@@ -46,6 +46,10 @@ class Split:
 
     def begin(self, grads: Sequence[Tensor]) -> None:
         """In finish's backward."""
+        if self._results is not None:
+            raise RuntimeError(
+                "finish() was called twice on one operation, and the results of both were used"
+            )
         self._results = self._adjoint(grads, True)
         self._event = self._comm.take_event()
 
