@@ -138,10 +138,10 @@ class ExpertParallel:
                 stride), elements of a row may not. Tensor, or NumPy or CuPy array; results are of the same
                 kind.
             topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
-                with ``handle``.
+                with ``handle``. Copied: it may change as soon as the call returns.
             topk_weights: ``[T, topk]`` float32 (float64 for float64 rows).
             layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
-            align: with "expert": each group is padded with zero rows to a multiple of this.
+            align: with "expert": each group is padded with zero rows to a multiple of this, 1 to 65536.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
             zero_copy: never copy: raise HandleError where no slot is free. Without it rows are copied out
                 of the slot when fewer than two others are free. Layout "rank" only, since grouped rows
@@ -162,6 +162,9 @@ class ExpertParallel:
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
+            NotImplementedError: forward-mode AD or torch.vmap, which have no rule; nothing has been sent.
+            RuntimeError, MemoryError: there is no memory for the results, whose size is known once all ranks
+                have told their counts: the communicator is given up, and the other ranks raise CommError.
             CapacityExceeded: on all ranks; nothing has been sent.
             PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
             HandleError: no slot is free, or the handle is released or another communicator's.
@@ -198,7 +201,8 @@ class ExpertParallel:
                 return ops.dispatch(x, idx, w, *rest)
 
             def routing_of(outputs: tuple) -> ops.Routing:
-                return ops.Routing._make((idx, *outputs[3:], self._name))
+                routes, local, source, groups = outputs[3:]
+                return ops.Routing(idx, routes, local, source, groups, self._name)
         else:
             known, arguments = handle._tensors(), handle._arguments()
             groups = self._copied(known.groups)
@@ -256,7 +260,8 @@ class ExpertParallel:
             weights: ``[num_rows]``, one for each row of y (layout "expert": ``Dispatched.topk_weights``).
                 None: rows are summed as they are.
             bias: ``[T, hidden]``, added once.
-            out: ``[T, hidden]`` contiguous, written and returned; not differentiable.
+            out: ``[T, hidden]`` contiguous, written and returned; not differentiable. It shares no memory
+                with ``y``, ``weights`` or ``bias``, does not require grad and is not read-only.
             async_op: return ``(out, event)`` at once.
             previous_event: an event to wait for first.
 
@@ -264,7 +269,7 @@ class ExpertParallel:
             ``[T, hidden]``, or with ``async_op`` a pair of that and an Event. Tokens without experts are 0.
 
         Raises:
-            ValueError, TypeError, PeerTimeout, HandleError: as dispatch.
+            ValueError, TypeError, NotImplementedError, PeerTimeout, HandleError: as dispatch.
         """
         self._before(async_op, previous_event)
         export = exporter_for(y)
