@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -nam
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench csrc examples tests setup.py
 
-.PHONY: help setup test bench bench-overlap bench-link bench-nodes train lint format cuda-report clean
+.PHONY: help setup test soak bench bench-overlap bench-link bench-nodes train lint format cuda-report clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*\.mk://; s/^Makefile://; s/:[^#]*##/:/' | sort
 
@@ -32,6 +32,10 @@ setup: $(VENV)/extension  ## virtual environment, dependencies, extension
 
 test: setup  ## all tests
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
+
+RUNS ?= 200
+soak: setup  ## random faults in random runs, RUNS=200; SEED=n JOBS=n repeat and speed it up
+	$(BIN)/python tests/soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py

@@ -109,7 +109,7 @@ else:
             sorted(
                 glob("csrc/backend/*.cc")
                 + glob("csrc/heap/*.cc")
-                + ["csrc/net/network.cc", "csrc/net/topology.cc"]  # UCX is _core's
+                + ["csrc/net/inspection.cc", "csrc/net/network.cc", "csrc/net/topology.cc"]  # UCX is _core's
                 + glob("csrc/cuda/*.cc")
                 + glob("csrc/cuda/*.cu")
             ),

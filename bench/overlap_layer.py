@@ -172,6 +172,9 @@ class Layer:
         for name, way in ways.items():
             with way.inside():
                 got = {"output": way.operation(), "gradient of x": self.x.grad}
+            # Ranks that share a GPU share the driver, too: one that reads a value before the others have
+            # queued their part of it keeps them from doing so.
+            self._ranks.gather(None)
             got |= {f"gradient of {n}": p.grad for n, p in self.parameters.items()}
             off = {part: distance(got[part], value) for part, value in want.items()}
             limit = TOLERANCE[self._shape.dtype]

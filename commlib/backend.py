@@ -68,7 +68,8 @@ class Backend(ABC):
         Args:
             name: of the operation.
             ticket: what the core returned.
-            keep: tensors that the operation uses, and that must live until it is done.
+            keep: tensors that the operation uses. On a GPU they must not be used again before it is done; on
+                the CPU the core has them.
             async_op: whether the caller waits for an event.
         """
 
@@ -107,7 +108,7 @@ class CpuBackend(Backend):
             return None
         if self.trace is not None:
             self.trace.append((name, lambda: (ticket.begun, ticket.ended)))
-        return CpuEvent(self.core, ticket, keep) if async_op else None
+        return CpuEvent(self.core, ticket) if async_op else None
 
 
 class CudaBackend(Backend):

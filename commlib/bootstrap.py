@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import commlib
 from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
+from commlib.conversation import Conversation, gather
 from commlib.errors import CommError, ConfigMismatch
-from commlib.fd_exchange import close_fds, exchange_fds
+from commlib.fd_exchange import Address, close_fds, exchange_fds
 from commlib.group import Group, ThreadGroup
 from commlib.model import default_num_sms
 from commlib.partition import SMPartition
@@ -27,14 +30,20 @@ _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 # For a kernel: a sleep costs 50 µs and more, and what the host waits for comes within milliseconds.
 _SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
 _USER = 5  # of whom a warning is: frames from _count_blocks to the caller of ExpertParallel
-_LEAST_START = 10.0  # seconds: processes start further apart than their operations later are
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
-    """The device that ``ExpertParallel(device=...)`` means: with an index where it is a CUDA device."""
+    """The device that ``ExpertParallel(device=...)`` means: with an index where it is a CUDA device.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
     if device is None:
         device = group.device or ("cuda" if cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:i", got {device!r}: {error}') from None
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda" or resolved.index is not None or not cuda.is_available():
@@ -42,27 +51,22 @@ def resolve_device(device: Any, group: Group) -> torch.device:
     return torch.device("cuda", cuda.device_index())
 
 
-def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
+def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     """The connected backend of this rank, and where all ranks are.
 
-    Every rank calls it; a failure on one is raised on all.
+    Every rank calls it, in a conversation that tells the others if it fails.
     """
-    error: Exception | None = None
-    facts: dict[str, Any] = {}
-    try:
-        settings.check(group.size)
-        facts = _facts(settings)
-    except (TypeError, ValueError, RuntimeError) as e:
-        error = e
-    infos = _gather(group, error, facts | own_place() | {"pid": os.getpid()} | _shared(settings, error))
-    _compare([info["shared"] for info in infos])
+    told = {"pid": os.getpid(), "secret": os.urandom(32).hex()}
+    mine = _facts(settings) | own_place() | told | {"shared": settings.shared() | _build(settings)}
+    infos = gather(talk, "settings", mine)
+    _compare([_shared_of(info, rank) for rank, info in enumerate(infos)])
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
-        _gather(group, _why_unreachable(settings), None)
+        _require_network(settings)
     prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
-    config, stream = prepare(group, settings, infos)
-    near = topology.near(group.rank)
+    config, stream = prepare(talk, settings, infos)
+    near = topology.near(talk.rank)
     if stream is not None:
         config.share = _share([infos[rank] for rank in near])
     if several:
@@ -70,49 +74,63 @@ def connect(group: Group, settings: Settings) -> tuple[Backend, Topology]:
         config.hierarchical = (
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
-        config.use_ucx()
-    core = _make_and_connect(group, config, infos, near)
+        networks = {info["network"] for info in infos}
+        keys = ucx.message_keys(infos[0]["secret"], talk.rank, talk.size)
+        config.use_ucx(keys, loopback=len(networks) == 1)
+    core = _make_and_connect(talk, config, infos, near)
+    backend: Backend
     if isinstance(core, _core.CpuCommunicator):
-        return CpuBackend(core), topology
-    assert stream is not None
-    blocks = config.num_sms + (config.plan_stream != 0)
-    free_sms = _count_blocks(settings, infos[group.rank], blocks)
-    in_step = isinstance(group, ThreadGroup) and not group.run_ahead
-    return CudaBackend(core, stream, free_sms, in_step), topology
+        backend = CpuBackend(core)
+    else:
+        assert stream is not None
+        blocks = config.num_sms + (config.plan_stream != 0)
+        free_sms = _count_blocks(settings, infos[talk.rank], blocks)
+        in_step = isinstance(talk.group, ThreadGroup) and not talk.group.run_ahead
+        backend = CudaBackend(core, stream, free_sms, in_step)
+    try:
+        gather(talk, "ready", None)
+    except BaseException:
+        backend.close()
+        raise
+    talk.over = True  # from here on a failure is told by the communicator
+    return backend, topology
 
 
 def _make_and_connect(
-    group: Group, config: _core.Config, infos: list[dict[str, Any]], near: list[int]
+    talk: Conversation, config: _core.Config, infos: list[dict[str, Any]], near: list[int]
 ) -> _core.Communicator:
-    on_gpu = "uuid" in infos[group.rank]
-    error: Exception | None = None
-    core: _core.Communicator | None = None
-    address = None
+    on_gpu = "uuid" in infos[talk.rank]
+    core: _core.Communicator
+    if on_gpu:
+        for uuid in {infos[rank]["uuid"] for rank in near}:
+            cuda._cuda.require_peer_access(config.device, uuid)
+        core = cuda._cuda.make_communicator(config)
+    else:
+        core = _core.CpuCommunicator(config)
+    addresses = [_to_address(said) for said in gather(talk, "addresses", _from_address(core.address()))]
+    if not on_gpu:
+        core.connect(addresses)
+        return core
+    addresses = exchange_fds(talk, addresses, near, talk.left)
     try:
-        if on_gpu:
-            for uuid in {infos[rank]["uuid"] for rank in near}:
-                cuda._cuda.require_peer_access(config.device, uuid)
-            core = cuda._cuda.make_communicator(config)
-        else:
-            core = _core.CpuCommunicator(config)
-        address = core.address()
-    except (RuntimeError, MemoryError) as e:
-        error = e
-    addresses = _gather(group, error, address)
-    assert core is not None
-    try:
-        if on_gpu:
-            addresses = exchange_fds(group, addresses, near, max(config.timeout, _LEAST_START))
-            try:
-                core.connect(addresses)
-            finally:
-                close_fds(addresses, near)  # what is mapped stays
-        else:
-            core.connect(addresses)
-    except (RuntimeError, OSError) as e:
-        error = e
-    _gather(group, error, None)
+        core.connect(addresses)
+    finally:
+        close_fds(addresses, near)  # what is mapped stays
     return core
+
+
+def _from_address(address: Address) -> list[Any]:
+    """As JSON has it."""
+    *numbers, handle, net = address
+    return [*numbers, handle.hex(), net.hex()]
+
+
+def _to_address(said: Any) -> Address:
+    try:
+        pid, fd, workers, handle, net = said
+        return int(pid), int(fd), int(workers), bytes.fromhex(handle), bytes.fromhex(net)
+    except (TypeError, ValueError):
+        raise CommError(f"addresses: {str(said)[:80]} is no address") from None
 
 
 def _count_blocks(settings: Settings, facts: dict[str, Any], blocks: int) -> Callable[[], None]:
@@ -123,50 +141,44 @@ def _count_blocks(settings: Settings, facts: dict[str, Any], blocks: int) -> Cal
 
 
 def _prepare_cpu(
-    group: Group, settings: Settings, infos: list[dict[str, Any]]
+    talk: Conversation, settings: Settings, infos: list[dict[str, Any]]
 ) -> tuple[_core.Config, torch.cuda.Stream | None]:
-    beside = [rank for rank, info in enumerate(infos) if info["host"] == infos[group.rank]["host"]]
+    beside = [rank for rank, info in enumerate(infos) if info["host"] == infos[talk.rank]["host"]]
     cores = len(set().union(*(infos[rank]["cpus"] for rank in beside)))
     partition = settings.partition
     share = cores // (2 * len(beside)) if partition is None else partition.comm // len(beside)
     workers = settings.num_sms or max(1, share)
-    everyones = _gather(group, None, workers)
+    everyones = gather(talk, "threads", workers)
     threads = sum(everyones[rank] for rank in beside)
-    config = _config(group, settings, workers, threads > cores)
+    config = _config(talk, settings, workers, threads > cores)
     if partition is not None:
         config.cores = partition.comm_cores
     return config, None
 
 
 def _prepare_cuda(
-    group: Group, settings: Settings, infos: list[dict[str, Any]]
+    talk: Conversation, settings: Settings, infos: list[dict[str, Any]]
 ) -> tuple[_core.Config, torch.cuda.Stream | None]:
-    mine = infos[group.rank]
+    mine = infos[talk.rank]
     beside = [
         i for i in infos if (i["pid"], i["host"], i["uuid"]) == (mine["pid"], mine["host"], mine["uuid"])
     ]
     partition = settings.partition
     there_are = mine["sms"] if partition is None else partition.comm
-    blocks = settings.num_sms or _default_blocks(group, settings, mine, len(beside))
-    wanted = _gather(group, None, (mine["pid"], mine["uuid"], blocks))
+    blocks = settings.num_sms or _default_blocks(talk, settings, mine, len(beside))
+    wanted = gather(talk, "SMs", (mine["pid"], mine["uuid"], blocks))
     together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
-    error: Exception | None = None
-    config = _config(group, settings, blocks, crowded=False)
-    config.device, config.spin = settings.device.index, _SPIN_GPU
     if together > there_are:
         place = "it has" if partition is None else "its partition has for communication"
-        error = ValueError(
+        raise ValueError(
             f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but {place} {there_are} "
             "SMs, and all blocks must run at once"
         )
-    else:
-        try:
-            _give_streams(config, partition)
-        except RuntimeError as e:
-            error = e
+    config = _config(talk, settings, blocks, crowded=False)
+    config.device, config.spin = settings.device.index, _SPIN_GPU
+    _give_streams(config, partition)
     if together + len(beside) > there_are:
         config.plan_stream = 0  # no SM is left for plans beside rows: see csrc/cuda/plan.cuh
-    _gather(group, error, None)
     return config, torch.cuda.ExternalStream(config.stream, settings.device)
 
 
@@ -232,26 +244,35 @@ def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _c
     return config
 
 
-def _gather(group: Group, error: Exception | None, value: Any) -> list[Any]:
-    """Everyone's value; where one rank failed, an error on every rank, so that none waits for it."""
-    gathered = group.allgather((None if error is None else f"{type(error).__name__}: {error}", value))
-    if error is not None:
-        raise error
-    for rank, (failed, _) in enumerate(gathered):
-        if failed is not None:
-            raise CommError(f"rank {rank} could not start: {failed}")
-    return [value for _, value in gathered]
+def _build(settings: Settings) -> dict[str, Any]:
+    """Which commlib this is: its version, and the sources of its modules as setup.py has recorded them."""
+    modules = [_core] if settings.device.type == "cpu" else [_core, cuda._cuda]
+    return {"build": " ".join([commlib.__version__, *map(_sources_of, modules)])}
+
+
+def _sources_of(module: Any) -> str:
+    record = Path(module.__file__).with_suffix(".sources")
+    return record.read_text().strip() if record.exists() else "unknown"
+
+
+def _shared_of(info: Any, rank: int) -> dict[str, Any]:
+    """What a rank says that must be equal on all."""
+    shared = info.get("shared") if isinstance(info, dict) else None
+    if not isinstance(shared, dict):
+        raise CommError(f"settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?")
+    return shared
 
 
 def _compare(shared: list[dict[str, Any]]) -> None:
     differences = []
-    for name in shared[0]:
+    for name in dict.fromkeys(name for settings in shared for name in settings):
         values: dict[Any, list[int]] = {}
         for rank, settings in enumerate(shared):
-            values.setdefault(settings[name], []).append(rank)
+            values.setdefault(str(settings.get(name)), []).append(rank)
         if len(values) > 1:
             said = ", ".join(f"{value} on rank {_ranks(ranks)}" for value, ranks in values.items())
-            differences.append(f"{name} is {said}")
+            advice = ": install the same commlib on all" if name == "build" else ""
+            differences.append(f"{name} is {said}{advice}")
     if differences:
         raise ConfigMismatch("ranks disagree: " + "; ".join(differences))
 
@@ -262,16 +283,15 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def own_place() -> dict[str, Any]:
-    """Of this process: "host" has in common who can open each other's memory through /proc; and its name."""
+    """Of this process: "host" has in common who can open each other's memory through /proc, "network" who has
+    the same interfaces; and the host's name."""
     with open("/proc/sys/kernel/random/boot_id") as f:
-        return {
-            "host": (f.read().strip(), os.readlink("/proc/self/ns/pid")),
-            "host_name": socket.gethostname(),
-        }
-
-
-def _shared(settings: Settings, error: Exception | None) -> dict[str, Any]:
-    return {"shared": {} if error else settings.shared()}
+        boot = f.read().strip()
+    return {
+        "host": f"{boot} {os.readlink('/proc/self/ns/pid')}",
+        "network": f"{boot} {os.readlink('/proc/self/ns/net')}",
+        "host_name": socket.gethostname(),
+    }
 
 
 def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
@@ -283,14 +303,10 @@ def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
     return find_topology(hosts, [info["host_name"] for info in infos], node_size(settings.ranks_per_node))
 
 
-def _why_unreachable(settings: Settings) -> Exception | None:
-    """Why this rank cannot reach other nodes."""
+def _require_network(settings: Settings) -> None:
+    """Raise ValueError or CommError if this rank cannot reach other nodes."""
     if settings.link_gbps is not None:
-        return ValueError(
+        raise ValueError(
             "link_gbps limits the memory that ranks of one node share, and these are several nodes"
         )
-    try:
-        ucx.load()
-    except CommError as error:
-        return error
-    return None
+    ucx.load()

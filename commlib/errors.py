@@ -12,9 +12,9 @@ class PeerTimeout(CommError):
 
     Attributes:
         rank: the rank that waited.
-        peers: the ranks that it waited for.
+        peers: the ranks to blame, all of them. Whoever is waited for and waits itself is not among them.
         op: "dispatch", "dispatch with a handle" or "combine".
-        phase: what it waited for: "counts", "arrival" (of rows), "slot reuse" or "call".
+        phase: what it waited for: "counts", "arrival" (of rows), "slot reuse", "call" or "network".
         epoch: number of the operation on this communicator, from 1.
     """
 

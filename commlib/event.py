@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from commlib.split import Split
 class Event(ABC):
     """The end of one asynchronous operation.
 
-    Tensors that the operation reads or writes are kept alive until it is done. Using a result before
-    :meth:`wait` or :meth:`finish` gives undefined values.
+    The operation itself keeps the tensors alive that it reads or writes, whatever becomes of the event. Using
+    a result before :meth:`wait` or :meth:`finish` gives undefined values.
     """
 
     split: Split | None = None  # where autograd records the operation
@@ -79,17 +78,15 @@ class Event(ABC):
 class CpuEvent(Event):
     """On the CPU's pool of communication threads."""
 
-    def __init__(self, comm: _core.Communicator, ticket: _core.Ticket, keep: tuple[Any, ...]) -> None:
+    def __init__(self, comm: _core.Communicator, ticket: _core.Ticket) -> None:
         self._comm = comm
         self._ticket = ticket
-        self._keep: tuple[Any, ...] | None = keep
 
     def query(self) -> bool:
         return self._ticket.done
 
     def wait(self) -> None:
         self._comm.wait(self._ticket)
-        self._keep = None
 
     def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
         self._comm.wait_expert(waves, self._ticket, expert, 0)

@@ -17,8 +17,9 @@ from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
-from commlib.settings import Settings, check_timeout
+from commlib.settings import START_SECONDS, Settings, checked_timeout, startup_seconds
 
+_DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 _DEFAULT_SLOTS = {False: 8, True: 4}  # by whether it is a GPU, whose memory is not lazy
 
 
@@ -34,13 +35,14 @@ class ExpertParallel:
 
     Args:
         group: torch.distributed ProcessGroup, 1-D DeviceMesh, mpi4py communicator or commlib.Group. None:
-            the default process group, else MPI.COMM_WORLD under mpirun, else torchrun's ranks, else one rank.
+            the default process group, else the ranks of the innermost launcher, which is torchrun or mpirun
+            (MPI.COMM_WORLD), else one rank.
         num_experts: experts over all ranks. Rank r owns the contiguous block ``[r*E//R, (r+1)*E//R)``;
             E need not be a multiple of R.
         hidden: elements of a row.
         topk: experts for each token, at most 32.
         max_tokens: the most tokens that one rank sends in one call.
-        dtype: of rows: bfloat16, float16, float32 or float64.
+        dtype: of rows: bfloat16, float16, float32 or float64; a torch.dtype, or its name or NumPy's.
         device: "cpu", "cuda" or "cuda:i". None: the in-process ranks' device, else the current CUDA device if
             there is one, else "cpu".
         num_sms: SMs (CUDA) or threads (CPU) for communication on this rank. None: what the performance model
@@ -50,7 +52,9 @@ class ExpertParallel:
             hold one each. So does every other result of layout "rank" while two slots stay free: it need
             not be copied then. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of
             it is taken at once. None: 8 on the CPU, 4 on CUDA.
-        timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later.
+        timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later. None: 600.
+        startup_timeout: seconds until construction ends with PeerTimeout where a rank does not come, or not
+            further. None: ``timeout`` where that is given, else 300. A Group of your own bounds itself.
         partition: communicate on its SMs (or cores) for communication, and on no others.
         link_gbps: GB/s (1e9 bytes) of this rank's link, one direction, to measure here what a slower
             interconnect leaves: dispatch is paced where rows leave, combine where they come in. Rows of a
@@ -64,8 +68,10 @@ class ExpertParallel:
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).
-        ConfigMismatch: ranks gave different arguments; the text names them.
-        CommError: there is no UCX to go between nodes, or another rank failed here.
+        ConfigMismatch: ranks gave different arguments, or are of different builds; the text names them.
+        PeerTimeout: ranks did not come within ``startup_timeout``; the text names them.
+        CommError: there is no UCX to go between nodes, a limit was reached (the text names it), launchers
+            contradict each other, or another rank failed here, in whatever way; the text says how.
     """
 
     def __init__(
@@ -76,33 +82,37 @@ class ExpertParallel:
         hidden: int,
         topk: int,
         max_tokens: int,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: Any = torch.bfloat16,
         device: Any = None,
         num_sms: int | None = None,
         capacity: int | None = None,
         slots: int | None = None,
-        timeout: float = 60.0,
+        timeout: float | None = None,
+        startup_timeout: float | None = None,
         partition: SMPartition | None = None,
         link_gbps: float | None = None,
         routing: str = "auto",
         ranks_per_node: int | None = None,
     ) -> None:
-        self.group = resolve_group(group)
+        patience = _patience(startup_timeout, timeout)
+        self.group = resolve_group(group, patience)
         self.rank, self.size = self.group.rank, self.group.size
-        where = resolve_device(device, self.group)
-        if slots is None:
-            slots = _DEFAULT_SLOTS[where.type == "cuda"]
-        self.settings = Settings(
-            *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
-            partition=partition,
-            link_gbps=link_gbps,
-            routing=routing,
-            ranks_per_node=ranks_per_node,
-        )
-        self.device = where
-        self._backend, self.topology = connect(self.group, self.settings)
+        with self.group.converse(patience) as talk:
+            startup_seconds(startup_timeout, timeout)
+            self.device = where = resolve_device(device, self.group)
+            slots = _DEFAULT_SLOTS[where.type == "cuda"] if slots is None else slots
+            timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
+            asked = Settings(
+                *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
+                partition=partition,
+                link_gbps=link_gbps,
+                routing=routing,
+                ranks_per_node=ranks_per_node,
+            )
+            self.settings = asked.checked(self.size)
+            self._backend, self.topology = connect(talk, self.settings)
         self._core = self._backend.core
-        self._timeout = timeout
+        self._timeout = self.settings.timeout
         self._comm = Communicator(self.rank, self.size, self.settings, self._backend)
         self._name = self._comm.name()
         self._sizes = (self._comm.width, self._comm.experts)
@@ -327,14 +337,17 @@ class ExpertParallel:
 
     @property
     def timeout(self) -> float:
-        """Seconds that a rank waits for a peer; setting it affects later operations."""
+        """Seconds that a rank waits for a peer; setting it affects later operations.
+
+        Raises:
+            ValueError, TypeError: what is set is not a positive number of at most ten years.
+        """
         return self._timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        check_timeout(seconds)
-        self._timeout = seconds
-        self._core.set_timeout(seconds)
+        self._timeout = checked_timeout(seconds)
+        self._core.set_timeout(self._timeout)
 
     def synchronize(self) -> None:
         """Block until all operations of this communicator are done.
@@ -350,10 +363,12 @@ class ExpertParallel:
         """Counts since construction, of this rank.
 
         Operations; rows received; (token, rank) pairs dropped; messages to other nodes, and the bytes in them
-        (without what UCX, TCP and the wire add).
+        (without what UCX, TCP and the wire add); messages refused because they did not prove which rank sent
+        them.
         """
         messages, sent = self._core.network_sent
-        return self._comm.stats | {"network_messages": messages, "network_bytes": sent}
+        network = {"messages": messages, "bytes": sent, "refused": self._core.network_refused}
+        return self._comm.stats | {f"network_{name}": count for name, count in network.items()}
 
     def memory_report(self) -> MemoryReport:
         """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""
@@ -425,3 +440,11 @@ class ExpertParallel:
         event = self._comm.take_event()
         event.split = part
         return event
+
+
+def _patience(startup_timeout: Any, timeout: Any) -> float:
+    """Seconds of start-up. What is no number is refused later, when the other ranks can be told."""
+    try:
+        return startup_seconds(startup_timeout, timeout)
+    except (TypeError, ValueError):
+        return START_SECONDS

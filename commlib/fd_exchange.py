@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from commlib.conversation import Group, gather
 from commlib.errors import CommError
-from commlib.group import Group
 
 Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
 
@@ -40,7 +40,7 @@ def exchange_fds(
     from processes of this user alone. :func:`close_fds` closes what came.
 
     Args:
-        group: of all ranks.
+        group: of all ranks, or a conversation of theirs.
         addresses: of all ranks, equal on each.
         near: the ranks of this node, as all of them have it.
         timeout: seconds in which all others of ``near`` must have sent, once all ranks are ready.
@@ -55,11 +55,11 @@ def exchange_fds(
     with _Exchange(pids) as mine:
         if pids:
             mine.attempt(mine.listen)
-        places = group.allgather(mine.place)
+        places = gather(group, "sockets", mine.place)
         if pids:
             mine.attempt(mine.trade, places, group.rank, addresses[group.rank][1], timeout)
         try:
-            told = group.allgather(mine.failure)  # nobody closes before all have what they want
+            told = gather(group, "descriptors", mine.failure)  # nobody closes before all have what they want
         except Exception as error:
             if mine.failure is None:
                 raise

@@ -1,35 +1,32 @@
 """Groups: which ranks belong together, and how they find each other at start-up.
 
-A group only bootstraps: it gathers small Python objects once. Rows never travel through it.
+A group only bootstraps: it gathers a few bytes. Rows never travel through it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
-import pickle
-import sys
 import threading
+import time
 import weakref
-from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
 
+from commlib.conversation import NOTHING, Group, PostingGroup
+from commlib.errors import CommError, PeerTimeout
+from commlib.launcher import find_launch
+from commlib.settings import START_SECONDS
 
-class Group(ABC):
-    """Ranks that communicate. Subclass it to bootstrap over something else."""
+__all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "TorchGroup", "resolve_group"]
 
-    rank: int
-    size: int
-    device: str | None = None  # that ExpertParallel uses unless told otherwise; None: it chooses
-
-    @abstractmethod
-    def allgather(self, obj: Any) -> list[Any]:
-        """Gather one picklable object from each rank, by rank. Every rank calls it."""
-
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self.allgather(None)
+_MPI_PAUSE = 1e-3  # seconds
+_MPI_LOOKS = 20  # after which what has been sent before is there: MPI moves a little each time
 
 
 class SingleGroup(Group):
@@ -37,44 +34,119 @@ class SingleGroup(Group):
 
     rank, size = 0, 1
 
-    def allgather(self, obj: Any) -> list[Any]:
-        return [obj]
+    def allgather(self, data: bytes) -> list[bytes]:
+        return [data]
 
 
-class TorchGroup(Group):
-    """A ``torch.distributed`` process group."""
+class StoreGroup(PostingGroup):
+    """Ranks that share a ``torch.distributed`` store: what torchrun's environment offers by itself.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("this process is not a member of the process group")
-
-    def allgather(self, obj: Any) -> list[Any]:
-        out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, obj, group=self._group)
-        return out
-
-
-class StoreGroup(Group):
-    """Ranks that share a ``torch.distributed`` store: what torchrun's environment offers by itself."""
-
-    _made = 0  # every rank makes its groups in the same order, so the prefix is the same everywhere
+    The store itself counts each rank's conversations, so a group may be made anew over it.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store = dist.PrefixStore(f"commlib/{StoreGroup._made}", store)
-        StoreGroup._made += 1
-        self._round = 0
+        # torchrun's store outlives its workers. Those of the next attempt go on counting, which is right
+        # unless some died at start-up: then what these said must not be heard. The number of the attempt
+        # keeps it away, but with several nodes each counts the attempts after failures of its own.
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any"
+        self._store = dist.PrefixStore(f"commlib/{attempt}/{size}", store)
         self.rank, self.size = rank, size
 
-    def allgather(self, obj: Any) -> list[Any]:
-        self._round += 1
-        self._store.set(f"{self._round}/{self.rank}", pickle.dumps(obj))  # type: ignore[arg-type]  # bytes serve as well
-        return [pickle.loads(self._store.get(f"{self._round}/{r}")) for r in range(self.size)]
+    def open(self, seconds: float) -> int:
+        with _store_errors():
+            return self._store.add(f"conversations/{self.rank}", 1)
+
+    def post(self, key: str, data: bytes) -> None:
+        with _store_errors():
+            self._store.set(key, data)  # type: ignore[arg-type]  # bytes serve as well
+
+    def find(self, key: str) -> Any:
+        with _store_errors():
+            return self._store.get(key) if self._store.check([key]) else NOTHING
+
+    def drop(self, keys: Sequence[str]) -> None:
+        if keys:
+            with _store_errors():
+                self._store.delete_key(keys[self.rank])
 
 
-class MPIGroup(Group):
+@contextlib.contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommError(f"the store by which the ranks find each other does not answer: {error}") from error
+
+
+class TorchGroup(StoreGroup):
+    """A ``torch.distributed`` process group, by the store over which its own ranks have met."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError("this process is not a member of the process group")
+        known = dist.group.WORLD if group is None else group
+        assert known is not None
+        store = dist.distributed_c10d._get_process_group_store(known)
+        super().__init__(store, rank, dist.get_world_size(group))
+
+
+class _Letters:
+    """What ranks of an MPI communicator write to each other, in a duplicate of it, where nobody else writes.
+
+    MPI's own gathers have no deadline, and do not say who is missing.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm, self._making = comm.Idup()
+        self._sent: list[tuple[Any, bytes]] = []  # what MPI may still read
+        self._received: dict[str, bytes] = {}
+        self.conversations = 0
+
+    def wait_for_all(self, seconds: float) -> bool:
+        """Whether all ranks have come to make the duplicate."""
+        end = time.monotonic() + seconds
+        while not self._making.Test():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_MPI_PAUSE)
+        return True
+
+    def send(self, key: str, data: bytes) -> None:
+        letter = key.encode() + b" " + data
+        for rank in range(self._comm.Get_size()):
+            self._sent.append((self._comm.Isend(letter, rank), letter))
+        self._sent = [(request, letter) for request, letter in self._sent if not request.Test()]
+
+    def receive(self) -> None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        while (message := self._comm.Improbe(status=status)) is not None:
+            letter = bytearray(status.Get_count(MPI.BYTE))
+            message.Recv(letter)
+            name, _, data = bytes(letter).partition(b" ")
+            self._received[name.decode()] = data
+
+    def find(self, key: str) -> Any:
+        self.receive()
+        return self._received.get(key, NOTHING)
+
+    def drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._received.pop(key, None)
+
+
+@cache
+def _letters_key() -> int:
+    """Under which a communicator keeps its letters."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()
+
+
+class MPIGroup(PostingGroup):
     """An mpi4py communicator."""
 
     def __init__(self, comm: Any) -> None:
@@ -82,44 +154,120 @@ class MPIGroup(Group):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
 
-    def allgather(self, obj: Any) -> list[Any]:
-        return self._comm.allgather(obj)
+    @property
+    def _letters(self) -> _Letters:
+        letters = self._comm.Get_attr(_letters_key())
+        if letters is None:
+            letters = _Letters(self._comm)
+            self._comm.Set_attr(_letters_key(), letters)
+        return letters
+
+    def barrier(self) -> None:
+        """Return when every rank has called it: by MPI, which lets all go at nearly the same moment.
+
+        Raises:
+            PeerTimeout: a rank did not come within 300 s.
+        """
+        request, end = self._comm.Ibarrier(), time.monotonic() + START_SECONDS
+        while not request.Test():
+            if time.monotonic() > end:
+                raise self._timeout(START_SECONDS)
+            time.sleep(0)
+
+    def open(self, seconds: float) -> int:
+        if not self._letters.wait_for_all(seconds):
+            raise self._timeout(seconds)
+        for _ in range(_MPI_LOOKS):
+            self._letters.receive()
+        self._letters.conversations += 1
+        return self._letters.conversations
+
+    def _timeout(self, seconds: float) -> PeerTimeout:
+        """MPI does not say who is missing."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        named = ", ".join(map(str, others))
+        text = f"one or more of ranks {named} of the MPI communicator did not come within {seconds:.3g} s"
+        return PeerTimeout(text, self.rank, others, "start-up", "communicator", 0)
+
+    def post(self, key: str, data: bytes) -> None:
+        self._letters.send(key, data)
+
+    def find(self, key: str) -> Any:
+        return self._letters.find(key)
+
+    def drop(self, keys: Sequence[str]) -> None:
+        self._letters.drop(keys)
 
 
-class _Meeting:
-    """Where the threads of one world gather objects."""
+class _Board:
+    """Where the threads of one world post. What is posted there need not be bytes."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size)
-        self.places: list[Any] = [None] * size
+        self.changed = threading.Condition()
+        self.changes = 0
+        self.posts: dict[str, Any] = {}
+        self.gone: dict[int, str] = {}  # why, by rank
+
+    def change(self, notes: dict[Any, Any], key: Any, what: Any) -> None:
+        """Add to one of its dictionaries, and wake up all that wait."""
+        with self.changed:
+            notes[key] = what
+            self.changes += 1
+            self.changed.notify_all()
 
 
-class ThreadGroup(Group):
-    """One rank of several that are threads of this process; made by :func:`commlib.run_ranks`."""
+class ThreadGroup(PostingGroup):
+    """One rank of several that are threads of this process; made by :func:`commlib.run_ranks`.
 
-    def __init__(self, meeting: _Meeting, rank: int, device: str, run_ahead: bool) -> None:
-        self._meeting = meeting
+    It gathers any objects of the process, not only bytes.
+    """
+
+    def __init__(self, board: _Board, rank: int, device: str, run_ahead: bool) -> None:
+        self._board = board
+        self._conversations = 0
+        self._seen = -1  # changes of the board
         self.run_ahead = run_ahead  # see run_ranks
-        self.rank, self.size, self.device = rank, meeting.size, device
+        self.rank, self.size, self.device = rank, board.size, device
         self.communicators: weakref.WeakSet[Any] = weakref.WeakSet()  # of this rank
 
     @staticmethod
     def world(size: int, device: str = "cpu", run_ahead: bool = False) -> list[ThreadGroup]:
         """The groups of ``size`` in-process ranks, one for each thread."""
-        meeting = _Meeting(size)
-        return [ThreadGroup(meeting, r, device, run_ahead) for r in range(size)]
+        board = _Board(size)
+        return [ThreadGroup(board, r, device, run_ahead) for r in range(size)]
 
-    def allgather(self, obj: Any) -> list[Any]:
-        self._meeting.places[self.rank] = obj
-        self._meeting.barrier.wait()
-        out = list(self._meeting.places)
-        self._meeting.barrier.wait()  # nobody overwrites a place before all have read it
-        return out
+    def open(self, seconds: float) -> int:
+        self._conversations += 1
+        return self._conversations
+
+    def post(self, key: str, data: bytes) -> None:
+        self._board.change(self._board.posts, key, data)
+
+    def find(self, key: str) -> Any:
+        return self._board.posts.get(key, NOTHING)
+
+    def pause(self, waited: float, left: float) -> None:
+        board = self._board
+        with board.changed:
+            board.changed.wait_for(lambda: board.changes != self._seen, left)
+            self._seen = board.changes
+
+    def drop(self, keys: Sequence[str]) -> None:
+        if keys:
+            del self._board.posts[keys[self.rank]]
+
+    def why_gone(self, ranks: Iterable[int]) -> str | None:
+        gone = self._board.gone
+        return next((gone[rank] for rank in (self.rank, *ranks) if rank in gone), None)
+
+    def leave(self, why: str) -> None:
+        """This rank comes to no gather any more: let the others' waits for it fail at once."""
+        self._board.change(self._board.gone, self.rank, why)
 
     def abort(self, why: str) -> None:
-        """This rank failed: let the others' waits for it fail at once."""
-        self._meeting.barrier.abort()
+        """This rank failed: let the others' waits for it fail at once, in operations too."""
+        self.leave(why)
         for communicator in list(self.communicators):
             communicator.core.give_up(why)
 
@@ -132,21 +280,24 @@ def set_current_group(group: ThreadGroup | None) -> None:
     _current.group = group
 
 
-def resolve_group(group: Any = None) -> Group:
+def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
     """The Group for what a user passes as ``group``.
 
     Args:
         group: a Group, a torch.distributed ProcessGroup or 1-D DeviceMesh, or an mpi4py communicator.
-            None: the in-process rank of this thread, else torch.distributed's default group, else
-            MPI.COMM_WORLD under mpirun, else torchrun's environment, else one rank.
+            None: the in-process rank of this thread, else torch.distributed's default group, else the ranks
+            that the innermost launcher started (see :func:`commlib.launcher.find_launch`), else one rank.
+        seconds: to reach what torchrun's environment names.
 
     Raises:
         TypeError: it is none of these.
-        ValueError: a DeviceMesh with more than one dimension.
+        ValueError: a DeviceMesh with more than one dimension, or a group with wrong numbers.
+        CommError: launchers contradict each other, or the ranks of one cannot be reached.
     """
     if group is None:
-        return _default_group()
+        return _default_group(seconds)
     if isinstance(group, Group):
+        _check_numbers(group)
         return group
     if isinstance(group, dist.ProcessGroup):
         return TorchGroup(group)
@@ -162,25 +313,58 @@ def resolve_group(group: Any = None) -> Group:
     )
 
 
-# Set by the launchers of Open MPI, MPICH and Intel MPI, MVAPICH.
-_MPI_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+def _check_numbers(group: Group) -> None:
+    rank, size = getattr(group, "rank", None), getattr(group, "size", None)
+    try:
+        right = 0 <= operator.index(rank) < operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(
+            f"a Group needs integers 0 <= rank < size, {type(group).__name__} has {rank!r}, {size!r}"
+        )
 
 
-def _default_group() -> Group:
+def _default_group(seconds: float) -> Group:
     in_process = getattr(_current, "group", None)
     if in_process is not None:
         return in_process
     if dist.is_available() and dist.is_initialized():
         return TorchGroup(None)
-    if "mpi4py.MPI" in sys.modules or any(name in os.environ for name in _MPI_LAUNCHERS):
+    launch = find_launch()
+    if launch is None:
+        return SingleGroup()
+    if launch.by == "torchrun":
+        return StoreGroup(_environment_store(launch.rank, launch.size, seconds), launch.rank, launch.size)
+    from mpi4py import MPI
+
+    return MPIGroup(MPI.COMM_WORLD)
+
+
+# By address: rank 0 may have to serve its store for as long as the process lives. A child has its own.
+_stores: dict[tuple[int, str, str], dist.Store] = {}
+
+
+def _environment_store(rank: int, size: int, seconds: float) -> dist.Store:
+    """The store that torchrun's variables name. Waits only for who serves it."""
+    place = os.getpid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    _, host, port = place
+    if place not in _stores:
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
         try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise ImportError(
-                "started by an MPI launcher, but mpi4py is not installed: pip install 'commlib[mpi]'"
-            ) from error
-        return MPIGroup(MPI.COMM_WORLD)
-    if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        return StoreGroup(store, rank, size)
-    return SingleGroup()
+            _stores[place] = dist.TCPStore(
+                host,
+                int(port),
+                size,
+                is_master=rank == 0 and not served,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,  # init_process_group may open it again
+            )
+        except (RuntimeError, ValueError) as error:
+            who = "torchrun" if served else "rank 0"
+            raise CommError(
+                f"the store that {who} serves for start-up, at {host}:{port} (MASTER_ADDR, MASTER_PORT), "
+                f"could not be reached or opened within {seconds:g} s: {error}"
+            ) from None
+    return _stores[place]

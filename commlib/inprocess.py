@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from commlib import cuda
 from commlib.errors import CommError
 from commlib.group import ThreadGroup, set_current_group
+
+_STOP_SECONDS = 2.0  # that ranks have to notice an interrupt
 
 
 def run_ranks(
@@ -48,7 +51,9 @@ def run_ranks(
     Raises:
         ValueError: world_size < 1, or another device.
         RuntimeError: no CUDA device can be used; the text says why.
-        The error of the rank that failed first; the other ranks are told, and do not wait for it.
+        KeyboardInterrupt: on Ctrl-C. Ranks that are in a gather or an operation are ended.
+        The error of the rank that failed first; the other ranks are told, and do not wait for it. Nor do they
+        at start-up for one that has returned.
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
@@ -63,6 +68,7 @@ def run_ranks(
         try:
             with _on(where, begun):
                 results[rank] = fn(rank, *args)
+            groups[rank].leave(f"rank {rank} has returned from its function, so it takes no part in this")
         except BaseException as error:
             failures.append((rank, error))
             groups[rank].abort(f"rank {rank} raised {type(error).__name__}: {error}")
@@ -71,13 +77,30 @@ def run_ranks(
         threading.Thread(target=rank_main, args=(r,), name=f"commlib-rank-{r}", daemon=True)
         for r in range(world_size)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C, or there are no more threads
+        _stop(groups, threads, f"run_ranks was ended by {type(error).__name__}")
+        raise
     if failures:
         raise _root(failures)
     return results
+
+
+def _stop(groups: list[ThreadGroup], threads: list[threading.Thread], why: str) -> None:
+    """End what the ranks wait for in commlib, so that none is inside when the interpreter ends.
+
+    One that does something else is left to it: its thread is a daemon.
+    """
+    for group in groups:
+        group.abort(why)
+    end = time.monotonic() + _STOP_SECONDS
+    for thread in threads:
+        if thread.ident is not None:  # it has been started
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 def _resolve(device: Any) -> torch.device:
@@ -114,6 +137,6 @@ def _on(device: torch.device, begun: torch.cuda.Event | None) -> Iterator[None]:
 def _root(failures: list[tuple[int, BaseException]]) -> BaseException:
     """The failure that caused the others: the first that is not about another rank."""
     for _, error in failures:
-        if not isinstance(error, CommError | threading.BrokenBarrierError):
+        if not isinstance(error, CommError):
             return error
     return failures[0][1]

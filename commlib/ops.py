@@ -130,25 +130,31 @@ def _dispatch(
         in_slot = zero_copy or (not grouped and c.can_spare_slots(0))
         rows = c.view(pending.lease, size) if in_slot else c.new_rows(size)
         received = _core.Received(
-            0 if in_slot else rows.data_ptr(),
+            None if in_slot else rows.data_ptr(),
             weights.data_ptr(),
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
         )
         routing = Routing(topk_idx, routes, local, source, groups, comm)
+        keep = (x, topk_weights, rows, weights, *routing[:-1])
         backend.begin()
         ticket = core.finish_dispatch(
-            pending, _rows(x, topk_weights), known_routing(routing, grouped), received, async_op
+            pending,
+            _rows(x, topk_weights),
+            known_routing(routing, grouped),
+            received,
+            async_op,
+            keep if async_op else None,
         )
     except BaseException as error:
         backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
-    results = (rows, weights, backend.copied(groups), routes, local, source, groups)
+    counts = backend.copied(groups)
     c.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    c.event = backend.end("dispatch", ticket, (x, topk_idx, topk_weights, *results), async_op)
+    c.event = backend.end("dispatch", ticket, (*keep, counts), async_op)
     if in_waves and c.event is not None:
         c.event.waves = pending
-    return results
+    return rows, weights, counts, routes, local, source, groups
 
 
 def _redispatch(
@@ -171,16 +177,18 @@ def _redispatch(
     weights = c.new_weights(topk_weights, size, grouped)
     in_slot = zero_copy or (not grouped and c.can_spare_slots(1))
     out = None if in_slot else c.new_rows(size)
+    keep = (x, topk_weights, out, weights, *routing[:-1])
     c.backend.begin()
     ticket, lease = c.core.redispatch(
         _rows(x, topk_weights),
         known_routing(routing, grouped),
-        _core.Received(_address(out), weights.data_ptr()),
+        _core.Received(None if out is None else out.data_ptr(), weights.data_ptr()),
         async_op,
+        keep if async_op else None,
     )
     rows = c.view(lease, size) if out is None else out
     c.count(redispatches=1, rows_received=local.shape[0])
-    c.event = c.backend.end("redispatch", ticket, (x, topk_weights, rows, weights, *routing), async_op)
+    c.event = c.backend.end("redispatch", ticket, (rows, *keep), async_op)
     return rows, weights
 
 
@@ -215,6 +223,7 @@ def _combine(
         _address(bias),
         0 if bias is None else _row_stride(bias),
     )
+    keep = (y, weights, bias, weight_grads, out, out_weights, *routing[:-1])
     c.backend.begin()
     ticket = c.core.combine(
         given,
@@ -222,9 +231,9 @@ def _combine(
         out.data_ptr(),
         out_weights.data_ptr() if weight_grads is not None else 0,
         async_op,
+        keep if async_op else None,
     )
     c.count(combines=1)
-    keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
     c.event = c.backend.end("combine", ticket, keep, async_op)
     return out, out_weights
 

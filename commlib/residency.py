@@ -41,8 +41,6 @@ class Residency:
             if warn:
                 self._warned.add(device)
                 text = _warning(name, alive, sms)
-        if warn:
-            warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
         left = [blocks]
 
         def remove() -> None:
@@ -50,6 +48,12 @@ class Residency:
                 if left:
                     alive[left.pop()] -= 1
 
+        if warn:
+            try:
+                warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+            except RuntimeWarning:  # where warnings are errors
+                remove()
+                raise
         return remove
 
     def blocks_on(self, device: str) -> int:

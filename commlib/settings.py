@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+import operator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from commlib import _core, cuda
@@ -19,6 +21,8 @@ CORE_DTYPES = {
     torch.float64: _core.DType.f64,
 }
 _MAX_SMS = 1024
+_MAX_SECONDS = 3e8  # so that moments in nanoseconds fit 64 bits
+START_SECONDS = 300.0  # that ranks wait for each other at start-up where nothing is said
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
 
 
@@ -46,33 +50,43 @@ class Settings:
         """Of weights, and of sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def check(self, size: int) -> None:
-        """Raise ValueError or TypeError, naming the value, where they cannot be used on ``size`` ranks."""
-        _check_int("num_experts", self.num_experts, 1, 2**20)
-        _check_int("hidden", self.hidden, 1, 2**24)
-        _check_int("topk", self.topk, 1, min(_core.MAX_TOPK, self.num_experts))
-        _check_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size)
-        _check_int("slots", self.slots, 1, _core.MAX_SLOTS)
-        if self.num_sms is not None:
-            _check_int("num_sms", self.num_sms, 1, _MAX_SMS)
-        if self.capacity is not None:
-            _check_int("capacity", self.capacity, 1, _MAX_ROWS)
-        if self.dtype not in CORE_DTYPES:
-            raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {self.dtype}")
+    def checked(self, size: int) -> Settings:
+        """The same, in plain types.
+
+        Raises:
+            ValueError, TypeError: a setting cannot be used on ``size`` ranks; the text has its value.
+        """
+        if size > _core.MAX_RANKS:
+            raise ValueError(f"at most {_core.MAX_RANKS} ranks, got {size}")
+        experts = _int("num_experts", self.num_experts, 1, 2**20)
+        num_sms = None if self.num_sms is None else _int("num_sms", self.num_sms, 1, _MAX_SMS)
+        self._check_place(num_sms)
+        if not isinstance(self.routing, str) or self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {_shown(self.routing)}")
+        return replace(
+            self,
+            num_experts=experts,
+            hidden=_int("hidden", self.hidden, 1, 2**24),
+            topk=_int("topk", self.topk, 1, min(_core.MAX_TOPK, experts)),
+            max_tokens=_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size),
+            dtype=_dtype(self.dtype),
+            num_sms=num_sms,
+            capacity=None if self.capacity is None else _int("capacity", self.capacity, 1, _MAX_ROWS),
+            slots=_int("slots", self.slots, 1, _core.MAX_SLOTS),
+            timeout=checked_timeout(self.timeout),
+            link_gbps=None if self.link_gbps is None else _positive("link_gbps", self.link_gbps, "GB/s"),
+            ranks_per_node=node_size(self.ranks_per_node),
+        )
+
+    def _check_place(self, num_sms: int | None) -> None:
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device}')
         if self.device.type == "cuda":
             cuda.require()
         if self.partition is not None:
-            self.partition.check_fits(self.device, self.num_sms)
-        if self.link_gbps is not None and not (self.link_gbps > 0 and math.isfinite(self.link_gbps)):
-            raise ValueError(f"link_gbps must be a positive number of GB/s, got {self.link_gbps}")
-        if self.routing not in ROUTINGS:
-            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
-        node_size(self.ranks_per_node)
-        check_timeout(self.timeout)
-        if size > _core.MAX_RANKS:
-            raise ValueError(f"at most {_core.MAX_RANKS} ranks, got {size}")
+            if not isinstance(self.partition, SMPartition):
+                raise TypeError(f"partition must be an SMPartition, got {_shown(self.partition)}")
+            self.partition.check_fits(self.device, num_sms)
 
     def capacity_on(self, size: int) -> int:
         """Rows a slot holds."""
@@ -82,17 +96,76 @@ class Settings:
         """Those that must be equal on all ranks."""
         own = ("num_sms", "timeout", "partition", "link_gbps")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        return values | {"device": self.device.type, "ranks_per_node": node_size(self.ranks_per_node)}
+        return values | {"device": self.device.type, "dtype": str(self.dtype)}
 
 
-def check_timeout(seconds: float) -> None:
-    """Raise ValueError unless ``seconds`` is a positive, finite number."""
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError(f"timeout must be a positive number of seconds, got {seconds}")
+def checked_timeout(seconds: Any, name: str = "timeout") -> float:
+    """The number of seconds that ``seconds`` is.
+
+    Raises:
+        ValueError, TypeError: it is not a positive number, or more than ten years.
+    """
+    found = _positive(name, seconds, "seconds")
+    if found > _MAX_SECONDS:
+        raise ValueError(f"{name} must be at most {_MAX_SECONDS:g} seconds, got {found:g}")
+    return found
 
 
-def _check_int(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
+def startup_seconds(startup_timeout: Any, timeout: Any) -> float:
+    """How long ranks wait for each other at start-up: see ExpertParallel.
+
+    Raises:
+        ValueError, TypeError: as :func:`checked_timeout`.
+    """
+    if startup_timeout is not None:
+        return checked_timeout(startup_timeout, "startup_timeout")
+    return START_SECONDS if timeout is None else checked_timeout(timeout)
+
+
+def _positive(name: str, value: Any, unit: str) -> float:
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}")
+    try:
+        number = float(value)  # of Python, NumPy, Decimal, Fraction
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be a positive number of {unit}, got {number}")
+    return number
+
+
+def _int(name: str, value: Any, least: int, most: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # of Python, NumPy
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {_shown(value)}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{name} must lie in [{least}, {most}], got {_shown(number)}")
+    return number
+
+
+def _dtype(value: Any) -> torch.dtype:
+    """A torch.dtype, from one of NumPy's or a name, too."""
+    found = value
+    if value is not None and not isinstance(value, torch.dtype):
+        try:
+            name = value.removeprefix("torch.") if isinstance(value, str) else np.dtype(value).name
+            found = getattr(torch, name, None)
+        except TypeError:
+            found = None
+    if not isinstance(found, torch.dtype) or found not in CORE_DTYPES:
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {_shown(value)}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Of whatever it is, enough to know it again."""
+    try:
+        text = str(value) if isinstance(value, torch.dtype) else repr(value)
+    except Exception:  # an int of too many digits, or an object whose repr fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

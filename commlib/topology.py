@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,18 +74,19 @@ class Topology:
         return "hierarchical" if hops + direct / _NEAR_BY_FAR < direct else "direct"
 
 
-def node_size(ranks_per_node: int | None) -> int | None:
+def node_size(ranks_per_node: Any) -> int | None:
     """Ranks of a node as the user sets them: the argument, else COMMLIB_NODE_SIZE, else None.
 
     Raises:
         ValueError: it is not a positive integer.
     """
-    said: Any = ranks_per_node if ranks_per_node is not None else os.environ.get("COMMLIB_NODE_SIZE")
+    name, said = "ranks_per_node", ranks_per_node
+    if said is None:
+        name, said = "COMMLIB_NODE_SIZE", os.environ.get("COMMLIB_NODE_SIZE")
     if said is None:
         return None
-    name = "COMMLIB_NODE_SIZE" if ranks_per_node is None else "ranks_per_node"
     try:
-        size = int(said)
+        size = int(said) if isinstance(said, str) else operator.index(said)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be an integer, got {said!r}") from None
     if size < 1:

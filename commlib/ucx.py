@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +15,19 @@ _ADVICE = (
     "distribution; UCX_HOME says where its lib folder is, if it is not on the library path), or "
     "pip install commlib[nodes], which has TCP and shared memory. `commlib topo` tries it."
 )
+
+
+def message_keys(secret: str, rank: int, size: int) -> list[tuple[bytes, bytes]]:
+    """For each rank, what messages to it show and what those from it must.
+
+    One key for each ordered pair of ranks, from a secret (in hexadecimal) that all ranks of a communicator
+    know, and nobody else does: who has seen some of the keys knows none of the others.
+    """
+
+    def key(source: int, to: int) -> bytes:
+        return hashlib.blake2b(f"{source} {to}".encode(), key=bytes.fromhex(secret), digest_size=16).digest()
+
+    return [(key(rank, peer), key(peer, rank)) for peer in range(size)]
 
 
 def candidates() -> list[str]:

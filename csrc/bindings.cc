@@ -2,17 +2,24 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/communicator.h"
 #include "dlpack.h"
 #include "net/network.h"
 #include "net/ucx_transport.h"
+#include "python.h"
 
 namespace py = pybind11;
 
 namespace commlib {
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using python::EndAtHome;
+using python::HeldObject;
+using python::NoGil;
+using python::Owned;
+using python::ReleasedGil;
 using Address = uintptr_t;  // 0: none
 
 template <class T>
@@ -59,15 +66,23 @@ Memory view_of(std::shared_ptr<SlotLease> lease, int64_t rows, const Communicato
   return {std::move(lease), data, rows, config.hidden, config.dtype, device};
 }
 
-Memory new_rows(const CpuCommunicator& comm, int64_t rows) {
-  auto buffer = comm.buffers()->take(static_cast<size_t>(rows * comm.layout().row_bytes));
+Memory new_rows(CpuCommunicator& comm, int64_t rows) {
+  auto buffer = comm.new_rows(rows);
   void* data = buffer.get();
   const Config& config = comm.config();
   return {std::move(buffer), data, rows, config.hidden, config.dtype, {dlpack::kHost, 0}};
 }
 
-// Ctrl-C reaches a rank that waits for its peers. Does nothing on threads other than Python's main thread.
-bool interrupted() {
+// Ctrl-C reaches a rank that waits for its peers. A signal ends the nap of the thread that it comes to, which
+// then asks at once. One that came between two naps is found a second later: to ask takes the GIL, which
+// another thread may keep for long, and meanwhile nothing is done here for the peers.
+bool interrupted(bool signalled) {
+  constexpr double kBetween = 1.0;
+  static double asked = 0;  // the main thread's
+  if (!python::on_main_thread()) return false;
+  const double now = monotonic_seconds();
+  if (!signalled && now - asked < kBetween) return false;
+  asked = now;
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }
@@ -85,6 +100,7 @@ const char* error_type(Cause cause) {
     case Cause::mismatch:
       return "CallMismatch";
     case Cause::broken:
+    case Cause::malformed:
       return "CommError";
     default:
       return "PeerTimeout";
@@ -106,6 +122,21 @@ void translate(std::exception_ptr p) {
   } catch (const SlotError& e) {
     set_error("HandleError", e.what());
   }
+}
+
+Key key_of(const std::string& bytes) {
+  Key key;
+  if (bytes.size() != key.size()) throw std::invalid_argument("a key has 16 bytes");
+  std::memcpy(key.data(), bytes.data(), key.size());
+  return key;
+}
+
+// keys: by rank, what messages to it show, and what those from it must.
+void use_ucx(Config& c, const std::vector<std::pair<std::string, std::string>>& keys, bool loopback) {
+  for (const auto& [shown, expected] : keys) c.keys.push_back({key_of(shown), key_of(expected)});
+  c.make_transport = [size = c.size, options = UcxOptions{c.stream != 0, loopback}] {
+    return make_ucx_transport(size, options);
+  };
 }
 
 void bind_structs(py::module_& m) {
@@ -141,12 +172,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("hierarchical", &Config::hierarchical)
       .def_readwrite("chunk_bytes", &Config::chunk_bytes)
       .def_readwrite("chunks", &Config::chunks)
-      .def("use_ucx",
-           [](Config& c) {
-             c.make_transport = [rank = c.rank, size = c.size, gpu = c.stream != 0] {
-               return make_ucx_transport(rank, size, gpu);
-             };
-           })
+      .def("use_ucx", &use_ucx, py::arg("keys"), py::arg("loopback"))
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
       .def_readwrite("cores", &Config::cores)
@@ -174,11 +200,11 @@ void bind_structs(py::module_& m) {
            py::arg("align") = 1);
 
   py::class_<Received>(m, "Received")
-      .def(py::init([](Address rows, Address weights, Address topk_idx, Address source) {
-             return Received{at<std::byte>(rows), at<std::byte>(weights), at<int64_t>(topk_idx),
-                             at<int64_t>(source)};
+      .def(py::init([](std::optional<Address> rows, Address weights, Address topk_idx, Address source) {
+             return Received{at<std::byte>(rows.value_or(0)), !rows, at<std::byte>(weights),
+                             at<int64_t>(topk_idx), at<int64_t>(source)};
            }),
-           py::arg("rows"), py::arg("weights"), py::arg("topk_idx") = 0, py::arg("source") = 0);
+           py::arg("rows").none(true), py::arg("weights"), py::arg("topk_idx") = 0, py::arg("source") = 0);
 
   py::class_<CombineInput>(m, "CombineInput")
       .def(py::init([](Address y, int64_t stride, Address weights, bool has_weight_grads,
@@ -212,7 +238,7 @@ void bind_structs(py::module_& m) {
 }
 
 void bind_communicator(py::module_& m) {
-  py::class_<Communicator>(m, "Communicator")
+  py::class_<Communicator, Owned<Communicator>>(m, "Communicator")
       .def("address",
            [](Communicator& c) {
              const PeerAddress a = c.address();
@@ -224,32 +250,46 @@ void bind_communicator(py::module_& m) {
              std::vector<PeerAddress> addresses;
              for (const auto& [pid, fd, workers, handle, net] : peers)
                addresses.push_back({pid, fd, workers, handle, net});
-             py::gil_scoped_release release;
+             ReleasedGil released;
              c.connect(addresses);
            })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
            py::arg("drop"), py::arg("in_waves"), NoGil())
-      .def("finish_dispatch", &Communicator::finish_dispatch, py::arg("pending"), py::arg("rows"),
-           py::arg("routing"), py::arg("received"), py::arg("async_op"), NoGil())
-      .def("redispatch",
-           [](Communicator& c, const Rows& rows, const RoutingView& routing, const Received& received,
-              bool async_op) {
-             std::shared_ptr<SlotLease> lease;
-             Ticket ticket;
-             {
-               py::gil_scoped_release release;
-               ticket = c.redispatch(rows, routing, received, async_op, &lease);
-             }
-             return py::make_tuple(ticket, lease);
-           })
+      .def(
+          "finish_dispatch",
+          [](Communicator& c, PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+             const Received& received, bool async_op, py::object keep) {
+            Held held = HeldObject::hold(std::move(keep));
+            ReleasedGil released;
+            return c.finish_dispatch(pending, rows, routing, received, async_op, std::move(held));
+          },
+          py::arg("pending"), py::arg("rows"), py::arg("routing"), py::arg("received"), py::arg("async_op"),
+          py::arg("keep"))
+      .def(
+          "redispatch",
+          [](Communicator& c, const Rows& rows, const RoutingView& routing, const Received& received,
+             bool async_op, py::object keep) {
+            Held held = HeldObject::hold(std::move(keep));
+            std::shared_ptr<SlotLease> lease;
+            Ticket ticket;
+            {
+              ReleasedGil released;
+              ticket = c.redispatch(rows, routing, received, async_op, &lease, std::move(held));
+            }
+            return py::make_tuple(ticket, lease);
+          },
+          py::arg("rows"), py::arg("routing"), py::arg("received"), py::arg("async_op"), py::arg("keep"))
       .def(
           "combine",
           [](Communicator& c, const CombineInput& input, const RoutingView& routing, Address out,
-             Address out_weights, bool async_op) {
-            return c.combine(input, routing, at<std::byte>(out), at<std::byte>(out_weights), async_op);
+             Address out_weights, bool async_op, py::object keep) {
+            Held held = HeldObject::hold(std::move(keep));
+            ReleasedGil released;
+            return c.combine(input, routing, at<std::byte>(out), at<std::byte>(out_weights), async_op,
+                             std::move(held));
           },
           py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"),
-          NoGil())
+          py::arg("keep"))
       .def("wait", &Communicator::wait, NoGil())
       .def("wait_expert", &Communicator::wait_expert, py::arg("dispatch"), py::arg("ticket").none(true),
            py::arg("expert"), py::arg("stream"), NoGil())
@@ -270,12 +310,17 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
       .def_property_readonly("network_memory",
                              [](const Communicator& c) { return c.network() ? c.network()->bytes() : 0; })
-      .def_property_readonly("network_sent", [](const Communicator& c) {
-        const Network* n = c.network();
-        return n ? std::pair(n->messages_sent(), n->bytes_sent()) : std::pair<uint64_t, uint64_t>(0, 0);
+      .def_property_readonly("network_sent",
+                             [](const Communicator& c) {
+                               const Network* n = c.network();
+                               return n ? std::pair(n->messages_sent(), n->bytes_sent())
+                                        : std::pair<uint64_t, uint64_t>(0, 0);
+                             })
+      .def_property_readonly("network_refused", [](const Communicator& c) {
+        return c.network() ? c.network()->messages_refused() : 0;
       });
 
-  py::class_<CpuCommunicator, Communicator>(m, "CpuCommunicator")
+  py::class_<CpuCommunicator, Communicator, Owned<CpuCommunicator>>(m, "CpuCommunicator")
       .def(py::init<const Config&>(), NoGil())
       .def("new_rows", &new_rows, NoGil())
       .def("bare_send", &CpuCommunicator::bare_send, NoGil())
@@ -286,8 +331,7 @@ void bind_communicator(py::module_& m) {
           },
           NoGil())
       .def_property_readonly("vector_ops", &CpuCommunicator::vector_ops_name)
-      .def_property_readonly("idle_bytes",
-                             [](const CpuCommunicator& c) { return c.buffers()->idle_bytes(); });
+      .def_property_readonly("idle_bytes", &CpuCommunicator::idle_bytes);
 }
 
 // The data path by itself, for tests of the vector widths against each other.

@@ -1,8 +1,10 @@
 """Ranks that are forked processes: for start-up without a launcher, and with ranks that die in it."""
 
+import contextlib
 import gc
 import os
 import pickle
+import resource
 import signal
 import time
 from pathlib import Path
@@ -77,3 +79,20 @@ def memory_of(rank):
     fd = os.memfd_create(f"heap {rank}")
     os.write(fd, b"heap of rank %d" % rank)
     return fd
+
+
+@contextlib.contextmanager
+def no_more_descriptors(but=0):
+    """This process can open so many files inside, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = max(map(int, os.listdir("/proc/self/fd")))
+    filled = [os.dup(0)]  # what lies below the limit, which is one of numbers
+    while filled[-1] < top:
+        filled.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (filled[-1] + 1 + but, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for fd in filled:
+            os.close(fd)

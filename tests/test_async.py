@@ -1,6 +1,8 @@
 """Asynchronous operations on the communication threads, or on the communication stream."""
 
 import threading
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +77,80 @@ def test_inputs_live_until_the_operation_is_done(device):
                 del noise
 
     commlib.run_ranks(rank_main, 2, device=device)
+
+
+def slow(world):
+    """A communicator whose rows take 2 ms each, so that what comes between is in the middle of it."""
+    return ExpertParallel(link_gbps=world.hidden * 4 / 0.002 / 1e9, num_sms=2, **world.config())
+
+
+def overwrite_what_was_freed(tensor):
+    return [torch.full_like(tensor, 7) for _ in range(40)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"layout": "rank"}, {"layout": "expert"}, {"layout": "expert", "in_waves": True}]
+)
+def test_an_operation_keeps_its_inputs_whatever_becomes_of_its_event(device, options):
+    world = make_world([64, 40], hidden=64, device=device)
+    wanted = expected_rank_layout if options["layout"] == "rank" else partial(expected_expert_layout, align=1)
+
+    def rank_main(rank):
+        x, idx, weights = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        with slow(world) as ep:
+            d = ep.dispatch(x.clone(), idx.clone(), weights.clone(), async_op=True, **options)
+            rows, row_weights, handle = d.x, d.topk_weights, d.handle
+            del d
+            junk = overwrite_what_was_freed(x)
+            again = ep.dispatch(x.clone(), None, weights.clone(), handle=handle, async_op=True)
+            rows_again = again.x
+            del again
+            junk += overwrite_what_was_freed(x)
+            y = torch.arange(rows.numel(), device=device).to(rows.dtype).view_as(rows)
+            out, event = ep.combine(y.clone(), handle, async_op=True)
+            del event
+            junk += overwrite_what_was_freed(y)
+            ep.synchronize()
+            expected = wanted(world, rank)
+            assert torch.equal(rows.cpu(), expected.x) and torch.equal(rows_again.cpu(), expected.x)
+            assert torch.equal(row_weights.cpu(), expected.topk_weights)
+            assert torch.equal(out, ep.combine(y, handle))
+
+    commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_an_operation_keeps_its_results_whatever_the_program_does():
+    """Nothing is written to memory that was given back."""
+    world = make_world([64, 40], hidden=64)
+
+    def rank_main(rank):
+        with slow(world) as ep:
+            for layout in ("rank", "expert"):
+                with pytest.raises(ZeroDivisionError):
+                    d = ep.dispatch(world.x[rank], world.topk_idx[rank], layout=layout, async_op=True)
+                    d = 1 / 0
+                del d
+                mine = [torch.full((n, 64), 7.0) for n in range(1, 120)]
+                ep.synchronize()
+                assert all(bool((m == 7).all()) for m in mine)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_what_an_operation_kept_goes_when_it_is_done():
+    world = make_world([8, 8])
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone()
+            gone = weakref.ref(x)
+            event = ep.dispatch(x, world.topk_idx[rank], async_op=True).event
+            del x
+            event.wait()
+            ep.dispatch(world.x[rank], world.topk_idx[rank], async_op=True).event.wait()  # lets go of it
+            return gone() is None
+
+    assert commlib.run_ranks(rank_main, 2) == [True, True]
 
 
 def test_an_operation_needs_no_more_than_its_inputs_and_results(device):

@@ -336,7 +336,7 @@ def never_combine(x, idx, then, **config):
     """All ranks dispatch, all but rank 1 combine, and go on with ``then(ep)``; what that raised, by rank."""
 
     def rank_main(rank):
-        with ExpertParallel(timeout=1.0, **CONFIG, **config) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG, **config) as ep:
             d = ep.dispatch(x, idx)
             try:
                 if rank != 1:
@@ -385,7 +385,7 @@ def test_a_failed_combine_is_raised_by_the_next_call(x, idx):
 def test_a_failed_combine_is_raised_at_the_end_if_nobody_asks_before(x, idx):
     def rank_main(rank):
         meeting = resolve_group()
-        with ExpertParallel(timeout=1.0, **CONFIG) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG) as ep:
             d = ep.dispatch(x, idx)
             if rank != 1:
                 ep.combine(d.x, d.handle)
@@ -430,7 +430,7 @@ def test_after_a_failure_the_gpu_goes_on(x, idx):
 @gpu
 def test_a_result_is_not_overwritten_while_a_named_stream_reads_it(x, idx):
     side = torch.cuda.Stream()
-    with ExpertParallel(**CONFIG) as ep:
+    with ExpertParallel(**CONFIG | {"slots": 1}) as ep:  # with more, another would be taken
         d = ep.dispatch(x, idx, zero_copy=True)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,7 +1,10 @@
 """Ranks that hang, die or do something else: every other rank says so, in time, and can go on to exit."""
 
+import ctypes
+import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -43,7 +46,7 @@ def test_a_rank_that_never_comes_is_named(device, operation):
     started = time.monotonic()
 
     def rank_main(rank):
-        with ExpertParallel(timeout=1.0, **CONFIG) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG) as ep:
             d = ep.dispatch(x, idx)
             if rank == 2:
                 ep.group.barrier()
@@ -74,7 +77,7 @@ def test_all_missing_ranks_are_named(device):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.5, startup_timeout=60.0, **CONFIG) as ep:
             try:
                 if rank == 0:
                     ep.dispatch(x, idx)
@@ -138,7 +141,7 @@ def test_after_a_failure_the_communicator_says_that_it_is_broken(device):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.3, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.3, startup_timeout=60.0, **CONFIG) as ep:
             if rank == 0:
                 with pytest.raises(commlib.PeerTimeout):
                     ep.dispatch(x, idx)
@@ -161,7 +164,7 @@ def test_an_asynchronous_failure_is_raised_by_waiting(device, wait):
     x, idx = inputs(device)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=0.5, **CONFIG) as ep:
+        with ExpertParallel(timeout=0.5, startup_timeout=60.0, **CONFIG) as ep:
             d = ep.dispatch(x, idx)
             if rank == 0:
                 _, event = ep.combine(d.x, d.handle, async_op=True)
@@ -171,6 +174,33 @@ def test_an_asynchronous_failure_is_raised_by_waiting(device, wait):
             ep.group.barrier()
 
     commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_queued_operations_have_one_deadline():
+    """Those behind the one that failed end with it: the communicator is of no use to them."""
+
+    def rank_main(rank):
+        ep = ExpertParallel(timeout=1.0, slots=16, num_sms=2, **CONFIG)
+        d = ep.dispatch(X, IDX)
+        said = []
+        if rank == 0:
+            events = [
+                ep.combine(X.repeat(d.x.shape[0] // 4, 1), d.handle, async_op=True)[1] for _ in range(10)
+            ]
+            began = time.monotonic()
+            for event in events:
+                with pytest.raises(commlib.CommError) as caught:
+                    event.wait()
+                said.append(caught.value)
+            ep.close()
+            assert time.monotonic() - began < 5  # not ten seconds
+        ep.group.barrier()
+        return said
+
+    first, *rest = commlib.run_ranks(rank_main, 2)[0]
+    assert isinstance(first, commlib.PeerTimeout) and first.peers == [1]
+    for error in rest:
+        assert "cannot use this communicator any more: rank 0 waited" in str(error), error
 
 
 def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
@@ -265,3 +295,62 @@ def test_ctrl_c_reaches_a_rank_that_waits(tmp_path):
     assert "KeyboardInterrupt" in err, err
     processes[1].kill()
     processes[1].communicate()
+
+
+def forbid_pidfds():
+    """As profiles of older containers do: pidfd_open gives EPERM in this process from now on."""
+    load, jump_if_equal, give = 0x20, 0x15, 0x06
+    program = b"".join(
+        struct.pack("HBBI", *step)
+        for step in [
+            (load, 0, 0, 0),  # the number of the call
+            (jump_if_equal, 0, 1, 434),  # pidfd_open's, on every architecture
+            (give, 0, 0, 0x00050000 | errno.EPERM),
+            (give, 0, 0, 0x7FFF0000),  # allowed
+        ]
+    )
+    steps = ctypes.create_string_buffer(program)
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(steps)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header, 0, 0) == 0
+    with pytest.raises(PermissionError):
+        os.pidfd_open(os.getpid())
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_a_dead_rank_is_noticed_at_once_with_and_without_pidfds(in_processes, pidfds):
+    def main(group):
+        if not pidfds:
+            forbid_pidfds()
+        ep = ExpertParallel(group, device="cpu", timeout=50.0, **CONFIG)
+        d = ep.dispatch(X, IDX)
+        group.barrier()
+        if group.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(commlib.PeerTimeout, match="for rank 1, whose process has exited"):
+            ep.combine(d.x, d.handle)
+        return time.monotonic() - began < 20
+
+    assert in_processes(main, 2) == [True, None]
+
+
+def test_threads_that_cannot_start_are_an_error():
+    """On the rank where it is; the interpreter goes on, and so does the next communicator."""
+    program = """
+import resource, torch, commlib
+sizes = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, device="cpu")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (400 << 20),) * 2)
+try:
+    commlib.ExpertParallel(num_sms=512, **sizes)
+except RuntimeError as error:
+    print(error)
+with commlib.ExpertParallel(num_sms=2, **sizes) as ep:
+    ep.dispatch(torch.ones(4, 64, dtype=torch.bfloat16), torch.tensor([[0, 7]] * 4))
+    print("and goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "cannot start communication thread" in done.stdout and "Lower num_sms" in done.stdout
+    assert done.stdout.endswith("and goes on\n")

@@ -1,15 +1,14 @@
 """Descriptors from process to process at start-up: memfds stand for device memory."""
 
-import contextlib
 import glob
+import json
 import os
-import resource
 import socket
 import tempfile
 from array import array
 
 import pytest
-from processes import HANG_SECONDS, FileGroup, descriptors, memory_of
+from processes import HANG_SECONDS, FileGroup, descriptors, memory_of, no_more_descriptors
 
 from commlib import fd_exchange
 from commlib.errors import CommError
@@ -143,8 +142,8 @@ class BesetGroup(FileGroup):
 
     def allgather(self, obj):
         got = super().allgather(obj)
-        if self.rank == 0 and isinstance(got[1], str) and self.said is None:
-            self.said = self.act(got[1])
+        if self.rank == 0 and isinstance(got[1], bytes) and self.said is None:
+            self.said = self.act(json.loads(got[1]))
         return got
 
 
@@ -252,19 +251,6 @@ def test_a_rank_that_cannot_begin_tells_all_others(in_processes, room):
 
 
 # -- what comes in -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_more_descriptors():
-    """This process can open no file inside."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture

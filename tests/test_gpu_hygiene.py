@@ -42,13 +42,13 @@ def test_first():
     assert deadline() == {deadline}
 
 def test_second():
-    assert deadline() == 60.0
+    assert deadline() == 600.0
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-    def run(state, *options, deadline=60.0):
+    def run(state, *options, deadline=600.0):
         (tmp_path / "made_up.py").write_text(MADE_UP)
         (tmp_path / "test_two.py").write_text(TWO_TESTS.format(state=state, deadline=deadline))
         path = os.pathsep.join([str(tmp_path), str(TESTS), str(TESTS.parent)])

@@ -43,6 +43,13 @@ def test_groups_of_users(launch, launcher, kind):
     assert len(lines) == 4 and all(line.endswith(f"of {size}") for line in lines), done.stdout
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_launched_ranks_can_try_again_when_one_was_missing(launch, launcher, tmp_path):
+    done = launch(str(PROGRAMS / "late_rank.py"), 3, launcher, arguments=[str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert sorted(said(done.stdout)) == [f"ok rank {r} of 3" for r in range(3)]
+
+
 def test_without_a_launcher_there_is_one_rank():
     assert isinstance(resolve_group(None), SingleGroup) or "mpi4py.MPI" in sys.modules
 

@@ -4,6 +4,7 @@ import gc
 import os
 
 import torch
+from processes import descriptors
 from reference import make_world
 
 import commlib
@@ -71,3 +72,41 @@ def test_closed_communicators_give_their_memory_back(device):
     files_later, memory_later = held_by_this_process(device)
     assert files_later <= files
     assert memory_later - memory < 8 << 20  # the device gives 2 MiB at least to each of 40 communicators
+
+
+def test_layers_share_descriptors_and_threads_go_with_close(in_processes):
+    """Each communicator has one descriptor, that of its own memory, however many ranks there are."""
+
+    def main(group):
+        def make(num_sms):
+            return ExpertParallel(
+                group, num_experts=8, hidden=16, topk=2, max_tokens=8, device="cpu", num_sms=num_sms
+            )
+
+        first = make(1)
+        before = descriptors()
+        layers = [make(3) for _ in range(20)]
+        with_layers, threads = descriptors(), threading_count()
+        for ep in layers:
+            x = torch.ones(4, 16, dtype=torch.bfloat16)
+            d = ep.dispatch(x, torch.tensor([[0, 7]] * 4))
+            assert torch.equal(ep.combine(d.x, d.handle), 2 * x)
+            ep.close()
+        del d  # whose rows lie in the memory of the last
+        kept, threads_kept = descriptors(), threading_count()  # the objects are still here
+        first.close()
+        return with_layers - before, kept - before, threads - threads_kept
+
+    assert in_processes(main, 3) == [(20, 0, 40)] * 3
+
+
+def test_what_still_lies_in_a_closed_communicators_memory_stays():
+    x = torch.randn(4, 16)
+    ep = ExpertParallel(num_experts=4, hidden=16, topk=1, max_tokens=8, dtype=torch.float32, device="cpu")
+    d = ep.dispatch(x, torch.zeros(4, 1, dtype=torch.int64), zero_copy=True)
+    ep.close()
+    assert torch.equal(d.x, x)
+
+
+def threading_count():
+    return len(os.listdir("/proc/self/task"))

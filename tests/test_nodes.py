@@ -1,5 +1,7 @@
 """Ranks on several nodes, over UCX: everything as on one node, and what each error says."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,7 +172,7 @@ def test_a_rank_that_never_comes_is_named_across_nodes():
     config = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32)
 
     def rank_main(rank):
-        with ExpertParallel(timeout=1.0, ranks_per_node=2, **config) as ep:
+        with ExpertParallel(timeout=1.0, startup_timeout=60.0, ranks_per_node=2, **config) as ep:
             ep.dispatch(x, idx)
             try:
                 if rank != 3:
@@ -198,6 +200,73 @@ def test_a_different_order_of_calls_is_an_error_across_nodes():
             ep.group.barrier()
 
     commlib.run_ranks(rank_main, 2)
+
+
+# -- trust
+
+
+def listening():
+    """Where this process listens for TCP: (address, port) as the kernel writes them."""
+    own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_socket(fd)}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                found.add(tuple(fields[1].split(":")))
+    return found
+
+
+def _is_socket(fd):
+    path = f"/proc/self/fd/{fd}"
+    return os.path.exists(path) and os.readlink(path).startswith("socket:")
+
+
+def test_ranks_of_one_node_open_no_port_and_those_of_one_host_only_the_loopback():
+    world = world_on(2)
+    ports = listening()
+
+    def rank_main(rank):
+        with ExpertParallel(num_sms=1, **world.config()) as ep:
+            ep.group.barrier()
+            beside = listening()
+            ep.group.barrier()
+        with ExpertParallel(ranks_per_node=1, **world.config()) as ep:
+            ep.group.barrier()
+            across = listening()
+            ep.group.barrier()
+        return beside, across
+
+    beside, across = commlib.run_ranks(rank_main, 2)[0]
+    assert beside == ports
+    assert across > ports and {address for address, _ in across - ports} == {"0100007F"}
+
+
+def test_every_ordered_pair_of_ranks_has_a_key_of_its_own():
+    keys = [ucx.message_keys("ab" * 32, rank, 4) for rank in range(4)]
+    shown = {(a, b): keys[a][b][0] for a in range(4) for b in range(4)}
+    assert len(set(shown.values())) == 16
+    assert all(keys[b][a][1] == key for (a, b), key in shown.items())
+    assert shown[0, 1] != ucx.message_keys("cd" * 32, 0, 4)[1][0]
+
+
+def test_a_rank_with_another_secret_is_not_heard(monkeypatch):
+    x, idx = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
+    config = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=1.0)
+    right = ucx.message_keys
+    monkeypatch.setattr(
+        ucx, "message_keys", lambda secret, rank, size: right(secret if rank else "00" * 32, rank, size)
+    )
+
+    def rank_main(rank):
+        with ExpertParallel(ranks_per_node=1, **config) as ep:
+            with pytest.raises(commlib.PeerTimeout) as caught:
+                ep.dispatch(x, idx)
+            ep.group.barrier()
+            return caught.value.peers, ep.stats()["network_refused"]
+
+    for rank, (peers, refused) in enumerate(commlib.run_ranks(rank_main, 2)):
+        assert peers == [1 - rank] and refused > 0
 
 
 # -- topology

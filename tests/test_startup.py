@@ -1,14 +1,19 @@
-"""Start-up of ranks that are processes with a GPU each, on cores that stand for the CUDA backend's."""
+"""Start-up of ranks that are processes.
 
+With a GPU each, on cores that stand for the CUDA backend's; with too few open files.
+"""
+
+import contextlib
 import os
 from types import SimpleNamespace
 
 import pytest
-from processes import descriptors, memory_of
+from processes import descriptors, memory_of, no_more_descriptors
 
-from commlib import bootstrap, cuda
+from commlib import ExpertParallel, bootstrap, cuda
+from commlib.conversation import gather
 
-CONFIG = SimpleNamespace(device=0, timeout=60.0)
+CONFIG = SimpleNamespace(device=0)
 
 
 class Core:
@@ -41,7 +46,10 @@ def connect(monkeypatch):
         stand_in = SimpleNamespace(make_communicator=make, require_peer_access=require_peer_access)
         monkeypatch.setattr(cuda, "_cuda", stand_in)
         infos = [{"uuid": f"gpu {rank}"} for rank in range(group.size)]
-        return bootstrap._make_and_connect(group, CONFIG, infos, list(range(group.size)))
+        with group.converse(60.0) as talk:
+            core = bootstrap._make_and_connect(talk, CONFIG, infos, list(range(group.size)))
+            gather(talk, "ready", None)
+        return core
 
     return run
 
@@ -68,3 +76,25 @@ def test_a_rank_that_cannot_open_anothers_memory_is_an_error_on_all(in_processes
     assert texts[1] == why
     assert texts[0] == texts[2] == f"rank 1 could not start: RuntimeError: {why}"
     assert max(left) <= 1  # its own
+
+
+# -- open files
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_a_rank_that_runs_out_of_files_says_so_to_all(in_processes, left):
+    def main(group):
+        few = no_more_descriptors(left) if group.rank == 1 else contextlib.nullcontext()
+        with few:
+            ep = ExpertParallel(
+                group, num_experts=4, hidden=8, topk=1, max_tokens=4, device="cpu", timeout=60.0
+            )
+        group.barrier()
+        ep.close()
+
+    said = in_processes(main, 3)
+    if left > 0 and said == [None] * 3:  # it was enough
+        return
+    assert "ulimit -n" in said[1]
+    for other in (said[0], said[2]):
+        assert other.startswith("CommError: rank 1 could not start: ") and "ulimit -n" in other

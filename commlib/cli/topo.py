@@ -6,6 +6,7 @@ from typing import Any
 
 from commlib import ucx
 from commlib.bootstrap import own_place
+from commlib.conversation import gather
 from commlib.errors import CommError
 from commlib.group import resolve_group
 from commlib.topology import Topology, find_topology, node_size
@@ -14,7 +15,7 @@ from commlib.topology import Topology, find_topology, node_size
 def topo(ranks_per_node: int | None) -> bool:
     """Gather, and print on rank 0. Every rank calls it; whether ranks could run like this."""
     group = resolve_group()
-    places = group.allgather(own_place() | {"ucx": _ucx()})
+    places = gather(group, "places", own_place() | {"ucx": _ucx()})
     size = node_size(ranks_per_node)
     topology = find_topology([p["host"] for p in places], [p["host_name"] for p in places], size)
     if group.rank == 0:
@@ -39,8 +40,8 @@ def _print(topology: Topology, places: list[dict[str, Any]], size: int | None) -
             if other != node:
                 ways = ", ".join(f"{r} to {topology.gateway(r, other)}" for r in members)
                 print(f"    two hops to node {other} go by its gateways: {ways}")
-    for said in dict.fromkeys(p["ucx"] for p in places):
-        having = [rank for rank, p in enumerate(places) if p["ucx"] == said]
+    for said in dict.fromkeys(tuple(p["ucx"]) for p in places):
+        having = [rank for rank, p in enumerate(places) if tuple(p["ucx"]) == said]
         print(f"{'' if len(having) == ranks else f'ranks {_listed(having)}: '}{said[1]}")
     if nodes == 1:
         print("One node: ranks map each other's memory, and UCX is not needed.")

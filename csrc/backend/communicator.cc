@@ -1,6 +1,9 @@
 #include "backend/communicator.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "net/network.h"
@@ -9,7 +12,8 @@ namespace commlib {
 namespace {
 
 constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
-constexpr int kMaxLanes = 16;        // GPUs have workers enough to fill any link several times over
+constexpr double kHandOverSeconds = 1;
+constexpr int kMaxLanes = 16;  // GPUs have workers enough to fill any link several times over
 
 }  // namespace
 
@@ -77,39 +81,89 @@ void Communicator::connect_network(const std::vector<PeerAddress>& peers, Mailbo
   }
 }
 
-void Communicator::tell_far(uint64_t left) {
+void Communicator::tell_far(const Farewell& left) {
   for (int p = 0; p < peers_.size; ++p) {
     if (peers_.is_near(p)) continue;
-    uint64_t* word = &peers_.mail_to(p).left;
-    __atomic_store_n(word, left, __ATOMIC_RELEASE);
-    const auto offset = reinterpret_cast<std::byte*>(word) - network_->control_for(p);
-    network_->post({PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left});
+    uint64_t* words = peers_.mail_to(p).left;
+    left.write(words);
+    const auto offset = reinterpret_cast<std::byte*>(words) - network_->control_for(p);
+    network_->post(
+        {PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left.words});
   }
 }
 
-void Communicator::check_usable() const {
-  std::lock_guard<std::mutex> lock(broken_mutex_);
-  if (broken_.empty()) return;
+void Communicator::refuse(const std::string& why) const {
   Failure failure;
   failure.record.cause = Cause::broken;
   failure.rank = config_.rank;
-  failure.detail = broken_;
+  failure.detail = why;
   throw CommFailure(failure);
 }
 
-void Communicator::leave(uint32_t how, int blamed, const std::string& why) {
+void Communicator::check_can_wait() const {
+  if (!home_.is_here()) {
+    refuse("it belongs to process " + std::to_string(home_.id()) + ", of which this is a fork (" +
+           std::to_string(getpid()) +
+           "): make one here, or start processes by \"spawn\" (multiprocessing, data loaders)");
+  }
+  if (is_issuing_here()) refuse("a signal handler called it in the middle of one of its operations");
+}
+
+void Communicator::check_usable() const {
+  if (!home_.is_here()) check_can_wait();
+  std::lock_guard<std::mutex> lock(broken_mutex_);
+  if (!broken_.empty()) refuse(broken_);
+}
+
+// Another thread's operation may take as long as a deadline, and Ctrl-C gets a thread out of that, too.
+Communicator::Issue::Issue(Communicator& comm) : comm_(comm) {
+  comm.check_can_wait();
+  const auto nap = std::chrono::milliseconds(static_cast<int>(kNapSeconds * 1e3));
+  // By the system's clock, for ThreadSanitizer does not know of mutexes that are locked by the steady one.
+  while (!comm.issue_mutex_.try_lock() &&
+         !comm.issue_mutex_.try_lock_until(std::chrono::system_clock::now() + nap)) {
+    if (comm.config_.interrupted && comm.config_.interrupted(true)) throw Interrupted{};
+  }
+  comm.issuer_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+  // Not in the middle of what a signal handler has ended before this thread had the lock.
+  try {
+    comm.check_usable();
+  } catch (...) {
+    comm.issuer_.store({}, std::memory_order_relaxed);
+    comm.issue_mutex_.unlock();
+    throw;
+  }
+}
+
+Communicator::Issue::~Issue() {
+  comm_.issuer_.store({}, std::memory_order_relaxed);
+  comm_.issue_mutex_.unlock();
+}
+
+int Communicator::slots_in_use() {
+  const Issue issue(*this);
+  return slots_->in_use();
+}
+
+void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) {
+  if (!home_.is_here()) return;
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
     if (!broken_.empty()) return;
     broken_ = why;
   }
-  tell_all(tagged(how, static_cast<uint32_t>(blamed)));
+  gave_up_.store(true, std::memory_order_release);
+  end_waits();
+  tell_all(Farewell::of(how, blamed));
+  // Who exits at the error is not to be blamed for that by ranks that have not heard why.
+  if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
 }
 
 void Communicator::raise(const FailureRecord& record) {
+  if (record.cause == Cause::broken) check_usable();  // another call knows why
   Failure failure{config_.rank, record, ""};
   if (record.cause == Cause::lost) failure.detail = network_->why_lost(record.peer);
-  leave(kGaveUp, failure.peers().empty() ? config_.rank : failure.peers().front(), describe(failure));
+  leave(kGaveUp, record.blamed, describe(failure));
   throw CommFailure(std::move(failure));
 }
 
@@ -126,9 +180,26 @@ void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
                       "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"");
 }
 
-void Communicator::close() {
-  if (closed_.exchange(true, std::memory_order_acq_rel)) return;
+// Who waits no more for what is under way must not wait for it here, where the others may never come.
+void Communicator::drain_to_close(bool* interrupted) {
+  const std::string why = "it was interrupted (Ctrl-C) with operations under way, and closed";
+  if (interrupted_.load(std::memory_order_relaxed)) leave(kGaveUp, bit_of(config_.rank), why);
+  try {
+    drain_unless_interrupted();
+  } catch (const Interrupted&) {
+    *interrupted = true;
+    leave(kGaveUp, bit_of(config_.rank), why);
+  }
   drain();
+}
+
+void Communicator::close() {
+  if (!home_.is_here()) return;
+  if (is_issuing_here())
+    return leave(kGaveUp, bit_of(config_.rank), "a signal handler closed it in the middle");
+  if (closed_.exchange(true, std::memory_order_acq_rel)) return;
+  bool interrupted = false;
+  drain_to_close(&interrupted);
   bool usable;
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
@@ -140,16 +211,20 @@ void Communicator::close() {
   } catch (...) {
     untold = std::current_exception();
   }
-  leave(kClosed, config_.rank, "it has been closed");
+  leave(kClosed, bit_of(config_.rank), "it has been closed");
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
-  has_closed();
+  {
+    std::lock_guard<std::timed_mutex> issue(issue_mutex_);  // no thread is in the middle of a call
+    has_closed();
+  }
+  if (interrupted) throw Interrupted{};
   if (untold) std::rethrow_exception(untold);
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
   auto lease = slots_->take();
   if (!lease) {
-    drain();  // operations under way give theirs back
+    drain_unless_interrupted();  // operations under way give theirs back
     lease = slots_->take();
   }
   if (lease) {

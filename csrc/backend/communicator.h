@@ -6,9 +6,11 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "backend/failure.h"
+#include "backend/home_process.h"
 #include "backend/slots.h"
 #include "backend/waiting.h"
 #include "net/transport.h"
@@ -37,7 +39,8 @@ struct Config {
   bool hierarchical = true;             // one gateway for each node, or each rank its own
   int64_t chunk_bytes = 0, chunks = 0;  // of rings; 0: what suits
   TransportFactory make_transport;
-  uint32_t first_epoch = 1;  // for tests of the wrap-around
+  std::vector<PeerKeys> keys;  // by rank
+  uint32_t first_epoch = 1;    // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU
   SpinPolicy spin;
@@ -85,7 +88,8 @@ struct RoutingView {
 
 // Where received rows go.
 struct Received {
-  std::byte* rows = nullptr;     // null: they stay in the slot
+  std::byte* rows = nullptr;
+  bool rows_in_slot = false;     // they stay there, and `rows` is null
   std::byte* weights = nullptr;  // [rows][topk], or [grouped rows]
   int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
@@ -116,9 +120,24 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
+// What a rank leaves with every other when it goes: see Mailbox::left.
+struct Farewell {
+  uint64_t words[2];
+
+  static Farewell of(uint32_t how, uint64_t blamed) {
+    return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
+  }
+  void write(uint64_t* left) const {
+    for (int half = 0; half < 2; ++half) __atomic_store_n(&left[half], words[half], __ATOMIC_RELEASE);
+  }
+};
+
 class Network;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
+// What keeps alive the memory that an asynchronous operation uses, until it is done. Where a stream orders
+// operations, that of the memory does so too, and nothing need be held (CUDA).
+using Held = std::shared_ptr<void>;
 
 class Communicator {
  public:
@@ -139,12 +158,12 @@ class Communicator {
   // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
   // unless `async`.
   virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
-                                 const Received& received, bool async) = 0;
+                                 const Received& received, bool async, Held held = nullptr) = 0;
   // The rows of other tensors along a known routing; `lease` receives the slot where rows stay in it.
   virtual Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
-                            bool async, std::shared_ptr<SlotLease>* lease) = 0;
+                            bool async, std::shared_ptr<SlotLease>* lease, Held held = nullptr) = 0;
   virtual Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                         std::byte* out_weights, bool async) = 0;
+                         std::byte* out_weights, bool async, Held held = nullptr) = 0;
   virtual void wait(const Ticket& ticket) = 0;
   // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
   // it returns; throws what failed. CUDA: for what `stream` does next, also after a failure, which the next
@@ -165,17 +184,20 @@ class Communicator {
   void note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream);
 
   // Finishes what is under way, and tells the others. Throws, when all that is done, what has failed and no
-  // call has told yet. May be called twice.
+  // call has told yet, or Interrupted. May be called twice. Does nothing in a forked child. In a signal
+  // handler that came in the middle of an operation it ends that; the rest is then left to the next call.
   void close();
   // After an error between two halves of an operation: the others need not wait.
-  void give_up(const std::string& why) { leave(kGaveUp, config_.rank, why); }
+  void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
+  // Whether this is the process that made it, and not one forked from that.
+  bool is_here() const { return home_.is_here(); }
 
   const Config& config() const { return config_; }
   const SlotLayout& layout() const { return layout_; }
   void set_timeout(double seconds) { timeout_.store(seconds, std::memory_order_relaxed); }
-  int slots_in_use() { return slots_->in_use(); }
+  int slots_in_use();
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
-  virtual int64_t touched_bytes() const = 0;
+  virtual int64_t touched_bytes() = 0;
   // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
   virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.
@@ -186,12 +208,31 @@ class Communicator {
 
   // Waits until operations under way have given their slots back, however they end.
   virtual void drain() = 0;
+  // The same; where the user wants out before that, either throws Interrupted or makes them end.
+  virtual void drain_unless_interrupted() = 0;
   // Leaves a word with every rank: this one is gone.
-  virtual void tell_all(uint64_t left) = 0;
+  virtual void tell_all(const Farewell& left) = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
-  // close() is through.
+  // Lets operations under way end, for the communicator is of no use any more.
+  virtual void end_waits() {}
+  // close() is through: nothing is under way, and everything but what the user still holds can go.
   virtual void has_closed() {}
+
+  // The right to issue an operation, which one thread at a time has. Throws CommFailure where there can be
+  // none: in a forked child, in a signal handler that came in the middle of one, or see check_usable.
+  class Issue {
+   public:
+    explicit Issue(Communicator& comm);
+    ~Issue();
+    Issue(const Issue&) = delete;
+    Issue& operator=(const Issue&) = delete;
+
+   private:
+    Communicator& comm_;
+  };
+  // Throws unless this thread can wait for the operations of this communicator.
+  void check_can_wait() const;
 
   // The heap: control words, then slots.
   int64_t control_bytes() const;
@@ -200,11 +241,12 @@ class Communicator {
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
   // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
   void connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail);
-  void tell_far(uint64_t left);
+  void tell_far(const Farewell& left);
 
   void check_usable() const;
+  [[noreturn]] void refuse(const std::string& why) const;
   // The communicator is of no use from here on; the first reason counts.
-  void leave(uint32_t how, int blamed, const std::string& why);
+  void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;
@@ -241,14 +283,28 @@ class Communicator {
   PeerTable peers_{};
   std::atomic<double> timeout_;
 
-  std::mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
-  uint32_t epoch_;
+  const HomeProcess home_;
+  // Set when the communicator is of no use any more (release): operations of its own look at it where they
+  // begin and where they wait (acquire), and end. Never reset.
+  std::atomic<bool> gave_up_{false};
+  // The user has stopped waiting for operations under way (Ctrl-C): close() does not wait for others either.
+  std::atomic<bool> interrupted_{false};
+
+  std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
+  uint64_t epoch_;                // words carry its lower half
   uint32_t dispatches_;
   uint64_t moves_ = 0;      // operations that moved rows
   uint64_t far_moves_ = 0;  // of these, those that moved rows here from other nodes
   uint64_t waved_ = 0;      // those in waves
 
  private:
+  void drain_to_close(bool* interrupted);
+  bool is_issuing_here() const {
+    return issuer_.load(std::memory_order_relaxed) == std::this_thread::get_id();
+  }
+
+  // Who has issue_mutex_. Orders nothing: a thread asks only whether it is itself.
+  std::atomic<std::thread::id> issuer_{};
   mutable std::mutex broken_mutex_;  // guards broken_, which threads of the backend set as well
   std::string broken_;
   std::atomic<bool> closed_{false};

@@ -5,6 +5,12 @@
 namespace commlib {
 namespace {
 
+std::vector<int> ranks_in(uint64_t mask) {
+  std::vector<int> ranks;
+  for (; mask; mask &= mask - 1) ranks.push_back(lowest_bit(mask));
+  return ranks;
+}
+
 std::string ranks_text(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
@@ -26,6 +32,13 @@ std::string last_words(const FailureRecord& r) {
          " (epoch " + std::to_string(tag_of(r.last_call)) + ")";
 }
 
+// Those that this rank waited for, and that wait themselves.
+std::string held_up_text(const FailureRecord& r, bool one) {
+  const std::vector<int> held_up = ranks_in(r.awaited & ~r.blamed);
+  return held_up.empty() ? ""
+                         : std::string(one ? ", which holds up " : ", which hold up ") + ranks_text(held_up);
+}
+
 std::string waited_text(const FailureRecord& r) {
   char seconds[32];
   std::snprintf(seconds, sizeof seconds, "%.1f s", static_cast<double>(r.waited_ns) * 1e-9);
@@ -41,38 +54,42 @@ std::string mismatch_text(const std::string& me, const FailureRecord& r) {
 
 }  // namespace
 
-std::vector<int> Failure::peers() const {
-  if (record.cause != Cause::timeout) return {record.peer};
-  std::vector<int> late;
-  for (int p = 0; p < kMaxRanks; ++p) {
-    if (record.missing >> p & 1) late.push_back(p);
-  }
-  return late;
-}
+std::vector<int> Failure::peers() const { return ranks_in(record.blamed); }
 
 std::string describe(const Failure& f) {
   const FailureRecord& r = f.record;
   const std::string where =
       std::string(name_of(r.op)) + " (epoch " + std::to_string(r.epoch) + ", phase " + name_of(r.phase) + ")";
   const std::string me = "rank " + std::to_string(f.rank);
+  const bool one = f.peers().size() == 1;
   const std::string waited =
       me + " waited " + waited_text(r) + " in " + where + " for " + ranks_text(f.peers());
   switch (r.cause) {
     case Cause::timeout:
-      return waited + "; " + last_words(r) + ". Is it alive, and did it make the same call?";
+      return waited + held_up_text(r, one) + "; " + last_words(r) +
+             (one ? ". Is it alive, and did it make the same call?"
+                  : ". Are they alive, and did they make the same call?");
     case Cause::exited:
       return waited + ", whose process has exited; " + last_words(r);
     case Cause::lost:
       return waited + ", to which the connection was lost (" + f.detail + "); " + last_words(r);
     case Cause::left: {
-      const bool itself = r.teller == r.peer;
-      return waited + "; " +
-             (itself ? "it closed the communicator or failed"
-                     : "rank " + std::to_string(r.teller) + " gave up on it first") +
-             "; " + last_words(r);
+      const std::string teller = "rank " + std::to_string(r.teller);
+      if (r.blamed == bit_of(r.teller))
+        return waited + "; it closed the communicator or failed; " + last_words(r);
+      if (r.blamed == bit_of(f.rank))
+        return me + " came late in " + where + ": " + teller + " has given up on it";
+      return waited + "; " + teller + " gave up on " + (one ? "it" : "them") + " first; " + last_words(r);
     }
     case Cause::mismatch:
       return me + " is in " + where + ", " + mismatch_text(me, r);
+    case Cause::malformed:
+      return me + " is in " + where + ", and rank " + std::to_string(r.peer) +
+             " sent what does not fit it: rows or tokens that there are not, or a chunk of another "
+             "operation. "
+             "Were expert ids changed during the call, do all ranks run the same version of commlib, and "
+             "does "
+             "anything write into its memory?";
     case Cause::interrupted:
       return me + " was interrupted in " + where;
     case Cause::broken:

@@ -7,6 +7,7 @@
 namespace commlib {
 
 SlotLease::~SlotLease() {
+  if (!pool_->home_.is_here()) return;  // a forked child lets go of a copy: the slot is its parent's
   if (!streams_.empty()) pool_->note_uses(index_, streams_);
   std::lock_guard<std::mutex> lock(pool_->mutex_);
   pool_->states_[index_].busy = false;
@@ -29,7 +30,7 @@ void SlotLease::use_on(uintptr_t stream) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
 }
 
-void SlotLease::pulled_in(uint32_t epoch) {
+void SlotLease::pulled_in(uint64_t epoch) {
   std::lock_guard<std::mutex> lock(pool_->mutex_);
   pool_->states_[index_].pulled = true;
   pool_->states_[index_].pulled_in = epoch;
@@ -60,10 +61,11 @@ std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
   return nullptr;
 }
 
-bool SlotPool::last_pull(int index, uint32_t* epoch) {
+bool SlotPool::last_pull(int index, uint64_t now, uint32_t* epoch) {
   std::lock_guard<std::mutex> lock(mutex_);
-  *epoch = states_[index].pulled_in;
-  return states_[index].pulled;
+  const State& s = states_[index];
+  *epoch = static_cast<uint32_t>(s.pulled_in);
+  return s.pulled && now - s.pulled_in < kLongAgo;
 }
 
 int SlotPool::in_use() {

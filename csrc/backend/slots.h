@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "backend/home_process.h"
 #include "protocol/slot.h"
 
 namespace commlib {
@@ -25,7 +26,7 @@ class SlotLease {
   Slot slot() const;
   // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished
   // it.
-  void pulled_in(uint32_t epoch);
+  void pulled_in(uint64_t epoch);
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
@@ -55,8 +56,9 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::shared_ptr<SlotLease> take();
   // The lease of the slot at whose first row `address` points, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
-  // The operation that must be finished everywhere before the slot is written; false: none.
-  bool last_pull(int index, uint32_t* epoch);
+  // The operation that must be finished everywhere before the slot is written in operation `now`; false:
+  // none.
+  bool last_pull(int index, uint64_t now, uint32_t* epoch);
   Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
   int in_use();
   virtual ~SlotPool() = default;
@@ -70,10 +72,14 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
     std::weak_ptr<SlotLease> lease;
     bool busy = false;
     bool pulled = false;
-    uint32_t pulled_in = 0;
+    uint64_t pulled_in = 0;
     uint64_t freed = 0;  // when, in leases that have ended
   };
 
+  // Words tell 2^31 operations apart. No rank is ever so many behind: it is not asked about one so old.
+  static constexpr uint64_t kLongAgo = uint64_t{1} << 30;
+
+  const HomeProcess home_;
   std::shared_ptr<void> heap_;
   std::byte* slots_;
   SlotLayout layout_;

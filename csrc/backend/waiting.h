@@ -22,8 +22,9 @@ struct SpinPolicy {
   int yields = 20;
 };
 
-// Called by a sleeping thread of the user every nap; true: the user wants out (Ctrl-C).
-using InterruptCheck = bool (*)();
+// Called by a sleeping thread of the user every nap, and with `signalled` at once when a signal has come to
+// it; true: the user wants out (Ctrl-C).
+using InterruptCheck = bool (*)(bool signalled);
 struct Interrupted {};
 
 constexpr double kNapSeconds = 0.02;  // between two looks at whether a peer still lives

@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <climits>
 #include <cstdint>
 
@@ -32,7 +33,8 @@ inline void ring(Bell& bell) {
   }
 }
 
-// Waits until ready(). Each nap at the latest it calls give_up(), and returns false when that says true.
+// Waits until ready(). Each nap at the latest, and when a signal has come to this thread, it calls
+// give_up(signalled), and returns false when that says true.
 template <class Ready, class GiveUp>
 bool wait_on(Bell& bell, const SpinPolicy& spin, Ready ready, GiveUp give_up) {
   for (int i = 0; i < spin.pauses; ++i) {
@@ -49,12 +51,13 @@ bool wait_on(Bell& bell, const SpinPolicy& spin, Ready ready, GiveUp give_up) {
     __atomic_fetch_add(&bell.sleepers, 1, __ATOMIC_SEQ_CST);
     const uint32_t heard = __atomic_load_n(&bell.rings, __ATOMIC_SEQ_CST);
     const bool done = ready();
-    if (!done) syscall(SYS_futex, &bell.rings, FUTEX_WAIT, heard, &nap, nullptr, 0);
+    const bool signalled =
+        !done && syscall(SYS_futex, &bell.rings, FUTEX_WAIT, heard, &nap, nullptr, 0) < 0 && errno == EINTR;
     __atomic_fetch_sub(&bell.sleepers, 1, __ATOMIC_SEQ_CST);
     if (done || ready()) return true;
     // The bell may ring for another word: the clock, not the number of rings, says when to look.
-    if (monotonic_seconds() < next_look) continue;
-    if (give_up()) return ready();
+    if (!signalled && monotonic_seconds() < next_look) continue;
+    if (give_up(signalled)) return ready();
     next_look = monotonic_seconds() + kNapSeconds;
   }
 }

@@ -37,6 +37,7 @@ std::shared_ptr<void> BufferPool::take(size_t bytes) {
 }
 
 void BufferPool::give_back(Buffer buffer) {
+  if (!home_.is_here()) return;  // a forked child's copy, which goes with it
   std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(buffer);
   if (idle_.size() <= kMaxIdle) return;

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "backend/home_process.h"
+
 namespace commlib {
 
 class BufferPool : public std::enable_shared_from_this<BufferPool> {
@@ -26,6 +28,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   void give_back(Buffer buffer);
 
   static constexpr size_t kMaxIdle = 4;
+  const HomeProcess home_;
   std::mutex mutex_;
   std::vector<Buffer> idle_;  // oldest first
 };

@@ -19,7 +19,13 @@ CpuCommunicator::CpuCommunicator(const Config& config)
   }
 }
 
-CpuCommunicator::~CpuCommunicator() { close(); }
+CpuCommunicator::~CpuCommunicator() {
+  try {
+    close();
+  } catch (const std::exception&) {  // an operation has failed, and a destructor has nobody to tell
+  } catch (const Interrupted&) {     // nor here: what was under way has been given up
+  }
+}
 
 PeerAddress CpuCommunicator::address() {
   return {getpid(), region_->fd(), config_.num_sms, "", network_ ? network_->address() : ""};
@@ -52,15 +58,16 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
   op->network = network_.get();
   op->spin = config_.spin;
   op->interrupted = config_.interrupted;
+  op->gave_up = &gave_up_;
   op->wait = {call, epoch};
   op->timeout = timeout_.load(std::memory_order_relaxed);
   return op;
 }
 
-void CpuCommunicator::tell_all(uint64_t left) {
+void CpuCommunicator::tell_all(const Farewell& left) {
   for (int p = 0; p < peers_.size; ++p) {
     if (!peers_.is_near(p)) continue;
-    __atomic_store_n(&peers_.mail_to(p).left, left, __ATOMIC_RELEASE);
+    left.write(peers_.mail_to(p).left);
     ring(peers_.mail_to(p).bell);
   }
   if (network_) tell_far(left);
@@ -85,9 +92,48 @@ void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
   give_up(why);
 }
 
+template <class Wait>
+void CpuCommunicator::wait_for(Wait wait) {
+  check_can_wait();
+  try {
+    wait();
+  } catch (const Interrupted&) {
+    interrupted_.store(true, std::memory_order_relaxed);
+    throw;
+  }
+}
+
+void CpuCommunicator::wait(const Ticket& ticket) {
+  wait_for([&] { pool_->wait(*ticket); });
+}
+
+void CpuCommunicator::wait_expert(const PendingDispatch&, const Ticket& ticket, int64_t expert, uintptr_t) {
+  wait_for([&] { pool_->wait_wave(*ticket, wave_of(expert, placement_.count(config_.rank))); });
+}
+
 void CpuCommunicator::synchronize() {
-  drain();
+  wait_for([&] { drain_unless_interrupted(); });
   check_usable();
+}
+
+std::shared_ptr<void> CpuCommunicator::new_rows(int64_t rows) {
+  check_usable();
+  return buffers_->take(static_cast<size_t>(rows * layout_.row_bytes));
+}
+
+int64_t CpuCommunicator::touched_bytes() {
+  std::lock_guard<std::timed_mutex> issue(issue_mutex_);
+  return region_ ? static_cast<int64_t>(region_->touched_bytes()) : 0;
+}
+
+// Threads that wait for an operation may still be on their way out of the pool, so the pool itself stays. The
+// heap stays as long as tensors lie in it.
+void CpuCommunicator::has_closed() {
+  pool_->stop();
+  processes_.reset();
+  regions_.clear();
+  region_.reset();
+  slots_.reset();
 }
 
 }  // namespace commlib

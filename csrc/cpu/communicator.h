@@ -19,19 +19,21 @@ class CpuCommunicator final : public Communicator {
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
-                         const Received& received, bool async) override;
+                         const Received& received, bool async, Held held = nullptr) override;
   Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
-                    std::shared_ptr<SlotLease>* lease) override;
+                    std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
   Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                 std::byte* out_weights, bool async) override;
-  void wait(const Ticket& ticket) override { pool_->wait(*ticket); }
+                 std::byte* out_weights, bool async, Held held = nullptr) override;
+  void wait(const Ticket& ticket) override;
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
   void synchronize() override;
   std::shared_ptr<SlotLease> lend_slot() override;
-  int64_t touched_bytes() const override { return static_cast<int64_t>(region_->touched_bytes()); }
+  int64_t touched_bytes() override;
 
-  std::shared_ptr<BufferPool> buffers() const { return buffers_; }
+  // Memory for so many rows, that goes back to the communicator's pool of buffers with its last owner.
+  std::shared_ptr<void> new_rows(int64_t rows);
+  int64_t idle_bytes() const { return static_cast<int64_t>(buffers_->idle_bytes()); }
   const char* vector_ops_name() const { return ops_->name; }
 
   // For benchmarks: one worker's send_rows or pull_rows and nothing else, over the routing of a dispatch
@@ -43,16 +45,24 @@ class CpuCommunicator final : public Communicator {
   struct Transfer;
 
   void drain() override { pool_->drain(); }
-  void tell_all(uint64_t left) override;
+  void drain_unless_interrupted() override { pool_->drain_unless_interrupted(); }
+  void tell_all(const Farewell& left) override;
+  void has_closed() override;
 
+  // Calls `wait`, and remembers if the user wanted out.
+  template <class Wait>
+  void wait_for(Wait wait);
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
+  void check_routes(const RoutingView& routing) const;
   std::shared_ptr<SlotLease> take_writable_slot(Call call);
   void await_writable(const SlotLease& lease, Call call);
   uint32_t announce(Call call);
-  Ticket start(std::shared_ptr<Job> job, bool async);
-  Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async);
-  void run_transfer(Transfer& t, int index);
-  void run_in_waves(Transfer& t, Job& job, int index);
+  // What each worker does in an operation, and what the last one does whichever way it ended.
+  using Part = std::function<void(CpuWorker& worker, Job& job)>;
+  Ticket start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last, bool async, Held held);
+  Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async, Held held);
+  void run_transfer(Transfer& t, CpuWorker& w);
+  void run_in_waves(Transfer& t, CpuWorker& w, Job& job);
   [[noreturn]] void raise_failed(OpContext& op);
   // A worker ran into an error of its own: its fellows and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);

@@ -16,7 +16,7 @@ bool another_failed(const OpContext& op) { return op.failed.load(std::memory_ord
 
 // Says which operation this rank calls and which slot it lends; every operation on every rank begins so.
 uint32_t CpuCommunicator::announce(Call call) {
-  const uint32_t epoch = ++epoch_;
+  const auto epoch = static_cast<uint32_t>(++epoch_);
   auto op = context(call, epoch);
   CpuWorker caller(*op, 0, 1);
   publish_call(caller, peers_, epoch, call);
@@ -26,7 +26,7 @@ uint32_t CpuCommunicator::announce(Call call) {
 // Nobody may still pull from what is about to be written.
 void CpuCommunicator::await_writable(const SlotLease& lease, Call call) {
   uint32_t epoch;
-  if (!slots_->last_pull(lease.index(), &epoch)) return;
+  if (!slots_->last_pull(lease.index(), epoch_ + 1, &epoch)) return;
   auto op = context(call, epoch);
   CpuWorker caller(*op, 0, 1);
   if (!await_pulled(caller, peers_, epoch)) raise_failed(*op);
@@ -39,18 +39,35 @@ std::shared_ptr<SlotLease> CpuCommunicator::take_writable_slot(Call call) {
 }
 
 std::shared_ptr<SlotLease> CpuCommunicator::lend_slot() {
-  std::lock_guard<std::mutex> issue(issue_mutex_);
-  check_usable();
+  const Issue issue(*this);
   auto lease = take_writable_slot({OpKind::combine, 0, 0});
   lease->lend();
   return lease;
 }
 
-Ticket CpuCommunicator::start(std::shared_ptr<Job> job, bool async) {
-  if (async) {
+Ticket CpuCommunicator::start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last,
+                              bool async, Held held) {
+  auto job = std::make_shared<Job>();
+  job->held = std::move(held);
+  job->run = [this, op, part = std::move(part), job = job.get()](int index) {
+    CpuWorker w(*op, index, config_.num_sms);
+    if (w.may_begin()) part(w, *job);
+  };
+  job->finish = [this, op, last = std::move(last)] {
+    last();
+    if (another_failed(*op)) raise_failed(*op);
+  };
+  job->abandon = [this, op](const std::exception_ptr& error) { abandon(*op, error); };
+  if (!async) {
+    pool_->run(job, [this] { give_up("it was interrupted (Ctrl-C) behind other operations"); });
+    return job;
+  }
+  op->interrupted = nullptr;  // worker 0 is a thread of the pool's
+  try {
     pool_->submit(job);
-  } else {
-    pool_->run(job);
+  } catch (const std::exception& e) {  // others know of the call already
+    give_up(e.what());
+    throw;
   }
   return job;
 }
@@ -69,7 +86,7 @@ struct CpuCommunicator::Transfer {
   std::vector<int64_t> source_rows, offsets, rows_per_expert;
 };
 
-Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async) {
+Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, Held held) {
   t->arrivals = next_arrivals(t->op->wait.call.op);
   if (t->deliver.places) {
     const DeliverPlan& d = t->deliver;
@@ -79,20 +96,13 @@ Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async) 
     t->deliver.rows_per_expert = t->rows_per_expert.data();
   }
   if (!t->source_rows.empty()) t->deliver.source_rows = t->source_rows.data();
-  auto job = std::make_shared<Job>();
-  job->run = [this, t, job = job.get()](int index) {
-    t->early.empty() ? run_transfer(*t, index) : run_in_waves(*t, *job, index);
+  const auto part = [this, t](CpuWorker& w, Job& job) {
+    t->early.empty() ? run_transfer(*t, w) : run_in_waves(*t, w, job);
   };
-  job->finish = [this, t] {
-    t->lease.reset();
-    if (another_failed(*t->op)) raise_failed(*t->op);
-  };
-  job->abandon = [this, op = t->op](const std::exception_ptr& error) { abandon(*op, error); };
-  return start(std::move(job), async);
+  return start(t->op, part, [t] { t->lease.reset(); }, async, std::move(held));
 }
 
-void CpuCommunicator::run_transfer(Transfer& t, int index) {
-  CpuWorker w(*t.op, index, config_.num_sms);
+void CpuCommunicator::run_transfer(Transfer& t, CpuWorker& w) {
   SendPlan send = t.send;
   uint8_t slots[kMaxRanks];
   send.slots = t.slots.empty() ? slots : t.slots.data();
@@ -102,8 +112,7 @@ void CpuCommunicator::run_transfer(Transfer& t, int index) {
   w.flush();
 }
 
-void CpuCommunicator::run_in_waves(Transfer& t, Job& job, int index) {
-  CpuWorker w(*t.op, index, config_.num_sms);
+void CpuCommunicator::run_in_waves(Transfer& t, CpuWorker& w, Job& job) {
   SendPlan send = t.send;
   send.slots = t.slots.data();
   const WavePlan plan{t.waves_of_routes.data(), t.early.data(), t.arrivals.data()};
@@ -112,14 +121,13 @@ void CpuCommunicator::run_in_waves(Transfer& t, Job& job, int index) {
 
 std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingView& routing, bool has_weights,
                                                                  bool drop, bool in_waves) {
-  std::lock_guard<std::mutex> issue(issue_mutex_);
-  check_usable();
+  const Issue issue(*this);
   auto pending = std::make_unique<PendingDispatch>();
   Call call = dispatch_call(has_weights, drop, in_waves);
   const Routing in = routing_of(routing, owner_.data());
   std::vector<uint32_t> per_rank(config_.size), per_expert(config_.experts);
   const SourceCounts counts{per_rank.data(), per_expert.data()};
-  auto planning = context(call, epoch_);
+  auto planning = context(call, static_cast<uint32_t>(epoch_));
   CpuWorker planner(*planning, 0, 1);
   const int64_t bad = count_routes(planner, in, routing.routes, counts);
   if (bad != kNoBadId) raise_bad_id(bad, routing.topk_idx[bad]);
@@ -145,7 +153,12 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   const bool overflow = *fullest > config_.capacity;
   if (overflow && !drop) {
     // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
-    pool_->drain();
+    try {
+      drain_unless_interrupted();
+    } catch (const Interrupted&) {
+      give_up("it was interrupted (Ctrl-C) in a dispatch");
+      throw;
+    }
     raise_overflow(fullest - received.begin(), *fullest);
   }
   place_routes(caller, in, routing.routes, base.data());
@@ -165,12 +178,13 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
 }
 
 Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
-                                        const RoutingView& routing, const Received& received, bool async) {
-  std::lock_guard<std::mutex> issue(issue_mutex_);
+                                        const RoutingView& routing, const Received& received, bool async,
+                                        Held held) {
+  const Issue issue(*this);
   auto t = std::make_shared<Transfer>();
   t->op = context(pending.call, pending.epoch);
   t->deliver = deliver_plan(routing, received, *pending.lease);
-  t->lease = received.rows ? std::move(pending.lease) : pending.lease;
+  t->lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   t->send = send_plan(rows, routing);
   t->send.ordinals = t->lease->slot().sent_ordinals;
   t->slots = pending.slots;
@@ -179,32 +193,43 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
     t->early = next_early();
     t->waves_of_routes.resize(rows.count * width_);
   }
-  return start_transfer(std::move(t), async);
+  return start_transfer(std::move(t), async, std::move(held));
 }
 
-void CpuCommunicator::wait_expert(const PendingDispatch&, const Ticket& ticket, int64_t expert, uintptr_t) {
-  pool_->wait_wave(*ticket, wave_of(expert, placement_.count(config_.rank)));
+// Of a caller who brings a routing of its own: other ranks' memory is written and read where it says.
+void CpuCommunicator::check_routes(const RoutingView& routing) const {
+  for (int64_t i = 0; i < routing.tokens * width_; ++i) {
+    const int64_t route = routing.routes[i];
+    if (route == kNoRoute ||
+        (route >= 0 && rank_of(route) < config_.size && row_of(route) < config_.capacity)) {
+      continue;
+    }
+    throw std::invalid_argument("routes[" + std::to_string(i / width_) + ", " + std::to_string(i % width_) +
+                                "] is " + std::to_string(route) +
+                                ", which is no row of any rank: routings come "
+                                "from a dispatch on this communicator, and may not be changed");
+  }
 }
 
 Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
-                                   bool async, std::shared_ptr<SlotLease>* lease) {
-  std::lock_guard<std::mutex> issue(issue_mutex_);
-  check_usable();
+                                   bool async, std::shared_ptr<SlotLease>* lease, Held held) {
+  const Issue issue(*this);
+  check_routes(routing);
   Call call = redispatch_call(rows);
   auto t = std::make_shared<Transfer>();
   t->lease = take_writable_slot(call);
-  if (!received.rows) *lease = t->lease;
+  if (received.rows_in_slot) *lease = t->lease;
   call.slot = static_cast<uint8_t>(t->lease->index());
   t->op = context(call, announce(call));
   t->send = send_plan(rows, routing);
   t->deliver = deliver_plan(routing, received, *t->lease);
-  return start_transfer(std::move(t), async);
+  return start_transfer(std::move(t), async, std::move(held));
 }
 
 Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                                std::byte* out_weights, bool async) {
-  std::lock_guard<std::mutex> issue(issue_mutex_);
-  check_usable();
+                                std::byte* out_weights, bool async, Held held) {
+  const Issue issue(*this);
+  check_routes(routing);
   Call call = combine_call(input);
   CombineSlot slot = combine_slot(input, routing);
   if (!slot.in_place) await_writable(*slot.lease, call);
@@ -214,10 +239,8 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
 
   auto op = context(call, announce(call));
   auto barrier = std::make_shared<WorkerBarrier>(config_.num_sms);
-  auto job = std::make_shared<Job>();
-  job->run = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
-              arrivals = next_arrivals(OpKind::combine)](int index) {
-    CpuWorker w(*op, index, config_.num_sms);
+  const auto part = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
+                     arrivals = next_arrivals(OpKind::combine)](CpuWorker& w, Job&) {
     start_pull(w, pull, peers_, op->wait);
     stage_rows(w, stage, rows_not_staged(w, pull, config_.rank));
     arrive(w, peers_);
@@ -228,19 +251,15 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
     if (!await_arrivals(w, peers_, arrivals.data())) return;
     if (!pull_all(w, mine, peers_, op->wait)) return;
     w.flush();
-    if (!barrier->wait(config_.spin, [&] { return another_failed(*op); })) return;
-    if (index != 0) return;
+    if (!barrier->wait(config_.spin, [&](bool) { return another_failed(*op); })) return;
+    if (w.index() != 0) return;
     publish_pulled(w, peers_, op->wait.epoch);
     // Rows of a receive slot are the user's tensor, who may write it as soon as this returns; so may the next
     // operation of this rank, which puts weight gradients beside them.
     if (users_rows) await_pulled(w, peers_, op->wait.epoch);
   };
-  job->finish = [this, op, lease = std::move(slot.lease)] {
-    lease->pulled_in(op->wait.epoch);
-    if (another_failed(*op)) raise_failed(*op);
-  };
-  job->abandon = [this, op](const std::exception_ptr& error) { abandon(*op, error); };
-  return start(std::move(job), async);
+  const auto last = [lease = std::move(slot.lease), epoch = epoch_] { lease->pulled_in(epoch); };
+  return start(op, part, last, async, std::move(held));
 }
 
 void CpuCommunicator::bare_send(const Rows& rows, const RoutingView& routing) {

@@ -1,9 +1,15 @@
 #include "cpu/pool.h"
 
+#include <csignal>
+#include <stdexcept>
+#include <string>
+
 namespace commlib {
 namespace {
 
-bool never() { return false; }
+bool never(bool) { return false; }
+
+bool is_done(const Job& job) { return job.done.load(std::memory_order_acquire); }
 
 // Best effort: a core that has gone meanwhile costs speed, not correctness.
 void pin_this_thread(const std::vector<int>& cores) {
@@ -18,20 +24,46 @@ void pin_this_thread(const std::vector<int>& cores) {
 
 WorkerPool::WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted, std::vector<int> cores)
     : workers_(workers), spin_(spin), interrupted_(interrupted), cores_(std::move(cores)) {
-  if (workers > 1) start_threads(1);
+  if (workers == 1) return;
+  try {
+    start_threads(1);
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
 WorkerPool::~WorkerPool() {
   drain();
+  stop();
+}
+
+void WorkerPool::stop() {
   stopping_.store(true, std::memory_order_release);
   ring(bell_);
   for (std::thread& t : threads_) t.join();
+  threads_.clear();
 }
 
+// Signals are for the program's own threads: a pool's thread inherits that it blocks them all.
 void WorkerPool::start_threads(int first) {
-  for (int i = first; i < (first == 0 ? 1 : workers_); ++i) {
-    threads_.emplace_back([this, i] { thread_main(i); });
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::string why;
+  for (int i = first; i < (first == 0 ? 1 : workers_) && why.empty(); ++i) {
+    try {
+      threads_.emplace_back([this, i] { thread_main(i); });
+    } catch (const std::exception& e) {
+      why = e.what();
+    }
   }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (why.empty()) return;
+  throw std::runtime_error("cannot start communication thread " + std::to_string(threads_.size() + 1) +
+                           " of " + std::to_string(workers_) + ": " + why +
+                           ". Lower num_sms, or raise the limit of threads (ulimit -u, the container's pids) "
+                           "or of address space (ulimit -v)");
 }
 
 uint64_t WorkerPool::enqueue(const std::shared_ptr<Job>& job, bool caller_is_worker_0) {
@@ -50,27 +82,38 @@ uint64_t WorkerPool::enqueue(const std::shared_ptr<Job>& job, bool caller_is_wor
 
 void WorkerPool::submit(const std::shared_ptr<Job>& job) { enqueue(job, false); }
 
-void WorkerPool::run(const std::shared_ptr<Job>& job) {
+void WorkerPool::run(const std::shared_ptr<Job>& job, const std::function<void()>& interrupted) {
   const uint64_t number = enqueue(job, true);
-  wait_on(bell_, spin_, [&] { return front_number_.load(std::memory_order_acquire) >= number; }, never);
+  bool out = false;
+  const auto is_its_turn = [&] { return front_number_.load(std::memory_order_acquire) >= number; };
+  wait_on(bell_, spin_, is_its_turn, [&](bool signalled) {
+    if (!out && wants_out(signalled)) {
+      out = true;
+      interrupted();
+    }
+    return false;
+  });
   run_part(*job, 0);
-  wait(*job);
+  // The others end by themselves: who fails, ends their waits. Until then they use the caller's memory.
+  wait_on(bell_, spin_, [&] { return is_done(*job); }, never);
+  if (out) throw Interrupted{};
+  if (job->error) std::rethrow_exception(job->error);
 }
 
 template <class Ready>
 void WorkerPool::wait_until(Ready ready) {
-  if (!wait_on(bell_, spin_, ready, [&] { return interrupted_ && interrupted_(); })) throw Interrupted{};
+  if (!wait_on(bell_, spin_, ready, [&](bool signalled) { return wants_out(signalled); }))
+    throw Interrupted{};
 }
 
 void WorkerPool::wait(const Job& job) {
-  wait_until([&] { return job.done.load(std::memory_order_acquire); });
+  wait_until([&] { return is_done(job); });
   if (job.error) std::rethrow_exception(job.error);
 }
 
 void WorkerPool::wait_wave(const Job& job, int wave) {
-  const auto is_done = [&] { return job.done.load(std::memory_order_acquire); };
-  wait_until([&] { return job.delivered[wave].load(std::memory_order_acquire) == workers_ || is_done(); });
-  if (is_done() && job.error) std::rethrow_exception(job.error);
+  wait_until([&] { return job.delivered[wave].load(std::memory_order_acquire) == workers_ || is_done(job); });
+  if (is_done(job) && job.error) std::rethrow_exception(job.error);
 }
 
 void WorkerPool::delivered(Job& job, int wave) {
@@ -78,14 +121,17 @@ void WorkerPool::delivered(Job& job, int wave) {
   if (job.delivered[wave].fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) ring(bell_);
 }
 
+bool WorkerPool::is_empty() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return queue_.empty();
+}
+
 void WorkerPool::drain() {
-  wait_on(
-      bell_, spin_,
-      [&] {
-        std::lock_guard<std::mutex> lock(mutex_);
-        return queue_.empty();
-      },
-      never);
+  wait_on(bell_, spin_, [&] { return is_empty(); }, never);
+}
+
+void WorkerPool::drain_unless_interrupted() {
+  wait_until([&] { return is_empty(); });
 }
 
 void WorkerPool::run_part(Job& job, int worker) {
@@ -109,6 +155,7 @@ void WorkerPool::run_part(Job& job, int worker) {
   job.run = nullptr;  // what it holds (slots, tensors) is free from here on
   job.finish = nullptr;
   job.abandon = nullptr;
+  job.held = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     // `done` is set before the next job can start, and before the queue can be seen empty.

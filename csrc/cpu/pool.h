@@ -16,6 +16,9 @@ namespace commlib {
 
 // One operation in the pool: run(i) is called once for each worker i.
 struct Job {
+  // What an asynchronous operation reads and writes lives until all workers have returned, whatever its
+  // caller does meanwhile. Given up on the last worker's thread.
+  std::shared_ptr<void> held;
   std::function<void(int worker)> run;
   // Called once after all workers have returned, none by an exception, on the last one's thread. May throw.
   std::function<void()> finish;
@@ -42,8 +45,10 @@ class WorkerPool {
 
   int workers() const { return workers_; }
 
-  // Runs the job and returns when it is done; rethrows what it threw.
-  void run(const std::shared_ptr<Job>& job);
+  // Runs the job and returns when it is done, for its callers free what it uses then; rethrows what it threw.
+  // If the user wants out before the job's turn comes, calls `interrupted`, which is to make the jobs before
+  // it end soon, and throws Interrupted when this one has run.
+  void run(const std::shared_ptr<Job>& job, const std::function<void()>& interrupted = [] {});
   // Returns at once.
   void submit(const std::shared_ptr<Job>& job);
   // Waits for a submitted job; rethrows what it threw. Throws Interrupted if the user wants out.
@@ -54,9 +59,15 @@ class WorkerPool {
   void delivered(Job& job, int wave);
   // Waits until all submitted jobs are done, however they ended.
   void drain();
+  // The same. Throws Interrupted if the user wants out.
+  void drain_unless_interrupted();
+  // Ends the threads, once all jobs are done and no more come. May be called twice.
+  void stop();
 
  private:
   void start_threads(int first);
+  bool is_empty();
+  bool wants_out(bool signalled) const { return interrupted_ && interrupted_(signalled); }
   void thread_main(int worker);
   void run_part(Job& job, int worker);
   uint64_t enqueue(const std::shared_ptr<Job>& job, bool caller_is_worker_0);

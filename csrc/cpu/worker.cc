@@ -3,9 +3,9 @@
 namespace commlib {
 
 // The first failure of an operation is the one that is told.
-void CpuWorker::fail(FailureRecord record, double start) {
+void CpuWorker::fail(FailureRecord record, double seconds) {
   if (record.cause == Cause::none) return;
-  record.waited_ns = static_cast<uint64_t>((monotonic_seconds() - start) * 1e9);
+  record.waited_ns = static_cast<uint64_t>(seconds * 1e9);
   std::lock_guard<std::mutex> lock(op_.mutex);
   if (op_.failed.load(std::memory_order_relaxed)) return;
   op_.record = record;
@@ -13,37 +13,52 @@ void CpuWorker::fail(FailureRecord record, double start) {
 }
 
 bool CpuWorker::mismatch(int peer, Call theirs) {
-  fail(mismatch_record(*this, *op_.peers, op_.wait, peer, theirs), monotonic_seconds());
+  fail(mismatch_record(*this, *op_.peers, op_.wait, peer, theirs), 0);
   return false;
 }
 
-bool CpuWorker::gives_up(int peer, Phase phase, double start, FailureRecord* record) {
+void CpuWorker::malformed(int peer, Phase phase) {
+  fail(malformed_record(*this, *op_.peers, op_.wait, peer, phase), 0);
+}
+
+bool CpuWorker::may_begin() {
+  if (!op_.gave_up->load(std::memory_order_acquire)) return true;
+  const uint64_t me = bit_of(op_.peers->rank);
+  fail(new_record(*this, *op_.peers, op_.wait, Cause::broken, me, me, Phase::call), 0);
+  return false;
+}
+
+bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool signalled,
+                         FailureRecord* record) {
+  const uint64_t me = bit_of(op_.peers->rank);
+  const auto because = [&](Cause cause, uint64_t blamed) {
+    *record = new_record(*this, *op_.peers, op_.wait, cause, awaited, blamed, phase);
+    return true;
+  };
   if (op_.failed.load(std::memory_order_acquire)) return true;
-  if (find_cause(*this, *op_.peers, op_.wait, peer, phase, record)) return true;
-  Cause cause = Cause::none;
-  int blamed = peer;
-  if (op_.peers->is_near(peer) ? op_.processes->has_exited(peer) : find_exited(&blamed)) {
-    cause = Cause::exited;
-  } else if (op_.network && op_.network->has_lost(peer)) {
-    cause = Cause::lost;
-  } else if (index_ == 0 && op_.interrupted && op_.interrupted()) {
-    cause = Cause::interrupted;
-  } else if (monotonic_seconds() - start >= op_.timeout) {
-    cause = Cause::timeout;
-  }
-  if (cause == Cause::none) return false;
-  *record = new_record(*this, *op_.peers, op_.wait, cause, blamed, phase);
+  if (op_.gave_up->load(std::memory_order_acquire)) return because(Cause::broken, me);
+  if (find_cause(*this, *op_.peers, op_.wait, awaited, phase, record)) return true;
+  if (const uint64_t exited = find_exited(awaited)) return because(Cause::exited, exited);
+  if (const uint64_t lost = find_lost(awaited)) return because(Cause::lost, lost);
+  if (index_ == 0 && op_.interrupted && op_.interrupted(signalled)) return because(Cause::interrupted, me);
+  if (seconds < op_.timeout) return false;
+  *record = timeout_record(*this, *op_.peers, op_.wait, awaited, phase);
   return true;
 }
 
 // What comes from other nodes comes through ranks of this one.
-bool CpuWorker::find_exited(int* rank) const {
-  for (int p = 0; p < op_.peers->size; ++p) {
-    if (!op_.peers->is_near(p) || !op_.processes->has_exited(p)) continue;
-    *rank = p;
-    return true;
+uint64_t CpuWorker::find_exited(uint64_t awaited) const {
+  const uint64_t near = op_.peers->near;
+  uint64_t exited = 0;
+  for (uint64_t left = awaited & ~near ? near : awaited; left; left &= left - 1) {
+    const int p = lowest_bit(left);
+    if (op_.processes->has_exited(p)) exited |= bit_of(p);
   }
-  return false;
+  return exited;
+}
+
+uint64_t CpuWorker::find_lost(uint64_t awaited) const {
+  return op_.network ? op_.network->lost_ranks() & awaited : 0;
 }
 
 }  // namespace commlib

@@ -2,6 +2,7 @@
 // mean.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -10,7 +11,7 @@
 #include "cpu/link.h"
 #include "cpu/pool.h"
 #include "cpu/vector_ops.h"
-#include "heap/symmetric_heap.h"
+#include "heap/peer_processes.h"
 #include "net/network.h"
 #include "protocol/failure.h"
 #include "protocol/worker.h"
@@ -24,7 +25,8 @@ struct OpContext {
   const PeerProcesses* processes;
   Network* network;  // null: all ranks share a node
   SpinPolicy spin;
-  InterruptCheck interrupted;  // asked by worker 0; null where that is not the user's own thread
+  InterruptCheck interrupted;        // asked by worker 0; null where that is not the user's own thread
+  const std::atomic<bool>* gave_up;  // this rank's communicator: no operation of it can succeed any more
   Wait wait;
   double timeout;
   Link* link;
@@ -33,6 +35,23 @@ struct OpContext {
   std::atomic<bool> failed{false};
   std::mutex mutex;  // guards record
   FailureRecord record{};
+};
+
+// Seconds waited, as counted by looks. What lies between two of them counts up to a limit: beyond that it was
+// this process that stood still (SIGSTOP, a debugger, a suspended machine), and its peers were not late.
+class Waited {
+ public:
+  double look() {
+    const double now = monotonic_seconds();
+    seconds_ += std::min(now - last_, kMostBetweenLooks);
+    last_ = now;
+    return seconds_;
+  }
+
+ private:
+  static constexpr double kMostBetweenLooks = 10 * kNapSeconds;
+  double last_ = monotonic_seconds();
+  double seconds_ = 0;
 };
 
 inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -94,6 +113,9 @@ class CpuWorker {
   uint64_t read(const uint64_t* word) { return load_word(word); }
   static void say(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
   static uint64_t glance(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+  static bool replace(uint64_t* word, uint64_t before, uint64_t after) {
+    return __atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  }
   static void wake(Mailbox& mail) { ring(mail.bell); }
   void post(const Outbox&, const Post& post) { op_.network->post(post); }
   // Planning is one thread's work here.
@@ -108,41 +130,49 @@ class CpuWorker {
     }
   }
 
+  template <class Ready, class Late>
+  bool await(Ready ready, int peer, Late late, Phase phase) {
+    return await_on(op_.peers->mail_from(peer).bell, ready, late, phase);
+  }
   bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) {
-    return await([=] { return tag_of(load_word(word)) == tag; }, peer, phase);
+    return await([=] { return tag_of(load_word(word)) == tag; }, peer, [=] { return bit_of(peer); }, phase);
   }
-  bool await_reached(const uint64_t* word, uint32_t tag, int peer, Phase phase) {
-    return await([=] { return reached(tag_of(load_word(word)), tag); }, peer, phase);
-  }
-  bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) {
-    return await([=] { return load_word(counter) >= count; }, peer, phase);
-  }
-  bool await_change(const Hops& hops, uint64_t seen, int peer) {
-    return await_on(*hops.bell, [&] { return load_word(hops.news) != seen; }, peer, Phase::network);
+  bool await_change(const Hops& hops, uint64_t seen, uint64_t ranks) {
+    return await_on(
+        *hops.bell, [&] { return load_word(hops.news) != seen; }, [=] { return ranks; }, Phase::network);
   }
   bool mismatch(int peer, Call theirs);
+  void malformed(int peer, Phase phase);
+  // Whether the operation may begin: not if the one before it ended the communicator.
+  bool may_begin();
 
  private:
-  template <class Ready>
-  bool await(Ready ready, int peer, Phase phase) {
-    return await_on(op_.peers->mail_from(peer).bell, ready, peer, phase);
-  }
-  template <class Ready>
-  bool await_on(Bell& bell, Ready ready, int peer, Phase phase) {
+  template <class Ready, class Late>
+  bool await_on(Bell& bell, Ready ready, Late late, Phase phase) {
     if (ready()) return true;
-    const double start = monotonic_seconds();
-    return wait_on(bell, op_.spin, ready, [&] {
+    Waited waited;
+    bool told = false;
+    const bool ok = wait_on(bell, op_.spin, ready, [&](bool signalled) {
+      const uint64_t awaited = late();
+      const double seconds = waited.look();
       FailureRecord record{};
-      if (!gives_up(peer, phase, start, &record)) return false;
-      if (!ready()) fail(record, start);  // who left did its part first, and said so after that
+      if (awaited == 0) return false;  // it has come meanwhile
+      if (!gives_up(awaited, phase, seconds, signalled, &record)) {
+        told |= tell_of_wait(*this, *op_.peers, op_.wait, awaited, seconds >= op_.timeout / 2);
+        return false;
+      }
+      if (!ready()) fail(record, seconds);  // who left did its part first, and said so after that
       return true;
     });
+    if (told && ok) tell_of_wait(*this, *op_.peers, op_.wait, 0, false);
+    return ok;
   }
 
-  // Whether a wait is to be given up, and why; Cause::none: another worker knows.
-  bool gives_up(int peer, Phase phase, double start, FailureRecord* record);
-  void fail(FailureRecord record, double start);
-  bool find_exited(int* rank) const;
+  // Whether a wait for some ranks is to be given up, and why; Cause::none: another worker knows.
+  bool gives_up(uint64_t awaited, Phase phase, double seconds, bool signalled, FailureRecord* record);
+  void fail(FailureRecord record, double seconds);
+  uint64_t find_exited(uint64_t awaited) const;
+  uint64_t find_lost(uint64_t awaited) const;
 
   OpContext& op_;
   int index_;

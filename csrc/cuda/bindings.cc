@@ -6,6 +6,7 @@
 #include "cuda/driver.h"
 #include "cuda/partition.h"
 #include "cuda/pool.h"
+#include "python.h"
 
 namespace py = pybind11;
 using commlib::Communicator;
@@ -70,9 +71,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("give_streams", &give_streams, py::arg("config"), py::arg("partition").none(true));
   m.def(
       "make_communicator",
-      [](const Config& config) -> std::unique_ptr<Communicator> {
-        py::gil_scoped_release release;
-        return std::make_unique<CudaCommunicator>(config);
+      [](const Config& config) -> commlib::python::Owned<Communicator> {
+        commlib::python::ReleasedGil released;
+        return commlib::python::Owned<Communicator>(new CudaCommunicator(config));
       },
       py::arg("config"));
 }

@@ -201,7 +201,7 @@ bool CudaCommunicator::has_said_that_it_left(int peer) {
   const OnDevice guard = on_device();
   uint64_t left = 0;
   check(
-      cudaMemcpyAsync(&left, &peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
+      cudaMemcpyAsync(&left, peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
       "cudaMemcpyAsync");
   check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
   left_before_it_exited_[peer] = left != 0;
@@ -221,7 +221,7 @@ void CudaCommunicator::look_around() {
   for (int p = 0; network_ && p < config_.size; ++p) {
     if (network_->has_lost(p)) return abort_waits(Cause::lost, p);
   }
-  if (config_.interrupted && config_.interrupted()) abort_waits(Cause::interrupted, config_.rank);
+  if (config_.interrupted && config_.interrupted(true)) abort_waits(Cause::interrupted, config_.rank);
 }
 
 bool CudaCommunicator::is_idle() const {
@@ -255,6 +255,7 @@ void CudaCommunicator::wait_for(const std::function<bool()>& done) {
 }
 
 void CudaCommunicator::wait_event(uintptr_t event) {
+  check_can_wait();
   const OnDevice guard = on_device();
   wait_until([&] {
     const cudaError_t error = cudaEventQuery(reinterpret_cast<cudaEvent_t>(event));
@@ -269,6 +270,7 @@ void CudaCommunicator::wait_event(uintptr_t event) {
 }
 
 void CudaCommunicator::synchronize() {
+  check_can_wait();
   const OnDevice guard = on_device();
   wait_for([&] { return is_idle(); });
 }
@@ -280,11 +282,17 @@ void CudaCommunicator::drain() {
   cudaStreamSynchronize(shape_.stream);
 }
 
+// Ctrl-C makes the kernels leave their waits.
+void CudaCommunicator::drain_unless_interrupted() {
+  const OnDevice guard = on_device();
+  wait_until([&] { return is_idle(); });
+}
+
 // By copies beside the kernels, which may be waiting for this very word.
-void CudaCommunicator::tell_all(uint64_t left) {
+void CudaCommunicator::tell_all(const Farewell& left) {
   const OnDevice guard = on_device();
   for (int p = 0; p < peers_.size; ++p) {
-    if (peers_.is_near(p)) put(&peers_.mail_to(p).left, &left, sizeof left);
+    if (peers_.is_near(p)) put(peers_.mail_to(p).left, left.words, sizeof left.words);
   }
   if (network_) tell_far(left);
 }

@@ -14,7 +14,7 @@
 #include "cuda/pool.h"
 #include "cuda/slots.h"
 #include "cuda/watcher.h"
-#include "heap/symmetric_heap.h"
+#include "heap/peer_processes.h"
 
 namespace commlib::cuda {
 
@@ -28,11 +28,11 @@ class CudaCommunicator final : public Communicator {
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
-                         const Received& received, bool async) override;
+                         const Received& received, bool async, Held held = nullptr) override;
   Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
-                    std::shared_ptr<SlotLease>* lease) override;
+                    std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
   Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                 std::byte* out_weights, bool async) override;
+                 std::byte* out_weights, bool async, Held held = nullptr) override;
   void wait(const Ticket&) override { synchronize(); }
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
@@ -40,14 +40,16 @@ class CudaCommunicator final : public Communicator {
   void synchronize() override;
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
-  int64_t touched_bytes() const override { return static_cast<int64_t>(region_->bytes()); }
+  int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
   // What the kernels have told the host so far, for those who look into one that hangs.
   const HostState& host_state() const { return *host_; }
 
  private:
   void drain() override;
-  void tell_all(uint64_t left) override;
+  void drain_unless_interrupted() override;
+  void end_waits() override { abort_waits(Cause::broken, config_.rank); }
+  void tell_all(const Farewell& left) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 
@@ -76,7 +78,7 @@ class CudaCommunicator final : public Communicator {
   cudaStream_t plan_stream_ = nullptr;
   cudaEvent_t planned_ = nullptr;         // recorded after each plan
   cudaEvent_t issued_ = nullptr;          // recorded after operations that the next plan comes after
-  uint32_t near_epoch_;                   // of the last plan that came after all operations before it
+  uint64_t near_epoch_;                   // of the last plan that came after all operations before it
   std::shared_ptr<DeviceRegion> region_;  // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
   std::vector<int> visitors_;                           // ranks of other processes that map region_

@@ -10,15 +10,15 @@ namespace commlib::cuda {
 std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingView& routing,
                                                                   bool has_weights, bool drop,
                                                                   bool in_waves) {
+  const Issue issue(*this);
   const OnDevice guard = on_device();
-  std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   auto pending = std::make_unique<PendingDispatch>();
   Call call = dispatch_call(has_weights, drop, in_waves);
   pending->lease = take_slot();
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
-  pending->epoch = ++epoch_;
+  pending->epoch = static_cast<uint32_t>(++epoch_);
 
   keep_near();
   await_writable(*pending->lease, call, pending->epoch, plan_stream_);
@@ -58,7 +58,7 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
 // A plan that comes before operations issued earlier has its call said before theirs. That may be no more
 // than a ring of calls ahead, so now and then a plan comes after all of them.
 void CudaCommunicator::keep_near() {
-  constexpr uint32_t kAhead = kCallRing / 2;
+  constexpr uint64_t kAhead = kCallRing / 2;
   if (plan_stream_ == shape_.stream || epoch_ - near_epoch_ < kAhead) return;
   near_epoch_ = epoch_;
   check(cudaEventRecord(issued_, shape_.stream), "cudaEventRecord");
@@ -69,7 +69,7 @@ void CudaCommunicator::keep_near() {
 void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint32_t epoch,
                                       cudaStream_t stream) {
   AwaitOp op{};
-  if (!slots_->last_pull(lease.index(), &op.reuse_epoch)) return;
+  if (!slots_->last_pull(lease.index(), epoch_, &op.reuse_epoch)) return;
   op.common = params(call, epoch);
   op.common.ring_bytes = 0;
   launch_await(stream, op);
@@ -87,9 +87,9 @@ RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, co
 }
 
 Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
-                                         const RoutingView& routing, const Received& received, bool) {
+                                         const RoutingView& routing, const Received& received, bool, Held) {
+  const Issue issue(*this);
   const OnDevice guard = on_device();
-  std::lock_guard<std::mutex> issue(issue_mutex_);
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
@@ -101,7 +101,7 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
     launch_rows(shape_, op);
   }
   // The stream orders what comes after, so a slot that is only passed through is free again.
-  if (received.rows) pending.lease.reset();
+  if (!received.rows_in_slot) pending.lease.reset();
   return nullptr;
 }
 
@@ -125,47 +125,47 @@ void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket
 }
 
 Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
-                                    bool, std::shared_ptr<SlotLease>* lease) {
+                                    bool, std::shared_ptr<SlotLease>* lease, Held) {
+  const Issue issue(*this);
   const OnDevice guard = on_device();
-  std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   Call call = redispatch_call(rows);
   auto slot = take_slot();
   call.slot = static_cast<uint8_t>(slot->index());
-  RowsOp op = rows_op(call, ++epoch_, rows, routing, received, *slot);
-  op.reused = slots_->last_pull(slot->index(), &op.reuse_epoch);
+  RowsOp op = rows_op(call, static_cast<uint32_t>(++epoch_), rows, routing, received, *slot);
+  op.reused = slots_->last_pull(slot->index(), epoch_, &op.reuse_epoch);
   launch_rows(shape_, op);
-  if (!received.rows) *lease = std::move(slot);
+  if (received.rows_in_slot) *lease = std::move(slot);
   return nullptr;
 }
 
 Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                                 std::byte* out_weights, bool) {
+                                 std::byte* out_weights, bool, Held) {
+  const Issue issue(*this);
   const OnDevice guard = on_device();
-  std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   Call call = combine_call(input);
   const CombineSlot slot = combine_slot(input, routing);
   call.slot = static_cast<uint8_t>(slot.lease->index());
   CombineOp op{};
-  op.common = params(call, ++epoch_);
+  op.common = params(call, static_cast<uint32_t>(++epoch_));
   op.stage = stage_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.stage, out, out_weights);
   const std::vector<uint64_t> arrivals = next_arrivals(OpKind::combine);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   op.users_rows = slot.users_rows;
-  op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), &op.reuse_epoch);
+  op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), epoch_, &op.reuse_epoch);
   launch_combine(shape_, config_.dtype, op);
   slot.lease->pulled_in(epoch_);
   return nullptr;
 }
 
 std::shared_ptr<SlotLease> CudaCommunicator::lend_slot() {
+  const Issue issue(*this);
   const OnDevice guard = on_device();
-  std::lock_guard<std::mutex> issue(issue_mutex_);
   check_health();
   auto lease = take_slot();
-  await_writable(*lease, {OpKind::combine, 0, 0}, epoch_, shape_.stream);
+  await_writable(*lease, {OpKind::combine, 0, 0}, static_cast<uint32_t>(epoch_), shape_.stream);
   lease->lend();
   return lease;
 }

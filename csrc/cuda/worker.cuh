@@ -42,11 +42,6 @@ struct BlockShared {
 constexpr int kBlockSharedBytes = 128;
 static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
 
-// Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
-struct WordReader {
-  __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
-};
-
 // An outbox is larger than what is ever in it, unless the network's thread stands still: then the operation
 // fails at its deadline.
 __device__ inline void post_to(const OpParams& op, const Outbox& box, const Post& post) {
@@ -60,6 +55,18 @@ __device__ inline void post_to(const OpParams& op, const Outbox& box, const Post
   ptx::store_release_sys(&entry.turn, ticket + 1);
 }
 
+// Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
+struct WaitingLane {
+  const OpParams& op;
+
+  __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
+  __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
+  __device__ bool replace(uint64_t* word, uint64_t before, uint64_t after) const {
+    return ptx::exchange_if_gpu(word, before, after) == before;
+  }
+  __device__ void post(const Outbox& box, const Post& post) const { post_to(op, box, post); }
+};
+
 // The first warp to give up tells the host why, and the other ranks that it did.
 [[gnu::noinline]] __device__ inline void fail(const OpParams& op, FailureRecord* record, uint64_t start) {
   if (ptx::exchange_if_gpu(&op.state->failed, 0, 1) != 0) return;
@@ -67,31 +74,44 @@ __device__ inline void post_to(const OpParams& op, const Outbox& box, const Post
   op.host->record = *record;
   ptx::store_release_sys(&op.host->failed, 1);
   for (int p = 0; p < op.peers.size; ++p) {
-    ptx::store_release_sys(&op.peers.mail_to(p).left, tagged(kGaveUp, static_cast<uint32_t>(record->peer)));
+    for (int half = 0; half < 2; ++half) {
+      ptx::store_release_sys(&op.peers.mail_to(p).left[half], tagged_half(kGaveUp, record->blamed, half));
+    }
   }  // and the host tells those on other nodes, when it raises
 }
 
-// Whether a wait is to be given up; `for_good`: records why.
-[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, int peer, Phase phase, uint64_t start,
-                                                  bool for_good) {
+// Whether a wait for some ranks is to be given up; `for_good`: records why.
+[[gnu::noinline]] __device__ inline bool gives_up(const OpParams& op, uint64_t awaited, Phase phase,
+                                                  uint64_t start, bool for_good) {
   if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
-  WordReader reader;
+  WaitingLane w{op};
   FailureRecord record{};
-  if (!find_cause(reader, op.peers, op.wait, peer, phase, &record)) {
+  if (!find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
     if (abort == 0 && ptx::globaltimer() - start < op.timeout_ns) return false;
-    const Cause cause = abort ? static_cast<Cause>(tag_of(abort)) : Cause::timeout;
-    const bool gone = cause == Cause::exited || cause == Cause::lost;
-    const int blamed = gone ? static_cast<int>(value_of(abort)) : peer;
-    record = new_record(reader, op.peers, op.wait, cause, blamed, phase);
+    record = abort ? new_record(w, op.peers, op.wait, static_cast<Cause>(tag_of(abort)), awaited,
+                                bit_of(static_cast<int>(value_of(abort))), phase)
+                   : timeout_record(w, op.peers, op.wait, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
   return true;
 }
 
+// See tell_of_wait. A function of its own: gives_up has no registers left for it in a plan.
+[[gnu::noinline]] __device__ inline void tell_others(const OpParams& op, uint64_t awaited, uint64_t start) {
+  WaitingLane w{op};
+  tell_of_wait(w, op.peers, op.wait, awaited, ptx::globaltimer() - start >= op.timeout_ns / 2);
+}
+
 [[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
-  WordReader reader;
-  FailureRecord record = mismatch_record(reader, op.peers, op.wait, peer, theirs);
+  WaitingLane w{op};
+  FailureRecord record = mismatch_record(w, op.peers, op.wait, peer, theirs);
+  fail(op, &record, ptx::globaltimer());
+}
+
+[[gnu::noinline]] __device__ inline void fail_by_malformed(const OpParams& op, int peer, Phase phase) {
+  WaitingLane w{op};
+  FailureRecord record = malformed_record(w, op.peers, op.wait, peer, phase);
   fail(op, &record, ptx::globaltimer());
 }
 
@@ -222,23 +242,22 @@ class WarpWorker {
     }
   }
 
+  template <class Ready, class Late>
+  __device__ bool await(Ready ready, int peer, Late late, Phase phase) const;
   __device__ bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) const {
-    return await([=] { return tag_of(ptx::load_acquire_sys(word)) == tag; }, peer, phase);
+    return await([=] { return tag_of(ptx::load_acquire_sys(word)) == tag; }, peer,
+                 [=] { return bit_of(peer); }, phase);
   }
-  __device__ bool await_reached(const uint64_t* word, uint32_t tag, int peer, Phase phase) const {
-    return await([=] { return reached(tag_of(ptx::load_acquire_sys(word)), tag); }, peer, phase);
-  }
-  __device__ bool await_count(const uint64_t* counter, uint64_t count, int peer, Phase phase) const {
-    return await([=] { return ptx::load_acquire_sys(counter) >= count; }, peer, phase);
-  }
-  __device__ bool await_change(const Hops& hops, uint64_t seen, int peer) const {
+  __device__ bool await_change(const Hops& hops, uint64_t seen, uint64_t ranks) const {
     const uint64_t* news = hops.news;
-    return all(await([=] { return ptx::load_acquire_sys(news) != seen; }, peer, Phase::network));
+    return all(
+        await([=] { return ptx::load_acquire_sys(news) != seen; }, 0, [=] { return ranks; }, Phase::network));
   }
   __device__ bool mismatch(int peer, Call theirs) const {
     fail_by_mismatch(op_, peer, theirs);
     return false;
   }
+  __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }
 
   // All threads of the grid: what any of them did before, all see after it, in memory and with ok: whether
   // all came with `ok` and nobody has failed.
@@ -295,33 +314,48 @@ class WarpWorker {
     ptx::bulk_load(shared_.ring + slot * slot_bytes, src, static_cast<uint32_t>(bytes), barrier);
   }
 
-  template <class Ready>
-  __device__ bool await(Ready ready, int peer, Phase phase) const {
-    if (ready()) return true;
-    const uint64_t start = ptx::globaltimer();
-    uint64_t next_look = start + kLookNs;
-    for (;;) {
-#pragma unroll 1
-      for (int i = 0; i < 32; ++i) {
-        if (ready()) return true;
-      }
-      ptx::nanosleep(100);
-      const uint64_t now = ptx::globaltimer();
-      if (now < next_look) continue;
-      next_look = now + kLookNs;
-      if (!gives_up(op_, peer, phase, start, false)) continue;
-      if (ready()) return true;  // who left did its part first, and said so after that
-      // What was a reason may be none any more: from another node, that a rank has left may come before what
-      // it did. No wait is given up without a record.
-      if (gives_up(op_, peer, phase, start, true)) return false;
-    }
-  }
+  template <class Ready, class Late>
+  __device__ bool await_long(Ready ready, Late late, Phase phase, uint64_t start) const;
 
   const OpParams& op_;
   WarpShared shared_;
   int lane_, warp_;
   Turn turn_;
 };
+
+template <class Ready, class Late>
+__device__ bool WarpWorker::await(Ready ready, int, Late late, Phase phase) const {
+  if (ready()) return true;
+  const uint64_t start = ptx::globaltimer();
+  const bool ok = await_long(ready, late, phase, start);
+  if (ok && ptx::globaltimer() - start >= kLookNs) tell_others(op_, 0, start);
+  return ok;
+}
+
+template <class Ready, class Late>
+__device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, uint64_t start) const {
+  uint64_t next_look = start + kLookNs;
+  for (;;) {
+#pragma unroll 1
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return true;
+    }
+    ptx::nanosleep(100);
+    const uint64_t now = ptx::globaltimer();
+    if (now < next_look) continue;
+    next_look = now + kLookNs;
+    const uint64_t awaited = late();
+    if (awaited == 0) continue;  // it has come meanwhile
+    if (!gives_up(op_, awaited, phase, start, false)) {
+      tell_others(op_, awaited, start);
+      continue;
+    }
+    if (ready()) return true;  // who left did its part first, and said so after that
+    // What was a reason may be none any more: from another node, that a rank has left may come before what
+    // it did. No wait is given up without a record.
+    if (gives_up(op_, awaited, phase, start, true)) return false;
+  }
+}
 
 // Lanes evaluate f side by side; a ballot closes the gaps. The barriers keep the list from being overwritten
 // while lanes still read the one before, and make it whole before they read it.

@@ -1,10 +1,8 @@
 #include "heap/symmetric_heap.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -20,13 +18,16 @@ namespace {
 std::mutex own_regions_mutex;
 std::map<int, std::weak_ptr<Region>> own_regions;
 
+constexpr const char* kOpenFiles =
+    "Is the limit of open files reached? Raise it (ulimit -n), or close communicators that are not needed.";
+
 [[noreturn]] void fail(const std::string& what, const char* hint) {
   throw std::runtime_error(what + ": " + std::strerror(errno) + ". " + hint);
 }
 
 }  // namespace
 
-Region::Region(int fd, size_t bytes) : fd_(fd), bytes_(bytes), data_(nullptr) {
+Region::Region(int fd, size_t bytes, bool keep) : fd_(fd), bytes_(bytes), data_(nullptr) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (p == MAP_FAILED) {
     const int error = errno;
@@ -36,13 +37,16 @@ Region::Region(int fd, size_t bytes) : fd_(fd), bytes_(bytes), data_(nullptr) {
          "Lower max_tokens, capacity or slots, or raise the address space limit (ulimit -v).");
   }
   data_ = static_cast<std::byte*>(p);
+  if (keep) return;
+  close(fd);
+  fd_ = -1;
 }
 
 // memfd rather than shm_open: it has no name, so nothing is left behind however the job dies, even between
 // creation and unlink, and it is not bound by the size of /dev/shm (64 MB in a default container).
 std::shared_ptr<Region> Region::create(size_t bytes) {
   const int fd = memfd_create("commlib", MFD_CLOEXEC);
-  if (fd < 0) fail("cannot create shared memory (memfd_create)", "Is the limit of open files reached?");
+  if (fd < 0) fail("cannot create shared memory (memfd_create)", kOpenFiles);
   if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
     const int error = errno;
     close(fd);
@@ -50,7 +54,7 @@ std::shared_ptr<Region> Region::create(size_t bytes) {
     fail("cannot reserve " + std::to_string(bytes) + " bytes of shared memory",
          "Lower max_tokens, capacity or slots.");
   }
-  std::shared_ptr<Region> region(new Region(fd, bytes));
+  std::shared_ptr<Region> region(new Region(fd, bytes, true));
   std::lock_guard<std::mutex> lock(own_regions_mutex);
   own_regions[fd] = region;
   return region;
@@ -69,42 +73,24 @@ std::shared_ptr<Region> Region::open(pid_t owner, int fd, size_t bytes) {
   }
   const std::string path = "/proc/" + std::to_string(owner) + "/fd/" + std::to_string(fd);
   const int mine = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (mine < 0 && (errno == EMFILE || errno == ENFILE)) fail("cannot open another rank's heap", kOpenFiles);
   if (mine < 0) {
     fail("cannot open the heap of process " + std::to_string(owner),
          "Ranks on one host must run as one user and see each other's /proc (same PID namespace: one "
          "container, or "
          "docker run --pid=host).");
   }
-  return std::shared_ptr<Region>(new Region(mine, bytes));
+  return std::shared_ptr<Region>(new Region(mine, bytes, false));
 }
 
 Region::~Region() {
   munmap(data_, bytes_);
-  close(fd_);
+  if (fd_ >= 0) close(fd_);
 }
 
 size_t Region::touched_bytes() const {
   struct stat status;
   return fstat(fd_, &status) == 0 ? static_cast<size_t>(status.st_blocks) * 512 : 0;
-}
-
-PeerProcesses::PeerProcesses(const std::vector<pid_t>& pids) {
-  for (pid_t pid : pids) {
-    const bool other = pid != getpid() && pid != kNotHere;
-    pidfds_.push_back(other ? static_cast<int>(syscall(SYS_pidfd_open, pid, 0)) : -1);
-  }
-}
-
-PeerProcesses::~PeerProcesses() {
-  for (int fd : pidfds_) {
-    if (fd >= 0) close(fd);
-  }
-}
-
-bool PeerProcesses::has_exited(int rank) const {
-  if (pidfds_[rank] < 0) return false;
-  pollfd p{pidfds_[rank], POLLIN, 0};
-  return poll(&p, 1, 0) == 1;
 }
 
 }  // namespace commlib

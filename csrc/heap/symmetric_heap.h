@@ -26,30 +26,16 @@ class Region {
 
   std::byte* data() const { return data_; }
   size_t bytes() const { return bytes_; }
-  int fd() const { return fd_; }
+  int fd() const { return fd_; }  // -1: another process's region, whose mapping is enough
   // Bytes in memory now; at most bytes().
   size_t touched_bytes() const;
 
  private:
-  Region(int fd, size_t bytes);
+  // Takes the descriptor over; without `keep` it is closed, and the mapping stays.
+  Region(int fd, size_t bytes, bool keep);
   int fd_;
   size_t bytes_;
   std::byte* data_;
-};
-
-// Watches the processes of other ranks through pidfds, which cannot be confused by a reused pid.
-class PeerProcesses {
- public:
-  static constexpr pid_t kNotHere = -1;  // on another node: not to be watched
-  explicit PeerProcesses(const std::vector<pid_t>& pids);
-  ~PeerProcesses();
-  PeerProcesses(const PeerProcesses&) = delete;
-  PeerProcesses& operator=(const PeerProcesses&) = delete;
-
-  bool has_exited(int rank) const;
-
- private:
-  std::vector<int> pidfds_;  // -1: this process, or not to be watched
 };
 
 }  // namespace commlib

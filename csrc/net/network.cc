@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -78,6 +79,7 @@ Network::Network(const Config& config, int64_t control_bytes, std::unique_ptr<Ne
       largest_(largest_frame(config, topology_)),
       asked_chunk_bytes_(config.chunk_bytes),
       asked_chunks_(config.chunks),
+      inspection_(config, ~topology_.near),
       shadows_(config.size, nullptr),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       why_(config.size) {
@@ -131,6 +133,7 @@ void Network::make_rings(int lanes) {
   hops_.bell = &bell_;
 
   make_ends(ring, word, state);
+  inspection_.know(hops_, state, ends * lanes);
 }
 
 void Network::make_ends(std::byte* ring, uint64_t* word, LaneState* state) {
@@ -155,7 +158,10 @@ void Network::make_ends(std::byte* ring, uint64_t* word, LaneState* state) {
     hops_.from_source[i] = new_end(s);
     hops_.to_source[i] = new_end(s);
   }
-  for (int p = 0; p < size_; ++p) hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+  for (int p = 0; p < size_; ++p) {
+    hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+    hops_.brought_by[p] = static_cast<uint8_t>(topology_.brought_by[p]);
+  }
 }
 
 void Network::make_outbox(uint64_t* tickets) {
@@ -170,7 +176,14 @@ void Network::make_outbox(uint64_t* tickets) {
 void Network::post(const Post& post) {
   std::lock_guard<std::mutex> lock(mutex_);
   posts_.push_back(post);
+  ++posted_;
   if (asleep_) wake();
+}
+
+void Network::hand_over(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  handed_over_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                                [this, all = posted_] { return handed_over_ >= all; });
 }
 
 void Network::wake() {
@@ -185,6 +198,11 @@ bool Network::take_posts() {
     posts.swap(posts_);
   }
   for (const Post& post : posts) send(post);
+  if (!posts.empty()) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    handed_over_ += posts.size();
+    handed_over_changed_.notify_all();
+  }
   return take_from_outbox() || !posts.empty();
 }
 
@@ -208,32 +226,29 @@ void Network::send(const Post& post) {
   if (post.kind == PostKind::words) {
     data = shadows_[post.peer] + post.number;
   } else if (post.kind == PostKind::chunk) {
-    data = find(post, post.peer, true)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+    data = inspection_.find(post, true)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
   }
+  inspection_.note_sent(post);
   messages_.fetch_add(1, std::memory_order_relaxed);
-  sent_.fetch_add(sizeof(Post) + post.bytes, std::memory_order_relaxed);
-  transport_->send(post, data);
+  sent_.fetch_add(sizeof(Header) + post.bytes, std::memory_order_relaxed);
+  transport_->send(post.peer, inspection_.header_for(post), data);
 }
 
 // -- what comes
 
-const ChannelEnd* Network::find(const Post& post, int peer, bool sending) const {
-  const bool outward = post.stream == Stream::outward;
-  const ChannelEnd* ends = sending ? (outward ? hops_.to_gateway : hops_.to_source)
-                                   : (outward ? hops_.from_source : hops_.from_gateway);
-  const int count = outward == sending ? hops_.gateways : hops_.sources;  // sources get what is outward
-  for (int i = 0; i < count; ++i) {
-    if (ends[i].peer == peer) return &ends[i];
+bool Network::accepts(const void* header, size_t header_bytes, uint64_t bytes, Post* post) {
+  if (!inspection_.is_proven(header, header_bytes, post)) {
+    refused_.fetch_add(1, std::memory_order_relaxed);
+    return false;
   }
-  return nullptr;
+  const char* fault = inspection_.fault_of(*post, bytes);
+  if (fault) lost(post->peer, std::string("it sent ") + fault);
+  return !fault;
 }
 
-std::byte* Network::place_for(int from, const Post& post) {
-  const ChannelEnd* end = find(post, from, false);
+std::byte* Network::place_for(const Post& post) {
   const ChannelShape& shape = hops_.shape;
-  if (!end || post.lane >= shape.lanes || post.bytes > static_cast<uint64_t>(shape.chunk_bytes))
-    return nullptr;
-  return end->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+  return inspection_.find(post, false)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
 }
 
 // First the word, then the news: who has read the news finds the word.
@@ -243,20 +258,17 @@ void Network::publish(uint64_t* word, uint64_t value) {
   ring(bell_);
 }
 
-void Network::arrived(int from, const Post& post, const std::byte* words) {
+void Network::arrived(const Post& post, const std::byte* words) {
   if (post.kind == PostKind::words) {
-    if (post.number % 8 || post.bytes % 8 || post.number + post.bytes > static_cast<uint64_t>(control_bytes_))
-      return;
     try {
       memory_->write_control(post.number, words, post.bytes);
     } catch (const std::exception& e) {  // not through a transport's C code
-      return lost(from, std::string("its words could not be written: ") + e.what());
+      return lost(post.peer, std::string("its words could not be written: ") + e.what());
     }
-    if (mail_) ring(mail_[from].bell);
+    if (mail_) ring(mail_[post.peer].bell);
     return;
   }
-  const ChannelEnd* end = find(post, from, post.kind == PostKind::taken);
-  if (!end || post.lane >= hops_.shape.lanes) return;
+  const ChannelEnd* end = inspection_.find(post, post.kind == PostKind::taken);
   if (post.kind == PostKind::taken) {
     uint64_t* word = end->words + hops_.shape.place(post.lane, 0);
     // Messages may overtake each other.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "backend/waiting.h"
 #include "cpu/bell.h"
+#include "net/inspection.h"
 #include "net/topology.h"
 #include "net/transport.h"
 #include "protocol/channel.h"
@@ -51,8 +53,12 @@ class Network final : Receiver {
   std::byte* control_for(int peer) const { return shadows_[peer]; }
   // From any thread of the host.
   void post(const Post& post);
-  // Nothing comes from this rank any more.
-  bool has_lost(int peer) const { return lost_.load(std::memory_order_acquire) >> peer & 1; }
+  // Waits, at most for so long, until all that has been posted is the transport's: a process that ends then
+  // takes none of it along.
+  void hand_over(double seconds);
+  // Nothing comes from these ranks any more: a mask.
+  uint64_t lost_ranks() const { return lost_.load(std::memory_order_acquire); }
+  bool has_lost(int peer) const { return has(lost_ranks(), peer); }
   std::string why_lost(int peer) const;
   // Sends what has been posted, at most for so long, and ends the thread. May be called twice.
   void close(double seconds);
@@ -60,17 +66,19 @@ class Network final : Receiver {
   // Messages sent, and the bytes in them, without what a transport adds.
   uint64_t messages_sent() const { return messages_.load(std::memory_order_relaxed); }
   uint64_t bytes_sent() const { return sent_.load(std::memory_order_relaxed); }
+  // Messages that were dropped because they did not prove from whom they were.
+  uint64_t messages_refused() const { return refused_.load(std::memory_order_relaxed); }
 
  private:
-  std::byte* place_for(int from, const Post& post) override;
-  void arrived(int from, const Post& post, const std::byte* words) override;
+  bool accepts(const void* header, size_t header_bytes, uint64_t bytes, Post* post) override;
+  std::byte* place_for(const Post& post) override;
+  void arrived(const Post& post, const std::byte* words) override;
   void lost(int peer, const std::string& why) override;
 
   ChannelShape shape_for(int lanes) const;
   void make_rings(int lanes);
   void make_ends(std::byte* ring, uint64_t* word, LaneState* state);
   void make_outbox(uint64_t* tickets);
-  const ChannelEnd* find(const Post& post, int peer, bool sending) const;
   void publish(uint64_t* word, uint64_t value);
   void run();
   void work();
@@ -88,6 +96,7 @@ class Network final : Receiver {
   const std::unique_ptr<Transport> transport_;
   const FrameLayout largest_;  // of frames
   const int64_t asked_chunk_bytes_, asked_chunks_;
+  Inspection inspection_;
   Hops hops_{};
   Bell bell_{};
   std::vector<std::byte*> shadows_;  // by rank
@@ -98,10 +107,12 @@ class Network final : Receiver {
   int wake_;            // an eventfd
   std::mutex mutex_;    // guards the members below it
   std::vector<Post> posts_;
+  uint64_t posted_ = 0, handed_over_ = 0;  // posts, in all
+  std::condition_variable handed_over_changed_;
   bool asleep_ = false;  // a post must wake the thread, which looks for posts once more before it sleeps
-  std::atomic<bool> stopping_{false};            // set once (release)
-  double closing_seconds_ = 0;                   // written before `stopping_`
-  std::atomic<uint64_t> messages_{0}, sent_{0};  // counted by the thread; order nothing
+  std::atomic<bool> stopping_{false};                         // set once (release)
+  double closing_seconds_ = 0;                                // written before `stopping_`
+  std::atomic<uint64_t> messages_{0}, sent_{0}, refused_{0};  // counted by the thread; order nothing
   std::atomic<uint64_t> lost_{0};  // set by the thread (release), read by waiting workers (acquire)
   mutable std::mutex why_mutex_;   // guards why_
   std::vector<std::string> why_;   // by rank

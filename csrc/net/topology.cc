@@ -55,6 +55,11 @@ Topology Topology::of(const Config& config) {
       if (t.gateways[g].serves >> p & 1) t.gateway_of[p] = static_cast<int>(g);
     }
   }
+  for (int p = 0; p < config.size; ++p) {
+    t.brought_by.push_back(!config.hierarchical || t.near >> p & 1
+                               ? p
+                               : gateway_for(nodes, config.node_of, p, config.node_of[config.rank]));
+  }
   std::vector<int> channels(config.size);
   for (int s = 0; s < config.size; ++s) {
     for (const Peer& g : gateways_of(nodes, config, s)) {

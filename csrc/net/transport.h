@@ -1,9 +1,10 @@
-// What commlib asks of a network: messages between ranks, each a Post and the bytes that it announces. UCX is
-// the one there is (ucx_transport.h); tests have another that is slow, late and cut at will.
+// What commlib asks of a network: messages between ranks, each a Header and the bytes that it announces. UCX
+// is the one there is (ucx_transport.h); tests have another that is slow, late and cut at will.
 //
 // All calls after connect() come from one thread, the network's.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -13,14 +14,31 @@
 
 namespace commlib {
 
+// Each message proves by a key from whom and to whom it is: one for each ordered pair of ranks, and new for
+// each communicator. Who does not read the wire cannot know it. See docs/security.md.
+using Key = std::array<std::byte, 16>;
+
+struct PeerKeys {
+  Key shown;     // by this rank's messages to a peer
+  Key expected;  // of those from it
+};
+
+struct Header {
+  Post post;  // peer: the rank it comes from
+  Key key;
+};
+
 // Whom a transport tells what comes. It calls from within progress().
 class Receiver {
  public:
   virtual ~Receiver() = default;
-  // Where the bytes of a chunk from rank `from` go; null: such a chunk is not expected, and is dropped.
-  virtual std::byte* place_for(int from, const Post& post) = 0;
+  // Asked of each message first, with its header as it came and the number of bytes behind it: whether it is
+  // to be acted on. If not, it is dropped. Fills in *post, whose `peer` is then proven.
+  virtual bool accepts(const void* header, size_t header_bytes, uint64_t bytes, Post* post) = 0;
+  // Where the bytes of a chunk go.
+  virtual std::byte* place_for(const Post& post) = 0;
   // A message is there, a chunk's bytes in their place. `words`: those of PostKind::words.
-  virtual void arrived(int from, const Post& post, const std::byte* words) = 0;
+  virtual void arrived(const Post& post, const std::byte* words) = 0;
   // Nothing comes from this rank any more.
   virtual void lost(int peer, const std::string& why) = 0;
 };
@@ -36,9 +54,9 @@ class Transport {
   // Memory that chunks are sent from and arrive in.
   virtual void use_memory(std::byte* data, size_t bytes) = 0;
 
-  // Sends post.bytes bytes from `data`, which stay as they are until the receiver has answered in some way.
-  // Messages may overtake each other, also those of one kind to one rank.
-  virtual void send(const Post& post, const std::byte* data) = 0;
+  // Sends header.post.bytes bytes from `data`, which stay as they are until the receiver has answered in some
+  // way. Messages may overtake each other, also those of one kind to one rank.
+  virtual void send(int peer, const Header& header, const std::byte* data) = 0;
   // Moves what can be moved; whether anything was.
   virtual bool progress() = 0;
   // Sleeps until there is something to move, `wake` can be read, or the time is over.

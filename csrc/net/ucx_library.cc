@@ -93,7 +93,7 @@ namespace commlib {
 std::string load_ucx(const std::vector<std::string>&) {
   throw std::runtime_error("commlib was built where there were no UCX headers");
 }
-std::unique_ptr<Transport> make_ucx_transport(int, int, bool) {
+std::unique_ptr<Transport> make_ucx_transport(int, UcxOptions) {
   load_ucx({});
   return nullptr;
 }

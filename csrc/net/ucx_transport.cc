@@ -22,13 +22,13 @@ void check(ucs_status_t status, const char* what) {
 
 class UcxTransport final : public Transport {
  public:
-  UcxTransport(int rank, int size, bool device_memory);
+  UcxTransport(int size, UcxOptions options);
   ~UcxTransport() override;
 
   std::string address() override;
   void connect(const std::vector<std::string>& addresses, Receiver& receiver) override;
   void use_memory(std::byte* data, size_t bytes) override;
-  void send(const Post& post, const std::byte* data) override;
+  void send(int to, const Header& header, const std::byte* data) override;
   bool progress() override { return lib_.ucp_worker_progress(worker_) != 0; }
   void sleep(int wake, int milliseconds) override;
   void close(double seconds) override;
@@ -44,7 +44,6 @@ class UcxTransport final : public Transport {
   // A chunk that comes later than its message.
   struct Fetch {
     UcxTransport* self;
-    int from;
     Post post;
   };
 
@@ -61,8 +60,7 @@ class UcxTransport final : public Transport {
   void fail(Peer& peer, ucs_status_t status);
 
   const UcxLibrary& lib_;
-  const int rank_;
-  const bool device_memory_;
+  const UcxOptions options_;
   std::vector<Peer> peers_;
   Receiver* receiver_ = nullptr;
   ucp_context_h context_ = nullptr;
@@ -71,13 +69,15 @@ class UcxTransport final : public Transport {
   int events_ = -1;
 };
 
-UcxTransport::UcxTransport(int rank, int size, bool device_memory)
-    : lib_(ucx()), rank_(rank), device_memory_(device_memory), peers_(size) {
+UcxTransport::UcxTransport(int size, UcxOptions options) : lib_(ucx()), options_(options), peers_(size) {
   ucp_config_t* config = nullptr;
   check(lib_.ucp_config_read(nullptr, nullptr, &config), "reading its settings");
   // A silent link is the business of commlib's deadline, which the user sets.
   if (!std::getenv("UCX_TCP_KEEPIDLE")) lib_.ucp_config_modify(config, "TCP_KEEPIDLE", "inf");
   if (!std::getenv("UCX_KEEPALIVE_INTERVAL")) lib_.ucp_config_modify(config, "KEEPALIVE_INTERVAL", "inf");
+  // Otherwise UCX listens on every interface that it may use.
+  if (options.loopback && !std::getenv("UCX_NET_DEVICES"))
+    lib_.ucp_config_modify(config, "NET_DEVICES", "lo");
   ucp_params_t params{};
   params.field_mask =
       UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS | UCP_PARAM_FIELD_MT_WORKERS_SHARED;
@@ -135,7 +135,7 @@ void UcxTransport::open(Peer& peer, const std::string& address) {
   params.err_handler = {on_error, &peer};
   const std::string what = "connecting to rank " + std::to_string(peer.rank);
   check(lib_.ucp_ep_create(worker_, &params, &peer.ep), what.c_str());
-  peer.at_once = !device_memory_ && only_tcp(peer.ep);
+  peer.at_once = !options_.device_memory && only_tcp(peer.ep);
 }
 
 // Over TCP a message that asks first costs two more turns of both sides' threads, and saves nothing.
@@ -160,12 +160,10 @@ void UcxTransport::use_memory(std::byte* data, size_t bytes) {
   check(lib_.ucp_mem_map(context_, &params, &memory_), "registering memory");
 }
 
-void UcxTransport::send(const Post& post, const std::byte* data) {
-  Peer& peer = peers_[post.peer];
+void UcxTransport::send(int to, const Header& header, const std::byte* data) {
+  Peer& peer = peers_[to];
   if (!peer.ep || peer.failed) return;
-  Post header = post;
-  header.peer = rank_;
-  const size_t bytes = post.kind == PostKind::taken ? 0 : post.bytes;
+  const Post& post = header.post;
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK;
   param.flags = UCP_AM_SEND_FLAG_COPY_HEADER;
@@ -176,38 +174,39 @@ void UcxTransport::send(const Post& post, const std::byte* data) {
     param.memh = memory_;
   }
   const ucs_status_ptr_t request =
-      lib_.ucp_am_send_nbx(peer.ep, kMessageId, &header, sizeof header, data, bytes, &param);
+      lib_.ucp_am_send_nbx(peer.ep, kMessageId, &header, sizeof header, data, post.bytes, &param);
   if (UCS_PTR_IS_ERR(request)) fail(peer, UCS_PTR_STATUS(request));
 }
 
 ucs_status_t UcxTransport::on_message(void* self, const void* header, size_t header_bytes, void* data,
                                       size_t bytes, const ucp_am_recv_param_t* param) {
-  Post post;
-  if (header_bytes != sizeof post) return UCS_OK;
-  std::memcpy(&post, header, sizeof post);
+  auto* transport = static_cast<UcxTransport*>(self);
   const bool later = param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV;
-  return static_cast<UcxTransport*>(self)->receive(post, data, bytes, later);
+  Post post;
+  // Who knows this rank's port may have sent it.
+  if (!transport->receiver_ || !transport->receiver_->accepts(header, header_bytes, bytes, &post))
+    return UCS_OK;
+  return transport->receive(post, data, bytes, later);
 }
 
-// Drops what does not look like a message of a rank that this one is connected to.
 ucs_status_t UcxTransport::receive(const Post& post, void* data, size_t bytes, bool later) {
-  const int from = post.peer;
-  if (from < 0 || from >= static_cast<int>(peers_.size()) || !peers_[from].ep) return UCS_OK;
   if (post.kind != PostKind::chunk) {
-    if (!later && bytes == (post.kind == PostKind::words ? post.bytes : 0))
-      receiver_->arrived(from, post, static_cast<const std::byte*>(data));
+    if (later) {
+      fail(peers_[post.peer], UCS_ERR_INVALID_PARAM);
+    } else {
+      receiver_->arrived(post, static_cast<const std::byte*>(data));
+    }
     return UCS_OK;
   }
-  std::byte* to = bytes == post.bytes ? receiver_->place_for(from, post) : nullptr;
-  if (!to) return UCS_OK;
-  if (later || device_memory_) return fetch(post, to, data, bytes);
+  std::byte* to = receiver_->place_for(post);
+  if (later || options_.device_memory) return fetch(post, to, data, bytes);
   std::memcpy(to, data, bytes);
-  receiver_->arrived(from, post, nullptr);
+  receiver_->arrived(post, nullptr);
   return UCS_OK;
 }
 
 ucs_status_t UcxTransport::fetch(const Post& post, std::byte* to, void* data, size_t bytes) {
-  auto* fetch = new Fetch{this, post.peer, post};
+  auto* fetch = new Fetch{this, post};
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMH;
   param.cb.recv_am = on_fetched;
@@ -223,9 +222,9 @@ ucs_status_t UcxTransport::fetch(const Post& post, std::byte* to, void* data, si
 void UcxTransport::on_fetched(void* request, ucs_status_t status, size_t, void* data) {
   const std::unique_ptr<Fetch> fetch(static_cast<Fetch*>(data));
   if (status == UCS_OK) {
-    fetch->self->receiver_->arrived(fetch->from, fetch->post, nullptr);
+    fetch->self->receiver_->arrived(fetch->post, nullptr);
   } else {
-    fetch->self->fail(fetch->self->peers_[fetch->from], status);
+    fetch->self->fail(fetch->self->peers_[fetch->post.peer], status);
   }
   if (request) ucx().ucp_request_free(request);
 }
@@ -275,8 +274,8 @@ void UcxTransport::close(double seconds) {
 
 }  // namespace
 
-std::unique_ptr<Transport> make_ucx_transport(int rank, int size, bool device_memory) {
-  return std::make_unique<UcxTransport>(rank, size, device_memory);
+std::unique_ptr<Transport> make_ucx_transport(int size, UcxOptions options) {
+  return std::make_unique<UcxTransport>(size, options);
 }
 
 }  // namespace commlib

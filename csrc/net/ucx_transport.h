@@ -17,7 +17,10 @@ namespace commlib {
 // library stays loaded. Returns its version; throws std::runtime_error with what went wrong with each.
 std::string load_ucx(const std::vector<std::string>& paths);
 
-// device_memory: rings lie in that of a GPU.
-std::unique_ptr<Transport> make_ucx_transport(int rank, int size, bool device_memory);
+struct UcxOptions {
+  bool device_memory;  // rings lie in that of a GPU
+  bool loopback;       // all ranks share a network's interfaces: UCX need listen on that of the host alone
+};
+std::unique_ptr<Transport> make_ucx_transport(int size, UcxOptions options);
 
 }  // namespace commlib

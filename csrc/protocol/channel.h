@@ -104,6 +104,21 @@ struct LaneEnd {
   COMMLIB_HD bool arrived(Worker& w) const {
     return w.all(w.read(word(state().chunks)) == state().chunks + 1);
   }
+  // Whether the chunk is one of this operation, and fits(frame) holds of its frames. If not, whoever sent it
+  // is to blame, and the operation has failed.
+  template <class Worker, class Fits>
+  COMMLIB_HD bool check(Worker& w, const FrameLayout& layout, Fits fits) const {
+    const int64_t frames = header().frames;
+    bool ok = header().epoch == epoch && frames <= layout.per_chunk(hops.shape);
+    for (int64_t f = w.lane(); ok && f < frames; f += w.lanes()) ok = fits(frame(layout, f));
+    return w.all(ok) || refuse(w);
+  }
+  template <class Worker>
+  COMMLIB_HD bool refuse(Worker& w) const {
+    if (w.lane() == 0) w.malformed(end.peer, Phase::network);
+    w.all(true);
+    return false;
+  }
   // Goes on to frame `cursor` of the chunk.
   template <class Worker>
   COMMLIB_HD void stay(Worker& w, int64_t cursor) const {
@@ -168,8 +183,6 @@ COMMLIB_HD bool has_lane(Worker& w, const PeerTable& peers) {
 
 // -- which rows go where
 
-COMMLIB_HD bool has(uint64_t mask, int rank) { return mask >> rank & 1; }
-
 COMMLIB_HD int count_bits(uint64_t mask) {
 #ifdef __CUDA_ARCH__
   return __popcll(mask);
@@ -222,6 +235,19 @@ COMMLIB_HD void write_rows(Worker& w, const Frame& frame, const int64_t* route, 
 template <class Worker>
 COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk_idx, int topk) {
   for (int k = w.lane(); k < topk; k += w.lanes()) frame.experts()[k] = static_cast<int32_t>(topk_idx[k]);
+}
+
+// What frames of other ranks say of places is checked before it is used: a row may go to any of the slot.
+COMMLIB_HD bool all_in(const int32_t* values, int n, int64_t begin, int64_t end) {
+  for (int i = 0; i < n; ++i) {
+    if (values[i] < begin || values[i] >= end) return false;
+  }
+  return true;
+}
+
+COMMLIB_HD bool places_fit(const Frame& frame, const SlotLayout& layout, const Hops& hops) {
+  return all_in(frame.token(), 1, 0, layout.max_tokens) &&
+         all_in(frame.rows(), count_bits(hops.served), -1, layout.capacity);
 }
 
 // One chunk of a source's frames for one gateway, if there is room: fill(frame, token) writes each. Whether

@@ -159,12 +159,8 @@ COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch
 
 template <class Worker>
 COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
-  bool ok = true;
-  for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
-    if (!peers.is_near(p)) continue;
-    ok = w.await_reached(&peers.mail_from(p).pulled, epoch, p, Phase::slot_reuse);
-  }
-  return w.all(ok);
+  return await_ranks(w, peers, peers.near, Phase::slot_reuse,
+                     [&](int p) { return reached(tag_of(w.read(&peers.mail_from(p).pulled)), epoch); });
 }
 
 }  // namespace commlib

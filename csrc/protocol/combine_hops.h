@@ -66,11 +66,19 @@ COMMLIB_HD void answer_frame(Worker& w, const CombineLane& c, const Frame& asked
   w.reduce(plan.dtype, answer.row(), rows, plan.hidden);
 }
 
+COMMLIB_HD bool request_fits(const CombineLane& c, const Frame& frame) {
+  const PullPlan& plan = c.plan;
+  return places_fit(frame, plan.layout, c.hops) &&
+         (!c.with_weights || all_in(frame.experts(), plan.topk, -1, plan.placement.experts));
+}
+
 // One chunk of answers for a source, if it has asked and there is room.
 template <class Worker>
 COMMLIB_HD bool answer_source(Worker& w, const CombineLane& c, int s) {
   const LaneEnd from = c.from_source(s), to = c.to_source(s);
   if (from.finished() || !from.arrived(w) || !to.has_room(w)) return false;
+  const auto fits = [&](const Frame& frame) { return request_fits(c, frame); };
+  if (from.state().cursor == 0 && !from.check(w, c.request, fits)) return false;
   const int64_t most = c.answer.per_chunk(c.hops.shape);
   const int64_t frames = from.header().frames;
   const bool last = from.header().last != 0;
@@ -99,14 +107,22 @@ COMMLIB_HD uint64_t gateways_of(const CombineLane& c, const int64_t* route) {
   return gateways;
 }
 
-// Whether the next answer of gateway g is there. Takes chunks that have no more.
+// Whether the next answer of a gateway is there. Takes chunks that have no more.
 template <class Worker>
-COMMLIB_HD bool has_answer(Worker& w, const LaneEnd& from) {
+COMMLIB_HD bool has_answer(Worker& w, const CombineLane& c, const LaneEnd& from) {
   while (!from.finished() && from.arrived(w)) {
+    if (from.state().cursor == 0 && !from.check(w, c.answer, [](const Frame&) { return true; })) return false;
     if (from.state().cursor < from.header().frames) return true;
     from.take(w);
   }
   return false;
+}
+
+// Whether that is the answer for token t: they come in order.
+template <class Worker>
+COMMLIB_HD bool has_answer_for(Worker& w, const CombineLane& c, const LaneEnd& from, int64_t t) {
+  return has_answer(w, c, from) &&
+         (*from.frame(c.answer, from.state().cursor).token() == t || from.refuse(w));
 }
 
 // Gradients of topk_weights come with the rows of those who own the experts.
@@ -159,29 +175,30 @@ COMMLIB_HD bool sum_tokens(Worker& w, const CombineLane& c, int64_t* t, int64_t 
   for (; *t < end; ++*t) {
     const uint64_t gateways = gateways_of(c, c.plan.routes + *t * c.plan.width);
     for (uint64_t left = gateways; left; left &= left - 1) {
-      if (!has_answer(w, c.from_gateway(lowest_bit(left)))) return moved;
+      if (!has_answer_for(w, c, c.from_gateway(lowest_bit(left)), *t)) return moved;
     }
     if (!gateways) continue;  // pull_rows does those
     sum_token(w, c, *t, gateways);
     moved = true;
   }
-  for (int g = 0; g < c.hops.gateways; ++g) has_answer(w, c.from_gateway(g));  // a last chunk may be empty
+  for (int g = 0; g < c.hops.gateways; ++g) has_answer(w, c, c.from_gateway(g));  // a last chunk may be empty
   return moved;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, or -1.
+// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
 template <class Worker>
-COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, int* awaited) {
+COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, uint64_t* awaited) {
   bool moved = false;
-  *awaited = -1;
+  *awaited = 0;
   for (int g = 0; g < c.hops.gateways; ++g) moved |= ask_gateway(w, c, g);
   for (int s = 0; s < c.hops.sources; ++s) {
     moved |= answer_source(w, c, s);
-    if (!c.from_source(s).finished()) *awaited = c.hops.from_source[s].peer;
+    if (!c.from_source(s).finished()) *awaited |= bit_of(c.hops.from_source[s].peer);
   }
   moved |= sum_tokens(w, c, t, end);
   for (int g = 0; g < c.hops.gateways; ++g) {
-    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished()) *awaited = c.hops.gateway[g].rank;
+    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished())
+      *awaited |= bit_of(c.hops.gateway[g].rank);
   }
   return moved;
 }
@@ -215,9 +232,9 @@ COMMLIB_HD bool pull_through_hops(Worker& w, const PullPlan& plan, const PeerTab
   const Span part = share_of(plan.tokens, c.lane, c.hops.shape.lanes);
   for (int64_t t = part.begin;;) {
     const uint64_t seen = oldest_news(w, c.hops);
-    int awaited;
+    uint64_t awaited;
     const bool moved = advance_combine(w, c, &t, part.end, &awaited);
-    if (awaited < 0) return true;
+    if (awaited == 0) return true;
     if (!moved && !w.await_change(c.hops, seen, awaited)) return false;
   }
 }

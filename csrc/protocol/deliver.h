@@ -24,13 +24,19 @@ struct DeliverPlan {
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
 };
 
+constexpr int64_t kNoPlace = -2;  // what the source wrote of a row does not fit its counts
+
 // The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
-// each source has numbered its own. So a place needs no other row's. -1: another rank's expert.
+// each source has numbered its own. So a place needs no other row's. -1: another rank's expert. That it lies
+// in its group is checked here, for the numbers are another rank's, and memory of this one depends on them.
 COMMLIB_HD int64_t place_of(const DeliverPlan& plan, int64_t i, int64_t source) {
   if (!plan.source_rows) return plan.places[i];
   const int64_t e = plan.slot.experts[i];
   if (e < 0) return -1;
-  return plan.offsets[e] + plan.slot.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
+  if (e >= plan.experts) return kNoPlace;
+  const int64_t first = plan.offsets[e];
+  const int64_t to = first + plan.slot.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
+  return to >= first && to < plan.offsets[e + 1] ? to : kNoPlace;
 }
 
 COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, int64_t token) {
@@ -44,7 +50,11 @@ COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, i
   const int64_t wb = plan.layout.weight_bytes;
   for (int k = 0; k < plan.topk; ++k) {
     const int64_t i = n * plan.topk + k;
-    const int64_t to = place_of(plan, i, source);
+    int64_t to = place_of(plan, i, source);
+    if (to == kNoPlace) {
+      w.malformed(static_cast<int>(source), Phase::arrival);
+      to = -1;
+    }
     if (plan.source_rows) plan.places[i] = to;
     if (to < 0) continue;
     if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);

@@ -1,10 +1,10 @@
 // Dispatch: rows go straight from the source's tensor to their final place in the receivers' slots.
 #pragma once
 
+#include "protocol/hops.h"
 #include "protocol/link.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
-#include "protocol/words.h"
 
 namespace commlib {
 
@@ -135,14 +135,11 @@ COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
 }
 
 // Waits until every source's part is in place; `expected` [ranks] counts the arrivals of all operations
-// so far. Each lane waits for sources of its own; all() passes on what they have seen.
+// so far.
 template <class Worker>
 COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, const uint64_t* expected) {
-  bool ok = true;
-  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
-    ok = w.await_count(&peers.mail_from(s).arrived, expected[s], s, Phase::arrival);
-  }
-  return w.all(ok);
+  return await_ranks(w, peers, peers.all(), Phase::arrival,
+                     [&](int s) { return w.read(&peers.mail_from(s).arrived) >= expected[s]; });
 }
 
 }  // namespace commlib

@@ -73,11 +73,25 @@ COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame
   w.multicast(to, frame.row(), plan.layout.row_bytes);
 }
 
+COMMLIB_HD bool frame_fits(const DispatchLane& d, const Frame& frame) {
+  const SendPlan& plan = d.plan;
+  if (!places_fit(frame, plan.layout, d.hops)) return false;
+  if (!plan.is_fresh() && !d.with_weights) return true;
+  for (int k = 0; k < plan.topk; ++k) {
+    const int32_t* expert = &frame.experts()[k];
+    if (!all_in(expert, 1, -1, plan.placement.experts)) return false;
+    if (!plan.is_fresh() || *expert < 0) continue;
+    if (!all_in(&frame.ordinals()[k], 1, 0, plan.layout.max_tokens * plan.topk)) return false;
+  }
+  return true;
+}
+
 // One chunk of a source, if it is there. Says to the ranks served when it was the source's last.
 template <class Worker>
 COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
   const LaneEnd from = d.from_source(s);
   if (from.finished() || !from.arrived(w)) return false;
+  if (!from.check(w, d.layout, [&](const Frame& frame) { return frame_fits(d, frame); })) return false;
   for (int64_t i = 0; i < from.header().frames; ++i) pass_row_on(w, d, from.frame(d.layout, i));
   from.take(w);
   if (!from.finished()) return true;
@@ -90,18 +104,18 @@ COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
   return true;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, or -1 when it has finished.
+// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
 template <class Worker>
-COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, int* awaited) {
+COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, uint64_t* awaited) {
   bool moved = false;
-  *awaited = -1;
+  *awaited = 0;
   for (int g = 0; g < d.hops.gateways; ++g) {
     moved |= send_to_gateway(w, d, g);
-    if (!d.to_gateway(g).finished()) *awaited = d.hops.gateway[g].rank;
+    if (!d.to_gateway(g).finished()) *awaited |= bit_of(d.hops.gateway[g].rank);
   }
   for (int s = 0; s < d.hops.sources; ++s) {
     moved |= pass_chunk_on(w, d, s);
-    if (!d.from_source(s).finished()) *awaited = d.hops.from_source[s].peer;
+    if (!d.from_source(s).finished()) *awaited |= bit_of(d.hops.from_source[s].peer);
   }
   return moved;
 }
@@ -119,9 +133,9 @@ template <class Worker>
 COMMLIB_HD bool finish_hops(Worker& w, const DispatchLane& d) {
   for (;;) {
     const uint64_t seen = oldest_news(w, d.hops);
-    int awaited;
+    uint64_t awaited;
     const bool moved = advance_dispatch(w, d, &awaited);
-    if (awaited < 0) return true;
+    if (awaited == 0) return true;
     if (!moved && !w.await_change(d.hops, seen, awaited)) return false;
   }
 }

@@ -2,22 +2,23 @@
 // other ranks left with it. Plain words, so that a GPU can write the record.
 #pragma once
 
-#include "protocol/words.h"
+#include "protocol/blame.h"
 
 namespace commlib {
 
-enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost };
+enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost, malformed };
 
 struct FailureRecord {
   Cause cause;
   OpKind op;
   Phase phase;
-  int32_t peer;    // who was waited for, or is blamed
-  int32_t teller;  // left: the rank that gave up on `peer`, or `peer` itself
+  int32_t peer;    // the first of those blamed
+  int32_t teller;  // left: the rank that said so: it gave up on those blamed, or is itself the one
   uint32_t epoch;
   uint32_t call;        // what this rank called, packed
   uint32_t their_call;  // mismatch: what `peer` called instead, packed
-  uint64_t missing;     // timeout: the ranks that have not made this call, as a mask
+  uint64_t awaited;     // whom this rank waited for, as a mask; often those blamed
+  uint64_t blamed;      // as a mask
   uint64_t last_call;   // the newest call word of `peer`, 0: none yet
   uint64_t waited_ns;
 };
@@ -28,51 +29,46 @@ struct Wait {
   uint32_t epoch;
 };
 
-// The newest call that `peer` told this rank of, or 0.
-template <class Worker>
-COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
-  uint64_t newest = 0;
-#pragma unroll 1
-  for (const uint64_t& word : peers.mail_from(peer).calls) {
-    const uint64_t v = w.read(&word);
-    const bool said = Call::unpack(value_of(v)).op != OpKind::none;
-    if (said && (newest == 0 || reached(tag_of(v), tag_of(newest)))) newest = v;
-  }
-  return newest;
-}
-
-// Whether `peer` has come as far as this operation.
-template <class Worker>
-COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t epoch) {
-  const uint64_t newest = newest_call(w, peers, peer);
-  return newest != 0 && reached(tag_of(newest), epoch);
-}
-
+// `blamed`: not empty.
 template <class Worker>
 COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const Wait& wait, Cause cause,
-                                    int peer, Phase phase) {
+                                    uint64_t awaited, uint64_t blamed, Phase phase) {
   FailureRecord r{};
   r.cause = cause;
   r.op = wait.call.op;
   r.phase = phase;
-  r.peer = r.teller = peer;
+  r.peer = r.teller = lowest_bit(blamed);
   r.epoch = wait.epoch;
   r.call = wait.call.pack();
-  r.last_call = newest_call(w, peers, peer);
-  if (cause != Cause::timeout) return r;
-  for (int p = 0; p < peers.size; ++p) {
-    const bool late = p == peer || (p != peers.rank && !has_called(w, peers, p, wait.epoch));
-    if (late) r.missing |= uint64_t{1} << p;
-  }
+  r.awaited = awaited;
+  r.blamed = blamed;
+  r.last_call = newest_call(w, peers, r.peer);
   return r;
+}
+
+template <class Worker>
+COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
+                                        Phase phase) {
+  const uint64_t late = late_ranks(w, peers, wait.epoch, awaited);
+  uint64_t others = 0;  // that somebody else waits for: they hold up all ranks
+#pragma unroll 1
+  for (int p = 0; p < peers.size; ++p) others |= awaited_by(w, peers, p);
+  const uint64_t silent = silent_ranks(w, peers, late | others) & ~bit_of(peers.rank);
+  return new_record(w, peers, wait, Cause::timeout, late, silent ? silent : late, phase);
 }
 
 template <class Worker>
 COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const Wait& wait, int peer,
                                          Call theirs) {
-  FailureRecord r = new_record(w, peers, wait, Cause::mismatch, peer, Phase::call);
+  FailureRecord r = new_record(w, peers, wait, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
   r.their_call = theirs.pack();
   return r;
+}
+
+template <class Worker>
+COMMLIB_HD FailureRecord malformed_record(Worker& w, const PeerTable& peers, const Wait& wait, int peer,
+                                          Phase phase) {
+  return new_record(w, peers, wait, Cause::malformed, bit_of(peer), bit_of(peer), phase);
 }
 
 // Whether any rank made another call at this place in the order: the cause, whatever else is late for it.
@@ -89,38 +85,63 @@ COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const
   return false;
 }
 
-// Whether a rank left that this operation needs: one that gave up, whichever it is, or one that closed its
-// communicator before it came here. The awaited peer first: its own word is the best reason.
+// How rank p left, or 0; whom it blames.
 template <class Worker>
-COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait, int peer, Phase phase,
-                             FailureRecord* record) {
+COMMLIB_HD uint32_t how_left(Worker& w, const PeerTable& peers, int p, uint64_t* blamed) {
+  const uint64_t low = w.read(&peers.mail_from(p).left[0]);
+  if (low == 0) return 0;
+  const uint64_t high = w.read(&peers.mail_from(p).left[1]);
+  *blamed = (ranks_of_half(low, 0) | ranks_of_half(high, 1)) & peers.all();
+  return *blamed && tag_of(high) == tag_of(low) ? tag_of(low) : 0;
+}
+
+// Whether a rank left that this operation needs: one that gave up, whichever it is, or one that closed its
+// communicator before it came here. The awaited ones first: their own word is the best reason.
+template <class Worker>
+COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
+                             Phase phase, FailureRecord* record) {
+  const int first = lowest_bit(awaited);
+#pragma unroll 1
   for (int i = 0; i < peers.size; ++i) {
-    const int p = (peer + i) % peers.size;
-    const uint64_t left = w.read(&peers.mail_from(p).left);
-    if (p == peers.rank || left == 0) continue;  // to ask what it called last takes many words
+    const int p = (first + i) % peers.size;
+    uint64_t blamed = 0;
+    const uint32_t how = p == peers.rank ? 0 : how_left(w, peers, p, &blamed);
+    if (how == 0) continue;  // to ask what it called last takes more words
     // What a rank of this node did before it closed is in place; from another node it may still be on its
     // way.
     const auto did_its_part = [&] {
-      return (p != peer || !peers.is_near(p)) && has_called(w, peers, p, wait.epoch);
+      return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, wait.epoch);
     };
-    if (tag_of(left) == kClosed && did_its_part()) continue;
-    *record = new_record(w, peers, wait, Cause::left, static_cast<int>(value_of(left)), phase);
+    if (how == kClosed && did_its_part()) continue;
+    // Who gave up on others may not have heard for whom those wait.
+    const uint64_t silent = blamed == bit_of(p) ? 0 : silent_ranks(w, peers, blamed);
+    *record = new_record(w, peers, wait, Cause::left, awaited, silent ? silent : blamed, phase);
     record->teller = p;
     return true;
   }
   return false;
 }
 
-// Why a wait for `peer` cannot end, if other ranks' words say so. `left` is read first: who made another call
-// said so before it gave up (release), so a mismatch is never told as "gave up".
+// Why a wait cannot end, if other ranks' words say so. `left` is read first: who made another call said so
+// before it gave up (release), so a mismatch is never told as "gave up".
 template <class Worker>
-COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const Wait& wait, int peer, Phase phase,
+COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited, Phase phase,
                            FailureRecord* record) {
   FailureRecord left;
-  const bool gone = someone_left(w, peers, wait, peer, phase, &left);
+  const bool gone = someone_left(w, peers, wait, awaited, phase, &left);
   if (phase != Phase::slot_reuse && someone_calls_otherwise(w, peers, wait, record)) return true;
   if (gone) *record = left;
   return gone;
+}
+
+// What a wait for some ranks does besides, now and then; and when it has ended well, if others may have been
+// told of it: `awaited` is none then. `long_wait`: for half its deadline. Whether others know of it now.
+template <class Worker>
+COMMLIB_HD bool tell_of_wait(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
+                             bool long_wait) {
+  if (awaited && !long_wait && !is_awaited(w, peers)) return false;
+  say_awaited(w, peers, awaited ? late_ranks(w, peers, wait.epoch, awaited) : 0);
+  return awaited != 0;
 }
 
 }  // namespace commlib

@@ -15,7 +15,8 @@
 
 namespace commlib {
 
-// What goes through the network: also the header of each message.
+// What goes through the network, and what the header of each message says. Where it arrives nothing of it is
+// taken on trust: see net/inspection.h and, for what chunks hold, channel.h.
 enum class PostKind : uint8_t {
   chunk,  // rows; number: of the chunk, counted from 0
   taken,  // number: chunks of the channel's lane that its receiver has taken
@@ -95,11 +96,37 @@ struct Hops {
   int32_t served_most;                 // by any gateway
   uint64_t served;                     // the ranks that this one passes rows on to
   uint8_t gateway_of[kMaxRanks];       // for ranks on other nodes: an index into `gateway`
+  uint8_t brought_by[kMaxRanks];       // for ranks on other nodes: their gateway to this rank
   Gateway gateway[kMaxRanks];          // those that this rank sends to, by the lowest rank they serve
   ChannelEnd to_gateway[kMaxRanks];    // [gateways], outward
   ChannelEnd from_gateway[kMaxRanks];  // [gateways], homeward
   ChannelEnd from_source[kMaxRanks];   // [sources], outward: those whose gateway this rank is
   ChannelEnd to_source[kMaxRanks];     // [sources], homeward
 };
+
+// Whose doing it is that rows of rank p get here. A gateway that waits for p itself says so: see blame.h.
+COMMLIB_HD int brought_by(const PeerTable& peers, int p) {
+  const int by = peers.is_near(p) ? p : peers.hops->brought_by[p];
+  return by == peers.rank ? p : by;
+}
+
+// Waits until ready(p) holds of every rank of `ranks`. Each lane waits for ranks of its own; all() passes on
+// what they have seen.
+template <class Worker, class Ready>
+COMMLIB_HD bool await_ranks(Worker& w, const PeerTable& peers, uint64_t ranks, Phase phase, Ready ready) {
+  const auto late = [&] {
+    uint64_t by = 0;
+    for (uint64_t left = ranks; left; left &= left - 1) {
+      const int p = lowest_bit(left);
+      if (!ready(p)) by |= bit_of(brought_by(peers, p));
+    }
+    return by;
+  };
+  bool ok = true;
+  for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
+    if (has(ranks, p)) ok = w.await([&] { return ready(p); }, p, late, phase);
+  }
+  return w.all(ok);
+}
 
 }  // namespace commlib

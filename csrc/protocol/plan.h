@@ -35,14 +35,6 @@ struct SourceCounts {
 
 constexpr int64_t kNoBadId = INT64_MAX;
 
-COMMLIB_HD int lowest_bit(uint64_t mask) {
-#ifdef __CUDA_ARCH__
-  return __ffsll(static_cast<long long>(mask)) - 1;
-#else
-  return __builtin_ctzll(mask);
-#endif
-}
-
 // The ranks that own an expert of token t, as a mask; adds to the counts of the experts. An id outside
 // [-1, experts) is taken as -1, and the place of the first such is kept in *bad. Reads several ids before it
 // looks at any, and the owners of all of them: one trip to memory each.

@@ -28,7 +28,7 @@ enum class Phase : uint8_t { counts = 0, arrival = 1, slot_reuse = 2, call = 3, 
 
 constexpr const char* name_of(OpKind op) {
   constexpr const char* names[] = {"nothing", "dispatch", "dispatch with a handle", "combine"};
-  return names[static_cast<int>(op)];
+  return op <= OpKind::combine ? names[static_cast<int>(op)] : "what is no operation";  // as a word may say
 }
 
 constexpr const char* name_of(Phase phase) {

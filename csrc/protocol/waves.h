@@ -123,11 +123,8 @@ COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, const WavePlan& p
 template <class Worker>
 COMMLIB_HD bool await_wave(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
   const uint64_t* expected = wave < kWaves - 1 ? plan.early : plan.arrivals;
-  bool ok = true;
-  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
-    ok = w.await_count(arrival_word(peers.mail_from(s), wave), expected[s], s, Phase::arrival);
-  }
-  return w.all(ok);
+  return await_ranks(w, peers, peers.all(), Phase::arrival,
+                     [&](int s) { return w.read(arrival_word(peers.mail_from(s), wave)) >= expected[s]; });
 }
 
 // The wave of unique row n, from its experts; those of other ranks are -1, which is past all others.

@@ -14,6 +14,24 @@ COMMLIB_HD constexpr uint64_t tagged(uint32_t tag, uint32_t value) {
 COMMLIB_HD constexpr uint32_t tag_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 COMMLIB_HD constexpr uint32_t value_of(uint64_t word) { return static_cast<uint32_t>(word); }
 
+// A set of ranks in the values of two tagged words, each of which is whole by itself.
+COMMLIB_HD constexpr uint64_t tagged_half(uint32_t tag, uint64_t ranks, int half) {
+  return tagged(tag, static_cast<uint32_t>(ranks >> 32 * half));
+}
+COMMLIB_HD constexpr uint64_t ranks_of_half(uint64_t word, int half) {
+  return static_cast<uint64_t>(value_of(word)) << 32 * half;
+}
+
+COMMLIB_HD constexpr uint64_t bit_of(int rank) { return uint64_t{1} << rank; }
+COMMLIB_HD constexpr bool has(uint64_t mask, int rank) { return mask >> rank & 1; }
+COMMLIB_HD int lowest_bit(uint64_t mask) {
+#ifdef __CUDA_ARCH__
+  return __ffsll(static_cast<long long>(mask)) - 1;
+#else
+  return __builtin_ctzll(mask);
+#endif
+}
+
 // Tags count modulo 2^32; right as long as two ranks are less than 2^31 operations apart.
 COMMLIB_HD constexpr bool reached(uint32_t tag, uint32_t wanted) {
   return static_cast<int32_t>(tag - wanted) >= 0;
@@ -69,9 +87,6 @@ struct alignas(64) Mailbox {
   // which that operation pulled. Ranks on other nodes pull from no slot; their gateways do, as part of the
   // same operation.
   uint64_t pulled;
-  // Tag: kClosed once src closed its communicator, kGaveUp once it failed; the value is the rank that it
-  // blames. Written by src (release), read by waiting owners at their naps (acquire), who say so at once.
-  uint64_t left;
   // Rung by src after it has changed any of its words for this rank; the owner sleeps on it while it waits
   // for src, so nobody is woken for words that he does not wait for.
   Bell bell;
@@ -87,6 +102,13 @@ struct alignas(64) Mailbox {
   uint64_t gone;
   // calls[epoch % kCallRing], tag = epoch: the call src made at this epoch (release / acquire).
   uint64_t calls[kCallRing];
+  // Tags: kClosed once src closed its communicator, kGaveUp once it failed; the values are the ranks
+  // that it blames, there when both tags are. Written by src (release), read by waiting owners at their
+  // naps (acquire), who say so at once.
+  uint64_t left[2];
+  // The ranks that src waits for, and has for long; each half says its own. Tag: the newest call of src when
+  // it said so; it is past once src has made another, or says that it waits for nobody. See protocol/blame.h.
+  uint64_t awaits[2];
 };
 
 // Addresses of one rank's memory, as mapped here. Of a rank on another node only what this rank says to it,
@@ -108,6 +130,7 @@ struct PeerTable {
   PeerBlock peer[kMaxRanks];
 
   COMMLIB_HD bool is_near(int p) const { return near >> p & 1; }
+  COMMLIB_HD uint64_t all() const { return ~uint64_t{0} >> (kMaxRanks - size); }
   COMMLIB_HD const PeerBlock& self() const { return peer[rank]; }
   COMMLIB_HD Mailbox& mail_to(int p) const { return peer[p].mail[rank]; }
   COMMLIB_HD Mailbox& mail_from(int p) const { return peer[rank].mail[p]; }

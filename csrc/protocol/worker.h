@@ -23,11 +23,15 @@
 //   link_limited()             whether the rank's link is limited
 //   pass_link(bytes)           waits until they have passed it
 //   flush()                    orders what this worker wrote before what it publishes or adds next
-//   await_change(hops, seen, peer)
-//                              waits until the news of other nodes are no longer `seen`; `peer` is to blame
-//   await_tag, await_reached, await_count(word, value, peer, phase)
-//                              each lane waits for its own word; false once this rank's operation has
-//                              failed, which a wait past its deadline causes
+//   await_change(hops, seen, ranks)
+//                              waits until the news of other nodes are no longer `seen`; `ranks`: a mask of
+//                              those who are to bring some
+//   await(ready, peer, late, phase)
+//                              each lane waits until its own ready(), of which `peer` rings a bell; late():
+//                              the ranks that the operation waits for then, as a mask. False once this
+//                              rank's operation has failed, which a wait past its deadline causes
+//   await_tag(word, tag, peer, phase)
+//                              the same for a word of `peer` alone
 //
 // All lanes of all workers call these together:
 //
@@ -42,11 +46,13 @@
 //   read(word)                 an acquire load
 //   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
 //   glance(word)               a load that orders nothing
+//   replace(word, old, new)    whether it was `old` and is `new` now; of workers of this rank, one succeeds
 //   wake(mailbox)              rings its bell, where threads sleep
 //   post(outbox, post)         hands something to the network
 //   tally(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
+//   malformed(peer, phase)     records that the peer sent what does not fit the operation
 #pragma once
 
 #include <utility>

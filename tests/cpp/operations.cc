@@ -20,6 +20,8 @@ Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
   if (r.grouped || !manner.zero_copy) {
     d.rows = room(self, r.results * s.row_bytes());
     received.rows = d.rows.data();
+  } else {
+    received.rows_in_slot = true;
   }
   if (s.asked.weights) {
     d.weights = Buffer(r.results * s.weight_bytes() * (r.grouped ? 1 : s.config.topk));
@@ -95,7 +97,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->source.resize(r.source.size());
   received.source = d->source.data();
   d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing,
-                                                   received, manner.async)};
+                                                   received, manner.async, manner.held)};
   if (!received.rows) d->lease = pending->lease;
   d->pending = std::move(pending);
   return d;
@@ -109,7 +111,7 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
   d->routing = known.routing;
   const Received received = room_for(self, *d, manner);
   d->under_way = {self, self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
-                                              manner.async, &d->lease)};
+                                              manner.async, &d->lease, manner.held)};
   return d;
 }
 
@@ -146,7 +148,8 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   }
   c->out = room(self, r.out.bytes());
   std::byte* out_weights = input.has_weight_grads ? c->out_weights.data() : nullptr;
-  c->under_way = {self, self.comm->combine(input, known.routing, c->out.data(), out_weights, manner.async)};
+  c->under_way = {
+      self, self.comm->combine(input, known.routing, c->out.data(), out_weights, manner.async, manner.held)};
   return c;
 }
 

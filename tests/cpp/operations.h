@@ -15,6 +15,7 @@ struct Manner {
   bool async = false;
   bool zero_copy = false;           // layout="rank" only
   RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where it needs no weighting or grouping
+  Held held = nullptr;              // until the operation is done
 };
 Manner random_manner(Random& random);
 

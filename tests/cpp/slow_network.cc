@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace commlib::testing {
 namespace {
@@ -14,8 +15,8 @@ using Clock = std::chrono::steady_clock;
 // Chunks may lie where only copies reach.
 void SlowNetwork::Message::read_now() {
   if (!data || !read.empty()) return;
-  read.resize(post.bytes);
-  copy_bytes(read.data(), data, post.bytes);
+  read.resize(header.post.bytes);
+  copy_bytes(read.data(), data, header.post.bytes);
 }
 
 class SlowTransport final : public Transport {
@@ -31,18 +32,22 @@ class SlowTransport final : public Transport {
     receiver_ = &receiver;
   }
   void use_memory(std::byte*, size_t) override {}
-  void send(const Post& post, const std::byte* data) override { net_.put(rank_, post, data); }
+  void send(int to, const Header& header, const std::byte* data) override {
+    net_.put(rank_, to, header, data);
+  }
   bool progress() override {
     int dead;
     if (net_.take_death(rank_, &dead)) receiver_->lost(dead, "it was killed");
     SlowNetwork::Message m;
     if (!net_.take(rank_, &m)) return false;
-    if (m.post.kind == PostKind::chunk) {
-      std::byte* to = receiver_->place_for(m.from, m.post);
-      check(to != nullptr, "a chunk is expected");
-      copy_bytes(to, m.read.data(), m.post.bytes);
+    Post post;
+    if (net_.tamper && m.from >= 0) net_.tamper(rank_, m.header, m.read);
+    if (!receiver_->accepts(&m.header, m.header_bytes, m.read.size(), &post)) {
+      check(m.from < 0, "what a rank sends is accepted");
+      return true;
     }
-    receiver_->arrived(m.from, m.post, m.read.data());
+    if (post.kind == PostKind::chunk) copy_bytes(receiver_->place_for(post), m.read.data(), m.read.size());
+    receiver_->arrived(post, m.read.data());
     return true;
   }
   void sleep(int wake, int milliseconds) override {
@@ -83,21 +88,28 @@ void SlowNetwork::kill(int rank) {
   changed_.notify_all();
 }
 
-void SlowNetwork::put(int from, const Post& post, const std::byte* data) {
+void SlowNetwork::put(int from, int to, const Header& header, const std::byte* data) {
   std::lock_guard<std::mutex> lock(mutex_);
-  Message m{from, post, data, {}, Clock::now()};
-  m.post.peer = from;
-  if (post.kind == PostKind::taken) m.data = nullptr;
+  Message m{from, header, sizeof header, data, {}, Clock::now()};
   if (random_.one_in(2)) m.read_now();
   if (hold_ms_[from] > 0 && random_.one_in(2)) {
-    const int most = hold_ms_[from] * (post.kind == PostKind::words ? 4 : 1);
+    const int most = hold_ms_[from] * (header.post.kind == PostKind::words ? 4 : 1);
     m.due += std::chrono::microseconds(random_.below(1000 * most));
   }
-  auto& queue = under_way_[post.peer];
+  auto& queue = under_way_[to];
   queue.push_back(std::move(m));
   size_t bytes = 0;
-  for (const Message& other : queue) bytes += other.post.kind == PostKind::chunk ? other.post.bytes : 0;
+  for (const Message& other : queue)
+    bytes += other.header.post.kind == PostKind::chunk ? other.header.post.bytes : 0;
   if (bytes > most_under_way_.load()) most_under_way_.store(bytes);
+  changed_.notify_all();
+}
+
+void SlowNetwork::forge(int to, const void* header, size_t header_bytes, Bytes data) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Message m{-1, {}, header_bytes, nullptr, std::move(data), Clock::now()};
+  std::memcpy(&m.header, header, std::min(header_bytes, sizeof m.header));
+  under_way_[to].push_back(std::move(m));
   changed_.notify_all();
 }
 
@@ -107,10 +119,10 @@ bool SlowNetwork::take(int rank, Message* message) {
   auto& queue = under_way_[rank];
   if (queue.empty() || cut_[rank] || random_.one_in(4)) return false;
   const size_t i = random_.below(queue.size());
-  if (cut_[queue[i].from] || queue[i].due > Clock::now()) return false;
+  if ((queue[i].from >= 0 && cut_[queue[i].from]) || queue[i].due > Clock::now()) return false;
   const auto chosen = queue.begin() + static_cast<std::ptrdiff_t>(i);
   const auto are_words = [from = chosen->from](const Message& m) {
-    return m.from == from && m.post.kind == PostKind::words;
+    return m.from == from && m.header.post.kind == PostKind::words;
   };
   if (are_words(*chosen) && std::any_of(queue.begin(), chosen, are_words)) overtakings_.fetch_add(1);
   *message = std::move(*chosen);

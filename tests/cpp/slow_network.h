@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -29,6 +30,10 @@ class SlowNetwork {
   void hold(int rank, int milliseconds);
   // Messages of words that came before older ones of the same sender.
   int64_t overtakings() const { return overtakings_.load(); }
+  // A message that no rank has sent.
+  void forge(int to, const void* header, size_t header_bytes, Bytes data = {});
+  // Called for each message as it arrives, which may change what it brings. Set while nothing is under way.
+  std::function<void(int to, const Header&, Bytes&)> tamper;
   // The others hear that it is gone.
   void kill(int rank);
   // The most bytes of chunks that ever were on their way to one rank.
@@ -37,8 +42,9 @@ class SlowNetwork {
  private:
   friend class SlowTransport;
   struct Message {
-    int from;
-    Post post;
+    int from;  // -1: it is forged
+    Header header;
+    size_t header_bytes;
     const std::byte* data;  // null: there is none
     Bytes read;             // data, once it has been read
     std::chrono::steady_clock::time_point due;
@@ -47,7 +53,7 @@ class SlowNetwork {
   };
 
   void set_cut(int rank, bool cut);
-  void put(int from, const Post& post, const std::byte* data);
+  void put(int from, int to, const Header& header, const std::byte* data);
   bool take(int rank, Message* message);
   void let_go(int from);
   bool take_death(int rank, int* dead);

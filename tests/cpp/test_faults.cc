@@ -98,6 +98,44 @@ void who_waits_for_an_asynchronous_operation_gets_its_failure() {
       OpKind::combine);
 }
 
+// Rank 0's program writes the next batch's ids into the tensor that its dispatch has planned with: rank 1
+// would write beyond its results.
+void ids_changed_during_a_dispatch_are_found_before_they_do_harm() {
+  Config config = small_config(2);
+  config.experts = 4;
+  config.topk = 2;
+  config.slots = 2;
+  constexpr int64_t kTokens = 8;
+  config.max_tokens = kTokens;
+  config.capacity = 2 * kTokens;
+  in_ranks(config, 2, [&](Rank& self) {
+    Int64s ids;
+    for (int64_t t = 0; t < kTokens; ++t) ids.insert(ids.end(), {2, -1});
+    RoutingRoom room(config, 2, self.rank, ids);
+    Int64s offsets(3), places(2 * kTokens * config.topk);
+    room.view.offsets = offsets.data();
+    const auto pending = self.comm->begin_dispatch(room.view, false, false, false);
+    check_equal(pending->results, self.rank == 1 ? 2 * kTokens : 0, "rows of the result");
+    self.meet();
+    for (int64_t t = 0; self.rank == 0 && t < kTokens; ++t) ids[t * config.topk + 1] = 3;
+    self.meet();
+    room.view.rows = pending->rows;
+    room.view.places = places.data();
+    const int64_t row_bytes = self.comm->layout().row_bytes;
+    const Buffer x(kTokens * row_bytes), rows(pending->results * row_bytes), source(pending->results * 16);
+    Received received;
+    received.rows = const_cast<std::byte*>(rows.data());
+    received.source = reinterpret_cast<int64_t*>(const_cast<std::byte*>(source.data()));
+    const auto move = [&] {
+      const Rows sent{x.data(), row_bytes, kTokens, false, nullptr};
+      UnderWay(self, self.comm->finish_dispatch(*pending, sent, room.view, received, false)).wait();
+    };
+    if (self.rank == 1) check_blames(failure_of(move, "a dispatch with changed ids"), Cause::malformed, 0);
+    if (self.rank == 0) move();
+    self.meet();
+  });
+}
+
 void destruction_with_an_operation_under_way_ends_by_the_deadline() {
   Random random(81);
   Config config = small_config(2);
@@ -238,6 +276,8 @@ const Suite suite({
      a_rank_that_stays_away_from_redispatch_is_named_at_the_deadline},
     {"a_rank_that_stays_away_from_combine_is_named_at_the_deadline",
      a_rank_that_stays_away_from_combine_is_named_at_the_deadline},
+    {"ids_changed_during_a_dispatch_are_found_before_they_do_harm",
+     ids_changed_during_a_dispatch_are_found_before_they_do_harm},
     {"who_waits_for_an_asynchronous_operation_gets_its_failure",
      who_waits_for_an_asynchronous_operation_gets_its_failure},
     {"destruction_with_an_operation_under_way_ends_by_the_deadline",

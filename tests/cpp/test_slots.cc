@@ -110,9 +110,24 @@ void leases_may_be_released_on_any_thread() {
   });
 }
 
+// Words carry the lower half of an operation's number, which 2^31 operations later says "not yet".
+void nobody_waits_for_who_pulled_from_a_slot_long_ago() {
+  SlotLayout layout{};
+  const auto pool = std::make_shared<SlotPool>(nullptr, nullptr, layout, 1);
+  pool->take()->pulled_in(7);
+  uint32_t epoch = 0;
+  check(pool->last_pull(0, 8, &epoch) && epoch == 7, "a recent pull is waited for");
+  check(pool->last_pull(0, uint64_t{1} << 29, &epoch), "and one of half a billion operations ago");
+  check(!pool->last_pull(0, (uint64_t{1} << 31) + 8, &epoch),
+        "not one that the words cannot tell from a later one");
+  check(!pool->last_pull(0, (uint64_t{1} << 32) + 8, &epoch), "nor from the next");
+}
+
 const Suite suite({{"slots_in_use_are_counted_and_none_left_is_an_error",
                     slots_in_use_are_counted_and_none_left_is_an_error},
                    {"a_slot_under_way_is_waited_for", a_slot_under_way_is_waited_for},
+                   {"nobody_waits_for_who_pulled_from_a_slot_long_ago",
+                    nobody_waits_for_who_pulled_from_a_slot_long_ago},
                    {"a_lent_slot_serves_one_combine", a_lent_slot_serves_one_combine},
                    {"a_lease_keeps_memory_mapped_after_its_communicator",
                     a_lease_keeps_memory_mapped_after_its_communicator},

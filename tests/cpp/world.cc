@@ -28,6 +28,13 @@ void Rank::nap_sometimes() {
   if (random.one_in(3)) std::this_thread::sleep_for(std::chrono::microseconds(random.below(400)));
 }
 
+Key test_key(int from, int to) {
+  Key key;
+  for (size_t i = 0; i < key.size(); ++i)
+    key[i] = static_cast<std::byte>(31 * from + 7 * to + 3 * static_cast<int>(i));
+  return key;
+}
+
 void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body) {
   const int size = static_cast<int>(configs.size());
   static uint64_t worlds = 0;  // so that ranks do otherwise each time
@@ -44,6 +51,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       Config config = configs[rank];
       config.rank = rank;
       config.size = size;
+      for (int p = 0; p < size; ++p) config.keys.push_back({test_key(rank, p), test_key(p, rank)});
       config.make_transport = [&net, rank] { return net.transport(rank); };
       self.comm = machine->communicator(config);
       addresses[rank] = self.comm->address();

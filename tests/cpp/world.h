@@ -41,6 +41,9 @@ struct Rank {
   void nap_sometimes();  // so that ranks come in another order each time
 };
 
+// What messages from one rank to another show.
+Key test_key(int from, int to);
+
 // Runs `body` on each rank's thread, with connected communicators. `configs`: one for each rank, `rank` and
 // `size` filled in here. Rethrows the first exception of any rank; it ends the others' waits.
 void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body);

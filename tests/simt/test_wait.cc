@@ -42,13 +42,15 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
   gpu.launch(0, 1, cuda::kWarpLanes, cuda::kBlockSharedBytes + cuda::WarpShared::bytes(0), [&] {
     const cuda::WarpWorker w(waiter.op);
     ptx::add_release_sys(&waiter.begun, 1);
-    const bool ok = w.await_count(&waiter.mail[1].arrived, 1, 1, Phase::arrival);
+    const bool ok = w.await([&] { return w.read(&waiter.mail[1].arrived) == 1; }, 1, [] { return bit_of(1); },
+                            Phase::arrival);
     const bool all = w.all(ok);
     if (w.lane() == 0) waiter.ok = all;
     ptx::add_release_sys(&waiter.ended, 1);
   });
   gpu.launch(1, 1, 1, 0, [&] {
-    ptx::store_release_sys(&waiter.mail[1].left, tagged(kClosed, 1));
+    ptx::store_release_sys(&waiter.mail[1].left[0], tagged_half(kClosed, bit_of(1), 0));
+    ptx::store_release_sys(&waiter.mail[1].left[1], tagged_half(kClosed, bit_of(1), 1));
     while (ptx::load_acquire_sys(&waiter.begun) < cuda::kWarpLanes) ptx::nanosleep(20);
     ptx::nanosleep(cuda::kLookNs);
     for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.mail[1].early[0], i);

@@ -10,15 +10,13 @@
 namespace commlib::testing {
 namespace {
 
-// Rank 1's first nap on its pool's thread lasts until released, as when that thread gets no processor.
-std::thread::id caller_of_rank_1;
+// The end of an operation on its pool's thread, which lasts until released, as when that thread gets no
+// processor.
 std::atomic<bool> asleep{false}, released{false};
 
-bool sleep_on_the_pool_thread() {
-  if (std::this_thread::get_id() == caller_of_rank_1) return false;
+void sleep_on_the_pool_thread(void*) {
   asleep = true;
   while (!released) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  return false;
 }
 
 // An operation that is slow on one rank still finds what the others called, however many dispatches have been
@@ -29,7 +27,6 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
   const Config config = narrow_config(2);
   std::vector<Config> configs(2, config);
   for (Config& c : configs) c.timeout = 15;
-  configs[1].interrupted = sleep_on_the_pool_thread;
   const Scenario many = crowd(config, 2, false, random);
   const Scenario few = fitting(config, 2, random);
   asleep = released = false;
@@ -39,14 +36,16 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
   };
   std::atomic<bool> refused_all{false};
   in_ranks(configs, [&](Rank& self) {
-    if (self.rank == 1) caller_of_rank_1 = std::this_thread::get_id();
     const DispatchedPtr d = start_dispatch(self, few, {});
     check_dispatch(*d);
     Manner async;
     async.async = true;
-    if (self.rank == 0) check(is_set(asleep), "rank 1's operation is under way");
+    Manner ends_late = async;
+    if (self.rank == 1) ends_late.held = Held(&asleep, sleep_on_the_pool_thread);
+    const DispatchedPtr first = start_redispatch(self, *d, few, ends_late);
+    ends_late.held = nullptr;
+    check(is_set(asleep), "rank 1's pool is held up");
     const DispatchedPtr slow = start_redispatch(self, *d, few, async);
-    if (self.rank == 1) check(is_set(asleep), "rank 1's operation is under way");
     // If refusals were to wait for rank 1's operation, it would have to go on some time.
     std::thread timer;
     if (self.rank == 1) {
@@ -60,6 +59,7 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
       for (int i = 0; i < kCallRing + 6; ++i) refusal(self, many);
       if (self.rank == 1) refused_all = true;
       if (timer.joinable()) timer.join();
+      check_redispatch(*first);
       check_redispatch(*slow);
     } catch (...) {
       refused_all = true;

@@ -172,7 +172,7 @@ std::atomic<bool> user_wants_out{false};
 
 void a_waiting_user_may_interrupt() {
   std::atomic<bool> released{false};
-  WorkerPool pool(1, {}, [] { return user_wants_out.load(); });
+  WorkerPool pool(1, {}, [](bool) { return user_wants_out.load(); });
   const JobPtr job = make_job([&](int) {
     while (!released.load()) sleep_us(100);
   });
@@ -184,6 +184,62 @@ void a_waiting_user_may_interrupt() {
   pool.wait(*job);
 }
 
+void who_waits_for_its_turn_may_interrupt() {
+  std::atomic<bool> released{false};
+  bool ran = false;
+  WorkerPool pool(2, {}, [](bool) { return user_wants_out.load(); });
+  pool.submit(make_job([&](int) {
+    while (!released.load()) sleep_us(100);
+  }));
+  user_wants_out = true;
+  // It is told of once, makes what is before it end, and the job runs in its turn: nothing is left in the
+  // queue.
+  int told = 0;
+  const auto end_others = [&] {
+    ++told;
+    released = true;
+  };
+  check_throws<Interrupted>([&] { pool.run(make_job([&](int) { ran = true; }), end_others); },
+                            "a run that is interrupted before its turn");
+  user_wants_out = false;
+  check_equal(told, 1, "calls that end the others");
+  check(ran, "the job has run");
+  pool.run(make_job([](int) {}));
+}
+
+void an_interrupted_run_returns_when_all_workers_have() {
+  std::atomic<int> at_work{0};
+  WorkerPool pool(3, {}, [](bool) { return user_wants_out.load(); });
+  user_wants_out = true;
+  check_throws<std::runtime_error>(
+      [&] {
+        pool.run(make_job([&](int worker) {
+          if (worker == 0) throw std::runtime_error("Ctrl-C");
+          ++at_work;
+          sleep_us(60'000);  // beyond a nap
+          --at_work;
+        }));
+      },
+      "a job whose caller was interrupted");
+  user_wants_out = false;
+  check_equal(at_work.load(), 0, "workers at work when run() has returned");
+}
+
+void a_job_holds_what_it_was_given_until_all_workers_have_returned() {
+  std::atomic<bool> gone{false};
+  std::atomic<int> seen{0};
+  WorkerPool pool(2, {}, nullptr);
+  const JobPtr job = make_job([&](int) {
+    sleep_us(1000);
+    if (!gone) ++seen;
+  });
+  job->held = std::shared_ptr<void>(&gone, [](void* p) { *static_cast<std::atomic<bool>*>(p) = true; });
+  pool.submit(job);
+  pool.wait(*job);
+  check_equal(seen.load(), 2, "workers that found it alive");
+  check(gone.load(), "it is given up with the job");
+}
+
 void a_barrier_orders_the_work_of_all_workers() {
   for (int workers = 1; workers <= 4; ++workers) {
     for (const SpinPolicy spin : {SpinPolicy{}, SpinPolicy{0, 0}}) {
@@ -193,9 +249,9 @@ void a_barrier_orders_the_work_of_all_workers() {
       pool.run(make_job([&](int worker) {
         for (int i = 1; i <= 20; ++i) {
           phase[worker] = i;
-          check(barrier.wait(spin, [] { return false; }), "the barrier is passed");
+          check(barrier.wait(spin, [](bool) { return false; }), "the barrier is passed");
           for (const int p : phase) check_equal(p, i, "phase of a worker");
-          check(barrier.wait(spin, [] { return false; }), "the barrier is passed");
+          check(barrier.wait(spin, [](bool) { return false; }), "the barrier is passed");
         }
       }));
     }
@@ -207,7 +263,7 @@ void a_barrier_may_be_left_when_another_worker_will_not_come() {
   WorkerBarrier barrier(2);
   bool passed = true;
   pool.run(make_job([&](int worker) {
-    if (worker == 0) passed = barrier.wait({}, [] { return true; });
+    if (worker == 0) passed = barrier.wait({}, [](bool) { return true; });
   }));
   check(!passed, "the worker left");
 }
@@ -223,6 +279,10 @@ const Suite suite(
      {"a_job_lets_go_of_what_it_holds_before_it_is_done", a_job_lets_go_of_what_it_holds_before_it_is_done},
      {"drain_and_destruction_finish_what_was_submitted", drain_and_destruction_finish_what_was_submitted},
      {"a_waiting_user_may_interrupt", a_waiting_user_may_interrupt},
+     {"who_waits_for_its_turn_may_interrupt", who_waits_for_its_turn_may_interrupt},
+     {"an_interrupted_run_returns_when_all_workers_have", an_interrupted_run_returns_when_all_workers_have},
+     {"a_job_holds_what_it_was_given_until_all_workers_have_returned",
+      a_job_holds_what_it_was_given_until_all_workers_have_returned},
      {"a_barrier_orders_the_work_of_all_workers", a_barrier_orders_the_work_of_all_workers},
      {"a_barrier_may_be_left_when_another_worker_will_not_come",
       a_barrier_may_be_left_when_another_worker_will_not_come}});

@@ -21,7 +21,7 @@ void a_user_who_interrupts_ends_the_wait() {
   Random random(200);
   const Config config = small_config(2);
   std::vector<Config> configs(2, config);
-  configs[0].interrupted = [] { return interrupted.load(); };
+  configs[0].interrupted = [](bool) { return interrupted.load(); };
   interrupted = false;
   const Scenario s = random_scenario(config, 2, {}, random);
   in_ranks(configs, [&](Rank& self) {
@@ -220,7 +220,7 @@ void a_peer_that_dies_ends_kernels_that_wait_for_it() {
 void a_wait_for_an_event_may_be_interrupted() {
   const auto machine = make_machine();
   Config config = small_config(2);
-  config.interrupted = [] { return interrupted.load(); };
+  config.interrupted = [](bool) { return interrupted.load(); };
   interrupted = false;
   const Communicators ranks = connected(*machine, config);
   const auto end_of = [](Communicator& comm) {

@@ -1,0 +1,318 @@
+"""What ranks say to each other at start-up: gathers of a few bytes, with a deadline, and told failures.
+
+Ranks that start talk in a :class:`Conversation`. Whichever of them fails, at whatever place, says so before
+it leaves, and the others raise that instead of waiting. In a :class:`PostingGroup`, which leaves what ranks
+say where the others find it, they hear it at once, also while they wait for a third.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from commlib.errors import CommError, PeerTimeout
+
+_PATIENCE = 300.0  # seconds of a gather outside of start-up
+NOTHING: Any = object()  # has been posted yet
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-4, 2e-2  # seconds between looks for what others post
+_VALUE, _FAILURE = b"=", b"!"  # begin what a user's own group carries
+
+
+class Group(ABC):
+    """Ranks that communicate. Subclass it to bootstrap over something else.
+
+    A subclass sets ``rank`` and ``size``, and gathers bytes. What comes is read as JSON and checked, never
+    unpickled.
+    """
+
+    rank: int
+    size: int
+    device: str | None = None  # that ExpertParallel uses unless told otherwise; None: it chooses
+
+    @abstractmethod
+    def allgather(self, data: bytes) -> list[bytes]:
+        """Gather some bytes from each rank, by rank. Every rank calls it, in the same order; lengths differ.
+
+        It bounds itself: commlib cannot end it. Where a rank does not come it should raise after some time;
+        ExpertParallel passes that on. The groups that commlib makes itself wait until ``startup_timeout``.
+        """
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.allgather(b"")
+
+    def converse(self, seconds: float) -> Conversation:
+        """A conversation of this group, which ends after so many seconds if the group can see to it."""
+        return _Plain(self, seconds)
+
+
+class Conversation(Group):
+    """Gathers in a row, of which all ranks do the same; a context manager.
+
+    A rank that leaves it by an exception tells the others, whose next gather raises CommError with its text.
+
+    Args:
+        group: whose ranks talk.
+        seconds: from now until gathers raise PeerTimeout.
+    """
+
+    def __init__(self, group: Group, seconds: float) -> None:
+        self.group, self.seconds = group, seconds
+        self.rank, self.size, self.device = group.rank, group.size, group.device
+        self._end = time.monotonic() + seconds
+        self.over = (
+            False  # nobody is there to be told of a failure: all have heard of one, or the group is lost
+        )
+
+    @property
+    def left(self) -> float:
+        """Seconds until its deadline, or 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    @abstractmethod
+    def tell(self, why: str, missing: Sequence[int]) -> None:
+        """Tell the others that this rank comes to no further gather, if need be because ranks are missing."""
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        limit = _about_files(error)
+        if not self.over:
+            self.over = True
+            missing = error.peers if isinstance(error, PeerTimeout) else ()
+            text = f"rank {self.rank} could not start: {type(error).__name__}: {error}{limit}"
+            with (
+                _a_file_to_spare(),
+                contextlib.suppress(Exception),
+            ):  # the first error is the one that matters
+                self.tell(text, missing)
+        if limit:
+            raise CommError(f"{error}{limit}") from error
+
+
+def _about_files(error: BaseException) -> str:
+    """More about an error that comes of too many open files, or nothing."""
+    full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    if not full and (os.strerror(errno.EMFILE) not in str(error) or "ulimit -n" in str(error)):
+        return ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f". This process has as many open files as it may, {soft} (ulimit -n; at most {hard} without the "
+        "administrator). Allow more, close communicators that are done with, or let layers share one"
+    )
+
+
+# Open from the beginning, and given up while ranks talk: one that has run out of open files can still tell
+# the others, also where its group needs a file for it.
+_spare: list[int] = []
+
+
+def _take_spare() -> None:
+    with contextlib.suppress(OSError):
+        _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+_take_spare()
+
+
+@contextlib.contextmanager
+def _a_file_to_spare() -> Iterator[None]:
+    given = _spare.pop() if _spare else None
+    if given is not None:
+        os.close(given)
+    try:
+        yield
+    finally:
+        if given is not None:
+            _take_spare()
+
+
+def gather(group: Group, step: str, value: Any) -> list[Any]:
+    """Gather what JSON can say; tuples come as lists.
+
+    Args:
+        group: or a conversation of one.
+        step: what is gathered, for errors.
+        value: of this rank.
+
+    Raises:
+        CommError: another rank has failed, or said something else than JSON.
+        PeerTimeout: ranks did not come before the conversation's deadline.
+    """
+    try:
+        said = group.allgather(json.dumps(value).encode())
+    except PeerTimeout as error:
+        text = f"{step}: {error}"
+        raise PeerTimeout(text, error.rank, error.peers, error.op, step, error.epoch) from None
+    values = []
+    for rank, data in enumerate(said):
+        try:
+            values.append(json.loads(bytes(data)))
+        except (TypeError, ValueError):
+            raise CommError(
+                f"{step}: rank {rank} said {bytes(data[:40])!r}. Is it of another version of commlib, or did "
+                "it come to another gather of the group?"
+            ) from None
+    return values
+
+
+class _Plain(Conversation):
+    """Over a group of which nothing is known but that it gathers. All ranks come to hear of a failure."""
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        said = self._gather(_VALUE + data)
+        wrong = [what for what in said if not isinstance(what, bytes | bytearray | memoryview)]
+        if wrong or len(said) != self.size:
+            self.over = True
+            found = f"{len(said)} things" + "".join(
+                f", a {type(what).__name__} among them" for what in wrong[:1]
+            )
+            name = type(self.group).__name__
+            raise TypeError(f"{name}.allgather must return bytes of {self.size} ranks, it gave {found}")
+        failures = [bytes(what[1:]) for what in said if bytes(what[:1]) == _FAILURE]
+        if failures:
+            self.over = True
+            raise CommError(failures[0].decode(errors="replace"))
+        return [what[1:] for what in said]
+
+    def tell(self, why: str, missing: Sequence[int]) -> None:
+        self._gather(_FAILURE + why.encode())
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        try:
+            with _a_file_to_spare():
+                return self.group.allgather(data)
+        except BaseException:
+            self.over = True  # the group may be anywhere now, and would not come back from another gather
+            raise
+
+
+class PostingGroup(Group):
+    """Ranks that leave what they say where the others find it.
+
+    So gathers know who is missing, and a failure is found by whoever is waiting, whomever it waits for.
+    """
+
+    found: Sequence[str] = ()  # keys of the last gather, which all have seen when the next one is complete
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        """Gather some bytes from each rank, by rank. Every rank calls it.
+
+        Raises:
+            PeerTimeout: a rank did not come within 300 s.
+            CommError: a rank has left.
+        """
+        with self.converse(_PATIENCE) as conversation:
+            return conversation.allgather(data)
+
+    def converse(self, seconds: float) -> Conversation:
+        return _Posted(self, seconds)
+
+    @abstractmethod
+    def open(self, seconds: float) -> int:
+        """The number of this rank's next conversation, from 1. May wait so long to reach the others."""
+
+    @abstractmethod
+    def post(self, key: str, data: bytes) -> None:
+        """Leave it where every rank finds it."""
+
+    @abstractmethod
+    def find(self, key: str) -> Any:
+        """The bytes that a rank has posted, or NOTHING."""
+
+    def pause(self, waited: float, left: float) -> None:
+        """Wait until something may have been posted, or so long as is left, having waited for a while."""
+        time.sleep(min(left, max(_SHORTEST_PAUSE, min(_LONGEST_PAUSE, waited / 10))))
+
+    @abstractmethod
+    def drop(self, keys: Sequence[str]) -> None:
+        """All have found what is under these keys, one for each rank."""
+
+    def why_gone(self, ranks: Iterable[int]) -> str | None:
+        """Why one of these ranks will not post anything any more, where that is known."""
+        return None
+
+
+class _Posted(Conversation):
+    """One of a posting group's conversations, which are numbered in the same way on all ranks."""
+
+    group: PostingGroup
+
+    def __init__(self, group: PostingGroup, seconds: float) -> None:
+        super().__init__(group, seconds)
+        self._step = 0
+        self._number = group.open(self.left)
+        self._skipped = ""
+        # A rank that never came to a conversation finds that the others gave up waiting for it. If they try
+        # again, then in the next one.
+        while group.rank in self._ending().get("missing", ()):
+            self._skipped = f". Before that, {self._ending()['why']}"
+            self._number = group.open(self.left)
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        keys = self._keys(self._step)
+        self.group.post(keys[self.rank], data)
+        began = time.monotonic()
+        said: list[Any] = [NOTHING] * self.size
+        said[self.rank] = data
+        while True:
+            said = [self.group.find(keys[r]) if what is NOTHING else what for r, what in enumerate(said)]
+            missing = [rank for rank, what in enumerate(said) if what is NOTHING]
+            if not missing:
+                break
+            self._raise_if_hopeless(missing)
+            self.group.pause(time.monotonic() - began, self.left)
+        self.group.drop(self.group.found)
+        self.group.found = keys
+        self._step += 1
+        return said
+
+    def tell(self, why: str, missing: Sequence[int]) -> None:
+        self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
+
+    def _raise_if_hopeless(self, missing: list[int]) -> None:
+        ending = self._ending()
+        why = ending.get("why") or self.group.why_gone(missing)
+        if why is not None:
+            self.over = True
+            if ending.get("missing"):
+                raise self._timeout(why, ending["missing"])
+            raise CommError(why + self._skipped)
+        if self.left == 0:
+            names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+            text = (
+                f"{names} did not come within {self.seconds:g} s{self._skipped}. Do all ranks run, and "
+                "construct the same ExpertParallel at this place? startup_timeout= allows more time"
+            )
+            raise self._timeout(text, missing)
+
+    def _timeout(self, text: str, peers: list[int]) -> PeerTimeout:
+        return PeerTimeout(text, self.rank, peers, "start-up", "gather", 0)
+
+    @property
+    def _ended(self) -> str:
+        return f"{self._number}/ended"
+
+    def _ending(self) -> dict[str, Any]:
+        """How the conversation has ended, if it has: why, and because of which ranks that were missing."""
+        said = self.group.find(self._ended)
+        if said is NOTHING:
+            return {}
+        try:
+            why, missing = json.loads(said)
+            return {"why": str(why), "missing": [int(rank) for rank in missing]}
+        except (TypeError, ValueError):
+            return {"why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
+
+    def _keys(self, step: int) -> list[str]:
+        return [f"{self._number}/{step}/{rank}" for rank in range(self.size)]

@@ -1,0 +1,107 @@
+// Who is to blame for a wait that does not end. A rank that waits for another may itself be waited for: a
+// gateway for the ranks behind it, a rank of an earlier operation for one of a later. So whoever has waited
+// for half its deadline tells all ranks whom it waits for, and so does whoever hears that it is waited for;
+// at the deadline a rank follows these words to the ranks that say nothing. One that is stopped, or computes
+// or has left for good says nothing, and one behind a cut link is not heard.
+#pragma once
+
+#include "protocol/tell.h"
+
+namespace commlib {
+
+// Whether `peer` has come as far as this operation. A call word is overwritten by that of a later call only.
+template <class Worker>
+COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t epoch) {
+  const uint64_t word = w.read(&peers.mail_from(peer).calls[epoch % kCallRing]);
+  return Call::unpack(value_of(word)).op != OpKind::none && reached(tag_of(word), epoch);
+}
+
+// The newest call that `peer` told this rank of, or 0.
+template <class Worker>
+COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
+  uint64_t newest = 0;
+#pragma unroll 1
+  for (const uint64_t& word : peers.mail_from(peer).calls) {
+    const uint64_t v = w.read(&word);
+    const bool said = Call::unpack(value_of(v)).op != OpKind::none;
+    if (said && (newest == 0 || reached(tag_of(v), tag_of(newest)))) newest = v;
+  }
+  return newest;
+}
+
+// Of the ranks that an operation waits for, and those that have not come to it.
+template <class Worker>
+COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch, uint64_t awaited) {
+#pragma unroll 1
+  for (int p = 0; p < peers.size; ++p) {
+    if (p != peers.rank && !has_called(w, peers, p, epoch)) awaited |= bit_of(p);
+  }
+  return awaited;
+}
+
+// Whom rank p says that it waits for.
+template <class Worker>
+COMMLIB_HD uint64_t awaited_by(Worker& w, const PeerTable& peers, int p) {
+  uint64_t ranks = 0;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
+    if (value_of(word) != 0 && !has_called(w, peers, p, tag_of(word) + 1)) ranks |= ranks_of_half(word, half);
+  }
+  return ranks & peers.all();
+}
+
+template <class Worker>
+COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
+  const int half = peers.rank / 32;
+#pragma unroll 1
+  for (int p = 0; p < peers.size; ++p) {
+    const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
+    if (p != peers.rank && has(ranks_of_half(word, half), peers.rank)) return true;
+  }
+  return false;
+}
+
+// Puts a word about this rank's waits in place of `before`, with all ranks, unless another worker has.
+template <class Worker>
+COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
+  if (!w.replace(&peers.mail_to(peers.rank).awaits[half], before, word)) return;
+#pragma unroll 1
+  for (int p = 0; p < peers.size; ++p) {
+    if (p == peers.rank) continue;
+    uint64_t* theirs = &peers.mail_to(p).awaits[half];
+    w.publish(theirs, word);
+    if (!peers.is_near(p)) ship_words(w, peers, p, theirs, 1);
+  }
+}
+
+// Says that this rank waits for `ranks`, besides those that it has named since its newest call; none: that it
+// waits for nobody. When one wait has ended well, other workers whose waits go on say theirs again.
+template <class Worker>
+COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
+  const uint32_t newest = ranks ? tag_of(newest_call(w, peers, peers.rank)) : 0;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
+    const uint64_t named = ranks && tag_of(before) == newest ? ranks | ranks_of_half(before, half) : ranks;
+    const uint64_t word = tagged_half(ranks ? newest : tag_of(before), named, half);
+    if (word != before && (value_of(word) || value_of(before))) say_awaited(w, peers, half, before, word);
+  }
+}
+
+// Where the words of ranks that wait lead to, from `late`: those that say nothing. None, where all wait for
+// each other in a circle.
+template <class Worker>
+COMMLIB_HD uint64_t silent_ranks(Worker& w, const PeerTable& peers, uint64_t late) {
+  uint64_t silent = late, seen = 0;
+#pragma unroll 1
+  while (const uint64_t next = silent & ~seen) {
+    const int p = lowest_bit(next);
+    seen |= bit_of(p);
+    const uint64_t others = awaited_by(w, peers, p);
+    if (others) silent = (silent & ~bit_of(p)) | (others & ~seen);
+  }
+  return silent;
+}
+
+}  // namespace commlib

@@ -1,0 +1,107 @@
+// What both modules need of Python: its lock, and objects that outlive a call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <memory>
+
+#include "backend/communicator.h"
+
+namespace commlib::python {
+
+namespace py = pybind11;
+
+// Python runs signal handlers on its main thread alone, which is that of the process.
+inline bool on_main_thread() { return gettid() == getpid(); }
+
+inline bool interpreter_ends() {
+#if PY_VERSION_HEX >= 0x030d0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+// Lets go of the GIL, and takes it back at the end. Not on a daemon thread that comes back while the
+// interpreter ends: there Python would end the thread by unwinding it, through destructors, which aborts the
+// program. The process ends soon, and the thread with it.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() {
+    while (interpreter_ends() && !on_main_thread()) pause();
+    PyEval_RestoreThread(state_);
+  }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+using NoGil = py::call_guard<ReleasedGil>;
+
+// How Python gives up a communicator: not at all in a forked child, whose copy has no threads to join.
+struct EndAtHome {
+  void operator()(Communicator* comm) const {
+    if (!comm->is_here()) return;
+    ReleasedGil released;  // close() may wait for operations
+    delete comm;
+  }
+};
+template <class T>
+using Owned = std::unique_ptr<T, EndAtHome>;
+
+// An object that an asynchronous operation uses. Communication threads give it up, and must not need the GIL,
+// which Python code may keep for seconds: they put it on a list (a stack that only grows, or is taken whole),
+// and threads that have the GIL let go of what is there: the main thread soon, whoever starts an operation at
+// once.
+class HeldObject {
+ public:
+  // With the GIL. None: nothing to hold.
+  static Held hold(py::object object) {
+    let_go();
+    if (object.is_none()) return nullptr;
+    return Held(new HeldObject{object.release().ptr(), nullptr},
+                [](void* held) { static_cast<HeldObject*>(held)->give_up(); });
+  }
+
+  // With the GIL.
+  static void let_go() {
+    if (!given_up_.load(std::memory_order_relaxed)) return;
+    // Acquires what give_up released.
+    HeldObject* next = given_up_.exchange(nullptr, std::memory_order_acquire);
+    while (next) {
+      const std::unique_ptr<HeldObject> held(next);
+      next = held->next_;
+      Py_DECREF(held->object_);
+    }
+  }
+
+ private:
+  HeldObject(PyObject* object, HeldObject* next) : object_(object), next_(next) {}
+
+  void give_up() {
+    next_ = given_up_.load(std::memory_order_relaxed);
+    while (!given_up_.compare_exchange_weak(next_, this, std::memory_order_release)) {
+    }
+    // Needs no GIL. Where its queue is full, or the interpreter has ended, the object waits for let_go.
+    const bool first = next_ == nullptr;
+    if (first && Py_IsInitialized() && !interpreter_ends()) Py_AddPendingCall(&let_go_soon, nullptr);
+  }
+
+  static int let_go_soon(void*) {
+    let_go();
+    return 0;
+  }
+
+  static inline std::atomic<HeldObject*> given_up_{nullptr};
+
+  PyObject* object_;
+  HeldObject* next_;
+};
+
+}  // namespace commlib::python

@@ -1,0 +1,221 @@
+"""Ctrl-C, signal handlers, and a process that is stopped: waits end where they should, and only there."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import commlib
+from commlib import ExpertParallel
+
+CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32, "device": "cpu"}
+X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
+DEADLINE = 40.0  # of operations, for which nothing here waits
+SOON = 15.0  # on a machine that does other things as well
+
+
+def after(seconds, number):
+    """Send this process a signal, as the shell does on Ctrl-C."""
+    threading.Timer(seconds, lambda: os.kill(os.getpid(), number)).start()
+
+
+def interrupted(in_processes, rank_0, num_sms=2):
+    """Ctrl-C comes to rank 0 in ``rank_0(ep, d)``, while it waits for rank 1, which does nothing."""
+
+    def main(group):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ep = ExpertParallel(group, timeout=DEADLINE, num_sms=num_sms, **CONFIG)
+        d = ep.dispatch(X, IDX)
+        if group.rank == 1:
+            group.barrier()
+            return None
+        after(0.3, signal.SIGINT)
+        began = time.monotonic()
+        try:
+            rank_0(ep, d)
+            raised = "nothing"
+        except BaseException as error:
+            raised = type(error).__name__
+        took = time.monotonic() - began
+        group.barrier()
+        return raised, took < SOON
+
+    assert in_processes(main, 2)[0] == ("KeyboardInterrupt", True)
+
+
+def in_combine(ep, d):
+    ep.combine(d.x, d.handle)
+
+
+def in_synchronize(ep, d):
+    ep.combine(d.x, d.handle, async_op=True)
+    ep.synchronize()
+
+
+def behind_an_operation(ep, d):
+    ep.combine(d.x, d.handle, async_op=True)
+    ep.combine(d.x, d.handle)
+
+
+def in_close(ep, d):
+    ep.combine(d.x, d.handle, async_op=True)
+    ep.close()
+
+
+def at_the_end_of_a_block(ep, d):
+    with ep:
+        ep.combine(d.x, d.handle, async_op=True)[1].wait()
+
+
+def behind_another_thread(ep, d):
+    def wait_for_rank_1():
+        with pytest.raises(commlib.CommError):
+            ep.combine(d.x, d.handle)
+
+    other = threading.Thread(target=wait_for_rank_1)
+    other.start()
+    time.sleep(0.1)
+    try:
+        ep.combine(d.x, d.handle)
+    finally:
+        ep._core.give_up("the test is over")
+        other.join()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [in_combine, in_synchronize, behind_an_operation, in_close, at_the_end_of_a_block, behind_another_thread],
+)
+def test_ctrl_c_ends_a_wait(in_processes, where):
+    interrupted(in_processes, where)
+
+
+def test_ctrl_c_ends_a_wait_for_an_expert(in_processes):
+    def main(group):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        row = X.shape[1] * X.element_size()
+        link = row / 3.0 / 1e9 if group.rank == 1 else None  # its one row is on its way for 3 s
+        ep = ExpertParallel(group, timeout=DEADLINE, num_sms=1, link_gbps=link, **CONFIG)
+        d = ep.dispatch(X[:1], IDX[:1], layout="expert", async_op=True, in_waves=True)
+        try:
+            if group.rank == 0:
+                after(0.3, signal.SIGINT)
+                d.wait_expert(3)
+        except KeyboardInterrupt:
+            return "interrupted"
+        finally:
+            group.barrier()
+            d.event.wait()
+
+    assert in_processes(main, 2)[0] == "interrupted"
+
+
+def test_a_signal_handler_may_close(in_processes):
+    def main(group):
+        ep = ExpertParallel(group, timeout=DEADLINE, num_sms=2, **CONFIG)
+        d = ep.dispatch(X, IDX)
+        if group.rank == 1:
+            group.barrier()
+            with pytest.raises(commlib.CommError, match="rank 0"):
+                ep.combine(d.x, d.handle)
+            return None
+        signal.signal(signal.SIGTERM, lambda *_: ep.close())
+        after(0.3, signal.SIGTERM)
+        began = time.monotonic()
+        with pytest.raises(commlib.CommError, match="a signal handler closed it"):
+            ep.combine(d.x, d.handle)
+        ep.close()
+        group.barrier()
+        return time.monotonic() - began < SOON
+
+    assert in_processes(main, 2) == [True, None]
+
+
+USES = {
+    "dispatch": lambda ep, d: ep.dispatch(X, IDX),
+    "synchronize": lambda ep, d: ep.synchronize(),
+    "an event": lambda ep, d: d.event.wait(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_signal_handler_may_not_use_it_in_the_middle_of_an_operation(in_processes, use):
+    """It would wait for what it interrupts. The operation goes on after it."""
+
+    def main(group):
+        with ExpertParallel(group, timeout=DEADLINE, num_sms=2, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX, async_op=True)
+            d.event.wait()
+            if group.rank == 1:
+                group.barrier()
+                return torch.equal(ep.combine(d.x, d.handle), 2 * X)
+            said = []
+
+            def handler(*_):
+                try:
+                    USES[use](ep, d)
+                except commlib.CommError as error:
+                    said.append(str(error))
+                group.barrier()
+
+            signal.signal(signal.SIGUSR1, handler)
+            after(0.3, signal.SIGUSR1)
+            out = ep.combine(d.x, d.handle)
+            return "in the middle of one of its operations" in said[0] and torch.equal(out, 2 * X)
+
+    assert in_processes(main, 2) == [True, True]
+
+
+def test_time_in_which_this_process_stood_still_does_not_count(in_processes):
+    """Rank 0 is stopped for longer than its deadline while it waits; when it goes on, rank 1 comes."""
+
+    def main(group):
+        with ExpertParallel(group, timeout=DEADLINE, num_sms=1, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX)
+            pids = [int(p) for p in group.allgather(b"%d" % os.getpid())]
+            ep.timeout = 1.5 if group.rank == 0 else DEADLINE
+            if group.rank == 1:
+                time.sleep(0.3)  # rank 0 waits by now
+                os.kill(pids[0], signal.SIGSTOP)
+                time.sleep(3)
+                os.kill(pids[0], signal.SIGCONT)
+                time.sleep(0.2)
+            return torch.equal(ep.combine(d.x, d.handle), 2 * X)
+
+    assert in_processes(main, 2) == [True, True]
+
+
+def test_communication_goes_on_while_a_program_keeps_the_gil(in_processes):
+    """Rank 0's threads serve its asynchronous operations while Python computes one large number."""
+
+    def main(group):
+        with ExpertParallel(group, timeout=DEADLINE, num_sms=1, **CONFIG) as ep:
+            d = ep.dispatch(X, IDX)
+            if group.rank == 1:
+                group.barrier()
+                time.sleep(0.1)  # rank 0's thread naps by now
+                out = [ep.combine(d.x, d.handle) for _ in range(2)]
+                (group.place / "done").touch()
+                return all(torch.equal(o, 2 * X) for o in out)
+            events = [ep.combine(d.x, d.handle, async_op=True)[1] for _ in range(2)]
+            group.barrier()
+            n, done = 100_000, False
+            while not done and n < 30_000_000:
+                done = keep_the_gil(n, group.place / "done")
+                n *= 3
+            for event in events:
+                event.wait()
+            return done
+
+    assert in_processes(main, 2) == [True, True]
+
+
+def keep_the_gil(n, file):
+    """Compute 3 ** n, in one piece; whether the file was there at its end, and not at its beginning."""
+    if file.exists():
+        return True
+    _ = 3**n
+    return file.exists()
