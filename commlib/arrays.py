@@ -9,24 +9,41 @@ import numpy as np
 import torch
 
 
-def as_tensor(name: str, array: Any) -> torch.Tensor:
-    """A tensor over the memory of ``array``: no copy, unless NumPy marks it as read-only.
+def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
+    """A tensor over the memory of ``array``: no copy, unless it is read-only and not to be written.
 
     Raises:
         TypeError: it is neither a tensor nor speaks DLPack.
-        ValueError: it cannot be exported, for example from a device that PyTorch does not see.
+        ValueError: it cannot be exported, for example from a device that PyTorch does not see; it has
+            negative strides; it is read-only, but ``writable``.
     """
     if isinstance(array, torch.Tensor):
         return array
+    kind = type(array).__name__
     if not hasattr(array, "__dlpack__"):
-        raise TypeError(f"{name} must be a tensor or an array with __dlpack__, got {type(array).__name__}")
+        raise TypeError(f"{name} must be a tensor or an array with __dlpack__, got {kind}")
+    array = _readable(array)
+    if any(stride < 0 for stride in getattr(array, "strides", None) or ()):
+        # torch.from_dlpack ends the process here.
+        raise ValueError(f"{name}: PyTorch has no negative strides, {array.strides}: make a contiguous copy")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
+        if writable:
+            raise ValueError(f"{name} is read-only")
         array = array.copy()  # DLPack cannot say "read only", so NumPy exports no such array
     try:
         return torch.from_dlpack(array)
     except (RuntimeError, BufferError, AssertionError) as error:
-        kind = type(array).__name__
         raise ValueError(f"{name}: PyTorch cannot use this {kind} through DLPack: {error}") from error
+
+
+def _readable(array: Any) -> Any:
+    """The same memory as an array that shows its strides, and whether it may be written, where NumPy can."""
+    if isinstance(array, np.ndarray) or hasattr(array, "strides"):
+        return array
+    try:
+        return np.from_dlpack(array)
+    except (RuntimeError, BufferError, TypeError, ValueError, AttributeError):
+        return array  # on a GPU, or of a type that NumPy does not know
 
 
 def exporter_for(array: Any) -> Callable[[torch.Tensor], Any]:

@@ -34,6 +34,10 @@ class Backend(ABC):
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """Memory for rows that the user will own."""
 
+    def copied(self, tensor: Tensor) -> Tensor:
+        """A copy of what communication issued so far writes."""
+        return tensor.clone()
+
     @property
     def idle_bytes(self) -> int:
         """Of results given back and kept for the next ones."""
@@ -137,6 +141,12 @@ class CudaBackend(Backend):
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        with torch.cuda.stream(self.stream):
+            copy = tensor.clone()
+        copy.record_stream(torch.cuda.current_stream(self.device))
+        return copy
 
     def begin_plan(self) -> None:
         _refuse_capture()

@@ -7,7 +7,7 @@ from torch import Tensor
 from commlib._core import CpuCommunicator
 from commlib.dispatched import Handle
 from commlib.expert_parallel import ExpertParallel
-from commlib.ops import _routing_view, _rows
+from commlib.ops import _rows, known_routing
 
 
 class BareMover:
@@ -27,9 +27,9 @@ class BareMover:
         assert isinstance(ep._core, CpuCommunicator), "only CPUs have a bare mover"
         self._core = ep._core
         self._keep = handle._tensors(), x
-        self._view = _routing_view(handle._tensors(), grouped=False)
+        self._view = known_routing(handle._tensors(), grouped=False)
         self._rows = _rows(x, None)
-        self._out = ep._new_rows(handle.num_tokens)
+        self._out = ep._comm.new_rows(handle.num_tokens)
 
     def send(self) -> None:
         """Dispatch's stores."""

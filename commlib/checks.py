@@ -1,87 +1,246 @@
-"""Checks of the arguments of operations. All happen before anything is sent."""
+"""Checks of the arguments of operations. All happen before anything is sent.
+
+Those of ``dispatch`` and ``combine`` come first, and make tensors of what was given. Those of the ops follow:
+nobody else stands between a tensor's address and the core.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from commlib.arrays import as_tensor
-from commlib.settings import Settings
+from commlib.event import Event
+
+if TYPE_CHECKING:
+    from commlib.communicator import Communicator
+    from commlib.ops import Routing
+    from commlib.settings import Settings
+
+MAX_ALIGN = 2**16  # no tile of any kernel is longer, and padding for all experts can still be allocated
+_MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
 
-def checked_rows(name: str, rows: Tensor, settings: Settings, count: int | None = None) -> Tensor:
-    """Rows of the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens of them."""
-    if rows.dtype != settings.dtype:
-        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}")
-    _check_device(name, rows, settings.device)
-    if rows.dim() != 2 or rows.shape[1] != settings.hidden:
-        raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(rows.shape)}")
-    if count is None:
-        if rows.shape[0] > settings.max_tokens:
-            raise ValueError(f"{name} has {rows.shape[0]} rows, but max_tokens is {settings.max_tokens}")
-    elif rows.shape[0] != count:
-        raise ValueError(f"{name} must have {count} rows, got {rows.shape[0]}")
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        raise ValueError(
-            f"the elements of a row of {name} must lie side by side, but its strides are "
-            f"{rows.stride()}: call .contiguous()"
-        )
-    return rows
+# -- what the user gives -------------------------------------------------------------------------------------
 
 
-def checked_topk_idx(topk_idx: Any, tokens: int, settings: Settings) -> Tensor:
-    """Expert ids as contiguous int64 ``[tokens, topk]``. Their range is checked in the core."""
+def tensor_on(device: torch.device, name: str, array: Any, writable: bool = False) -> Tensor:
+    """``array`` as a tensor, which lies on ``device``."""
+    tensor = as_tensor(name, array, writable)
+    _check_device(name, tensor, device)
+    return tensor
+
+
+def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
+    """Expert ids as contiguous int64 in memory of our own: the user's may change while they are needed."""
     if topk_idx is None:
         raise ValueError("topk_idx is needed unless a handle is given")
-    idx = as_tensor("topk_idx", topk_idx)
+    idx = tensor_on(device, "topk_idx", topk_idx)
+    if idx.dtype == torch.int64 and idx.is_contiguous():
+        return idx.clone()
     if idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_idx must be int64 or int32, got {idx.dtype}")
-    _check_device("topk_idx", idx, settings.device)
-    topk = settings.topk
-    if tuple(idx.shape) != (tokens, topk):
-        raise ValueError(f"topk_idx must be [{tokens}, {topk}] as x and topk say, got {list(idx.shape)}")
-    return idx.to(torch.int64).contiguous()
+    return idx.to(torch.int64).contiguous()  # copies, or it would have been contiguous int64
 
 
-def checked_weights(name: str, weights: Tensor, shape: tuple[int, ...], settings: Settings) -> Tensor:
-    """Weights of the right dtype, device and shape, contiguous."""
-    if weights.dtype != settings.weight_dtype:
-        raise ValueError(f"{name} must be {settings.weight_dtype}, got {weights.dtype}")
-    _check_device(name, weights, settings.device)
-    if tuple(weights.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(weights.shape)}")
-    return weights.contiguous()
-
-
-def checked_out(out: Tensor, tokens: int, settings: Settings) -> Tensor:
-    """A place for combine's result."""
-    checked_rows("out", out, settings, tokens)
+def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Tensor | None]) -> None:
+    """A place for combine's result, which is written past autograd."""
+    _check_rows("out", out, settings, tokens)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    return out
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+        raise ValueError(
+            "out= is not differentiable, and out or an input requires grad: call without it, or under "
+            "torch.no_grad()"
+        )
 
 
-def check_no_grad(*inputs: Tensor | None) -> None:
-    """``out=`` writes past autograd, so nothing may need a gradient."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise ValueError("out= is not differentiable: leave it out, or use torch.no_grad()")
-
-
-def check_layout(layout: str, align: int, zero_copy: bool, overflow: str) -> None:
+def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
     """Options of dispatch that go together."""
     if layout not in ("rank", "expert"):
         raise ValueError(f'layout must be "rank" or "expert", got {layout!r}')
-    if not isinstance(align, int) or align < 1:
-        raise ValueError(f"align must be a positive int, got {align!r}")
     if overflow not in ("error", "drop"):
         raise ValueError(f'overflow must be "error" or "drop", got {overflow!r}')
     if zero_copy and layout == "expert":
         raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')
 
 
+def check_flags(**flags: Any) -> None:
+    """Options that are True or False."""
+    for name, value in flags.items():
+        if value is not True and value is not False and not isinstance(value, np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def as_int(name: str, value: Any) -> int:
+    """An int, also where it is NumPy's; not a bool."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return operator.index(value)
+
+
+def check_align(c: Communicator, align: int) -> None:
+    """The rows of a padded result can be counted in bytes; whether there is so much memory shows later."""
+    if not 1 <= align <= MAX_ALIGN:
+        raise ValueError(f"align must be a positive int, at most {MAX_ALIGN}, got {align}")
+    row_bytes = c.settings.hidden * c.settings.dtype.itemsize
+    if c.experts * align * row_bytes > _MAX_BYTES:
+        raise ValueError(
+            f"align={align} pads {c.experts} experts' rows of {row_bytes} bytes to more than can be addressed"
+        )
+
+
+def check_event(previous_event: Any) -> None:
+    """What an operation is to wait for."""
+    if not isinstance(previous_event, Event):
+        raise TypeError(
+            "previous_event must be an event of an operation (Dispatched.event, or what combine returns with "
+            f"async_op), got {type(previous_event).__name__}"
+        )
+
+
+# -- what an op gets ----------------------------------------------------------------------------------------
+
+
+def check_dispatch(
+    c: Communicator,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    align: int,
+    sizes: tuple[int, int],
+) -> None:
+    """Of dispatch. The range of ids is checked in the core."""
+    _check_rows("x", x, c.settings)
+    shape = (x.shape[0], c.settings.topk)
+    if topk_idx.shape != shape:
+        raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(topk_idx.shape)}")
+    _check_dense(c, "topk_idx", topk_idx, shape, torch.int64)
+    if topk_weights is not None:
+        _check_dense(c, "topk_weights", topk_weights, shape, c.weight_dtype)
+    if sizes != (c.width, c.experts):
+        raise ValueError(f"width and experts are {sizes}, but the communicator's {(c.width, c.experts)}")
+    if align != 1:
+        check_align(c, align)
+
+
+def check_redispatch(
+    c: Communicator, x: Tensor, topk_weights: Tensor | None, routing: Routing, grouped: bool
+) -> None:
+    """Of a dispatch with a handle, or of a combine's gradient."""
+    _check_routing(c, routing, grouped)
+    tokens = routing.routes.shape[0]
+    _check_rows("x", x, c.settings)
+    if x.shape[0] != tokens:
+        raise ValueError(f"x has {x.shape[0]} rows, but the handle's dispatch had {tokens}")
+    if topk_weights is not None:
+        _check_dense(c, "topk_weights", topk_weights, (tokens, c.settings.topk), c.weight_dtype)
+
+
+def check_combine(
+    c: Communicator,
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    weight_grads: Tensor | None,
+    routing: Routing,
+    grouped: bool,
+) -> None:
+    """Of combine, or of a dispatch's gradient."""
+    _check_routing(c, routing, grouped)
+    rows = routing.source.shape[0]
+    _check_rows("y", y, c.settings, rows)
+    if weights is not None:
+        _check_dense(c, "weights", weights, (rows,), c.weight_dtype)
+    if bias is not None:
+        _check_rows("bias", bias, c.settings, routing.routes.shape[0])
+    if weight_grads is not None:
+        shape = (rows,) if grouped else (rows, c.settings.topk)
+        _check_dense(c, "weight_grads", weight_grads, shape, c.weight_dtype)
+
+
+def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
+    """``out`` shares no memory with tensors that are read while it is written."""
+    begin, end = _extent(out)
+    for name, tensor in zip(("y", "weights", "bias"), inputs, strict=False):
+        if tensor is None:
+            continue
+        first, last = _extent(tensor)
+        if begin < last and first < end:
+            raise ValueError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _check_rows(name: str, rows: Tensor, settings: Settings, count: int | None = None) -> None:
+    """Of the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens of them."""
+    if rows.dtype != settings.dtype:
+        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}")
+    _check_device(name, rows, settings.device)
+    shape = rows.shape
+    if len(shape) != 2 or shape[1] != settings.hidden:
+        raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(shape)}")
+    if count is None:
+        if shape[0] > settings.max_tokens:
+            raise ValueError(f"{name} has {shape[0]} rows, but max_tokens is {settings.max_tokens}")
+    elif shape[0] != count:
+        raise ValueError(f"{name} must have {count} rows, got {shape[0]}")
+    if rows.stride()[1] != 1 and shape[1] > 1 and shape[0] > 0:
+        raise ValueError(
+            f"the elements of a row of {name} must lie side by side, but its strides are "
+            f"{rows.stride()}: call .contiguous()"
+        )
+
+
+def _check_dense(
+    c: Communicator, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    _check_device(name, tensor, c.settings.device)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, but its strides are {tensor.stride()}")
+
+
+def _check_routing(c: Communicator, r: Routing, grouped: bool) -> None:
+    """Sizes fit each other; what the numbers in them say is the core's to check."""
+    topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
+    sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
+    for tensor, size in zip((r.topk_idx, r.routes, r.local, r.groups), sizes, strict=True):
+        if tensor.numel() != size or tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            raise ValueError(_misfit(r, sizes))
+    if not grouped and received != r.source.shape[0]:
+        raise ValueError(_misfit(r, sizes))
+    if not c.on_host:
+        for tensor in r[:-1]:
+            _check_device("the routing", tensor, c.settings.device)
+
+
+def _misfit(r: Routing, sizes: Sequence[int]) -> str:
+    given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in zip(r._fields, r, strict=True))
+    return (
+        f"not the routing of a dispatch of this communicator and layout: contiguous int64 with {sizes} "
+        f"elements in topk_idx, routes, local and groups: {given}"
+    )
+
+
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         where = "the CPU" if device.type == "cpu" else str(device)
         raise ValueError(f"{name} must be on {where}, as this communicator is, got {tensor.device}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses from the first byte to behind the last one."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.numel() * tensor.element_size()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()

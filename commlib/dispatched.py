@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from commlib import ops
+from commlib import checks, ops
 from commlib.errors import HandleError
 from commlib.event import Event
 
@@ -46,7 +46,7 @@ class Handle:
         return self._routing
 
     def _arguments(self) -> tuple[Any, ...]:
-        return (*self._tensors(), self._ep._number, self.layout == "expert")
+        return (*self._tensors(), self.layout == "expert")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Dispatched:
             expert: local number, ``0 <= expert < local experts``: rows ``x[offsets[e]:offsets[e + 1]]``.
 
         Raises:
+            TypeError: expert is not an int.
             ValueError: the layout is not "expert", or there is no such local expert.
             PeerTimeout: a rank did not do its part in time (CPU; on CUDA the stream goes on, and the next
                 call raises).
@@ -107,6 +108,7 @@ class Dispatched:
         if self.handle.layout != "expert":
             raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
         experts = len(self.tokens_per_expert)
+        expert = checks.as_int("expert", expert)
         if not 0 <= expert < experts:
             raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
         if self.event is not None:

@@ -31,6 +31,9 @@ class Event(ABC):
         Args:
             tensors: the operation's floating-point results, in order: ``d.x, d.topk_weights`` of a dispatch
                 (:meth:`commlib.Dispatched.finish` does it), ``out`` of a combine.
+
+        Raises:
+            RuntimeError: in backward, where the results of two calls were used.
         """
         self.wait()
         return tensors if self.split is None else split.finish(self.split, tensors)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from commlib import _core, checks, ops, split
-from commlib.arrays import as_tensor, exporter_for
+from commlib import checks, ops, split
+from commlib.arrays import exporter_for
 from commlib.bootstrap import connect, resolve_device
+from commlib.communicator import Communicator, refuse_forward_mode
 from commlib.dispatched import Dispatched, Handle
 from commlib.errors import CommError, HandleError
 from commlib.event import Event
@@ -20,8 +19,6 @@ from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
 from commlib.settings import START_SECONDS, Settings, checked_timeout, startup_seconds
 
-_numbers = itertools.count()
-_SLOTS_TO_WORK_WITH = 2
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 _DEFAULT_SLOTS = {False: 8, True: 4}  # by whether it is a GPU, whose memory is not lazy
 
@@ -115,17 +112,14 @@ class ExpertParallel:
             self.settings = asked.checked(self.size)
             self._backend, self.topology = connect(talk, self.settings)
         self._core = self._backend.core
-        self._finalizer = weakref.finalize(self, self._backend.close)
-        self._number = next(_numbers)
-        experts, topk, self._timeout = self.settings.num_experts, self.settings.topk, self.settings.timeout
-        self._width = min(topk, self.size)
-        self._event: Event | None = None
-        self._stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
-        self.first_expert = self.rank * experts // self.size
-        self.num_local_experts = (self.rank + 1) * experts // self.size - self.first_expert
-        ops.communicators[self._number] = self
+        self._timeout = self.settings.timeout
+        self._comm = Communicator(self.rank, self.size, self.settings, self._backend)
+        self._name = self._comm.name()
+        self._sizes = (self._comm.width, self._comm.experts)
+        self.first_expert = self._comm.first_expert
+        self.num_local_experts = self._comm.experts
         if isinstance(self.group, ThreadGroup):
-            self.group.communicators.add(self)
+            self.group.communicators.add(self._comm)
 
     # -- operations ----------------------------------------------------------------------------------------
 
@@ -154,10 +148,10 @@ class ExpertParallel:
                 stride), elements of a row may not. Tensor, or NumPy or CuPy array; results are of the same
                 kind.
             topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
-                with ``handle``.
+                with ``handle``. Copied: it may change as soon as the call returns.
             topk_weights: ``[T, topk]`` float32 (float64 for float64 rows).
             layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
-            align: with "expert": each group is padded with zero rows to a multiple of this.
+            align: with "expert": each group is padded with zero rows to a multiple of this, 1 to 65536.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
             zero_copy: never copy: raise HandleError where no slot is free. Without it rows are copied out
                 of the slot when fewer than two others are free. Layout "rank" only, since grouped rows
@@ -178,34 +172,50 @@ class ExpertParallel:
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
+            NotImplementedError: forward-mode AD or torch.vmap, which have no rule; nothing has been sent.
+            RuntimeError, MemoryError: there is no memory for the results, whose size is known once all ranks
+                have told their counts: the communicator is given up, and the other ranks raise CommError.
             CapacityExceeded: on all ranks; nothing has been sent.
             PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
+        self._before(async_op, previous_event)
         export = exporter_for(x)
-        rows = self._checked_rows("x", as_tensor("x", x))
-        weights = self._checked_weights("topk_weights", topk_weights, (rows.shape[0], self.settings.topk))
+        rows, weights = self._tensor("x", x), self._weights("topk_weights", topk_weights)
         if handle is not None:
-            self._check_handle(handle, rows.shape[0], layout, topk_idx)
+            self._check_handle(handle, layout, topk_idx)
             layout, align = handle.layout, handle.align
         layout = layout or "rank"
-        checks.check_layout(layout, align, zero_copy, overflow)
+        checks.check_layout(layout, zero_copy, overflow)
+        checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
         grouped = layout == "expert"
         if in_waves and not (grouped and async_op and handle is None):
             raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
         in_waves = in_waves and len(self.topology.hosts) == 1
-        self._before(async_op, previous_event)
         if handle is None:
-            idx = checks.checked_topk_idx(topk_idx, rows.shape[0], self.settings)
-            rest = (self._number, grouped, align, overflow == "drop", zero_copy, async_op, in_waves)
+            align = checks.as_int("align", align)
+            checks.check_align(self._comm, align)
+            idx = checks.copied_topk_idx(self.device, topk_idx)
+            rest = (
+                self._name,
+                *self._sizes,
+                grouped,
+                align,
+                overflow == "drop",
+                zero_copy,
+                async_op,
+                in_waves,
+            )
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.dispatch(x, idx, w, *rest)
 
             def routing_of(outputs: tuple) -> ops.Routing:
-                return ops.Routing(idx, *outputs[2:])
+                routes, local, source, groups = outputs[3:]
+                return ops.Routing(idx, routes, local, source, groups, self._name)
         else:
             known, arguments = handle._tensors(), handle._arguments()
+            groups = self._copied(known.groups)
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.redispatch(x, w, *arguments, zero_copy, async_op)
@@ -214,19 +224,23 @@ class ExpertParallel:
                 return known
 
         part = None
-        if async_op and not in_waves and split.wants_gradient(rows, weights):
-            part, outputs = split.start_dispatch(self, issue, rows, weights, routing_of, grouped)
+        if async_op and not in_waves and ops.wants_gradient(rows, weights):
+            part, outputs = split.start_dispatch(self._comm, issue, rows, weights, routing_of, grouped)
         else:
             outputs = issue(rows, weights)
-        out, w = outputs[:2]
-        handle = handle or Handle(self, routing_of(outputs), layout, align)
+        if handle is None:
+            handle, groups = Handle(self, routing_of(outputs), layout, align), outputs[2]
         routing = handle._tensors()
+        experts = self.num_local_experts
+        tokens_per_expert, offsets = (
+            groups.split_with_sizes((experts, experts + 1)) if grouped else (groups, None)
+        )
         return Dispatched(
-            x=export(out),
+            x=export(outputs[0]),
             topk_idx=None if grouped else export(routing.local),
-            topk_weights=None if weights is None else export(w),
-            tokens_per_expert=export(routing.tokens_per_expert),
-            offsets=export(routing.offsets) if grouped else None,
+            topk_weights=None if weights is None else export(outputs[1]),
+            tokens_per_expert=export(tokens_per_expert),
+            offsets=None if offsets is None else export(offsets),
             source=export(routing.source),
             handle=handle,
             event=self._take_event(part) if async_op else None,
@@ -256,7 +270,8 @@ class ExpertParallel:
             weights: ``[num_rows]``, one for each row of y (layout "expert": ``Dispatched.topk_weights``).
                 None: rows are summed as they are.
             bias: ``[T, hidden]``, added once.
-            out: ``[T, hidden]`` contiguous, written and returned; not differentiable.
+            out: ``[T, hidden]`` contiguous, written and returned; not differentiable. It shares no memory
+                with ``y``, ``weights`` or ``bias``, does not require grad and is not read-only.
             async_op: return ``(out, event)`` at once.
             previous_event: an event to wait for first.
 
@@ -264,34 +279,31 @@ class ExpertParallel:
             ``[T, hidden]``, or with ``async_op`` a pair of that and an Event. Tokens without experts are 0.
 
         Raises:
-            ValueError, TypeError, PeerTimeout, HandleError: as dispatch.
+            ValueError, TypeError, NotImplementedError, PeerTimeout, HandleError: as dispatch.
         """
+        self._before(async_op, previous_event)
         export = exporter_for(y)
         self._check_handle(handle)
-        rows = self._checked_rows("y", as_tensor("y", y), handle.num_rows)
-        row_weights = self._checked_weights("weights", weights, (handle.num_rows,))
-        tokens = handle.num_tokens
-        bias_rows = None if bias is None else self._checked_rows("bias", as_tensor("bias", bias), tokens)
-        self._before(async_op, previous_event)
-        arguments = (rows, row_weights, bias_rows, None, *handle._arguments(), async_op)
+        rows, row_weights = self._tensor("y", y), self._weights("weights", weights)
+        bias_rows = None if bias is None else self._tensor("bias", bias)
+        inputs = (rows, row_weights, bias_rows)
+        target = None if out is None else checks.tensor_on(self.device, "out", out, writable=True)
+        arguments = (*inputs, None, *handle._arguments(), async_op)
         part = None
-        if out is None and async_op and split.wants_gradient(rows, row_weights, bias_rows):
+        if target is not None:
+            checks.check_out(target, handle.num_tokens, self.settings, inputs)
+            ops.combine_into(target, arguments)
+            result = out
+        elif async_op and ops.wants_gradient(*inputs):
 
             def issue(y: Tensor, w: Tensor | None, b: Tensor | None) -> tuple:
                 return ops.combine(y, w, b, *arguments[3:])[:1]
 
-            inputs = (rows, row_weights, bias_rows)
-            part, sums = split.start_combine(
-                self, issue, *inputs, handle._tensors(), handle.layout == "expert"
-            )
+            grouped = handle.layout == "expert"
+            part, sums = split.start_combine(self._comm, issue, *inputs, handle._tensors(), grouped)
             result = export(sums)
-        elif out is None:
-            result = export(ops.combine(*arguments)[0])
         else:
-            target = checks.checked_out(as_tensor("out", out), tokens, self.settings)
-            checks.check_no_grad(rows, row_weights, bias_rows)
-            ops.combine_into(target, arguments)
-            result = out
+            result = export(ops.combine(*arguments)[0])
         return (result, self._take_event(part)) if async_op else result
 
     def combine_buffer(self, handle: Handle) -> Tensor:
@@ -308,7 +320,7 @@ class ExpertParallel:
         if handle.layout != "rank":
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
         self._backend.begin()
-        buffer = self._view(self._core.lend_slot(), handle.num_rows)
+        buffer = self._comm.view(self._core.lend_slot(), handle.num_rows)
         self._backend.end("lend a slot", None, (buffer,), False)
         return buffer
 
@@ -356,7 +368,7 @@ class ExpertParallel:
         """
         messages, sent = self._core.network_sent
         network = {"messages": messages, "bytes": sent, "refused": self._core.network_refused}
-        return self._stats | {f"network_{name}": count for name, count in network.items()}
+        return self._comm.stats | {f"network_{name}": count for name, count in network.items()}
 
     def memory_report(self) -> MemoryReport:
         """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""
@@ -371,7 +383,7 @@ class ExpertParallel:
             PeerTimeout, CallMismatch: an operation failed, and no call has said so yet (on a GPU, where
                 operations only queue). The communicator is closed all the same.
         """
-        self._finalizer()
+        self._comm.close()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -388,33 +400,27 @@ class ExpertParallel:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _checked_rows(self, name: str, rows: Tensor, count: int | None = None) -> Tensor:
-        return checks.checked_rows(name, rows, self.settings, count)
+    def _tensor(self, name: str, array: Any) -> Tensor:
+        return checks.tensor_on(self.device, name, array)
 
-    def _checked_weights(self, name: str, weights: Any, shape: tuple[int, ...]) -> Tensor | None:
-        if weights is None:
-            return None
-        return checks.checked_weights(name, as_tensor(name, weights), shape, self.settings)
+    def _weights(self, name: str, weights: Any) -> Tensor | None:
+        return None if weights is None else self._tensor(name, weights).contiguous()
 
-    def _check_handle(
-        self,
-        handle: Handle,
-        tokens: int | None = None,
-        layout: str | None = None,
-        topk_idx: Any = None,
-    ) -> None:
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """For the user, who may change it; compiled operations are not asynchronous."""
+        return tensor.clone() if torch.compiler.is_compiling() else self._backend.copied(tensor)
+
+    def _check_handle(self, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
         if not isinstance(handle, Handle):
             raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
         if handle._ep is not self:
             raise HandleError("this handle is of a dispatch on another communicator")
         routing = handle._tensors()
-        if tokens is not None and tokens != handle.num_tokens:
-            raise ValueError(f"x has {tokens} rows, but the handle's dispatch had {handle.num_tokens}")
         if layout is not None and layout != handle.layout:
             raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
         if topk_idx is not None and not torch.compiler.is_compiling():
-            given = as_tensor("topk_idx", topk_idx)
-            differs = given.shape != routing.topk_idx.shape or given.device != routing.topk_idx.device
+            given = self._tensor("topk_idx", topk_idx)
+            differs = given.shape != routing.topk_idx.shape
             # On a GPU the host would have to wait for the values.
             if not differs and not given.is_cuda:
                 differs = not bool((given == routing.topk_idx).all())
@@ -422,36 +428,18 @@ class ExpertParallel:
                 raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
 
     def _before(self, async_op: bool, previous_event: Event | None) -> None:
-        if previous_event is not None:
-            previous_event.wait()
+        checks.check_flags(async_op=async_op)
+        refuse_forward_mode()
         if async_op and torch.compiler.is_compiling():
             raise ValueError("async_op cannot be traced by torch.compile")
+        if previous_event is not None:
+            checks.check_event(previous_event)
+            previous_event.wait()
 
-    def _take_event(self, part: split.Split | None = None) -> Event:
-        event, self._event = self._event, None
-        assert event is not None
+    def _take_event(self, part: split.Split | None) -> Event:
+        event = self._comm.take_event()
         event.split = part
         return event
-
-    def _count(self, **increments: int) -> None:
-        for name, n in increments.items():
-            self._stats[name] += n
-
-    def _can_spare_slots(self, count: int) -> bool:
-        """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
-        return self.settings.slots - self._core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
-
-    def _view(self, lease: _core.SlotLease, rows: int) -> Tensor:
-        return torch.from_dlpack(self._core.view(lease, rows))
-
-    def _new_rows(self, rows: int) -> Tensor:
-        return self._backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
-
-    def _new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
-        if given is None:
-            return self._backend.empty(0, dtype=torch.float32)
-        shape = (rows,) if grouped else (rows, self.settings.topk)
-        return self._backend.empty(*shape, dtype=self.settings.weight_dtype)
 
 
 def _patience(startup_timeout: Any, timeout: Any) -> float:

@@ -269,7 +269,7 @@ class ThreadGroup(PostingGroup):
         """This rank failed: let the others' waits for it fail at once, in operations too."""
         self.leave(why)
         for communicator in list(self.communicators):
-            communicator._core.give_up(why)
+            communicator.core.give_up(why)
 
 
 _current = threading.local()

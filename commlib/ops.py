@@ -2,52 +2,52 @@
 
 The ops take and return plain tensors, so autograd, ``torch.compile`` and activation checkpointing see
 ordinary functions. Dispatch and combine are each other's adjoints, and the gradients are written with the
-ops themselves. A communicator is named by a number, since ops cannot take Python objects.
+ops themselves. A communicator is named by a tensor, since ops cannot take Python objects. Tensors are
+checked here, whoever calls: the core takes addresses.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from commlib import _core
-
-if TYPE_CHECKING:
-    from commlib.expert_parallel import ExpertParallel
-
-communicators: weakref.WeakValueDictionary[int, ExpertParallel] = weakref.WeakValueDictionary()
+from commlib import _core, checks, compiling
+from commlib.communicator import communicator_of, refuse_forward_mode
 
 
 class Routing(NamedTuple):
-    """What a dispatch found out, as tensors: all that later operations on the same routing need."""
+    """What a dispatch found out, as tensors: all that later operations on the same routing need.
+
+    Nobody else holds those that are read again: ids, routes, groups, and local with layout="expert".
+    """
 
     topk_idx: Tensor  # [T, K] global expert ids
     routes: Tensor  # [T, min(K, R)] rank << 32 | row at that rank, ascending; -1 ends
     local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
     source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
-    tokens_per_expert: Tensor  # [E_loc]
-    offsets: Tensor  # [E_loc + 1] with layout="expert", else [0]
+    groups: Tensor  # tokens_per_expert [E_loc], and with layout="expert" behind it offsets [E_loc + 1]
+    comm: Tensor  # [], see Communicator.name
 
 
 _ROUTING = (
-    "Tensor topk_idx, Tensor routes, Tensor local, Tensor source, Tensor tokens_per_expert, "
-    "Tensor offsets, int comm, bool grouped"
+    "Tensor topk_idx, Tensor routes, Tensor local, Tensor source, Tensor groups, Tensor comm, bool grouped"
 )
 
 # torch.compile(mode="reduce-overhead") leaves such ops out of its CUDA graphs. Older PyTorch knows no tag.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 _library = torch.library.Library("commlib", "DEF")
-_library.define(
-    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, int comm, bool grouped, int align, "
-    "bool drop, bool zero_copy, bool async_op, bool in_waves) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+_DISPATCH = (
+    "(Tensor x, Tensor topk_idx, Tensor? topk_weights, Tensor comm, int width, int experts, bool grouped, "
+    "int align, bool drop, bool zero_copy, bool async_op, bool in_waves) -> "
 )
+_library.define(f"dispatch{_DISPATCH} (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+# For torch.compile. Its back end mistakes one size for another where an op with an effect returns a tuple of
+# tensors whose sizes are known at run time only. In eager mode a list would take autograd 70 us more.
+_library.define(f"traced_dispatch{_DISPATCH} Tensor[]", tags=_TAGS)
 _library.define(
     f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
     "-> (Tensor, Tensor)",
@@ -73,23 +73,31 @@ def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
     return _core.Rows(x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights))
 
 
-def _routing_view(r: Routing, grouped: bool) -> _core.RoutingView:
+def known_routing(r: Routing, grouped: bool) -> _core.RoutingView:
+    """The view of a routing that a dispatch has found."""
     return _core.RoutingView(
         r.topk_idx.data_ptr(),
         r.routes.data_ptr(),
         r.routes.shape[0],
         r.local.shape[0],
         r.local.data_ptr() if grouped else 0,
-        r.offsets.data_ptr(),
-        r.tokens_per_expert.data_ptr(),
+        *_addresses_of_groups(r.groups, grouped),
     )
+
+
+def _addresses_of_groups(groups: Tensor, grouped: bool) -> tuple[int, int]:
+    """Of offsets, 0 where there are none, and of tokens_per_expert."""
+    begin = groups.data_ptr()
+    return (begin + groups.shape[0] // 2 * groups.element_size() if grouped else 0), begin
 
 
 def _dispatch(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor | None,
-    comm: int,
+    comm: Tensor,
+    width: int,
+    experts: int,
     grouped: bool,
     align: int,
     drop: bool,
@@ -97,22 +105,19 @@ def _dispatch(
     async_op: bool,
     in_waves: bool,
 ) -> tuple[Tensor, ...]:
-    ep = communicators[comm]
-    core = ep._core
+    c = communicator_of(comm)
+    checks.check_dispatch(c, x, topk_idx, topk_weights, align, (width, experts))
+    core, backend = c.core, c.backend
     tokens, topk = topk_idx.shape
-    backend = ep._backend
-    experts = ep.num_local_experts
-    routes = backend.empty(tokens, ep._width)
-    tokens_per_expert = backend.empty(experts)
-    offsets = backend.empty(experts + 1 if grouped else 0)
+    routes = backend.empty(tokens, width)
+    groups = backend.empty(2 * experts + 1 if grouped else experts)
     view = _core.RoutingView(
         topk_idx.data_ptr(),
         routes.data_ptr(),
         tokens,
         0,  # rows, and places: not known yet
         0,
-        offsets.data_ptr(),
-        tokens_per_expert.data_ptr(),
+        *_addresses_of_groups(groups, grouped),
         align,
     )
     backend.begin_plan()
@@ -121,34 +126,35 @@ def _dispatch(
         size = pending.results
         local = backend.empty(pending.rows, topk)
         source = backend.empty(size, 2)
-        weights = ep._new_weights(topk_weights, size, grouped)
-        in_slot = zero_copy or (not grouped and ep._can_spare_slots(0))
-        rows = ep._view(pending.lease, size) if in_slot else ep._new_rows(size)
-        routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+        weights = c.new_weights(topk_weights, size, grouped)
+        in_slot = zero_copy or (not grouped and c.can_spare_slots(0))
+        rows = c.view(pending.lease, size) if in_slot else c.new_rows(size)
         received = _core.Received(
             None if in_slot else rows.data_ptr(),
             weights.data_ptr(),
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
         )
-        keep = (x, topk_weights, rows, weights, *routing)
+        routing = Routing(topk_idx, routes, local, source, groups, comm)
+        keep = (x, topk_weights, rows, weights, *routing[:-1])
         backend.begin()
         ticket = core.finish_dispatch(
             pending,
             _rows(x, topk_weights),
-            _routing_view(routing, grouped),
+            known_routing(routing, grouped),
             received,
             async_op,
             keep if async_op else None,
         )
     except BaseException as error:
-        backend.give_up(f"rank {ep.rank} failed between counts and rows of a dispatch: {error!r}")
+        backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
-    ep._count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    ep._event = backend.end("dispatch", ticket, keep, async_op)
-    if in_waves and ep._event is not None:
-        ep._event.waves = pending
-    return rows, weights, routes, local, source, tokens_per_expert, offsets
+    counts = backend.copied(groups)
+    c.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
+    c.event = backend.end("dispatch", ticket, (*keep, counts), async_op)
+    if in_waves and c.event is not None:
+        c.event.waves = pending
+    return rows, weights, counts, routes, local, source, groups
 
 
 def _redispatch(
@@ -158,31 +164,31 @@ def _redispatch(
     routes: Tensor,
     local: Tensor,
     source: Tensor,
-    tokens_per_expert: Tensor,
-    offsets: Tensor,
-    comm: int,
+    groups: Tensor,
+    comm: Tensor,
     grouped: bool,
     zero_copy: bool,
     async_op: bool,
 ) -> tuple[Tensor, Tensor]:
-    ep = communicators[comm]
-    routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+    c = communicator_of(comm)
+    routing = Routing(topk_idx, routes, local, source, groups, comm)
+    checks.check_redispatch(c, x, topk_weights, routing, grouped)
     size = source.shape[0]
-    weights = ep._new_weights(topk_weights, size, grouped)
-    in_slot = zero_copy or (not grouped and ep._can_spare_slots(1))
-    out = None if in_slot else ep._new_rows(size)
-    keep = (x, topk_weights, out, weights, *routing)
-    ep._backend.begin()
-    ticket, lease = ep._core.redispatch(
+    weights = c.new_weights(topk_weights, size, grouped)
+    in_slot = zero_copy or (not grouped and c.can_spare_slots(1))
+    out = None if in_slot else c.new_rows(size)
+    keep = (x, topk_weights, out, weights, *routing[:-1])
+    c.backend.begin()
+    ticket, lease = c.core.redispatch(
         _rows(x, topk_weights),
-        _routing_view(routing, grouped),
+        known_routing(routing, grouped),
         _core.Received(None if out is None else out.data_ptr(), weights.data_ptr()),
         async_op,
         keep if async_op else None,
     )
-    rows = ep._view(lease, size) if out is None else out
-    ep._count(redispatches=1, rows_received=local.shape[0])
-    ep._event = ep._backend.end("redispatch", ticket, (rows, *keep), async_op)
+    rows = c.view(lease, size) if out is None else out
+    c.count(redispatches=1, rows_received=local.shape[0])
+    c.event = c.backend.end("redispatch", ticket, (rows, *keep), async_op)
     return rows, weights
 
 
@@ -195,19 +201,19 @@ def _combine(
     routes: Tensor,
     local: Tensor,
     source: Tensor,
-    tokens_per_expert: Tensor,
-    offsets: Tensor,
-    comm: int,
+    groups: Tensor,
+    comm: Tensor,
     grouped: bool,
     async_op: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    ep = communicators[comm]
-    routing = Routing(topk_idx, routes, local, source, tokens_per_expert, offsets)
+    c = communicator_of(comm)
+    routing = Routing(topk_idx, routes, local, source, groups, comm)
+    checks.check_combine(c, y, weights, bias, weight_grads, routing, grouped)
     if out is None:
-        out = ep._new_rows(routes.shape[0])
+        out = c.new_rows(routes.shape[0])
     shape = topk_idx.shape if weight_grads is not None else (0,)
-    out_weights = ep._backend.empty(*shape, dtype=ep.settings.weight_dtype)
+    out_weights = c.backend.empty(*shape, dtype=c.settings.weight_dtype)
     given = _core.CombineInput(
         y.data_ptr(),
         _row_stride(y),
@@ -217,25 +223,19 @@ def _combine(
         _address(bias),
         0 if bias is None else _row_stride(bias),
     )
-    keep = (y, weights, bias, weight_grads, out, out_weights, *routing)
-    ep._backend.begin()
-    ticket = ep._core.combine(
+    keep = (y, weights, bias, weight_grads, out, out_weights, *routing[:-1])
+    c.backend.begin()
+    ticket = c.core.combine(
         given,
-        _routing_view(routing, grouped),
+        known_routing(routing, grouped),
         out.data_ptr(),
         out_weights.data_ptr() if weight_grads is not None else 0,
         async_op,
         keep if async_op else None,
     )
-    ep._count(combines=1)
-    ep._event = ep._backend.end("combine", ticket, keep, async_op)
+    c.count(combines=1)
+    c.event = c.backend.end("combine", ticket, keep, async_op)
     return out, out_weights
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("dispatch", _dispatch, _device)
-    _library.impl("redispatch", _redispatch, _device)
-    _library.impl("combine", _combine, _device)
 
 
 # Shapes for torch.compile: how many rows arrive is known at run time only.
@@ -247,12 +247,13 @@ def _fake_weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: 
     return given.new_empty((size,) if grouped else (size, topk))
 
 
-@torch.library.register_fake("commlib::dispatch")
 def _fake_dispatch(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor | None,
-    comm: int,
+    comm: Tensor,
+    width: int,
+    experts: int,
     grouped: bool,
     align: int,
     drop: bool,
@@ -260,23 +261,23 @@ def _fake_dispatch(
     async_op: bool,
     in_waves: bool,
 ) -> tuple[Tensor, ...]:
-    ep = communicators[comm]
+    refuse_forward_mode()
     context = torch.library.get_ctx()
     unique = context.new_dynamic_size()
     size = context.new_dynamic_size() if grouped else unique
+    groups = 2 * experts + 1 if grouped else experts
     tokens, topk = topk_idx.shape
     return (
         x.new_empty(size, x.shape[1]),
         _fake_weights(topk_weights, size, grouped, topk, x),
-        topk_idx.new_empty(tokens, ep._width),
+        topk_idx.new_empty(groups),
+        topk_idx.new_empty(tokens, width),
         topk_idx.new_empty(unique, topk),
         topk_idx.new_empty(size, 2),
-        topk_idx.new_empty(ep.num_local_experts),
-        topk_idx.new_empty(ep.num_local_experts + 1 if grouped else 0),
+        topk_idx.new_empty(groups),
     )
 
 
-@torch.library.register_fake("commlib::redispatch")
 def _fake_redispatch(
     x: Tensor,
     topk_weights: Tensor | None,
@@ -284,33 +285,22 @@ def _fake_redispatch(
     routes: Tensor,
     local: Tensor,
     source: Tensor,
-    tokens_per_expert: Tensor,
-    offsets: Tensor,
-    comm: int,
-    grouped: bool,
-    zero_copy: bool,
-    async_op: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    size, topk = source.shape[0], topk_idx.shape[1]
+    refuse_forward_mode()
+    size, topk, grouped = source.shape[0], topk_idx.shape[1], rest[2]
     return x.new_empty(size, x.shape[1]), _fake_weights(topk_weights, size, grouped, topk, x)
 
 
-@torch.library.register_fake("commlib::combine")
 def _fake_combine(
     y: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
     weight_grads: Tensor | None,
     topk_idx: Tensor,
-    routes: Tensor,
-    local: Tensor,
-    source: Tensor,
-    tokens_per_expert: Tensor,
-    offsets: Tensor,
-    comm: int,
-    grouped: bool,
-    async_op: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode()
     out_weights = (
         y.new_empty(0, dtype=torch.float32)
         if weight_grads is None
@@ -323,24 +313,16 @@ def _fake_combine(
 
 
 def dispatch_adjoint(
-    routing: Sequence[Tensor],
-    comm: int,
-    grouped: bool,
-    g_rows: Tensor,
-    g_weights: Tensor | None,
-    async_op: bool = False,
+    routing: Sequence[Tensor], grouped: bool, g_rows: Tensor, g_weights: Tensor | None, async_op: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and topk_weights: a combine along the same routes."""
     weight_grads = None if g_weights is None else g_weights.contiguous()
-    gx, gw = torch.ops.commlib.combine(
-        g_rows.contiguous(), None, None, weight_grads, *routing, comm, grouped, async_op
-    )
+    gx, gw = combine(g_rows.contiguous(), None, None, weight_grads, *routing, grouped, async_op)
     return gx, None if g_weights is None else gw
 
 
 def combine_adjoint(
     routing: Sequence[Tensor],
-    comm: int,
     grouped: bool,
     g_out: Tensor,
     g_out_weights: Tensor | None,
@@ -348,9 +330,7 @@ def combine_adjoint(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of the output's gradient, and gradients of weights that rode back: a dispatch on the routes."""
     weights = None if g_out_weights is None else g_out_weights.contiguous()
-    rows, g_weight_grads = torch.ops.commlib.redispatch(
-        g_out.contiguous(), weights, *routing, comm, grouped, False, async_op
-    )
+    rows, g_weight_grads = redispatch(g_out.contiguous(), weights, *routing, grouped, False, async_op)
     return rows, None if g_out_weights is None else g_weight_grads
 
 
@@ -365,62 +345,119 @@ def gradients_of_rows(
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, topk_idx, topk_weights, ctx.comm, ctx.grouped, *_ = inputs
+    _, topk_idx, topk_weights, comm, _, _, ctx.grouped, *_ = inputs
     ctx.has_weights = topk_weights is not None
-    ctx.save_for_backward(topk_idx, *output[2:])
+    ctx.save_for_backward(topk_idx, *output[3:], comm)
+    compiling.save_results()
 
 
 def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     weights = g_weights if ctx.has_weights else None
-    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.comm, ctx.grouped, g_rows, weights)
-    return gx, None, gw, *(None,) * 7
+    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.grouped, g_rows, weights)
+    return gx, None, gw, *(None,) * 9
 
 
 def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, topk_weights, *routing, ctx.comm, ctx.grouped, _, _ = inputs
+    _, topk_weights, *routing, ctx.grouped, _, _ = inputs
     ctx.has_weights = topk_weights is not None
     ctx.save_for_backward(*routing)
+    compiling.save_results()
 
 
 def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Any, ...]:
     weights = g_weights if ctx.has_weights else None
-    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.comm, ctx.grouped, g_rows, weights)
-    return gx, gw, *(None,) * 10
+    gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.grouped, g_rows, weights)
+    return gx, gw, *(None,) * 9
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    y, weights, bias, weight_grads, *routing, ctx.comm, ctx.grouped, _ = inputs
+    y, weights, bias, weight_grads, *routing, ctx.grouped, _ = inputs
     ctx.has_bias = bias is not None
     ctx.has_weight_grads = weight_grads is not None
     weighted = () if weights is None else (y, weights)
     ctx.save_for_backward(*routing, *weighted)
+    compiling.save_results()
 
 
 def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
     routing, weighted = saved[: len(Routing._fields)], saved[len(Routing._fields) :]
     weights = g_out_weights if ctx.has_weight_grads else None
-    rows, g_weight_grads = combine_adjoint(routing, ctx.comm, ctx.grouped, g_out, weights)
+    rows, g_weight_grads = combine_adjoint(routing, ctx.grouped, g_out, weights)
     gy, gw = gradients_of_rows(rows, *weighted)
     return (
         gy,
         gw,
         g_out if ctx.has_bias else None,
         g_weight_grads,
-        *(None,) * 9,
+        *(None,) * 8,
     )
 
 
-torch.library.register_autograd("commlib::dispatch", _dispatch_backward, setup_context=_setup_dispatch)
-torch.library.register_autograd("commlib::redispatch", _redispatch_backward, setup_context=_setup_redispatch)
-torch.library.register_autograd("commlib::combine", _combine_backward, setup_context=_setup_combine)
+# What PyTorch is told of each op.
 
-dispatch = torch.ops.commlib.dispatch.default
-redispatch = torch.ops.commlib.redispatch.default
-combine = torch.ops.commlib.combine.default
+
+def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: Any) -> Any:
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    qualified = f"commlib::{name}"
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    torch.library.register_vmap(qualified, compiling.refuse_vmap)
+    return getattr(torch.ops.commlib, name).default
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _past_autograd(op: Any, inputs: int, traced: Any = None) -> Callable[..., Any]:
+    """``op`` without the way through autograd, a fifth of a small operation, where nothing wants a gradient.
+
+    Args:
+        inputs: that many arguments may require grad, the first ones.
+        traced: the op for torch.compile, if it is another.
+    """
+    traced = traced or op
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return traced(*arguments)
+        if wants_gradient(*arguments[:inputs]):
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
+_dispatch_op = _register("dispatch", _dispatch, _fake_dispatch, _dispatch_backward, _setup_dispatch)
+_traced_dispatch = _register(
+    "traced_dispatch",
+    lambda *arguments: list(_dispatch(*arguments)),
+    lambda *arguments: list(_fake_dispatch(*arguments)),
+    lambda ctx, grads: _dispatch_backward(ctx, *grads),
+    _setup_dispatch,
+)
+_redispatch_op = _register(
+    "redispatch", _redispatch, _fake_redispatch, _redispatch_backward, _setup_redispatch
+)
+_combine_op = _register("combine", _combine, _fake_combine, _combine_backward, _setup_combine)
+for _op in (_traced_dispatch, _redispatch_op, _combine_op):
+    compiling.keep_in_order(_op)
+
+dispatch = _past_autograd(_dispatch_op, 3, _traced_dispatch)
+redispatch = _past_autograd(_redispatch_op, 2)
+combine = _past_autograd(_combine_op, 4)
 
 
 def combine_into(out: Tensor, arguments: tuple[Any, ...]) -> None:
-    """combine, written into ``out``; not differentiable."""
+    """combine, written into ``out``; not differentiable. Autograd learns that ``out`` has changed."""
+    if torch.compiler.is_compiling():
+        out.copy_(combine(*arguments)[0])
+        return
+    checks.check_apart(out, arguments)
     implementation: Callable[..., Any] = _combine
     implementation(*arguments, out=out)
+    torch.autograd.graph.increment_version(out)

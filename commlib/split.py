@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from commlib import ops
 
 if TYPE_CHECKING:
-    from commlib.expert_parallel import ExpertParallel
+    from commlib.communicator import Communicator
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -27,18 +27,18 @@ class Split:
     """What the two nodes of one operation share.
 
     Args:
-        ep: the communicator.
+        comm: the communicator.
         adjoint: issues the adjoint operation of the outputs' gradients; asynchronously, or not.
         complete: from its results, the outputs' gradients and saved inputs to the inputs' gradients.
     """
 
     def __init__(
         self,
-        ep: ExpertParallel,
+        comm: Communicator,
         adjoint: Callable[[Sequence[Tensor], bool], Gradients],
         complete: Callable[[Gradients, Sequence[Tensor], Sequence[Tensor]], Gradients],
     ) -> None:
-        self._ep = ep
+        self._comm = comm
         self._adjoint = adjoint
         self._complete = complete
         self._results: Gradients | None = None
@@ -46,8 +46,12 @@ class Split:
 
     def begin(self, grads: Sequence[Tensor]) -> None:
         """In finish's backward."""
+        if self._results is not None:
+            raise RuntimeError(
+                "finish() was called twice on one operation, and the results of both were used"
+            )
         self._results = self._adjoint(grads, True)
-        self._event = self._ep._take_event()
+        self._event = self._comm.take_event()
 
     def end(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         """In start's backward."""
@@ -94,13 +98,8 @@ def finish(split: Split, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return _Finish.apply(split, *tensors)
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an operation on these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def start_dispatch(
-    ep: ExpertParallel,
+    comm: Communicator,
     issue: Callable[..., tuple],
     x: Tensor,
     weights: Tensor | None,
@@ -112,16 +111,16 @@ def start_dispatch(
 
     def adjoint(grads: Sequence[Tensor], async_op: bool) -> Gradients:
         g_weights = None if weights is None else grads[1]
-        return ops.dispatch_adjoint(routing[0], ep._number, grouped, grads[0], g_weights, async_op)
+        return ops.dispatch_adjoint(routing[0], grouped, grads[0], g_weights, async_op)
 
-    split = Split(ep, adjoint, lambda results, *_: results)
+    split = Split(comm, adjoint, lambda results, *_: results)
     outputs = _Start.apply(split, issue, (), x, weights)
     routing.append(routing_of(outputs))
     return split, outputs
 
 
 def start_combine(
-    ep: ExpertParallel,
+    comm: Communicator,
     issue: Callable[..., tuple],
     y: Tensor,
     weights: Tensor | None,
@@ -132,7 +131,7 @@ def start_combine(
     """The first node of a combine: ``issue(y, weights, bias)`` runs the op."""
 
     def adjoint(grads: Sequence[Tensor], async_op: bool) -> Gradients:
-        return ops.combine_adjoint(routing, ep._number, grouped, grads[0], None, async_op)
+        return ops.combine_adjoint(routing, grouped, grads[0], None, async_op)
 
     def complete(results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         rows, _ = results
@@ -140,7 +139,7 @@ def start_combine(
         gy, gw = ops.gradients_of_rows(rows, *saved)
         return gy, gw, None if bias is None else grads[0]
 
-    split = Split(ep, adjoint, complete)
+    split = Split(comm, adjoint, complete)
     saved = () if weights is None else (y, weights)
     (out,) = _Start.apply(split, issue, saved, y, weights, bias)
     return split, out

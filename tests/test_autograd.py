@@ -1,8 +1,12 @@
 """Gradients: exact in fp64 by finite differences, and equal to those of a plain PyTorch layer."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from reference import copies_of_tokens, expert_scale, make_world
+from torch.autograd import forward_ad
 
 import commlib
 from commlib import ExpertParallel
@@ -142,3 +146,91 @@ def test_out_refuses_what_needs_a_gradient(device):
                 ep.combine(d.x, d.handle, out=out)
 
     commlib.run_ranks(rank_main, 1, device=device)
+
+
+def test_out_tells_autograd_that_it_has_changed(device):
+    world = make_world([4], device=device)
+    with ExpertParallel(**world.config()) as ep:
+        d = ep.dispatch(world.x[0], world.topk_idx[0])
+        out = torch.zeros(4, 64, device=device)
+        a = torch.ones(4, 64, device=device, requires_grad=True)
+        product = (a * out).sum()  # autograd keeps out
+        ep.combine(d.x, d.handle, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        with torch.inference_mode():
+            assert torch.equal(ep.combine(d.x, d.handle, out=torch.empty(4, 64, device=device)), out)
+
+
+@pytest.mark.parametrize("how", ["op", "split"])
+def test_a_graph_keeps_its_communicator(device, how):
+    world = make_world([5, 3], dtype=torch.float64, holes=0.0, device=device)
+
+    def forward(x, rank):
+        ep = ExpertParallel(**world.config())
+        closed = weakref.ref(ep._comm)
+        d = ep.dispatch(x, world.topk_idx[rank], layout="expert", async_op=how == "split").finish()
+        return ep.combine(d.x * 3, d.handle), closed
+
+    def rank_main(rank):
+        x = world.x[rank].clone().requires_grad_()
+        out, closed = forward(x, rank)
+        assert closed() is not None
+        out.sum().backward()
+        del out
+        assert closed() is None, "nobody needs it any more"
+        return x.grad
+
+    for rank, grad in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
+        assert torch.equal(grad, torch.full_like(world.x[rank], 6.0))
+
+
+def test_a_communicator_closes_with_its_last_user(device):
+    ep = ExpertParallel(**make_world([4], device=device).config())
+    comm = weakref.ref(ep._comm)
+    gc.disable()
+    try:
+        del ep
+        assert comm() is None, "a cycle would wait for the garbage collector, at another time on each rank"
+    finally:
+        gc.enable()
+
+
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [lambda f, x: torch.func.jvp(f, (x,), (x,)), forward_mode, lambda f, x: torch.func.jacfwd(f)(x)],
+    ids=["jvp", "dual level", "jacfwd"],
+)
+def test_forward_mode_is_refused(device, mode):
+    world = make_world([4], device=device)
+    x, idx = world.x[0], world.topk_idx[0]
+    with ExpertParallel(**world.config()) as ep:
+        d = ep.dispatch(x, idx)
+        for f in (
+            lambda x: ep.dispatch(x, idx).x,
+            lambda x: ep.dispatch(x, handle=d.handle).x,
+            lambda x: ep.combine(d.x, d.handle, bias=x),
+            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *d.handle._arguments(), False)[0],
+        ):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                mode(f, x)
+        assert ep.stats()["combines"] == 0
+
+
+def test_vmap_is_refused(device):
+    world = make_world([4], device=device)
+    with ExpertParallel(**world.config()) as ep:
+        d = ep.dispatch(world.x[0], world.topk_idx[0])
+        arguments = d.handle._arguments()
+        for f in (
+            lambda x: torch.ops.commlib.redispatch(x, None, *arguments, False, False)[0],
+            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *arguments, False)[0],
+            lambda x: ep.combine(d.x, d.handle, bias=x),
+        ):
+            with pytest.raises(NotImplementedError, match=r"cannot be batched by torch\.vmap"):
+                torch.vmap(f)(torch.stack([world.x[0]] * 3))

@@ -1,5 +1,6 @@
 """Bad input: a clear error before anything is sent, and a communicator that still works afterwards."""
 
+import numpy as np
 import pytest
 import torch
 from reference import expected_rank_layout, make_world
@@ -56,6 +57,17 @@ BAD_DISPATCH = {
     "weights shape": (dict(topk_weights=torch.ones(4, 3)), ValueError, r"topk_weights must be \[4, 2\]"),
     "layout": (dict(layout="token"), ValueError, 'layout must be "rank" or "expert"'),
     "align": (dict(layout="expert", align=0), ValueError, "align must be a positive int"),
+    "align of True": (dict(layout="expert", align=True), TypeError, "align must be an int, got True"),
+    "align of text": (dict(layout="expert", align="8"), TypeError, "align must be an int, got '8'"),
+    **{
+        f"align of {n:.0e}": (dict(layout="expert", align=n), ValueError, "align must be a positive int")
+        for n in (2**17, 2**40, 2**62, 2**70)
+    },
+    "number as layout": (dict(layout=3), ValueError, 'layout must be "rank" or "expert", got 3'),
+    "text as flag": (dict(async_op="yes"), TypeError, "async_op must be True or False, got 'yes'"),
+    "number as flag": (dict(zero_copy=2), TypeError, "zero_copy must be True or False, got 2"),
+    "event": (dict(previous_event="x"), TypeError, "previous_event must be an event .*, got str"),
+    "pair as event": (dict(previous_event=(rows(), None)), TypeError, "previous_event .*, got tuple"),
     "overflow": (dict(overflow="wrap"), ValueError, 'overflow must be "error" or "drop"'),
     "zero copy": (dict(layout="expert", zero_copy=True), ValueError, 'zero_copy needs layout "rank"'),
     "handle": (dict(handle=3), TypeError, "handle must be a Dispatched.handle, got int"),
@@ -85,6 +97,9 @@ BAD_COMBINE = {
     "out": (dict(out=rows(5)), ValueError, "out must have 4 rows"),
     "out strides": (dict(out=torch.empty(4, 128)[:, ::2]), ValueError, "out must lie side|side by side"),
     "handle": (dict(handle=None), TypeError, "handle must be a Dispatched.handle"),
+    "flag": (dict(async_op="yes"), TypeError, "async_op must be True or False"),
+    "event": (dict(previous_event=3), TypeError, "previous_event must be an event"),
+    "out wants a gradient": (dict(out=rows().requires_grad_()), ValueError, "out= is not differentiable"),
 }  # fmt: skip
 
 
@@ -101,6 +116,117 @@ def test_combine_refuses(device, name):
             assert torch.equal(ep.combine(d.x, d.handle), good["y"])
 
     commlib.run_ranks(rank_main, 1, device=device)
+
+
+def test_out_shares_no_memory_with_what_is_read(device):
+    with ExpertParallel(**CONFIG, device=device) as ep:
+        idx = torch.tensor([[0, -1]] * 4, device=device)
+        d = ep.dispatch(rows(device=device), idx, layout="expert")
+        memory = torch.ones(8 * 64, device=device)
+        whole = memory.view(8, 64)
+        for shift in (0, 1, 4 * 64 - 1):
+            out = memory[shift : shift + 4 * 64].view(4, 64)
+            for name in ("y", "bias"):
+                inputs = {"y": d.x, "handle": d.handle, name: whole[:4]}
+                with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+                    ep.combine(**inputs, out=out)
+        with pytest.raises(ValueError, match="out shares memory with weights"):
+            ep.combine(d.x, d.handle, weights=memory[:4], out=whole[:4])
+        assert torch.equal(ep.combine(whole[:4], d.handle, out=whole[4:]), rows(device=device))
+
+
+def test_numbers_of_numpy_are_numbers(device):
+    with ExpertParallel(**CONFIG, device=device) as ep:
+        x = rows(device=device)
+        flags = dict(zero_copy=np.bool_(False), async_op=np.bool_(True))
+        d = ep.dispatch(x, ids(device=device), layout="expert", align=np.int64(8), **flags)
+        d.wait_expert(np.int32(0))
+        assert d.finish().x.shape == (8, 64)
+        for bad in ("a", None, 0.0, True):
+            with pytest.raises(TypeError, match="expert must be an int"):
+                d.wait_expert(bad)
+
+
+BAD_ROUTING = {
+    "ids": (0, lambda t: t[:3]),
+    "type of ids": (0, lambda t: t.int()),
+    "routes": (1, lambda t: t[:, :0]),
+    "gaps": (1, lambda t: t.new_zeros(4, 2)[:, :1]),
+    "local": (2, lambda t: t.new_zeros(5, 1)),
+    "sources": (3, lambda t: t[:-1]),
+    "groups": (4, lambda t: t[:-1]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROUTING)
+def test_ops_called_by_themselves_refuse_what_does_not_fit(device, name):
+    place, change = BAD_ROUTING[name]
+    with ExpertParallel(**CONFIG, device=device) as ep:
+        x = rows(device=device)
+        d = ep.dispatch(x, ids(device=device))
+        routing = list(d.handle._tensors())
+        routing[place] = change(routing[place])
+        for op, rest in (
+            (torch.ops.commlib.combine, (False,)),
+            (torch.ops.commlib.redispatch, (False, False)),
+        ):
+            inputs = (x, None, None, None) if op == torch.ops.commlib.combine else (x, None)
+            with pytest.raises(ValueError, match=r"not the routing of a dispatch|must have 3 rows"):
+                op(*inputs, *routing, False, *rest)
+        assert torch.equal(ep.combine(d.x, d.handle), x)
+
+
+def test_ops_called_by_themselves_check_as_dispatch_does(device):
+    with ExpertParallel(**CONFIG, device=device) as ep:
+        x, idx, name = rows(device=device), ids(device=device), ep._name
+        options = (False, 1, False, False, False, False)
+        for change, text in (
+            (dict(x=x.double()), "x must be torch.float32"),
+            (dict(x=x[:, :32]), r"x must be \[rows, 64\]"),
+            (dict(idx=idx.int()), "topk_idx must be torch.int64"),
+            (dict(idx=idx.t().contiguous().t()), "topk_idx must be contiguous"),
+            (dict(weights=torch.ones(4, device=device)), r"topk_weights must be \[4, 2\]"),
+            (dict(sizes=(2, 8)), "width and experts"),
+            (dict(options=(True, 2**40, False, False, False, False)), "align must be"),
+        ):
+            given = dict(x=x, idx=idx, weights=None, sizes=ep._sizes, options=options) | change
+            with pytest.raises(ValueError, match=text):
+                torch.ops.commlib.dispatch(
+                    *(given["x"], given["idx"], given["weights"], name, *given["sizes"], *given["options"])
+                )
+        with pytest.raises(commlib.CommError, match="no communicator number 123456789"):
+            torch.ops.commlib.dispatch(x, idx, None, torch.tensor(123456789), *ep._sizes, *options)
+        d = ep.dispatch(x, idx)
+        assert torch.equal(ep.combine(d.x, d.handle), x)
+
+
+def test_the_routing_is_the_librarys_own(device):
+    """Whatever the program does with its tensors later, a handle goes the first way."""
+    idx, weights = torch.tensor([[0, 7]] * 4, device=device), torch.rand(4, 2, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep:
+            for layout in ("rank", "expert"):
+                mine = idx.clone()
+                x = rows(device=device).requires_grad_()
+                d = ep.dispatch(x, mine, weights, layout=layout, align=8)
+                kept = [t.clone() for t in (d.x, d.topk_weights, d.tokens_per_expert)]
+                mine.copy_(idx.flip(1))
+                d.tokens_per_expert.neg_().sub_(10**7)
+                if layout == "expert":
+                    d.offsets.add_(10**7)
+                again = ep.dispatch(x, None, weights, handle=d.handle)
+                for got, want in zip(
+                    (again.x, again.topk_weights, again.tokens_per_expert), kept, strict=True
+                ):
+                    assert torch.equal(got, want)
+                again.tokens_per_expert.zero_()
+                third = ep.dispatch(x, idx, weights, handle=d.handle)  # compares with the first ids
+                assert torch.equal(third.tokens_per_expert, kept[2])
+                ep.combine(d.x, d.handle).sum().backward()
+                assert torch.equal(x.grad, ep.combine(torch.ones_like(d.x), d.handle))
+
+    commlib.run_ranks(rank_main, 2, device=device)
 
 
 def test_handles_that_cannot_be_used(device):

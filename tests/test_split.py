@@ -126,3 +126,13 @@ def test_without_gradients_finish_is_wait(device):
 
     for got, want in commlib.run_ranks(rank_main, 2, device=device):
         assert torch.equal(got, want)
+
+
+def test_finishing_twice_is_an_error_in_backward(device):
+    world = make_world([5], dtype=torch.float64, device=device)
+    with ExpertParallel(**world.config()) as ep:
+        x = world.x[0].clone().requires_grad_()
+        d = ep.dispatch(x, world.topk_idx[0], async_op=True)
+        loss = d.finish().x.sum() + d.finish().x.square().sum()
+        with pytest.raises(RuntimeError, match="finish\\(\\) was called twice"):
+            loss.backward()

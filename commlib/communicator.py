@@ -1,0 +1,114 @@
+"""One rank's communicator as operations see it, without the façade that users hold."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from commlib.errors import CommError
+
+if TYPE_CHECKING:
+    from commlib import _core
+    from commlib.backend import Backend
+    from commlib.event import Event
+    from commlib.settings import Settings
+
+_SLOTS_TO_WORK_WITH = 2
+
+_numbers = itertools.count()
+_communicators: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+
+
+class Communicator:
+    """Core, device, sizes and statistics of one rank.
+
+    ExpertParallel keeps it, and so does every graph of autograd or torch.compile with one of its operations;
+    the last of them closes it.
+    """
+
+    def __init__(self, rank: int, size: int, settings: Settings, backend: Backend) -> None:
+        experts = settings.num_experts
+        self.rank = rank
+        self.settings = settings
+        self.backend = backend
+        self.core = backend.core
+        self.first_expert = rank * experts // size
+        self.experts = (rank + 1) * experts // size - self.first_expert
+        self.width = min(settings.topk, size)
+        self.weight_dtype = settings.weight_dtype
+        self.on_host = settings.device.type == "cpu"
+        self.stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
+        self.event: Event | None = None  # of the asynchronous operation issued last, until it is taken
+        self.close = weakref.finalize(self, backend.close)
+        self._number = next(_numbers)
+        _communicators[self._number] = self
+
+    def name(self) -> Tensor:
+        """A tensor that names it to ops, which take no Python objects, and that keeps it.
+
+        A number would be a constant of compiled code, which each communicator would compile anew. A tensor is
+        an input, and graphs keep their tensors, with what is attached to them.
+        """
+        with torch.inference_mode(False):  # in which a tensor could not be saved for backward
+            name = torch.tensor(self._number, device="cpu")
+        name.communicator = self  # type: ignore[attr-defined]
+        return name
+
+    def count(self, **increments: int) -> None:
+        """Add to the statistics."""
+        for name, n in increments.items():
+            self.stats[name] += n
+
+    def take_event(self) -> Event:
+        """The event of the asynchronous operation just issued."""
+        event, self.event = self.event, None
+        assert event is not None
+        return event
+
+    def can_spare_slots(self, count: int) -> bool:
+        """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
+        return self.settings.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
+
+    def view(self, lease: _core.SlotLease, rows: int) -> Tensor:
+        """Rows in a slot, which they keep."""
+        return torch.from_dlpack(self.core.view(lease, rows))
+
+    def new_rows(self, rows: int) -> Tensor:
+        """Memory for rows."""
+        return self.backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
+
+    def new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
+        """Memory for the weights of received rows; nothing where none were given."""
+        if given is None:
+            return self.backend.empty(0, dtype=torch.float32)
+        shape = (rows,) if grouped else (rows, self.settings.topk)
+        return self.backend.empty(*shape, dtype=self.weight_dtype)
+
+
+def communicator_of(name: Tensor) -> Communicator:
+    """The communicator that an operation is called on.
+
+    Raises:
+        CommError: there is none of that number, or none any more.
+        NotImplementedError: forward-mode AD is on, for which operations have no rule.
+    """
+    refuse_forward_mode()
+    number: Any = name.item()
+    found = _communicators.get(number)
+    if found is None:
+        raise CommError(f"there is no communicator number {number}: it has been closed, and nothing keeps it")
+    return found
+
+
+def refuse_forward_mode() -> None:
+    """Raise NotImplementedError where torch would take the tangents of results for zero."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "dispatch and combine have no forward-mode derivative (torch.func.jvp, forward_ad): use "
+            "torch.func.vjp or backward, or call them outside of the dual level"
+        )

@@ -1,0 +1,50 @@
+"""What torch.compile is told of the ops: they have an effect.
+
+So it calls them always, and in the program's order. All ranks must issue the same operations in the same
+order, but one rank may not use a result, and the compiler orders by sizes, which differ by rank.
+
+PyTorch has no public name for effects yet. Older ones lose sizes that are known at run time only where an op
+has an effect, so nothing is declared there: they call ops in the order in which they traced them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+_register_effect = getattr(torch.library, "_register_effectful_op", None)
+
+
+def keep_in_order(op: Any) -> None:
+    """Declare that ``op`` has an effect."""
+    if _register_effect is not None:
+        from torch._library.effects import EffectType
+
+        _register_effect(op, EffectType.ORDERED)
+
+
+def save_results() -> None:
+    """Called where autograd notes the op traced last: activation checkpointing saves its results.
+
+    Compiled code cannot compute ops with an effect again. (In a program that is not compiled it does.)
+    """
+    if _register_effect is None or not torch.compiler.is_compiling():
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    mode = get_proxy_mode()
+    for node in () if mode is None else reversed(mode.tracer.graph.nodes):
+        if node.target is operator.getitem or node.target is torch.ops.higher_order.with_effects:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        if node.target is torch.ops.higher_order.with_effects:
+            return
+
+
+def refuse_vmap(*_: Any) -> Any:
+    """The ops' rule for torch.vmap."""
+    raise NotImplementedError(
+        "dispatch and combine cannot be batched by torch.vmap: ranks must agree on how many there are"
+    )
