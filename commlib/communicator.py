@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ class Communicator:
         self.stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
         self.event: Event | None = None  # of the asynchronous operation issued last, until it is taken
         self.close = weakref.finalize(self, backend.close)
+        self.close.atexit = False  # see _end_of_program
         self._number = next(_numbers)
         _communicators[self._number] = self
 
@@ -88,6 +91,19 @@ class Communicator:
             return self.backend.empty(0, dtype=torch.float32)
         shape = (rows,) if grouped else (rows, self.settings.topk)
         return self.backend.empty(*shape, dtype=self.weight_dtype)
+
+
+@atexit.register
+def _end_of_program() -> None:
+    """Close what is open; after an exception has ended the program, without waiting for other ranks."""
+    failed = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
+    for c in list(_communicators.values()):
+        try:
+            if failed is not None:
+                c.core.give_up(f"{failed.__name__} has ended the program of rank {c.rank}")
+            c.close()
+        except CommError:
+            sys.excepthook(*sys.exc_info())
 
 
 def communicator_of(name: Tensor) -> Communicator:

@@ -174,6 +174,13 @@ void Communicator::raise_bad_id(int64_t index, int64_t id) const {
                               "), and -1 leaves a place empty");
 }
 
+void Communicator::check_out(const std::byte* out) const {
+  if (!slots_->holds(out)) return;
+  throw std::invalid_argument(
+      "out lies in the communicator's own memory (a combine_buffer, or a result that was not copied), from "
+      "which other ranks may still read: give another tensor");
+}
+
 void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
   throw CapacityError("rank " + std::to_string(rank) + " would receive " + std::to_string(rows) +
                       " rows, and capacity is " + std::to_string(config_.capacity) +

@@ -249,6 +249,8 @@ class Communicator {
   void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
+  // Results of a combine: not where other ranks pull rows from.
+  void check_out(const std::byte* out) const;
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;
 
   std::shared_ptr<SlotLease> take_slot();

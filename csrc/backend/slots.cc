@@ -1,6 +1,7 @@
 #include "backend/slots.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "backend/failure.h"
 
@@ -59,6 +60,11 @@ std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
     if (address == slot(static_cast<int>(i)).rows) return states_[i].lease.lock();
   }
   return nullptr;
+}
+
+bool SlotPool::holds(const std::byte* address) const {
+  const std::byte* end = slots_ + static_cast<int64_t>(states_.size()) * layout_.bytes();
+  return !std::less<>()(address, static_cast<const std::byte*>(slots_)) && std::less<>()(address, end);
 }
 
 bool SlotPool::last_pull(int index, uint64_t now, uint32_t* epoch) {

@@ -56,6 +56,8 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::shared_ptr<SlotLease> take();
   // The lease of the slot at whose first row `address` points, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
+  // Whether `address` lies in any slot.
+  bool holds(const std::byte* address) const;
   // The operation that must be finished everywhere before the slot is written in operation `now`; false:
   // none.
   bool last_pull(int index, uint64_t now, uint32_t* epoch);

@@ -230,6 +230,7 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
                                 std::byte* out_weights, bool async, Held held) {
   const Issue issue(*this);
   check_routes(routing);
+  check_out(out);
   Call call = combine_call(input);
   CombineSlot slot = combine_slot(input, routing);
   if (!slot.in_place) await_writable(*slot.lease, call);

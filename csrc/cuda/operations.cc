@@ -144,6 +144,7 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& r
   const Issue issue(*this);
   const OnDevice guard = on_device();
   check_health();
+  check_out(out);
   Call call = combine_call(input);
   const CombineSlot slot = combine_slot(input, routing);
   call.slot = static_cast<uint8_t>(slot.lease->index());
