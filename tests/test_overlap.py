@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import commlib
 from commlib import ExpertParallel
@@ -130,3 +131,27 @@ def test_chunks_overlap_in_forward_and_backward(device):
 def test_a_number_of_chunks_below_one_is_refused():
     with pytest.raises(ValueError, match="overlap_chunks must be at least 1, got 0"):
         MoELayer(8, 8, 2, 1, None, overlap_chunks=0)
+
+
+@pytest.mark.parametrize("how", ["chunks", "shared", "two batches"])
+def test_checkpointing_ends_the_second_forward_in_the_middle(device, how):
+    """By an exception, with operations under way that nobody waits for."""
+    options = {"chunks": {"overlap_chunks": 3}, "shared": {"shared": True}, "two batches": {}}[how]
+
+    def run(rank, ep, save):
+        layer = make_layer(ep, device, **options)
+        a, b = (batch(rank, device, n) for n in range(2))
+
+        def forward(a, b):
+            if how == "two batches":
+                return sum(out.sum() for out, _ in TwoBatch(layer.steps)(a, b))
+            return layer(a)[0].sin().sum() + layer(b)[0].cos().sum()
+
+        for _ in range(3):
+            a.grad = b.grad = None
+            (checkpoint(forward, a, b, use_reentrant=False) if save else forward(a, b)).backward()
+        return a.grad, b.grad
+
+    for plain, saved in on_ranks(device, lambda r, ep: (run(r, ep, False), run(r, ep, True))):
+        for a, b in zip(plain, saved, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
