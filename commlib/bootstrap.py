@@ -109,14 +109,23 @@ def _make_and_connect(
         core = _core.CpuCommunicator(config)
     addresses = [_to_address(said) for said in gather(talk, "addresses", _from_address(core.address()))]
     if not on_gpu:
-        core.connect(addresses)
+        _open(core, addresses, talk)
         return core
     addresses = exchange_fds(talk, addresses, near, talk.left)
     try:
-        core.connect(addresses)
+        _open(core, addresses, talk)
     finally:
         close_fds(addresses, near)  # what is mapped stays
     return core
+
+
+def _open(core: _core.Communicator, addresses: list[Address], talk: Conversation) -> None:
+    """Map the others' memory. One that has failed meanwhile, and taken its memory with it, has said why."""
+    try:
+        core.connect(addresses)
+    except RuntimeError as error:
+        talk.hear()
+        raise CommError(str(error)) from error
 
 
 def _from_address(address: Address) -> list[Any]:

@@ -76,6 +76,9 @@ class Conversation(Group):
         """Seconds until its deadline, or 0."""
         return max(0.0, self._end - time.monotonic())
 
+    def hear(self) -> None:
+        """Raise what another rank has told of its failure, if it has and that can be known without waiting."""
+
     @abstractmethod
     def tell(self, why: str, missing: Sequence[int]) -> None:
         """Tell the others that this rank comes to no further gather, if need be because ranks are missing."""
@@ -277,10 +280,13 @@ class _Posted(Conversation):
         self._step += 1
         return said
 
+    def hear(self) -> None:
+        self._raise_if_ended(())
+
     def tell(self, why: str, missing: Sequence[int]) -> None:
         self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
 
-    def _raise_if_hopeless(self, missing: list[int]) -> None:
+    def _raise_if_ended(self, missing: Sequence[int]) -> None:
         ending = self._ending()
         why = ending.get("why") or self.group.why_gone(missing)
         if why is not None:
@@ -288,6 +294,9 @@ class _Posted(Conversation):
             if ending.get("missing"):
                 raise self._timeout(why, ending["missing"])
             raise CommError(why + self._skipped)
+
+    def _raise_if_hopeless(self, missing: list[int]) -> None:
+        self._raise_if_ended(missing)
         if self.left == 0:
             names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
             text = (

@@ -46,13 +46,18 @@ bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool sig
   return true;
 }
 
-// What comes from other nodes comes through ranks of this one.
-uint64_t CpuWorker::find_exited(uint64_t awaited) const {
+// What comes from other nodes comes through ranks of this one. Of these, one that closed its communicator
+// before its process ended, and had made this call, has done its part.
+uint64_t CpuWorker::find_exited(uint64_t awaited) {
   const uint64_t near = op_.peers->near;
   uint64_t exited = 0;
   for (uint64_t left = awaited & ~near ? near : awaited; left; left &= left - 1) {
     const int p = lowest_bit(left);
-    if (op_.processes->has_exited(p)) exited |= bit_of(p);
+    if (!op_.processes->has_exited(p)) continue;
+    uint64_t blamed = 0;
+    const bool did_its_part = !has(awaited, p) && how_left(*this, *op_.peers, p, &blamed) == kClosed &&
+                              has_called(*this, *op_.peers, p, op_.wait.epoch);
+    if (!did_its_part) exited |= bit_of(p);
   }
   return exited;
 }

@@ -171,7 +171,7 @@ class CpuWorker {
   // Whether a wait for some ranks is to be given up, and why; Cause::none: another worker knows.
   bool gives_up(uint64_t awaited, Phase phase, double seconds, bool signalled, FailureRecord* record);
   void fail(FailureRecord record, double seconds);
-  uint64_t find_exited(uint64_t awaited) const;
+  uint64_t find_exited(uint64_t awaited);
   uint64_t find_lost(uint64_t awaited) const;
 
   OpContext& op_;
