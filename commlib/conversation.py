@@ -77,7 +77,7 @@ class Conversation(Group):
         return max(0.0, self._end - time.monotonic())
 
     def hear(self) -> None:
-        """Raise what another rank has told of its failure, if it has and that can be known without waiting."""
+        """Raise what another rank has told of its failure, if that can be known without waiting."""
 
     @abstractmethod
     def tell(self, why: str, missing: Sequence[int]) -> None:

@@ -235,7 +235,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("operation", ["dispatch", "combine", "an event"])
 def test_a_program_may_end_while_a_thread_waits(operation, end):
-    """A daemon thread that waits in an operation when the interpreter ends neither aborts it nor holds it up."""
+    """A daemon thread that waits when the interpreter ends neither aborts it nor holds it up."""
     statement, status, deadline = ENDS[end]
     program = f"""
 import os, signal, sys, threading, time, torch, commlib
