@@ -3,8 +3,9 @@
 So it calls them always, and in the program's order. All ranks must issue the same operations in the same
 order, but one rank may not use a result, and the compiler orders by sizes, which differ by rank.
 
-PyTorch has no public name for effects yet. Older ones lose sizes that are known at run time only where an op
-has an effect, so nothing is declared there: they call ops in the order in which they traced them.
+PyTorch has no public name for effects yet. Before 2.13 it cannot compile activation checkpointing around an op
+that has one (seen with 2.11), and loses sizes that are known at run time only (2.6). So nothing is declared
+there: ops are called in the order in which they were traced.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 
-_register_effect = getattr(torch.library, "_register_effectful_op", None)
+HAS_EFFECTS = torch.__version__ >= "2.13" and hasattr(torch.library, "_register_effectful_op")
 
 
 def keep_in_order(op: Any) -> None:
     """Declare that ``op`` has an effect."""
-    if _register_effect is not None:
+    if HAS_EFFECTS:
         from torch._library.effects import EffectType
 
-        _register_effect(op, EffectType.ORDERED)
+        torch.library._register_effectful_op(op, EffectType.ORDERED)
 
 
 def save_results() -> None:
@@ -30,7 +31,7 @@ def save_results() -> None:
 
     Compiled code cannot compute ops with an effect again. (In a program that is not compiled it does.)
     """
-    if _register_effect is None or not torch.compiler.is_compiling():
+    if not HAS_EFFECTS or not torch.compiler.is_compiling():
         return
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
     from torch.utils.checkpoint import CheckpointPolicy

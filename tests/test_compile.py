@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 import commlib
-from commlib import ExpertParallel
+from commlib import ExpertParallel, compiling
 
 
 def layer(ep, x, idx, weights, layout):
@@ -165,9 +165,7 @@ def test_compiled_code_writes_out(device):
         assert torch.equal(out, ep.combine(d.x, d.handle))
 
 
-has_effects = pytest.mark.skipif(
-    not hasattr(torch.library, "_register_effectful_op"), reason="this PyTorch has no effects of ops"
-)
+has_effects = pytest.mark.skipif(not compiling.HAS_EFFECTS, reason="this PyTorch has no effects of ops")
 
 
 @has_effects
