@@ -3,7 +3,7 @@
 So it calls them always, and in the program's order. All ranks must issue the same operations in the same
 order, but one rank may not use a result, and the compiler orders by sizes, which differ by rank.
 
-PyTorch has no public name for effects yet. Before 2.13 it cannot compile activation checkpointing around an op
+PyTorch has no public name for effects yet. Before 2.13 it cannot compile checkpointing around an op
 that has one (seen with 2.11), and loses sizes that are known at run time only (2.6). So nothing is declared
 there: ops are called in the order in which they were traced.
 """

@@ -168,7 +168,7 @@ def test_a_rank_that_does_not_send_is_an_error_not_a_hang(device):
     def rank_main(rank):
         gbps = world.hidden * 4 / 2 / 1e9 if rank else None  # two seconds a row
         # On a GPU the operation of rank 1 fails unseen when rank 0 gives up: closing tells.
-        told = pytest.raises(commlib.PeerTimeout, match="rank 0 (gave up on it first|has given up on it)")
+        told = pytest.raises(commlib.PeerTimeout, match=r"rank 0 (gave up on it first|has given up on it)")
         unseen = rank == 1 and device == "cuda"
         with told if unseen else nullcontext(), ExpertParallel(link_gbps=gbps, **world.config()) as ep:
             ep.timeout = 0.5 if rank == 0 else 30.0
