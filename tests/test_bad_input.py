@@ -176,6 +176,22 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit(device, name):
         assert torch.equal(ep.combine(d.x, d.handle), x)
 
 
+@pytest.mark.parametrize("route", [5 << 32, 10**6, -7, 1 << 62])
+def test_routes_that_are_no_rows_are_refused_before_memory_of_other_ranks_is_touched(route):
+    with ExpertParallel(**CONFIG, device="cpu") as ep:
+        x = rows()
+        d = ep.dispatch(x, ids())
+        routing = d.handle._tensors()
+        routes = routing.routes.clone()
+        routes[2, 0] = route
+        changed = routing._replace(routes=routes)
+        with pytest.raises(ValueError, match=rf"routes\[2, 0\] is {route}, which is no row of any rank"):
+            torch.ops.commlib.combine(x, None, None, None, *changed, False, False)
+        with pytest.raises(ValueError, match="no row of any rank"):
+            torch.ops.commlib.redispatch(x, None, *changed, False, False, False)
+        assert torch.equal(ep.combine(d.x, d.handle), x)
+
+
 def test_ops_called_by_themselves_check_as_dispatch_does(device):
     with ExpertParallel(**CONFIG, device=device) as ep:
         x, idx, name = rows(device=device), ids(device=device), ep._name
@@ -286,6 +302,8 @@ def test_a_lent_buffer_serves_one_combine(device):
             ep.combine(y, d.handle)
             with pytest.raises(commlib.HandleError, match="ask for a new one"):
                 ep.combine(y, d.handle)
+            with pytest.raises(ValueError, match="out lies in the communicator's own memory"):
+                ep.combine(d.x.clone(), d.handle, out=y[:4])  # other ranks may still read it
             d = ep.dispatch(x, idx, layout="expert")
             with pytest.raises(ValueError, match='needs layout "rank"'):
                 ep.combine_buffer(d.handle)
