@@ -41,7 +41,8 @@ class SlowTransport final : public Transport {
     SlowNetwork::Message m;
     if (!net_.take(rank_, &m)) return false;
     Post post;
-    if (net_.tamper && m.from >= 0) net_.tamper(rank_, m.header, m.read);
+    const SlowNetwork::Tamper tamper = net_.tamper();
+    if (tamper && m.from >= 0) tamper(rank_, m.header, m.read);
     if (!receiver_->accepts(&m.header, m.header_bytes, m.read.size(), &post)) {
       check(m.from < 0, "what a rank sends is accepted");
       return true;
@@ -67,6 +68,16 @@ SlowNetwork::SlowNetwork(int ranks, uint64_t seed)
 
 std::unique_ptr<Transport> SlowNetwork::transport(int rank) {
   return std::make_unique<SlowTransport>(*this, rank);
+}
+
+void SlowNetwork::tamper_with(Tamper tamper) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  tamper_ = std::move(tamper);
+}
+
+SlowNetwork::Tamper SlowNetwork::tamper() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return tamper_;
 }
 
 void SlowNetwork::set_cut(int rank, bool cut) {

@@ -32,8 +32,9 @@ class SlowNetwork {
   int64_t overtakings() const { return overtakings_.load(); }
   // A message that no rank has sent.
   void forge(int to, const void* header, size_t header_bytes, Bytes data = {});
-  // Called for each message as it arrives, which may change what it brings. Set while nothing is under way.
-  std::function<void(int to, const Header&, Bytes&)> tamper;
+  // Called, by the networks of all ranks, for each message as it arrives; may change what it brings.
+  using Tamper = std::function<void(int to, const Header&, Bytes&)>;
+  void tamper_with(Tamper tamper);
   // The others hear that it is gone.
   void kill(int rank);
   // The most bytes of chunks that ever were on their way to one rank.
@@ -52,6 +53,7 @@ class SlowNetwork {
     void read_now();
   };
 
+  Tamper tamper();
   void set_cut(int rank, bool cut);
   void put(int from, int to, const Header& header, const std::byte* data);
   bool take(int rank, Message* message);
@@ -66,6 +68,7 @@ class SlowNetwork {
   std::vector<char> cut_;
   std::vector<int> hold_ms_;  // by sender
   Random random_;
+  Tamper tamper_;
   std::atomic<size_t> most_under_way_{0};
   std::atomic<int64_t> overtakings_{0};
 };

@@ -194,14 +194,14 @@ void names_the_sender(const Tampering& t, OpKind kind, uint64_t stream_seed) {
     if (kind == OpKind::combine) dispatch();
     self.meet();
     if (self.rank == 0) {
-      self.net->tamper = [&](int to, const Header& header, Bytes& data) {
+      self.net->tamper_with([&](int to, const Header& header, Bytes& data) {
         if (to != 0 || done || header.post.peer != 2 || header.post.kind != PostKind::chunk) return;
         if (header.post.stream != t.stream || reinterpret_cast<const ChunkHeader*>(data.data())->frames == 0)
           return;
         const auto value = static_cast<int32_t>(t.value);
         std::memcpy(data.data() + t.offset, &value, sizeof value);
         done = true;
-      };
+      });
     }
     self.meet();
     try {
