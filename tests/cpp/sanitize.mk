@@ -17,7 +17,7 @@ BINDINGS := csrc/bindings.cc $(wildcard csrc/net/ucx_*.cc)
 BINDINGS_FLAGS = -fvisibility=hidden $(shell $(SANITIZE_PYTHON) tests/cpp/include_flags.py)
 # Python itself is not instrumented: libasan must come first, and know libstdc++'s __cxa_throw. What it leaks is its own.
 UNDER_ASAN = LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZE)/python) $(SANITIZE_PYTHON)
+  ASAN_OPTIONS=detect_leaks=0:suppressions=$(abspath tests/cpp/asan.supp) UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZE)/python) $(SANITIZE_PYTHON)
 SANITIZED_RUNS ?= 40
 SANITIZED_TESTS := $(addprefix tests/,test_arrays.py test_async.py test_bad_input.py test_waves.py)
 
