@@ -366,6 +366,9 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MAX_SLOTS") = commlib::kMaxSlots;
   m.def("load_ucx", &commlib::load_ucx, pybind11::arg("paths"));
   pybind11::register_exception_translator(commlib::translate);
+  // After what commlib itself registers, which is later: those run in reverse order.
+  pybind11::module_::import("atexit").attr("register")(
+      pybind11::cpp_function([] { commlib::python::WayBack::close(); }));
   commlib::bind_structs(m);
   commlib::bind_communicator(m);
   commlib::bind_vector_ops(m);

@@ -25,15 +25,43 @@ inline bool interpreter_ends() {
 #endif
 }
 
-// Lets go of the GIL, and takes it back at the end. Not on a daemon thread that comes back while the
-// interpreter ends: there Python would end the thread by unwinding it, through destructors, which aborts the
-// program. The process ends soon, and the thread with it.
+// Threads other than the main one on their way back to Python. One that takes the GIL when the interpreter
+// ends is ended by Python, by unwinding it: through destructors, which aborts the program. So at the end of
+// the program, before that, the way is closed: who comes later sleeps until the process ends, and who is on
+// it gets the GIL.
+class WayBack {
+ public:
+  // Adds, then looks, where close() says, then looks (all sequentially consistent): one of them sees the
+  // other.
+  static void enter() {
+    returning_.fetch_add(1);
+    if (!closed_.load() && !interpreter_ends()) return;
+    returning_.fetch_sub(1);
+    for (;;) pause();
+  }
+  static void leave() { returning_.fetch_sub(1); }
+
+  // On the main thread, with the GIL, which it lets go of meanwhile.
+  static void close() {
+    closed_.store(true);
+    const py::gil_scoped_release released;
+    while (returning_.load() != 0) usleep(100);
+  }
+
+ private:
+  static inline std::atomic<int> returning_{0};
+  static inline std::atomic<bool> closed_{false};
+};
+
+// Lets go of the GIL, and takes it back at the end.
 class ReleasedGil {
  public:
   ReleasedGil() : state_(PyEval_SaveThread()) {}
   ~ReleasedGil() {
-    while (interpreter_ends() && !on_main_thread()) pause();
+    const bool main = on_main_thread();
+    if (!main) WayBack::enter();
     PyEval_RestoreThread(state_);
+    if (!main) WayBack::leave();
   }
   ReleasedGil(const ReleasedGil&) = delete;
   ReleasedGil& operator=(const ReleasedGil&) = delete;
