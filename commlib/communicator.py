@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from commlib import _core
 from commlib.errors import CommError
 
 if TYPE_CHECKING:
-    from commlib import _core
     from commlib.backend import Backend
     from commlib.event import Event
     from commlib.settings import Settings
@@ -96,6 +96,7 @@ class Communicator:
 @atexit.register
 def _end_of_program() -> None:
     """Close what is open; after an exception has ended the program, without waiting for other ranks."""
+    _core.close_way_back()  # before operations end: threads that wait in them run no more Python
     failed = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
     for c in list(_communicators.values()):
         try:

@@ -88,6 +88,7 @@ bool interrupted(bool signalled) {
 }
 
 void set_error(const char* type, const char* text, const Failure* failure = nullptr) {
+  const python::WayBack::InPython here;
   const py::object cls = py::module_::import("commlib.errors").attr(type);
   const py::object error = failure ? cls(text, failure->rank, failure->peers(), name_of(failure->record.op),
                                          name_of(failure->record.phase), failure->record.epoch)
@@ -366,9 +367,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("MAX_SLOTS") = commlib::kMaxSlots;
   m.def("load_ucx", &commlib::load_ucx, pybind11::arg("paths"));
   pybind11::register_exception_translator(commlib::translate);
-  // After what commlib itself registers, which is later: those run in reverse order.
-  pybind11::module_::import("atexit").attr("register")(
-      pybind11::cpp_function([] { commlib::python::WayBack::close(); }));
+  m.def("close_way_back", &commlib::python::WayBack::close);
   commlib::bind_structs(m);
   commlib::bind_communicator(m);
   commlib::bind_vector_ops(m);

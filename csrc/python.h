@@ -41,6 +41,25 @@ class WayBack {
   }
   static void leave() { returning_.fetch_sub(1); }
 
+  // Python code that C++ calls, with the GIL: an error that is made. It may lose the GIL in the middle.
+  class InPython {
+   public:
+    InPython() {
+      if (main_) return;
+      returning_.fetch_add(1);
+      if (!closed_.load()) return;
+      returning_.fetch_sub(1);
+      PyEval_SaveThread();
+      for (;;) pause();
+    }
+    ~InPython() {
+      if (!main_) leave();
+    }
+
+   private:
+    const bool main_ = on_main_thread();
+  };
+
   // On the main thread, with the GIL, which it lets go of meanwhile.
   static void close() {
     closed_.store(true);
