@@ -33,31 +33,22 @@ class WayBack {
  public:
   // Adds, then looks, where close() says, then looks (all sequentially consistent): one of them sees the
   // other.
-  static void enter() {
+  static void enter(bool has_gil = false) {
+    if (on_main_thread()) return;
     returning_.fetch_add(1);
     if (!closed_.load() && !interpreter_ends()) return;
     returning_.fetch_sub(1);
+    if (has_gil) PyEval_SaveThread();
     for (;;) pause();
   }
-  static void leave() { returning_.fetch_sub(1); }
+  static void leave() {
+    if (!on_main_thread()) returning_.fetch_sub(1);
+  }
 
   // Python code that C++ calls, with the GIL: an error that is made. It may lose the GIL in the middle.
-  class InPython {
-   public:
-    InPython() {
-      if (main_) return;
-      returning_.fetch_add(1);
-      if (!closed_.load()) return;
-      returning_.fetch_sub(1);
-      PyEval_SaveThread();
-      for (;;) pause();
-    }
-    ~InPython() {
-      if (!main_) leave();
-    }
-
-   private:
-    const bool main_ = on_main_thread();
+  struct InPython {
+    InPython() { enter(true); }
+    ~InPython() { leave(); }
   };
 
   // On the main thread, with the GIL, which it lets go of meanwhile.
@@ -77,10 +68,9 @@ class ReleasedGil {
  public:
   ReleasedGil() : state_(PyEval_SaveThread()) {}
   ~ReleasedGil() {
-    const bool main = on_main_thread();
-    if (!main) WayBack::enter();
+    WayBack::enter();
     PyEval_RestoreThread(state_);
-    if (!main) WayBack::leave();
+    WayBack::leave();
   }
   ReleasedGil(const ReleasedGil&) = delete;
   ReleasedGil& operator=(const ReleasedGil&) = delete;

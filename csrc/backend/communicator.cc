@@ -116,29 +116,18 @@ void Communicator::check_usable() const {
 }
 
 // Another thread's operation may take as long as a deadline, and Ctrl-C gets a thread out of that, too.
-Communicator::Issue::Issue(Communicator& comm) : comm_(comm) {
+Communicator::Issue::Issue(Communicator& comm) : comm_(comm), lock_(comm.issue_mutex_, std::defer_lock) {
   comm.check_can_wait();
   const auto nap = std::chrono::milliseconds(static_cast<int>(kNapSeconds * 1e3));
   // By the system's clock, for ThreadSanitizer does not know of mutexes that are locked by the steady one.
-  while (!comm.issue_mutex_.try_lock() &&
-         !comm.issue_mutex_.try_lock_until(std::chrono::system_clock::now() + nap)) {
+  while (!lock_.try_lock() && !lock_.try_lock_until(std::chrono::system_clock::now() + nap)) {
     if (comm.config_.interrupted && comm.config_.interrupted(true)) throw Interrupted{};
   }
+  comm.check_usable();
   comm.issuer_.store(std::this_thread::get_id(), std::memory_order_relaxed);
-  // Not in the middle of what a signal handler has ended before this thread had the lock.
-  try {
-    comm.check_usable();
-  } catch (...) {
-    comm.issuer_.store({}, std::memory_order_relaxed);
-    comm.issue_mutex_.unlock();
-    throw;
-  }
 }
 
-Communicator::Issue::~Issue() {
-  comm_.issuer_.store({}, std::memory_order_relaxed);
-  comm_.issue_mutex_.unlock();
-}
+Communicator::Issue::~Issue() { comm_.issuer_.store({}, std::memory_order_relaxed); }
 
 int Communicator::slots_in_use() {
   const Issue issue(*this);
@@ -187,26 +176,29 @@ void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
                       "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"");
 }
 
-// Who waits no more for what is under way must not wait for it here, where the others may never come.
-void Communicator::drain_to_close(bool* interrupted) {
-  const std::string why = "it was interrupted (Ctrl-C) with operations under way, and closed";
-  if (interrupted_.load(std::memory_order_relaxed)) leave(kGaveUp, bit_of(config_.rank), why);
+void Communicator::drain_or_give_up(const std::string& why) {
   try {
     drain_unless_interrupted();
   } catch (const Interrupted&) {
-    *interrupted = true;
-    leave(kGaveUp, bit_of(config_.rank), why);
+    give_up(why);
+    throw;
   }
-  drain();
 }
 
 void Communicator::close() {
   if (!home_.is_here()) return;
-  if (is_issuing_here())
-    return leave(kGaveUp, bit_of(config_.rank), "a signal handler closed it in the middle");
+  if (is_issuing_here()) return give_up("a signal handler closed it in the middle");
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
+  // Who waits no more for what is under way must not wait for it here, where the others may never come.
+  const std::string why = "it was interrupted (Ctrl-C) with operations under way, and closed";
+  if (interrupted_.load(std::memory_order_relaxed)) give_up(why);
   bool interrupted = false;
-  drain_to_close(&interrupted);
+  try {
+    drain_or_give_up(why);
+  } catch (const Interrupted&) {
+    interrupted = true;
+  }
+  drain();
   bool usable;
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);

@@ -210,6 +210,8 @@ class Communicator {
   virtual void drain() = 0;
   // The same; where the user wants out before that, either throws Interrupted or makes them end.
   virtual void drain_unless_interrupted() = 0;
+  // The same; before it throws Interrupted, it gives up for this reason.
+  void drain_or_give_up(const std::string& why);
   // Leaves a word with every rank: this one is gone.
   virtual void tell_all(const Farewell& left) = 0;
   // The slot has been taken, and is about to be shown to others.
@@ -230,6 +232,7 @@ class Communicator {
 
    private:
     Communicator& comm_;
+    std::unique_lock<std::timed_mutex> lock_;
   };
   // Throws unless this thread can wait for the operations of this communicator.
   void check_can_wait() const;
@@ -300,7 +303,6 @@ class Communicator {
   uint64_t waved_ = 0;      // those in waves
 
  private:
-  void drain_to_close(bool* interrupted);
   bool is_issuing_here() const {
     return issuer_.load(std::memory_order_relaxed) == std::this_thread::get_id();
   }

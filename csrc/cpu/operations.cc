@@ -153,12 +153,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   const bool overflow = *fullest > config_.capacity;
   if (overflow && !drop) {
     // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
-    try {
-      drain_unless_interrupted();
-    } catch (const Interrupted&) {
-      give_up("it was interrupted (Ctrl-C) in a dispatch");
-      throw;
-    }
+    drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch");
     raise_overflow(fullest - received.begin(), *fullest);
   }
   place_routes(caller, in, routing.routes, base.data());
