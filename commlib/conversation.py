@@ -67,9 +67,8 @@ class Conversation(Group):
         self.group, self.seconds = group, seconds
         self.rank, self.size, self.device = group.rank, group.size, group.device
         self._end = time.monotonic() + seconds
-        self.over = (
-            False  # nobody is there to be told of a failure: all have heard of one, or the group is lost
-        )
+        # Nobody is there to be told of a failure: all have heard of one, or the group is lost.
+        self.over = False
 
     @property
     def left(self) -> float:
@@ -94,10 +93,8 @@ class Conversation(Group):
             self.over = True
             missing = error.peers if isinstance(error, PeerTimeout) else ()
             text = f"rank {self.rank} could not start: {type(error).__name__}: {error}{limit}"
-            with (
-                _a_file_to_spare(),
-                contextlib.suppress(Exception),
-            ):  # the first error is the one that matters
+            # The first error is the one that matters.
+            with _a_file_to_spare(), contextlib.suppress(Exception):
                 self.tell(text, missing)
         if limit:
             raise CommError(f"{error}{limit}") from error
