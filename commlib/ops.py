@@ -46,7 +46,7 @@ _DISPATCH = (
 )
 _library.define(f"dispatch{_DISPATCH} (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 # For torch.compile. Its back end mistakes one size for another where an op with an effect returns a tuple of
-# tensors whose sizes are known at run time only. In eager mode a list would take autograd 70 us more.
+# tensors whose sizes are known at run time only. In eager mode autograd takes longer for a list.
 _library.define(f"traced_dispatch{_DISPATCH} Tensor[]", tags=_TAGS)
 _library.define(
     f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
@@ -413,7 +413,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _past_autograd(op: Any, inputs: int, traced: Any = None) -> Callable[..., Any]:
-    """``op`` without the way through autograd, a fifth of a small operation, where nothing wants a gradient.
+    """``op`` without the way through autograd, where nothing wants a gradient: a small operation notices.
 
     Args:
         inputs: that many arguments may require grad, the first ones.
