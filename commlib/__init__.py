@@ -1,6 +1,6 @@
 """commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
 
-from commlib import cuda, overlap
+from commlib import cuda, nn, overlap
 from commlib.dispatched import Dispatched, Handle
 from commlib.errors import (
     CallMismatch,
@@ -32,6 +32,7 @@ __all__ = [
     "PeerTimeout",
     "SMPartition",
     "cuda",
+    "nn",
     "overlap",
     "run_ranks",
 ]

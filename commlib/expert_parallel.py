@@ -149,7 +149,7 @@ class ExpertParallel:
                 kind.
             topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
                 with ``handle``. Copied: it may change as soon as the call returns.
-            topk_weights: ``[T, topk]`` float32 (float64 for float64 rows).
+            topk_weights: ``[T, topk]`` of any floating type, taken as float32 (float64 for float64 rows).
             layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
             align: with "expert": each group is padded with zero rows to a multiple of this, 1 to 65536.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
@@ -267,7 +267,8 @@ class ExpertParallel:
             y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a
                 ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights.
             handle: of the dispatch.
-            weights: ``[num_rows]``, one for each row of y (layout "expert": ``Dispatched.topk_weights``).
+            weights: ``[num_rows]`` of any floating type, one for each row of y (layout "expert":
+                ``Dispatched.topk_weights``).
                 None: rows are summed as they are.
             bias: ``[T, hidden]``, added once.
             out: ``[T, hidden]`` contiguous, written and returned; not differentiable. It shares no memory
@@ -395,6 +396,19 @@ class ExpertParallel:
             if kind is None:  # else there is a better reason on its way
                 raise
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        return self  # a copy of a model (an average of its weights) has the same ranks
+
+    def __copy__(self) -> ExpertParallel:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an ExpertParallel connects running processes and cannot be pickled, and so cannot modules that "
+            "hold one. Save model.state_dict(), and load it into a model that is built anew "
+            "(docs/training.md)"
+        )
+
     def __repr__(self) -> str:
         return f"ExpertParallel(rank={self.rank}, size={self.size}, {self.settings})"
 
@@ -404,7 +418,12 @@ class ExpertParallel:
         return checks.tensor_on(self.device, name, array)
 
     def _weights(self, name: str, weights: Any) -> Tensor | None:
-        return None if weights is None else self._tensor(name, weights).contiguous()
+        if weights is None:
+            return None
+        given, wanted = self._tensor(name, weights), self._comm.weight_dtype
+        if not given.is_floating_point():
+            raise ValueError(f"{name} must be of a floating type, got {given.dtype}")
+        return given.to(wanted).contiguous()  # exact, but for float64 beside narrower rows
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """For the user, who may change it; compiled operations are not asynchronous."""

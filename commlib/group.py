@@ -16,9 +16,11 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from commlib.conversation import NOTHING, Group, PostingGroup
+from commlib.conversation import NOTHING, Group, PostingGroup, gather
 from commlib.errors import CommError, PeerTimeout
 from commlib.launcher import find_launch
 from commlib.settings import START_SECONDS
@@ -80,14 +82,20 @@ def _store_errors() -> Iterator[None]:
 
 
 class TorchGroup(StoreGroup):
-    """A ``torch.distributed`` process group, by the store over which its own ranks have met."""
+    """A ``torch.distributed`` process group, by the store over which its own ranks have met.
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    Attributes:
+        process_group: that group.
+        mesh: the 1-D DeviceMesh that it is of; None: it was not given as one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, mesh: dist.DeviceMesh | None = None) -> None:
         rank = dist.get_rank(group)
         if rank < 0:
             raise ValueError("this process is not a member of the process group")
         known = dist.group.WORLD if group is None else group
         assert known is not None
+        self.process_group, self.mesh = known, mesh
         store = dist.distributed_c10d._get_process_group_store(known)
         super().__init__(store, rank, dist.get_world_size(group))
 
@@ -304,13 +312,48 @@ def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
     if isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"a DeviceMesh must have one dimension, got {group.ndim}: slice it")
-        return TorchGroup(group.get_group())
+        return TorchGroup(group.get_group(), group)
     if hasattr(group, "Get_rank") and hasattr(group, "allgather"):
         return MPIGroup(group)
     raise TypeError(
         "group must be a commlib.Group, a torch.distributed ProcessGroup or DeviceMesh, or an mpi4py "
         f"communicator, got {type(group).__name__}"
     )
+
+
+def process_group_of(group: Group) -> dist.ProcessGroup | None:
+    """torch.distributed's group of the same ranks; None: it has none, or cannot be known to."""
+    if isinstance(group, TorchGroup):
+        return group.process_group
+    here = (group.rank, group.size)
+    if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) == here:
+        return dist.group.WORLD
+    return None
+
+
+def gather_numbers(group: Group, numbers: Tensor) -> Tensor:
+    """``[n]`` of each rank, as ``[ranks, n]`` on every rank, which all call it. Few: these are no rows.
+
+    Over torch.distributed where it knows the ranks, without a wait of the host where its backend needs none.
+
+    Raises:
+        PeerTimeout: a rank did not come within 300 s (without torch.distributed, which has a timeout of its
+            own).
+    """
+    process_group = process_group_of(group)
+    if process_group is None:
+        rows = gather(group, "gather of numbers", numbers.tolist())
+        return torch.tensor(rows, dtype=numbers.dtype, device=numbers.device)
+    return gather_in(process_group, numbers)
+
+
+def gather_in(process_group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
+    """The same over torch.distributed's group."""
+    by_gloo = f"{numbers.device.type}:gloo" in dist.get_backend_config(process_group)
+    sent = numbers.cpu() if by_gloo else numbers.contiguous()
+    gathered = sent.new_empty(dist.get_world_size(process_group), sent.numel())
+    dist.all_gather(list(gathered.unbind()), sent, group=process_group)
+    return gathered.to(numbers.device)
 
 
 def _check_numbers(group: Group) -> None:

@@ -7,8 +7,7 @@ import torch
 
 import commlib
 from commlib import ExpertParallel
-from commlib.nn import MoELayer, TopKRouter, grouped_mm
-from commlib.nn.moe import expert_parameters, shared_parameters
+from commlib.nn import MoELayer, TopKRouter, expert_parameters, grouped_mm, shared_parameters
 
 HIDDEN, FFN, TOPK = 32, 48, 2
 TOLERANCE = {

@@ -1,8 +1,12 @@
-"""Mixture-of-experts modules over :class:`commlib.ExpertParallel`."""
+"""Mixture-of-experts modules over :class:`commlib.ExpertParallel`, and what training needs around them."""
 
+from .checkpoint import full_state_dict
+from .experts import Experts, expert_parameters, shared_parameters
+from .gradients import clip_grad_norm_, sync_gradients
 from .grouped import grouped_mm
-from .moe import Experts, MoEAux, MoELayer, expert_parameters, shared_parameters
+from .moe import MoEAux, MoELayer
 from .router import Routing, TopKRouter, load_balance_loss
+from .wrappers import fully_shard_experts
 
 __all__ = [
     "Experts",
@@ -10,8 +14,12 @@ __all__ = [
     "MoELayer",
     "Routing",
     "TopKRouter",
+    "clip_grad_norm_",
     "expert_parameters",
+    "full_state_dict",
+    "fully_shard_experts",
     "grouped_mm",
     "load_balance_loss",
     "shared_parameters",
+    "sync_gradients",
 ]

@@ -19,13 +19,15 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     Runs :func:`torch.nn.functional.grouped_mm` for bfloat16, float16 and float32 whose rows are a
     multiple of 16 bytes, and a loop over the groups for the rest (float64, odd sizes).
 
+    Under ``torch.autocast`` both are cast first, as :class:`torch.nn.Linear` casts its input and weight.
+
     Args:
         x: ``[M, H]``, rows of group e at ``offsets[e]:offsets[e + 1]``; ``M == offsets[-1]``.
-        w: ``[G, H, F]``, same dtype and device as ``x``.
+        w: ``[G, H, F]``, same dtype (but for autocast) and device as ``x``.
         offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
 
     Returns:
-        ``[M, F]``, dtype of ``x``; differentiable once in ``x`` and ``w``.
+        ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x`` and ``w``.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -35,9 +37,20 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         raise ValueError(f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}")
     if offsets.dim() != 1 or offsets.shape[0] != w.shape[0] + 1:
         raise ValueError(f"offsets must be [{w.shape[0] + 1}], got {tuple(offsets.shape)}")
+    x, w = x.to(autocast_dtype(x)), w.to(autocast_dtype(w))
     if x.dtype != w.dtype:
-        raise TypeError(f"x is {x.dtype}, w is {w.dtype}: they must be the same")
+        raise TypeError(
+            f"x is {x.dtype}, w is {w.dtype}: convert one, or run under torch.autocast({x.device.type!r})"
+        )
     return _grouped_mm(x, w, offsets)
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """In which torch's own layers would take ``t``: under ``torch.autocast`` its dtype, but float64 stays."""
+    kind = t.device.type
+    if t.is_floating_point() and t.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return t.dtype
 
 
 # Ops of our own, for torch's cannot be used as it is: its fake kernel takes bfloat16 alone, so

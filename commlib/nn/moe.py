@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from commlib.overlap import Steps, run_experts
 
-from .grouped import grouped_mm
+from .experts import Experts
+from .grouped import autocast_dtype
 from .router import Routing, TopKRouter, count_tokens
 
 if TYPE_CHECKING:
@@ -26,75 +27,18 @@ class MoEAux(NamedTuple):
     tokens_per_expert: Tensor  # [num_experts] int64: how often each expert was chosen
 
 
-class Experts(nn.Module):
-    """Feed-forward networks ``(silu(x @ w1) * (x @ w3)) @ w2`` (SwiGLU), stacked.
-
-    ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
-
-    Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
-    PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
-    and everything drawn later are the same however many ranks share them.
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        ffn_hidden: int,
-        first: int,
-        count: int,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.first = first
-
-        def stack(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
-
-        self.w1 = stack(hidden, ffn_hidden)
-        self.w3 = stack(hidden, ffn_hidden)
-        self.w2 = stack(ffn_hidden, hidden)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`."""
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        generator = torch.Generator(device="cpu")
-        for i in range(self.w1.shape[0]):
-            generator.manual_seed(seed + self.first + i)
-            for w in (self.w1, self.w3, self.w2):
-                # Drawn on the CPU in float32, so that device and dtype do not change the values.
-                drawn = torch.empty(w.shape[1:], dtype=torch.float32, device="cpu")
-                bound = w.shape[1] ** -0.5
-                w[i].copy_(drawn.uniform_(-bound, bound, generator=generator))
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Apply each expert to its rows.
-
-        Args:
-            x: ``[M, hidden]``, rows of expert i at ``offsets[i]:offsets[i + 1]``.
-            offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
-
-        Returns:
-            ``[M, hidden]``; rows of zeros stay zero.
-        """
-        gate = F.silu(grouped_mm(x, self.w1, offsets))
-        return grouped_mm(gate * grouped_mm(x, self.w3, offsets), self.w2, offsets)
-
-    def extra_repr(self) -> str:
-        count, hidden, ffn_hidden = self.w1.shape
-        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
-
-
 class MoELayer(nn.Module):
     """Mixture of experts: each token is the weighted sum of its K experts' outputs.
 
     Each rank holds its block of the experts (``ep.first_expert``, ``ep.num_local_experts``) and
     sends its tokens to the ranks of the experts they need. The experts' gradients come from all
-    ranks' tokens, the router's from the rank's own: see :func:`expert_parameters`. Call it on all
-    ranks, also with no tokens, and run backward on all or none.
+    ranks' tokens, the router's from the rank's own: docs/training.md says what DDP, FSDP2, clipping,
+    checkpoints and :func:`commlib.nn.sync_gradients` make of that. Call it on all ranks, also with no
+    tokens, and run backward on all or none.
+
+    Under ``torch.autocast`` it computes as torch's own layers do: experts' weights and rows are cast, the
+    router stays in float32. Rows travel in the dtype of ``ep``, which has to hold what is computed with: make
+    it bfloat16 for a float32 layer that is only run under autocast to bfloat16.
 
     Args:
         hidden: size H of a token.
@@ -111,8 +55,8 @@ class MoELayer(nn.Module):
             compiled.
         shared: module ``[T, hidden] -> [T, hidden]`` that every token goes through, added to the output;
             it runs while the dispatch is under way. Its parameters are the same on every rank.
-        dtype: of experts and tokens, that of ``ep``; ``None``: torch's default. The default
-            router's parameters are float32 (float64 with float64).
+        dtype: of the experts; ``None``: torch's default. The default router's parameters are float32
+            (float64 with float64).
         device: of the parameters.
 
     Raises:
@@ -140,7 +84,7 @@ class MoELayer(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         first, count = 0, num_experts
         if ep is not None:
-            mine = {"hidden": hidden, "num_experts": num_experts, "topk": topk, "dtype": dtype}
+            mine = {"hidden": hidden, "num_experts": num_experts, "topk": topk}
             for name, value in mine.items():
                 if (theirs := getattr(ep.settings, name)) != value:
                     raise ValueError(f"the layer has {name}={value}, its communicator {theirs}")
@@ -153,7 +97,7 @@ class MoELayer(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             router = TopKRouter(hidden, num_experts, topk, dtype=wide, device=device)
         self.router = router
-        self.experts = Experts(hidden, ffn_hidden, first, count, dtype=dtype, device=device)
+        self.experts = Experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
         if align is None:
             align = max(16 // self.experts.w1.element_size(), 1)
         self.align = align
@@ -164,13 +108,15 @@ class MoELayer(nn.Module):
         """Route, send, compute, return.
 
         Args:
-            x: ``[..., hidden]``, dtype of the experts; from 0 to ``ep.max_tokens`` tokens.
+            x: ``[..., hidden]``, dtype of the experts, or any under autocast; from 0 to ``ep.max_tokens``
+                tokens.
 
         Returns:
-            The output, ``[..., hidden]`` in the dtype of ``x``, and :class:`MoEAux`.
+            The output, ``[..., hidden]`` in the dtype of ``x``, or autocast's, and :class:`MoEAux`.
 
         Raises:
             ValueError: a last dimension that is not ``hidden``.
+            TypeError: a dtype that is not the experts', or more than the communicator's can hold.
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
         shared = None
@@ -180,7 +126,8 @@ class MoELayer(nn.Module):
             out = self._apply_spread(self.ep, rows, topk_idx, topk_weights)
         else:
             out, shared = run_experts(
-                *(self.ep, self.experts, rows, topk_idx, topk_weights),
+                *(self.ep, partial(self._apply_experts, rows.dtype), self._to_send(self.ep, rows)),
+                *(topk_idx, topk_weights),
                 chunks=self.overlap_chunks,
                 align=self.align,
                 beside=None if self.shared is None else partial(self.shared, rows),
@@ -195,27 +142,46 @@ class MoELayer(nn.Module):
         if self.ep is None:
             out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
             return self._joined(out, None, rows).reshape(x.shape), aux
-        d = self.ep.dispatch(rows, topk_idx, topk_weights, layout="expert", align=self.align, async_op=True)
+        sent = self._to_send(self.ep, rows)
+        d = self.ep.dispatch(sent, topk_idx, topk_weights, layout="expert", align=self.align, async_op=True)
         yield
         d = d.finish()
-        y = self.experts(d.x, d.offsets)
+        y = self._apply_experts(rows.dtype, d.x, d.offsets)
         sums, event = self.ep.combine(y, d.handle, weights=d.topk_weights, async_op=True)
         yield
         (out,) = event.finish(sums)
         return self._joined(out, None, rows).reshape(x.shape), aux
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, MoEAux]:
+        """Rows in the dtype that is computed with, their routing, and what is said beside."""
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x must be [..., {self.hidden}], got {tuple(x.shape)}")
         rows = x.reshape(-1, self.hidden)
         topk_idx, topk_weights, loss = self.router(rows)
-        return rows, topk_idx, topk_weights, MoEAux(loss, count_tokens(topk_idx, self.num_experts))
+        aux = MoEAux(loss, count_tokens(topk_idx, self.num_experts))
+        return rows.to(autocast_dtype(rows)), topk_idx, topk_weights, aux
 
-    def _apply_spread(self, ep: ExpertParallel, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        d = ep.dispatch(x, topk_idx, topk_weights, layout="expert", align=self.align)
-        return ep.combine(self.experts(d.x, d.offsets), d.handle, weights=d.topk_weights)
+    def _to_send(self, ep: ExpertParallel, rows: Tensor) -> Tensor:
+        travels = ep.settings.dtype
+        if torch.promote_types(rows.dtype, travels) != travels:
+            raise TypeError(
+                f"the layer computes with {rows.dtype}, which its communicator's rows, {travels}, cannot "
+                "hold: give both the same dtype, or run under torch.autocast with the communicator's"
+            )
+        return rows.to(travels)
+
+    def _apply_experts(self, dtype: torch.dtype, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Compute with ``dtype`` on rows that came, and will go, in the communicator's."""
+        return self.experts(rows.to(dtype), offsets).to(rows.dtype)
+
+    def _apply_spread(self, ep: ExpertParallel, rows: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
+        sent = self._to_send(ep, rows)
+        d = ep.dispatch(sent, topk_idx, weights, layout="expert", align=self.align)
+        y = self._apply_experts(rows.dtype, d.x, d.offsets)
+        return ep.combine(y, d.handle, weights=d.topk_weights)
 
     def _joined(self, out: Tensor, shared: Tensor | None, rows: Tensor) -> Tensor:
+        out = out.to(rows.dtype)
         if self.shared is None:
             return out
         return out + (self.shared(rows) if shared is None else shared)
@@ -237,20 +203,3 @@ def _apply_here(
     # Sum in float32 at least and round once, as combine does.
     wide = torch.promote_types(y.dtype, torch.float32)
     return (y.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(x.dtype)
-
-
-def expert_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of all :class:`Experts` in ``module``: different on every rank.
-
-    Their gradients already hold the tokens of all ranks: never all-reduce them. Where the loss to
-    minimise is the mean of the R ranks' losses, divide them by R.
-    """
-    for part in module.modules():
-        if isinstance(part, Experts):
-            yield from part.parameters()
-
-
-def shared_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """All other parameters of ``module``: the same on every rank, average their gradients."""
-    sharded = {id(p) for p in expert_parameters(module)}
-    return (p for p in module.parameters() if id(p) not in sharded)

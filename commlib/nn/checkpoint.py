@@ -1,0 +1,67 @@
+"""Whole state dicts of models whose experts are spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commlib.group import process_group_of
+
+from .experts import Experts, all_experts
+from .shards import Shard, is_dtensor
+
+
+@torch.no_grad()
+def full_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The state dict of the unsharded model, on the CPU of the first rank: to be saved as one file.
+
+    It is gathered tensor by tensor; ``load_state_dict`` of the model takes it on any number of ranks, and
+    where nothing is sharded. For models that do not fit one host, and to go on with training (optimizers
+    too), use ``torch.distributed.checkpoint`` with ``module.state_dict()``. All ranks of torch.distributed's
+    default group call it.
+
+    Args:
+        module: with :class:`Experts` somewhere in it; under DDP, after FSDP2, or plain.
+
+    Returns:
+        Names as in ``module.state_dict()``; empty on all ranks but the first.
+
+    Raises:
+        ValueError: the module has no Experts.
+        RuntimeError: experts are on other ranks, and torch.distributed has not been initialised.
+    """
+    model = module.module if isinstance(module, DistributedDataParallel) else module
+    if any(part.shard is not None and part.shard.mesh() is None for part in all_experts(model)):
+        raise RuntimeError(
+            "torch.distributed does not know the ranks that hold the other experts: call "
+            "torch.distributed.init_process_group before, or save each rank's own state_dict()"
+        )
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    state = model.state_dict()
+    for path, part in model.named_modules():
+        if isinstance(part, Experts) and part.shard is not None and not part.shard.spread:
+            for name, p in part._parameters.items():
+                state[f"{path}.{name}".removeprefix(".")] = _all_blocks(p, part.shard, first)
+    for name, value in state.items():
+        whole = value.full_tensor() if is_dtensor(value) else value
+        if first:
+            state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return dict(state) if first else {}
+
+
+def _all_blocks(p: Any, shard: Shard, first: bool) -> Tensor | None:
+    """All ranks' experts on the CPU of the first rank. One rank's at a time are anywhere twice."""
+    mine = p.full_tensor() if is_dtensor(p) else p.detach()
+    group, ep = process_group_of(shard.ep.group), shard.ep
+    blocks = []
+    for rank in range(ep.size):
+        begin, end = (r * shard.total // ep.size for r in (rank, rank + 1))
+        block = mine.contiguous() if rank == ep.rank else mine.new_empty(end - begin, *mine.shape[1:])
+        dist.broadcast(block, group=group, group_src=rank)
+        if first:
+            blocks.append(block.cpu())
+    return torch.cat(blocks) if first else None

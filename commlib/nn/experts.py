@@ -1,0 +1,194 @@
+"""The experts of one rank, and which of a model's parameters are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gradients import divided_gradient, watch
+from .grouped import grouped_mm
+from .shards import Shard, is_dtensor, note_owner
+
+if TYPE_CHECKING:
+    from commlib import ExpertParallel
+
+
+class Experts(nn.Module):
+    """Feed-forward networks ``(silu(x @ w1) * (x @ w3)) @ w2`` (SwiGLU), stacked.
+
+    ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
+
+    Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
+    PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
+    and everything drawn later are the same however many ranks share them.
+
+    Where other ranks hold other experts, the state dict says each parameter as what it is, a part of
+    ``[num_experts, ...]``: a DTensor, ``Shard(0)`` over the ranks (docs/training.md). It needs
+    ``torch.distributed``; without it there are the local tensors. What is loaded may be such a part, all
+    experts, or the local ones.
+
+    Attributes:
+        shard: where these experts are among all; None: no other rank holds any.
+        gradient_divisor: what the gradients of the parameters are divided by. 1: they are sums over the
+            losses of all ranks. DDP and :func:`commlib.nn.fully_shard_experts` set it to the number of ranks,
+            and the gradients are those of the ranks' mean loss, as those of all other parameters then.
+
+    Args:
+        hidden, ffn_hidden: sizes.
+        first, count: which experts these are.
+        ep: the communicator whose other ranks hold the other experts; None: there are none.
+        dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        ffn_hidden: int,
+        first: int,
+        count: int,
+        *,
+        ep: ExpertParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.shard = None if ep is None or ep.size == 1 else Shard(ep, first, count)
+        self.gradient_divisor = 1
+
+        def stack(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
+
+        self.w1 = stack(hidden, ffn_hidden)
+        self.w3 = stack(hidden, ffn_hidden)
+        self.w2 = stack(ffn_hidden, hidden)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        generator = torch.Generator(device="cpu")
+        for i in range(self.w1.shape[0]):
+            generator.manual_seed(seed + self.first + i)
+            for w in (self.w1, self.w3, self.w2):
+                # Drawn on the CPU in float32, so that device and dtype do not change the values.
+                drawn = torch.empty(w.shape[1:], dtype=torch.float32, device="cpu")
+                bound = w.shape[1] ** -0.5
+                w[i].copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            x: ``[M, hidden]``, rows of expert i at ``offsets[i]:offsets[i + 1]``.
+            offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
+
+        Returns:
+            ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
+        """
+        w1, w3, w2 = (self._weight(w) for w in (self.w1, self.w3, self.w2))
+        gate = F.silu(grouped_mm(x, w1, offsets))
+        return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
+
+    def extra_repr(self) -> str:
+        count, hidden, ffn_hidden = self.w1.shape
+        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _weight(self, w: Any) -> Tensor:
+        local = w.to_local() if self.shard is not None and self.shard.spread else w
+        return local if self.gradient_divisor == 1 else divided_gradient(local, self.gradient_divisor)
+
+    # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
+    # deepcopy) comes by one of the next four.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)  # FSDP2 would go past it where a module has none of its own
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        shard = self.__dict__.get("shard")
+        if shard is not None and param is not None:
+            if is_dtensor(param) and not shard.prepared:
+                raise ValueError(
+                    f"{name} of experts {shard} is to be spread over, or overwritten from, ranks that may "
+                    "hold other experts. For FSDP2 call commlib.nn.fully_shard_experts(model, mesh) before "
+                    "fully_shard, with the mesh of the ranks that hold the same experts"
+                )
+            self._note(param)
+        super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_all()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self._note_all()
+        return self
+
+    def _note_all(self) -> None:
+        if self.shard is not None:
+            for param in self._parameters.values():
+                self._note(param)
+
+    def _note(self, param: Any) -> None:
+        assert self.shard is not None
+        if is_dtensor(param):
+            note_owner(param, self.shard)
+        elif not self.shard.prepared:  # else FSDP2 lends it for a forward
+            note_owner(param, self.shard)
+            watch(param, self.shard)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard is not None and not keep_vars:
+            for name in self._parameters:
+                destination[prefix + name] = self.shard.said(destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1]
+        for name, param in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and self.shard is not None:
+                state_dict[prefix + name] = self.shard.heard(given, param)
+                if reason := self.shard.misfit(given):
+                    errors.append(f"{prefix}{name}: {reason}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def all_experts(module: nn.Module) -> list[Experts]:
+    """All :class:`Experts` in ``module``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [part for part in module.modules() if isinstance(part, Experts)]
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__} holds no commlib.nn.Experts (as a MoELayer does): torch's own function "
+            "does what is needed"
+        )
+    return found
+
+
+def expert_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of all :class:`Experts` in ``module``: different on every rank.
+
+    Their gradients already hold the tokens of all ranks: never all-reduce them. Where the loss to
+    minimise is the mean of the R ranks' losses, divide them by R, or let :func:`sync_gradients` do so.
+    """
+    for part in module.modules():
+        if isinstance(part, Experts):
+            yield from part.parameters()
+
+
+def shared_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """All other parameters of ``module``: the same on every rank, average their gradients."""
+    sharded = {id(p) for p in expert_parameters(module)}
+    return (p for p in module.parameters() if id(p) not in sharded)

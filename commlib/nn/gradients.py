@@ -1,0 +1,275 @@
+"""Gradients of experts beside those of all other parameters: their scale, their norm, their averages."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from commlib.group import gather_in, gather_numbers
+
+from .shards import Shard, is_dtensor
+
+if TYPE_CHECKING:
+    from commlib import ExpertParallel
+
+    from .experts import Experts
+
+
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.divisor, None
+
+
+def divided_gradient(w: Tensor, divisor: int) -> Tensor:
+    """``w``, whose gradient is divided."""
+    return _DividedGradient.apply(w, divisor)
+
+
+class ShardedGradient(Tensor):
+    """The gradient of a parameter that is one rank's part of a longer one.
+
+    What looks at all gradients to decide about all parameters has to see all ranks' parts, or it decides
+    otherwise on each rank, and what is the same on every rank no longer is. So these include the other ranks:
+
+    * the norms of ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm``;
+    * the search for infinities of ``torch.amp.GradScaler``.
+
+    They are then collective. Everything else is as with any tensor, and of this rank.
+    """
+
+    shard: Shard
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+            if function is torch.linalg.vector_norm and isinstance(args[0], cls):
+                order = kwargs.get("ord", args[1] if len(args) > 1 else 2)
+                return norm_over_ranks(result, order, args[0].shard) if result.dim() == 0 else result
+            if function is torch._foreach_norm:
+                return cls._norms(result, *args, **kwargs)
+            if function is torch._amp_foreach_non_finite_check_and_unscale_:
+                cls._any_infinity(*args)
+        return result
+
+    @classmethod
+    def _norms(cls, norms: Any, tensors: Any, ord: float = 2, **_: Any) -> list[Tensor]:
+        """One gather for all gradients of each communicator."""
+        norms = list(norms)
+        places: dict[Any, list[int]] = defaultdict(list)
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, cls):
+                places[tensor.shard.ep].append(i)
+        for mine in places.values():
+            local = torch.stack([norms[i] for i in mine])
+            everywhere = norm_over_ranks(local, ord, tensors[mine[0]].shard)
+            for i, norm in zip(mine, everywhere.unbind(), strict=True):
+                norms[i] = norm
+        return norms
+
+    @classmethod
+    def _any_infinity(cls, tensors: Any, found: Tensor, scale: Tensor) -> None:
+        for shard in {t.shard.ep: t.shard for t in tensors if isinstance(t, cls)}.values():
+            found.copy_(gather_numbers(shard.ep.group, found.reshape(1)).amax().reshape(found.shape))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
+
+def watch(param: nn.Parameter, shard: Shard) -> None:
+    """Make each gradient of a parameter that is accumulated a ShardedGradient."""
+
+    def mark(param: Tensor) -> None:
+        if type(param.grad) is Tensor:
+            marked = param.grad.as_subclass(ShardedGradient)
+            marked.shard = shard
+            param.grad = marked
+
+    if not param._post_accumulate_grad_hooks and param.requires_grad:
+        param.register_post_accumulate_grad_hook(mark)
+
+
+def norm_over_ranks(norms: Tensor, order: float, shard: Shard) -> Tensor:
+    """Norms over all ranks, from those of each rank: the same bits on every rank."""
+    gathered = gather_numbers(shard.ep.group, norms.reshape(-1))
+    return torch.linalg.vector_norm(gathered, order, dim=0).reshape(norms.shape)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    module: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Clip the gradients of a model with experts to a norm, that of all ranks' gradients together.
+
+    As ``torch.nn.utils.clip_grad_norm_(module.parameters(), ...)``, which does the same where no parameter is
+    a DTensor; this takes those of FSDP2 as well, and gathers once for each communicator. All ranks call it.
+
+    Args:
+        module: with :class:`Experts` somewhere in it.
+        max_norm, norm_type, error_if_nonfinite: as torch's.
+
+    Returns:
+        The norm before clipping, a scalar, the same bits on every rank if the gradients of shared parameters
+        are.
+
+    Raises:
+        ValueError: the module has no Experts.
+        RuntimeError: with ``error_if_nonfinite``: the norm is not finite.
+    """
+    parts = list(_norms_of_parts(module, norm_type))
+    total = torch.linalg.vector_norm(torch.stack([norm.to(parts[0].device) for norm in parts]), norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is {float(total)}: it cannot be clipped"
+        )
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for p in module.parameters():
+        if p.grad is not None:
+            by_device[p.device].append(_local(p.grad))
+    for device, grads in by_device.items():
+        torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0).to(device))
+    return total
+
+
+def _norms_of_parts(module: nn.Module, order: float) -> Iterator[Tensor]:
+    """Norms of parts of the gradients, each over all ranks that hold some of the part.
+
+    Every rank gathers as often, with gradients or without: that depends on the parameters alone.
+    """
+    from .experts import all_experts
+
+    by_ep: dict[Any, tuple[Shard, list[nn.Parameter]]] = {}
+    seen = set()
+    for experts in all_experts(module):
+        shard = experts.shard
+        if shard is not None and not shard.spread:
+            by_ep.setdefault(shard.ep, (shard, []))[1].extend(experts.parameters())
+            seen |= {id(p) for p in experts.parameters()}
+    for shard, parameters in by_ep.values():
+        for local in _norms(parameters, order):
+            yield norm_over_ranks(local, order, shard)
+    yield from _norms([p for p in module.parameters() if id(p) not in seen], order)
+
+
+def _norms(parameters: Iterable[nn.Parameter], order: float) -> Iterator[Tensor]:
+    """Norms of the gradients, of DTensors over all ranks that hold some of them."""
+    alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for p in dict.fromkeys(parameters):
+        alike[_process_groups(p), p.device].append(p)
+    for (groups, device), mine in alike.items():
+        grads = [_local(p.grad) for p in mine if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(device)
+        for group in groups:
+            norm = torch.linalg.vector_norm(gather_in(group, norm.reshape(1)), order)
+        yield norm
+
+
+def _process_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
+    """Over which a parameter is spread, if it is a DTensor."""
+    if not is_dtensor(p):
+        return ()
+    return tuple(
+        p.device_mesh.get_group(dim) for dim, how in enumerate(p.placements) if not how.is_replicate()
+    )
+
+
+def _local(grad: Any) -> Tensor:
+    """This rank's part, as a plain tensor."""
+    return (grad.to_local() if is_dtensor(grad) else grad).as_subclass(Tensor)
+
+
+@torch.no_grad()
+def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None) -> None:
+    """After backward, without DDP or FSDP2: make all gradients those of the mean of the ranks' losses.
+
+    Gradients of shared parameters are averaged; those of experts, which are sums over the ranks of their
+    communicator, are divided by the number of these, and averaged over ranks that hold the same experts. Call
+    it once for each step, on all ranks of ``dp_group``, after the last backward.
+
+    Args:
+        module: with :class:`Experts` somewhere in it.
+        dp_group: the ranks that train the model together; None: torch.distributed's default group. The
+            ranks of a communicator are all in it.
+
+    Raises:
+        ValueError: the module has no Experts, or the ranks of their communicator are not all in the group.
+        RuntimeError: torch.distributed has not been initialised.
+    """
+    from .experts import all_experts, shared_parameters
+
+    experts = all_experts(module)
+    if not dist.is_initialized():
+        raise RuntimeError("sync_gradients needs torch.distributed.init_process_group first")
+    average(list(shared_parameters(module)), dp_group)
+    for part in experts:
+        replicas = _replicas(part, dp_group)
+        parameters = list(part.parameters())
+        divisor = 1 if part.shard is None else part.shard.ep.size // part.gradient_divisor
+        for p in parameters:
+            if p.grad is not None and divisor > 1:
+                p.grad.div_(divisor)
+        average(parameters, replicas)
+
+
+def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """Average gradients over a group; one that only some ranks have counts as zero on the others."""
+    wanted = [p for p in parameters if p.requires_grad]
+    if not wanted or dist.get_world_size(group) == 1:
+        return
+    has = torch.tensor([p.grad is not None for p in wanted], dtype=torch.int32, device=wanted[0].device)
+    dist.all_reduce(has, dist.ReduceOp.MAX, group=group)
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for p, somewhere in zip(wanted, has.tolist(), strict=True):
+        if somewhere:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            alike[p.device, p.dtype].append(p.grad)
+    for grads in alike.values():  # one message and not one for each gradient
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+# By communicator and group: the ranks that hold the same experts.
+_groups: weakref.WeakKeyDictionary[ExpertParallel, dict[Any, dist.ProcessGroup]]
+_groups = weakref.WeakKeyDictionary()
+
+
+def _replicas(experts: Experts, dp_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks of the group that hold the same experts, as a group; None: all of them do."""
+    shard = experts.shard
+    if shard is None:
+        return dp_group
+    known = _groups.setdefault(shard.ep, {})
+    key = dist.group.WORLD if dp_group is None else dp_group
+    if key not in known:
+        places: list[Any] = [None] * dist.get_world_size(dp_group)
+        ep = shard.ep
+        dist.all_gather_object(places, (dist.get_rank(), ep.rank, ep.size), group=dp_group)
+        held = [sum(rank == place for _, place, _ in places) for rank in range(ep.size)]
+        if any(size != ep.size for _, _, size in places) or len(set(held)) != 1 or 0 in held:
+            raise ValueError(
+                f"dp_group has {len(places)} ranks, which hold the parts 0 to {ep.size - 1} of the experts "
+                f"{held} times: it must hold each as often, so that all ranks of a communicator are in it"
+            )
+        mine = [rank for rank, place, _ in places if place == ep.rank]
+        known[key] = dist.new_group(mine, use_local_synchronization=True)
+    return known[key]

@@ -1,0 +1,312 @@
+"""A rank's part of tensors that have a row for each expert, as torch.distributed understands it.
+
+State dicts say such a part as a DTensor over the ranks of the communicator, so that
+``torch.distributed.checkpoint`` saves and loads all experts, on any number of ranks. Where the ranks hold as
+many experts each, that is DTensor's own ``Shard(0)``. Where they do not, commlib's blocks are not those of
+``torch.chunk``, which DTensor knows; the local tensor then says by itself where it lies (:class:`_Rows`).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from commlib.group import process_group_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from commlib import ExpertParallel
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor; does not import them, which takes seconds."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+class Shard:
+    """Where the experts of one rank are among those of all ranks.
+
+    Attributes:
+        ep: the communicator.
+        first, count: the experts of this rank.
+        total: of all ranks.
+        prepared: whether FSDP2 may spread the parameters over ranks that hold the same experts.
+        spread: whether the parameters are DTensors over the ranks of ``ep`` themselves.
+    """
+
+    def __init__(self, ep: ExpertParallel, first: int, count: int) -> None:
+        self.ep, self.first, self.count = ep, first, count
+        self.total: int = ep.settings.num_experts
+        self.prepared = self.spread = False
+
+    def __repr__(self) -> str:
+        return f"{self.first} to {self.first + self.count - 1} of {self.total}"
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks hold as many, which are then the rows that DTensor gives them."""
+        return self.total % self.ep.size == 0
+
+    def mesh(self) -> DeviceMesh | None:
+        """The ranks of ``ep`` as a DeviceMesh; None where torch.distributed does not know them."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        given = getattr(self.ep.group, "mesh", None)
+        if given is not None:
+            return given
+        group = process_group_of(self.ep.group)
+        if group is None:
+            return None
+        kept = self.ep.__dict__
+        if "_mesh" not in kept:
+            kept["_mesh"] = DeviceMesh.from_group(group, self.ep.device.type)
+        return kept["_mesh"]
+
+    def said(self, t: Tensor) -> Tensor:
+        """A tensor that has a row for each expert here, as part of one that has a row for each of all."""
+        if self.spread and is_dtensor(t):
+            return t
+        mesh = self.mesh()
+        if mesh is None:
+            return t
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import Shard as ByRow
+
+        if is_dtensor(t):  # FSDP2's, over ranks that hold the same experts
+            first, local = self.first + _offset(t), t.to_local()  # type: ignore[attr-defined]
+            mesh, placements = t.device_mesh, t.placements  # type: ignore[attr-defined]
+        else:
+            first, local, placements = self.first, t, [ByRow(0)]
+        if is_dtensor(t) or not self.even:
+            local = _Rows(local, first)
+        shape = torch.Size([self.total, *t.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def heard(self, given: Tensor, like: Any) -> Tensor:
+        """The experts of this rank in what is loaded, in the form of the parameter ``like``.
+
+        Args:
+            given: what :meth:`said` has made, or a tensor of all experts or of those here.
+        """
+        if self.spread and is_dtensor(like):
+            return given if is_dtensor(given) or given.shape[:1] != like.shape[:1] else _cut(given, like)
+        first, count = self.first, self.count
+        if is_dtensor(like):
+            first, count = first + _offset(like), like.to_local().shape[0]
+        rows = _local_rows(given, first, count, self.total)
+        if not is_dtensor(like) or rows.shape[:1] != (count,):
+            return rows
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size([self.count, *rows.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def misfit(self, given: Tensor) -> str | None:
+        """What is wrong with the number of experts that is loaded, if it is wrong."""
+        found = given.shape[0] if given.dim() else 0
+        if found in (self.total, self.count):
+            return None
+        return f"what is loaded has {found} experts, the model has {self.total}, of which {self} are here"
+
+
+def _offset(t: Any) -> int:
+    """The row at which this rank's part of a DTensor begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1][0]
+
+
+def _cut(given: Tensor, like: Any) -> Tensor:
+    """A tensor that is whole here, distributed like a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    first, count = _offset(like), like.to_local().shape[0]
+    rows = given[first : first + count]
+    return DTensor.from_local(
+        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _local_rows(given: Any, first: int, count: int, total: int) -> Tensor:
+    """Rows ``first`` onwards of all, from whatever holds them; as given where it holds other ones."""
+    if is_dtensor(given):
+        local = given.to_local()
+        if isinstance(local, _Rows):
+            if local.first == first and local.shape[0] == count:
+                return local.rows
+            raise ValueError(
+                f"experts {local.first} to {local.first + local.shape[0] - 1} are to be loaded where experts "
+                f"{first} to {first + count - 1} are: use torch.distributed.checkpoint, which knows both"
+            )
+        if given.shape[0] == total and local.shape[0] == count and _offset(given) == first:
+            return local
+        given = given.full_tensor()
+    if given.dim() and given.shape[0] == total:
+        return given[first : first + count]
+    return given
+
+
+class _Rows(Tensor):
+    """Rows ``first`` onwards of a longer tensor: the local part of a DTensor, for checkpoints only.
+
+    DTensor asks a local tensor that has the next three methods where it lies, as
+    ``torch.distributed.checkpoint`` documents for tensors of one's own.
+    """
+
+    rows: Tensor
+    first: int
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, first: int) -> _Rows:
+        rows = rows.detach()
+        return torch.Tensor._make_wrapper_subclass(
+            cls, rows.shape, strides=rows.stride(), dtype=rows.dtype, device=rows.device
+        )
+
+    def __init__(self, rows: Tensor, first: int) -> None:
+        self.rows, self.first = rows.detach(), first
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"rows {self.first} onwards: {self.rows}"
+
+    def _chunk(self) -> Any:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        offsets = torch.Size([self.first, *[0] * (self.dim() - 1)])
+        return ChunkStorageMetadata(offsets=offsets, sizes=self.rows.shape)
+
+    def __create_write_items__(self, fqn: str, whole: Tensor) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        chunk = self._chunk()
+        data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.rows), whole.size())
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[Any]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self.rows
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if op not in _ROW_BY_ROW:
+            raise NotImplementedError(
+                f"{op} on one rank's experts of all: torch gathers and distributes only what DTensor places. "
+                "That is neither blocks of different sizes, nor what FSDP2 spreads where the communicator "
+                "was not given a DeviceMesh. Use commlib.nn.full_state_dict(model) to gather, "
+                "load_state_dict(whole) to distribute; torch.distributed.checkpoint takes them as they are"
+            )
+        out = op(*tree_map(_rows_of, args), **tree_map(_rows_of, kwargs or {}))
+        if op in _IN_PLACE:
+            return args[0]
+        first = next(t.first for t in tree_leaves((args, kwargs)) if isinstance(t, _Rows))
+        return _Rows(out, first)
+
+
+_aten = torch.ops.aten
+_IN_PLACE = {_aten.copy_.default, _aten.zero_.default}
+_ROW_BY_ROW = _IN_PLACE | {
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.detach.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.view.default,  # DTensor views a local tensor as it is
+    _aten.zeros_like.default,
+    _aten._to_copy.default,
+}
+
+
+def _rows_of(value: Any) -> Any:
+    return value.rows if isinstance(value, _Rows) else value
+
+
+# -- what optimizers keep for parameters ---------------------------------------------------------------------
+
+_owners = WeakTensorKeyDictionary()  # the shard that a parameter is of
+_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when looked at last
+
+
+def note_owner(param: Tensor, shard: Shard) -> None:
+    """Let optimizers know that a parameter holds some of all experts."""
+    _owners[param] = shard
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """From its first step on, an optimizer with experts' parameters says their state as they say themselves.
+
+    torch's own functions for state dicts take a step before anything else, of an optimizer that has none.
+    """
+    if torch.compiler.is_compiling() or _known.get(optimizer) == len(optimizer.param_groups):
+        return
+    first_time = optimizer not in _known
+    _known[optimizer] = len(optimizer.param_groups)
+    if first_time:
+        optimizer.register_state_dict_post_hook(_say_states)
+        optimizer.register_load_state_dict_pre_hook(_hear_states)
+    for param in _parameters_of(optimizer):  # what was loaded before the first step
+        if (shard := _owners.get(param)) is not None:
+            state = optimizer.state[param]
+            state.update({name: _heard_state(shard, value, param) for name, value in state.items()})
+
+
+def _say_states(optimizer: Optimizer, state_dict: Any) -> None:
+    for number, param in enumerate(_parameters_of(optimizer)):
+        shard, state = _owners.get(param), state_dict["state"].get(number)
+        if shard is not None and state is not None:
+            state_dict["state"][number] = {
+                name: _said_state(shard, name, value) for name, value in state.items()
+            }
+
+
+def _hear_states(optimizer: Optimizer, state_dict: Any) -> Any:
+    names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    states = dict(state_dict["state"])
+    for name, param in zip(names, _parameters_of(optimizer), strict=False):
+        shard = _owners.get(param)
+        if shard is not None and name in states:
+            states[name] = {key: _heard_state(shard, value, param) for key, value in states[name].items()}
+    return {**state_dict, "state": states}
+
+
+def _by_expert(value: Any) -> bool:
+    """Whether a state is one of tensors, not a number such as the count of steps."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() != 1
+
+
+def _said_state(shard: Shard, name: str, value: Any) -> Any:
+    if not _by_expert(value):
+        return value
+    if value.shape[0] not in (shard.count, shard.total):
+        raise NotImplementedError(
+            f"the optimizer's {name!r} for experts {shard} is {list(value.shape)}, not a row for each: "
+            "a state dict cannot say which part of all experts' it is"
+        )
+    return shard.said(value)
+
+
+def _heard_state(shard: Shard, value: Any, param: Tensor) -> Any:
+    return shard.heard(value, param) if _by_expert(value) else value
+
+
+register_optimizer_step_pre_hook(_on_step)

@@ -1,0 +1,159 @@
+"""DistributedDataParallel and FSDP around models with experts.
+
+What they do with a parameter supposes that every rank has the same one. Experts differ by rank: DDP would
+overwrite all ranks' with rank 0's and average gradients of different parameters, FSDP would put parameters
+together from parts of different ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from commlib.group import process_group_of
+
+from .experts import Experts, all_experts
+from .shards import Shard
+
+
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """See what wraps a model, in its constructor, before it sends anything."""
+    if isinstance(parent, DistributedDataParallel) and child is not None:
+        _leave_out(parent, child)
+    elif child is not None and _is_fsdp1(parent):
+        _check_fsdp1(parent, child)
+
+
+register_module_module_registration_hook(_on_registration)
+
+
+def _leave_out(ddp: Any, model: nn.Module) -> None:
+    """Make a DistributedDataParallel that is under construction leave experts alone."""
+    ours = [part for part in model.modules() if isinstance(part, Experts) and part.shard is not None]
+    if not ours:
+        return
+    for part in ours:
+        _mean_over(part, ddp.process_group)
+    theirs = {id(p) for part in ours for p in part.parameters()}
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in theirs):
+        raise ValueError(
+            "DistributedDataParallel has nothing to do here: all parameters are of experts, which differ by "
+            "rank. Give it the model that they are part of"
+        )
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) in theirs:
+                # It asks by both names for parameters of the model's own.
+                ddp.parameters_to_ignore |= {f"{path}.{name}", f"{path}.{name}".removeprefix(".")}
+                p._ddp_ignored = True
+    ddp._module_parameters = [p for p in ddp._module_parameters if id(p) not in theirs]
+
+
+def _mean_over(part: Experts, group: dist.ProcessGroup) -> None:
+    """Make the gradients of experts, which a wrapper leaves alone, those of the mean loss over its ranks."""
+    assert part.shard is not None
+    ep, ranks = part.shard.ep, dist.get_process_group_ranks(group)
+    known = process_group_of(ep.group)
+    theirs = None if known is None else dist.get_process_group_ranks(known)
+    if theirs != ranks:
+        raise ValueError(
+            f"the model is averaged over ranks {ranks}, its experts {part.shard} are spread over ranks "
+            f"{theirs or 'that torch.distributed does not know'}: then experts are to be averaged over ranks "
+            "that hold the same ones. Use commlib.nn.sync_gradients(model) after backward instead of a "
+            "wrapper, or FSDP2 with commlib.nn.fully_shard_experts"
+        )
+    part.gradient_divisor = ep.size
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FullyShardedDataParallel)
+
+
+def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
+    left_alone = {id(p) for p in getattr(fsdp, "_ignored_params", ())}
+    for part in model.modules():
+        if not isinstance(part, Experts) or part.shard is None:
+            continue
+        mine = list(part._parameters.values())
+        if not all(p is not None and id(p) in left_alone for p in mine):
+            raise ValueError(
+                f"FullyShardedDataParallel would put experts {part.shard} together with other ranks' other "
+                "experts. Use FSDP2 with commlib.nn.fully_shard_experts(model, mesh), or give it "
+                "ignored_states=list(commlib.nn.expert_parameters(model)) and the ranks of the experts' "
+                "communicator"
+            )
+        _mean_over(part, fsdp.process_group)
+
+
+def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any) -> nn.Module:
+    """Apply FSDP2 to the experts of a model, over ranks that hold the same ones.
+
+    Call it before ``fully_shard`` on what contains the experts, and before the optimizer is made. On a mesh
+    of data-parallel by expert-parallel ranks::
+
+        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "ep"))
+        ep = commlib.ExpertParallel(mesh["ep"], ...)
+        ...
+        commlib.nn.fully_shard_experts(model, mesh["dp"])
+        fully_shard(model, mesh=mesh)  # 2-D: sharded over ep, replicated over dp; a flat mesh shards over all
+
+    FSDP2 averages the experts' gradients over the ranks of ``mesh``; each of them is a sum over the ranks of
+    the communicator, and is divided by the number of these. So it becomes the mean over all ranks, as
+    ``fully_shard`` makes it of all other parameters. Nothing else is to be divided.
+
+    Where the communicator was given a DeviceMesh, and all of its ranks hold as many experts, the parameters
+    become DTensors over both meshes, which all of torch's functions for state dicts take. Otherwise they are
+    DTensors over ``mesh``, and ``torch.distributed.checkpoint`` still saves and loads all experts.
+
+    Args:
+        module: with :class:`Experts` somewhere in it.
+        mesh: of ranks that hold the same experts; one dimension, or two for hybrid sharding.
+        options: of ``torch.distributed.fsdp.fully_shard``.
+
+    Returns:
+        module.
+
+    Raises:
+        ValueError: the module has no Experts, or ranks of the mesh hold different ones; on every rank.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for part in all_experts(module):
+        shard = part.shard
+        if shard is not None:
+            _check_replicas(shard, mesh)
+            shard.prepared = True
+            if shard.even and getattr(shard.ep.group, "mesh", None) is not None:
+                _spread(part, shard)
+            part.gradient_divisor = shard.ep.size
+        fully_shard(part, mesh=mesh, **options)
+    return module
+
+
+def _check_replicas(shard: Shard, mesh: dist.DeviceMesh) -> None:
+    held = (shard.first, shard.count, shard.total)
+    for group in mesh.get_all_groups():
+        everywhere: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everywhere, held, group=group)
+        if len(set(everywhere)) > 1:
+            ranks = dist.get_process_group_ranks(group)
+            raise ValueError(
+                f"ranks {ranks} of the mesh hold different experts: {[e[0] for e in everywhere]} are their "
+                "first ones. Give fully_shard_experts the dimensions over which experts are the same, "
+                'such as mesh["dp"]'
+            )
+
+
+def _spread(part: Experts, shard: Shard) -> None:
+    """Say the parameters as DTensors over the communicator's ranks."""
+    for name, p in list(part._parameters.items()):
+        assert p is not None
+        whole: Any = shard.said(p.detach())
+        setattr(part, name, nn.Parameter(whole, requires_grad=p.requires_grad))
+    shard.spread = True
