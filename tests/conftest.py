@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
-from processes import run_processes
+from processes import run_processes, with_torch
 
 from commlib import ExpertParallel, cuda
 
@@ -128,6 +129,23 @@ def host_clock(monkeypatch):
 def in_processes(tmp_path):
     """``run(main, size)``: see processes.run_processes."""
     return lambda main, size: run_processes(main, size, tmp_path)
+
+
+@pytest.fixture
+def torch_ranks(tmp_path):
+    """``run(main, size)``: ``main(rank)`` in processes of a default process group; what each returned.
+
+    An error of one is raised here.
+    """
+
+    def run(main, size):
+        place = Path(tempfile.mkdtemp(dir=tmp_path))
+        said = run_processes(with_torch(lambda group: (main(group.rank),)), size, place)
+        errors = {rank: what for rank, what in enumerate(said) if not isinstance(what, tuple)}
+        assert not errors, errors
+        return [what[0] for what in said]
+
+    return run
 
 
 @pytest.fixture

@@ -7,7 +7,10 @@ import pickle
 import resource
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
 
 from commlib.group import Group
 
@@ -58,6 +61,22 @@ def run_processes(main, size, place):
         os.waitpid(pid, 0)
     files = [Path(place) / f"result.{rank}" for rank in range(size)]
     return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def with_torch(main, backend="gloo"):
+    """``main`` of a rank, within torch.distributed's default group of the same ranks."""
+
+    def rank_main(group):
+        dist.init_process_group(
+            backend,
+            store=dist.FileStore(str(group.place / "store"), group.size),
+            rank=group.rank,
+            world_size=group.size,
+            timeout=timedelta(seconds=HANG_SECONDS),
+        )
+        return main(group)
+
+    return rank_main
 
 
 def _be_rank(main, group):

@@ -81,7 +81,9 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
         if not isinstance(part, Experts) or part.shard is None:
             continue
         mine = list(part._parameters.values())
-        if not all(p is not None and id(p) in left_alone for p in mine):
+        if not mine or not all(
+            id(p) in left_alone for p in mine
+        ):  # it takes away what it does not leave alone
             raise ValueError(
                 f"FullyShardedDataParallel would put experts {part.shard} together with other ranks' other "
                 "experts. Use FSDP2 with commlib.nn.fully_shard_experts(model, mesh), or give it "

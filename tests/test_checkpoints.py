@@ -1,0 +1,276 @@
+"""Checkpoints of models with experts: every rank gets its own back, on any number of ranks."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from moe_models import Model, batch, connect
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+import commlib
+from commlib.nn import full_state_dict, sync_gradients
+
+
+def numbered(model, optimizer, first):
+    """Give every parameter, and its state, numbers that say which expert and which place they are of."""
+    for i, (name, p) in enumerate(sorted(model.named_parameters())):
+        for j, tensor in enumerate((p.data, *optimizer.state[p].values())):
+            if tensor.dim():
+                rows = torch.arange(len(tensor)) + (first if "experts" in name else 0)
+                within = torch.arange(tensor[0].numel()).view(tensor[0].shape) / 4096
+                tensor.copy_(
+                    (rows + 100 * i + 10000 * j).view(-1, *[1] * within.dim()).expand_as(tensor) + within
+                )
+
+
+def stepped(model, make):
+    """An optimizer that has state."""
+    optimizer = make(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+
+def adafactor(parameters):
+    return torch.optim.Adafactor(parameters, lr=1e-3)
+
+
+def tensors_of(model, optimizer):
+    return [
+        t.clone()
+        for _, p in sorted(model.named_parameters())
+        for t in (p.data, *optimizer.state[p].values())
+        if t.dim()
+    ]
+
+
+def check_numbered(model, optimizer, first):
+    got = tensors_of(model, optimizer)
+    numbered(model, optimizer, first)
+    for a, b in zip(got, tensors_of(model, optimizer), strict=True):
+        assert torch.equal(a, b)
+
+
+def spoil(model, optimizer):
+    for t in [p.data for p in model.parameters()]:
+        t.fill_(-1)
+    for state in optimizer.state.values():
+        for t in state.values():
+            if t.dim():
+                t.fill_(-1)
+
+
+OPTIMIZERS = {"adamw": adamw, "momentum": momentum, "adafactor": adafactor}
+
+
+@pytest.mark.parametrize("experts", [8, 10])
+def test_saved_on_four_ranks_and_loaded_on_others(torch_ranks, tmp_path, experts):
+    def save(rank):
+        ep = connect(experts)
+        for name, make in OPTIMIZERS.items():
+            model = Model(experts, ep)
+            optimizer = stepped(model, make)
+            numbered(model, optimizer, model.moe.experts.first)
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.save(state, checkpoint_id=str(tmp_path / name))
+
+    def load(rank):
+        ep = connect(experts)
+        for name, make in OPTIMIZERS.items():
+            model = Model(experts, ep)
+            optimizer = stepped(model, make)
+            spoil(model, optimizer)
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.load(state, checkpoint_id=str(tmp_path / name))
+            set_state_dict(
+                model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            check_numbered(model, optimizer, model.moe.experts.first)
+
+    torch_ranks(save, 4)
+    for ranks in (1, 2, 3, 8):
+        torch_ranks(load, ranks)
+
+
+def one_step(model, optimizer, rank, step):
+    optimizer.zero_grad()
+    model(batch(rank, step)).backward()
+    sync_gradients(model)
+    optimizer.step()
+
+
+def test_plain_state_dicts_are_loaded_by_the_same_rank(torch_ranks):
+    def main(rank):
+        ep = connect(10)
+        model = Model(10, ep)
+        optimizer = adamw(model.parameters())
+        one_step(model, optimizer, rank, 0)
+        for i, has_state in enumerate((True, False), 1):
+            saved = io.BytesIO()
+            torch.save([model.state_dict(), optimizer.state_dict()], saved)
+            saved.seek(0)
+            other = Model(10, ep)
+            loads = stepped(other, adamw) if has_state else adamw(other.parameters())
+            model_state, optimizer_state = torch.load(saved, weights_only=False)
+            other.load_state_dict(model_state)
+            loads.load_state_dict(optimizer_state)
+            one_step(model, optimizer, rank, i)
+            one_step(other, loads, rank, i)
+            for a, b in zip(tensors_of(model, optimizer), tensors_of(other, loads), strict=True):
+                assert torch.equal(a, b)
+            assert not any(isinstance(v, DTensor) for s in loads.state.values() for v in s.values())
+
+    torch_ranks(main, 4)
+
+
+def test_an_asynchronous_checkpoint(torch_ranks, tmp_path):
+    def main(rank):
+        for experts in (8, 10):
+            place = str(tmp_path / f"{experts}")
+            model = Model(experts, connect(experts))
+            optimizer = stepped(model, adamw)
+            numbered(model, optimizer, model.moe.experts.first)
+            state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+            dcp.async_save(state, checkpoint_id=place).result()
+            spoil(model, optimizer)
+            state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+            dcp.load(state, checkpoint_id=place)
+            model.load_state_dict(state["model"])
+            set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            check_numbered(model, optimizer, model.moe.experts.first)
+
+    torch_ranks(main, 4)
+
+
+def full(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("experts", [8, 10, 3])
+def test_a_whole_state_dict_is_gathered_and_distributed(torch_ranks, experts):
+    whole = full(Model(experts, None))
+
+    def main(rank):
+        model = Model(experts, connect(experts))
+        gathered = full_state_dict(model)
+        assert (rank == 0) == bool(gathered)
+        for name, value in gathered.items():
+            assert type(value) is torch.Tensor
+            assert torch.equal(value, whole[name]), name
+        mine = [p.detach().clone() for p in model.parameters()]
+        other = Model(experts, model.moe.ep, seed=99)
+        other.load_state_dict(whole)
+        assert all(torch.equal(a, b) for a, b in zip(mine, other.parameters(), strict=True))
+
+    torch_ranks(main, 4)
+
+
+def test_whole_state_dicts_by_torchs_functions(torch_ranks):
+    """Where all ranks hold as many experts; elsewhere DTensor cannot, and says so."""
+    whole = full(Model(8, None))
+
+    def main(rank):
+        model = Model(8, connect(8))
+        mine = [p.detach().clone() for p in model.parameters()]
+        everything = StateDictOptions(full_state_dict=True)
+        for name, value in get_model_state_dict(model, options=everything).items():
+            assert torch.equal(value, whole[name]), name
+        for options, given in (
+            (everything, whole),
+            (StateDictOptions(full_state_dict=True, broadcast_from_rank0=True), whole if rank == 0 else {}),
+        ):
+            spoil(model, adamw(model.parameters()))
+            set_model_state_dict(model, dict(given), options=options)
+            assert all(torch.equal(a, b) for a, b in zip(mine, model.parameters(), strict=True))
+        with pytest.raises(NotImplementedError, match="full_state_dict"):
+            get_model_state_dict(Model(10, connect(10)), options=everything)
+
+    torch_ranks(main, 4)
+
+
+def test_a_checkpoint_of_another_model_is_refused(torch_ranks, tmp_path):
+    place = str(tmp_path / "checkpoint")
+
+    def main(rank):
+        dcp.save(Model(8, connect(8)).state_dict(), checkpoint_id=place)
+        model = Model(10, connect(10))
+        with pytest.raises(
+            dcp.api.CheckpointException, match=r"Size mismatch .*\[8, 32, 16\].*\[10, 32, 16\]"
+        ):
+            dcp.load(model.state_dict(), checkpoint_id=place)
+        with pytest.raises(RuntimeError, match=r"what is loaded has 8 experts, the model has 10, of which"):
+            model.load_state_dict(Model(8, None).state_dict())
+        with pytest.raises(ValueError, match=r"holds no commlib\.nn\.Experts"):
+            full_state_dict(model.before)
+
+    torch_ranks(main, 4)
+
+
+def test_another_ranks_file_is_refused(torch_ranks, tmp_path):
+    def main(rank):
+        model = Model(10, connect(10))
+        torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+        dist.barrier()
+        with pytest.raises(ValueError, match="are to be loaded where experts"):
+            model.load_state_dict(torch.load(tmp_path / f"{(rank + 2) % 4}.pt", weights_only=False))
+
+    torch_ranks(main, 4)
+
+
+def test_without_torch_distributed_state_dicts_are_of_the_rank():
+    def rank_main(rank):
+        model = Model(8, connect(8))
+        state = model.state_dict()
+        assert type(state["moe.experts.w1"]) is torch.Tensor
+        assert state["moe.experts.w1"].shape[0] == 4
+        with pytest.raises(RuntimeError, match="init_process_group"):
+            full_state_dict(model)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_copies_share_the_communicator_and_learn_by_themselves(torch_ranks):
+    def main(rank):
+        model = Model(8, connect(8))
+        copied = copy.deepcopy(model)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        assert copied.moe.ep is model.moe.ep
+        assert copied.moe.experts.w1 is not model.moe.experts.w1
+        want = model(batch(rank, 0))
+        assert torch.equal(copied(batch(rank, 0)), want)
+        assert torch.equal(average(batch(rank, 0)), want)
+        for m in (model, copied):  # the copy's gradients are known to be shards, too
+            m(batch(rank, 0)).backward()
+            sync_gradients(m)
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1) for m in (model, copied)]
+        everywhere = [None] * 4
+        dist.all_gather_object(everywhere, [float(n) for n in norms])
+        assert len({n for pair in everywhere for n in pair}) == 1
+        with pytest.raises(TypeError, match=r"ExpertParallel .* cannot be pickled.*state_dict"):
+            torch.save(model, io.BytesIO())
+
+    torch_ranks(main, 4)

@@ -1,0 +1,108 @@
+"""Training as users do it, DDP and FSDP2 around experts, has the losses of the unsharded model."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from moe_models import Model, connect, train, train_unsharded
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from commlib.nn import clip_grad_norm_, fully_shard_experts
+
+EXPERTS, RANKS, MAX_NORM = 10, 4, 0.5  # 10 on 4 ranks: 2, 3, 2, 3
+BEFORE, AFTER = range(3), range(3, 6)  # steps until the checkpoint, and from it on
+# In float32 only the order of sums differs. Under autocast it decides how numbers are rounded to bfloat16.
+TOLERANCE = {None: 1e-6, torch.bfloat16: 2**-8}
+
+
+def torch_clip(model):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+
+
+def our_clip(model):
+    clip_grad_norm_(model, MAX_NORM)
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def under_ddp(dtype, **options):
+    return DistributedDataParallel(Model(EXPERTS, connect(EXPERTS, dtype=dtype), **options)), torch_clip
+
+
+def under_fsdp2(ranks):
+    def wrap(dtype, **options):
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "ep"))
+        model = Model(EXPERTS, connect(EXPERTS, mesh["ep"], dtype), **options)
+        fully_shard_experts(model, mesh["dp"])
+        return fully_shard(model, mesh=mesh), our_clip
+
+    return wrap
+
+
+def alone(dtype, **options):
+    return Model(EXPERTS, None, **options), torch_clip
+
+
+def save(model, optimizer, place):
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=place)
+
+
+def load(model, optimizer, place):
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=place)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def check(losses_by_rank, unsharded, tolerance):
+    for step, wanted in enumerate(unsharded):
+        got = [losses[step] for losses in losses_by_rank]
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.parametrize("recompute", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_training_saved_and_gone_on_with_elsewhere(torch_ranks, tmp_path, how, autocast, recompute):
+    """Four ranks train and save; two ranks load and go on, under the other wrapper."""
+    wrappers = {"DDP": under_ddp, "FSDP2": under_fsdp2(RANKS)}, {"DDP": under_fsdp2(2), "FSDP2": under_ddp}
+    options = dict(overlap_chunks=3, recompute=recompute)
+    place = str(tmp_path / "checkpoint")
+
+    def first(rank):
+        model, clip = wrappers[0][how](autocast or torch.float32, **options)
+        optimizer = optimizer_of(model)
+        losses = train(model, optimizer, rank, BEFORE, clip, autocast)
+        save(model, optimizer, place)
+        return losses
+
+    def second(rank):
+        model, clip = wrappers[1][how](autocast or torch.float32, seed=99, **options)
+        optimizer = optimizer_of(model)
+        load(model, optimizer, place)
+        return train(model, optimizer, rank, AFTER, clip, autocast)
+
+    reference = Model(EXPERTS, None)
+    optimizer = optimizer_of(reference)
+    check(
+        torch_ranks(first, RANKS),
+        train_unsharded(reference, optimizer, RANKS, BEFORE, MAX_NORM, autocast),
+        TOLERANCE[autocast],
+    )
+    check(
+        torch_ranks(second, 2),
+        train_unsharded(reference, optimizer, 2, AFTER, MAX_NORM, autocast),
+        TOLERANCE[autocast],
+    )
+    restored = Model(EXPERTS, None, seed=99)
+    load(restored, optimizer_of(restored), place)
+    again = Model(EXPERTS, None)
+    train_unsharded(again, optimizer_of(again), RANKS, BEFORE, MAX_NORM, autocast)
+    if autocast is None:
+        for got, want in zip(restored.parameters(), again.parameters(), strict=True):
+            assert (got - want).norm() < 1e-5 * want.norm()  # AdamW makes much of the last bits of small ones
