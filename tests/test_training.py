@@ -1,6 +1,7 @@
 """Wrappers, gradients and clipping around experts that differ by rank."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -270,7 +271,9 @@ def test_clipping_without_torch_distributed_and_without_experts():
     norm_of_experts = torch.nn.utils.get_total_norm([p.grad for p in expert_parameters(wanted)])
 
     def rank_main(rank):
-        model = Model(8, connect(8))
+        ep = connect(8)
+        with lock:  # torch.manual_seed is the process's, and ranks are threads
+            model = Model(8, ep)
         model(batch(rank, 0)).backward()
         for p in shared_parameters(model):
             p.grad = None
@@ -279,6 +282,7 @@ def test_clipping_without_torch_distributed_and_without_experts():
             torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1e9),
         ]
 
+    lock = threading.Lock()
     for norms in commlib.run_ranks(rank_main, 2):
         for norm in norms:
             torch.testing.assert_close(norm.as_subclass(torch.Tensor), norm_of_experts)
