@@ -1,5 +1,8 @@
 """Training as users do it, DDP and FSDP2 around experts, has the losses of the unsharded model."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -11,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commlib.nn import clip_grad_norm_, fully_shard_experts
 
+ROOT = Path(__file__).parent.parent
 EXPERTS, RANKS, MAX_NORM = 10, 4, 0.5  # 10 on 4 ranks: 2, 3, 2, 3
 BEFORE, AFTER = range(3), range(3, 6)  # steps until the checkpoint, and from it on
 # In float32 only the order of sums differs. Under autocast it decides how numbers are rounded to bfloat16.
@@ -106,3 +110,33 @@ def test_training_saved_and_gone_on_with_elsewhere(torch_ranks, tmp_path, how, a
     if autocast is None:
         for got, want in zip(restored.parameters(), again.parameters(), strict=True):
             assert (got - want).norm() < 1e-5 * want.norm()  # AdamW makes much of the last bits of small ones
+
+
+def test_a_transformers_trainer_trains_the_unsharded_model(launch, tmp_path):
+    """With its defaults: DDP by accelerate, clipping, AdamW, a schedule."""
+    program = ROOT / "tests/programs/hf_trainer.py"
+    done = launch(str(program), 3, "torchrun", 240, [str(tmp_path)], HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = torch.load(tmp_path / "result.pt")
+
+    trainer = runpy.run_path(str(program))
+    ranks, steps, size = 3, trainer["STEPS"], trainer["BATCH"]
+    model = trainer["Model"](None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    given = trainer["examples"](steps * size * ranks)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (steps - step) / steps
+        optimizer.zero_grad()
+        for rank in range(ranks):
+            begin = (step * ranks + rank) * size
+            x, labels = (
+                torch.stack([example[name] for example in given[begin : begin + size]])
+                for name in ("x", "labels")
+            )
+            (model(x, labels)["loss"] / ranks).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        assert norm > 0.05  # it clips
+        optimizer.step()
+        assert result["logs"][step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for name, want in model.state_dict().items():
+        assert (result["weights"][name] - want).norm() < 1e-4 * want.norm(), name
