@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from facts import commit, driver, slug
 from rich.console import Console
 from rich.table import Table
 
+import commlib
 from commlib import cuda
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +60,7 @@ def host() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commlib": _version_of("commlib"),
+        "commlib": commlib.__version__,
         "commit": commit(),
     }
 
@@ -119,13 +119,6 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _mpi_version(launch: Launch) -> str | None:

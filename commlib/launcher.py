@@ -113,7 +113,7 @@ def _check_mpi(launch: Launch) -> None:
     except ImportError as error:
         raise CommError(
             f"{launch}, but mpi4py, by which they would find each other, cannot be imported: {error}. "
-            f"pip install 'commlib[mpi]', or start the ranks with torchrun"
+            f"pip install 'commlib-ep[mpi]', or start the ranks with torchrun"
         ) from error
     if (rank, size) != (launch.rank, launch.size):
         raise CommError(

@@ -13,7 +13,7 @@ from commlib.errors import CommError
 _ADVICE = (
     "Install UCX: the cluster's own, which knows its network (a module, HPC-X, or a package of the "
     "distribution; UCX_HOME says where its lib folder is, if it is not on the library path), or "
-    "pip install commlib[nodes], which has TCP and shared memory. `commlib topo` tries it."
+    "pip install 'commlib-ep[nodes]', which has TCP and shared memory. `commlib topo` tries it."
 )
 
 

@@ -84,7 +84,7 @@ def test_warnings_are_errors_only_when_asked_for(value, asked):
 def make_wheel(module, directory, sources, modules=("_core", "_cuda")):
     """One of the right Python that says it was built from these sources."""
     suffix = module.SUFFIX.removesuffix(".so")
-    with zipfile.ZipFile(directory / "commlib-0.1.0-cp300-cp300-linux_x86_64.whl", "w") as archive:
+    with zipfile.ZipFile(directory / "commlib_ep-0.1.0-cp300-cp300-linux_x86_64.whl", "w") as archive:
         for name in modules:
             archive.writestr(f"commlib/{name}{suffix}.so", f"the module {name}")
             archive.writestr(f"commlib/{name}{suffix}.sources", f"{sources}\n")
@@ -141,7 +141,7 @@ def test_what_asks_for_a_newer_library_is_refused_with_the_symbol(wheel_report):
 
 
 def test_a_wheel_without_the_cuda_module_is_refused(wheel_report, tmp_path, monkeypatch):
-    path = tmp_path / "commlib-0.1.0-cp312-cp312-linux_x86_64.whl"
+    path = tmp_path / "commlib_ep-0.1.0-cp312-cp312-linux_x86_64.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("commlib/_core.cpython-312-x86_64-linux-gnu.so", "")
     monkeypatch.setattr(wheel_report, "symbols_of", lambda module: OLD_ENOUGH)

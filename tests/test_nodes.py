@@ -347,7 +347,7 @@ def test_without_ucx_every_rank_says_what_to_do(monkeypatch):
     world = world_on(2)
 
     def rank_main(rank):
-        with pytest.raises(CommError, match=r"(?s)through UCX.*nowhere.*pip install commlib\[nodes\]"):
+        with pytest.raises(CommError, match=r"(?s)through UCX.*nowhere.*pip install 'commlib-ep\[nodes\]'"):
             ExpertParallel(ranks_per_node=1, **world.config())
 
     commlib.run_ranks(rank_main, 2)

@@ -36,7 +36,7 @@ def is_there(package: Path) -> bool:
 
 def take(wheels: Path, package: Path) -> bool:
     """Unpack both modules of a wheel that has them for this interpreter, of these sources."""
-    for wheel in sorted(wheels.glob("commlib-*.whl")):
+    for wheel in sorted(wheels.glob("commlib_ep-*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             members = [f"commlib/{name}" for name in FILES]
             if missing := sorted(set(members) - set(archive.namelist())):

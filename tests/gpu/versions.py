@@ -11,6 +11,7 @@ from importlib import metadata
 
 PACKAGES = (
     *(
+        "commlib-ep",
         "torch",
         "numpy",
         "triton",
