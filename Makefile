@@ -9,6 +9,8 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
 launch = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(1) $(BIN)/python
 LAUNCH = $(call launch,$(RANKS))
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Of the tests in C++, as csrc/nvcc.py has it of the modules: warnings are errors in CI only.
+export WERROR ?= $(if $(filter-out 0,$(COMMLIB_WERROR)),-Werror)
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench csrc examples tests setup.py
 

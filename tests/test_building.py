@@ -62,20 +62,40 @@ def test_a_newer_setuptools_reads_pyproject(setup):
     assert setup.distribution("77.0.1", ["bdist_wheel"]) is setuptools.Distribution
 
 
-@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), ("", False)])
+ASKED = pytest.mark.parametrize(
+    ("value", "asked"), [("1", True), ("0", False), ("", False), (None, False)], ids=repr
+)
+
+
+def output_of(command, werror, **variables):
+    """With this COMMLIB_WERROR, or without one."""
+    env = {"PATH": "/usr/bin:/bin", **variables} | ({} if werror is None else {"COMMLIB_WERROR": werror})
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+@ASKED
 def test_warnings_are_errors_only_when_asked_for(value, asked):
-    code = "import setup; print('-Werror' in setup.core.extra_compile_args)"
-    env = {"COMMLIB_WERROR": value, "COMMLIB_CUDA_ARCHS": "none", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert done.stdout.strip() == str(asked)
+    code = "import setup; print(setup.core.extra_compile_args)"
+    flags = output_of([sys.executable, "-c", code], value, COMMLIB_CUDA_ARCHS="none")
+    assert ("-Werror" in flags) == asked
+
+
+@ASKED
+def test_warnings_of_kernels_are_errors_only_when_asked_for(value, asked):
+    code = "import sys; sys.path.insert(0, 'csrc'); import nvcc; print(nvcc.nvcc_command('a.cu', 'a.o'))"
+    command = output_of([sys.executable, "-c", code], value, CUDA_HOME="/nowhere")
+    assert "-Wextra" in command and ("-Werror" in command) == asked
+
+
+@ASKED
+@pytest.mark.parametrize(
+    "target",
+    ["build/sanitize/tsan-objects/tests/cpp/main.o", "build/simt/any/tests/cpp/main.cc.o", "test-aarch64"],
+)
+def test_warnings_of_tests_in_cpp_are_errors_only_when_asked_for(value, asked, target):
+    commands = output_of(["make", "--dry-run", "--always-make", target], value)
+    assert "-Wextra" in commands and ("-Werror" in commands) == asked
 
 
 # -- taking a wheel's modules --------------------------------------------------------------------------------

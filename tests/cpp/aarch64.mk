@@ -7,6 +7,6 @@ AARCH64_SOURCES := $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tes
 .PHONY: test-aarch64
 test-aarch64:  ## the C++ core with NEON, under an emulator (needs a cross compiler and QEMU)
 	@mkdir -p build
-	$(AARCH64_CXX) -std=c++17 -O2 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -pthread -static \
+	$(AARCH64_CXX) -std=c++17 -O2 -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -pthread -static \
 	  -Icsrc -Itests -Itests/cpp -o build/tests-aarch64 $(AARCH64_SOURCES)
 	$(AARCH64_RUN) build/tests-aarch64

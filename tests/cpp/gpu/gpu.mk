@@ -11,7 +11,7 @@ GPU_CPP_ARGS ?=
 GPU_CPP_JOBS ?= $(shell nproc)
 SANITIZER ?= compute-sanitizer
 TOOL ?= memcheck
-# Whose warnings they are depends on the compiler: errors only where asked for, with WERROR=-Werror.
+# Whose warnings they are depends on the compiler: errors only with WERROR=-Werror (the Makefile: COMMLIB_WERROR=1).
 WERROR ?=
 # -ffp-contract=off: the reference's sums have the kernels' bits.
 GPU_CPP_FLAGS := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) \
