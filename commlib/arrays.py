@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+
+
+class SupportsDLPack(Protocol):
+    """An array of a library that hands its memory to others."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+# What a user gives, and gets back.
+Array = TypeVar("Array", torch.Tensor, np.ndarray, SupportsDLPack)
 
 
 def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from commlib.ops import Routing
     from commlib.settings import Settings
 
+Layout = Literal["rank", "expert"]
+Overflow = Literal["error", "drop"]
+LAYOUTS, OVERFLOWS = get_args(Layout), get_args(Overflow)
 MAX_ALIGN = 2**16  # no tile of any kernel is longer, and padding for all experts can still be allocated
 _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
@@ -62,9 +65,9 @@ def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Ten
 
 def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
     """Options of dispatch that go together."""
-    if layout not in ("rank", "expert"):
+    if layout not in LAYOUTS:
         raise ValueError(f'layout must be "rank" or "expert", got {layout!r}')
-    if overflow not in ("error", "drop"):
+    if overflow not in OVERFLOWS:
         raise ValueError(f'overflow must be "error" or "drop", got {overflow!r}')
     if zero_copy and layout == "expert":
         raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')

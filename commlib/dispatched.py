@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from commlib import checks, ops
+from commlib.arrays import Array
+from commlib.checks import Layout
 from commlib.errors import HandleError
 from commlib.event import Event
 
@@ -20,7 +22,7 @@ class Handle:
     last tensor that views it is gone.
     """
 
-    def __init__(self, ep: ExpertParallel, routing: ops.Routing, layout: str, align: int) -> None:
+    def __init__(self, ep: ExpertParallel, routing: ops.Routing, layout: Layout, align: int) -> None:
         self._ep = ep
         self._routing: ops.Routing | None = routing
         self.layout = layout
@@ -50,8 +52,10 @@ class Handle:
 
 
 @dataclass(frozen=True)
-class Dispatched:
+class Dispatched(Generic[Array]):
     """Rows that a rank received. N: unique rows; M: rows grouped by expert, padding included.
+
+    Its arrays are of the kind of dispatch's ``x``: a ``Dispatched[Tensor]`` for a Tensor.
 
     Attributes:
         x: layout "rank": ``[N, hidden]``, ordered by source rank, then token. "expert": ``[M, hidden]``,
@@ -66,26 +70,29 @@ class Dispatched:
         event: with ``async_op``: when the rows are there.
     """
 
-    x: Any
-    topk_idx: Any
-    topk_weights: Any
-    tokens_per_expert: Any
-    offsets: Any
-    source: Any
+    # "| Any": or None, as the caller of dispatch knows, whom a type checker need not ask each time.
+    x: Array
+    topk_idx: Array | Any
+    topk_weights: Array | Any
+    tokens_per_expert: Array
+    offsets: Array | Any
+    source: Array
     handle: Handle
     event: Event | None = None
 
-    def finish(self) -> Dispatched:
+    def finish(self) -> Dispatched[Array]:
         """Wait for the rows of a dispatch with ``async_op``; see :meth:`commlib.Event.finish`."""
         if self.event is None:
             return self
         if self.event.split is None:
             self.event.wait()
             return replace(self, event=None)
-        if self.topk_weights is None:
-            (x,), weights = self.event.finish(self.x), None
+        x: Any = self.x  # a tensor: autograd records no others
+        weights: Any = self.topk_weights
+        if weights is None:
+            (x,) = self.event.finish(x)
         else:
-            x, weights = self.event.finish(self.x, self.topk_weights)
+            x, weights = self.event.finish(x, weights)
         return replace(self, x=x, topk_weights=weights, event=None)
 
     def wait_expert(self, expert: int) -> None:
@@ -107,7 +114,7 @@ class Dispatched:
         """
         if self.handle.layout != "expert":
             raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
-        experts = len(self.tokens_per_expert)
+        experts = self.handle._ep.num_local_experts
         expert = checks.as_int("expert", expert)
         if not 0 <= expert < experts:
             raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from commlib import checks, ops, split
-from commlib.arrays import exporter_for
+from commlib.arrays import Array, exporter_for
 from commlib.bootstrap import connect, resolve_device
+from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
 from commlib.dispatched import Dispatched, Handle
 from commlib.errors import CommError, HandleError
@@ -18,6 +19,7 @@ from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
 from commlib.settings import START_SECONDS, Settings, checked_timeout, startup_seconds
+from commlib.topology import RoutingMode
 
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 _DEFAULT_SLOTS = {False: 8, True: 4}  # by whether it is a GPU, whose memory is not lazy
@@ -91,7 +93,7 @@ class ExpertParallel:
         startup_timeout: float | None = None,
         partition: SMPartition | None = None,
         link_gbps: float | None = None,
-        routing: str = "auto",
+        routing: RoutingMode = "auto",
         ranks_per_node: int | None = None,
     ) -> None:
         patience = _patience(startup_timeout, timeout)
@@ -125,19 +127,19 @@ class ExpertParallel:
 
     def dispatch(
         self,
-        x: Any,
+        x: Array,
         topk_idx: Any = None,
         topk_weights: Any = None,
         *,
-        layout: str | None = None,
+        layout: Layout | None = None,
         align: int = 1,
         handle: Handle | None = None,
         zero_copy: bool = False,
-        overflow: str = "error",
+        overflow: Overflow = "error",
         async_op: bool = False,
         in_waves: bool = False,
         previous_event: Event | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[Array]:
         """Send each token once to every rank that owns at least one of its experts.
 
         Differentiable in ``x`` and ``topk_weights``. All ranks call it, all with ``topk_weights`` or all
@@ -245,6 +247,45 @@ class ExpertParallel:
             handle=handle,
             event=self._take_event(part) if async_op else None,
         )
+
+    @overload
+    def combine(
+        self,
+        y: Array,
+        handle: Handle,
+        *,
+        weights: Any = None,
+        bias: Any = None,
+        out: Any = None,
+        async_op: Literal[False] = False,
+        previous_event: Event | None = None,
+    ) -> Array: ...
+
+    @overload
+    def combine(
+        self,
+        y: Array,
+        handle: Handle,
+        *,
+        weights: Any = None,
+        bias: Any = None,
+        out: Any = None,
+        async_op: Literal[True],
+        previous_event: Event | None = None,
+    ) -> tuple[Array, Event]: ...
+
+    @overload
+    def combine(
+        self,
+        y: Array,
+        handle: Handle,
+        *,
+        weights: Any = None,
+        bias: Any = None,
+        out: Any = None,
+        async_op: bool,
+        previous_event: Event | None = None,
+    ) -> Array | tuple[Array, Event]: ...
 
     def combine(
         self,

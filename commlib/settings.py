@@ -12,7 +12,7 @@ import torch
 
 from commlib import _core, cuda
 from commlib.partition import SMPartition
-from commlib.topology import ROUTINGS, node_size
+from commlib.topology import ROUTINGS, RoutingMode, node_size
 
 CORE_DTYPES = {
     torch.bfloat16: _core.DType.bf16,
@@ -42,7 +42,7 @@ class Settings:
     timeout: float
     partition: SMPartition | None = None
     link_gbps: float | None = None
-    routing: str = "auto"
+    routing: RoutingMode = "auto"
     ranks_per_node: int | None = None
 
     @property

@@ -6,12 +6,13 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from commlib.errors import ConfigMismatch
 from commlib.model.routing import missed
 
-ROUTINGS = ("auto", "direct", "hierarchical")
+RoutingMode = Literal["auto", "direct", "hierarchical"]
+ROUTINGS = get_args(RoutingMode)
 # Mapped memory moves rows at least so many times as fast as the network: NVLink 450 GB/s beside 50 GB/s, or
 # memory beside TCP. docs/nodes.md, "Which routing".
 _NEAR_BY_FAR = 4.0
