@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,12 @@ from commlib import ExpertParallel, cuda
 
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
+
+# A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP, and what is executed inherits
+# that. It does not inherit handlers: with one here, tests may send their programs both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)  # the tests go on
 
 BENCH = Path(__file__).parent.parent / "bench"
 

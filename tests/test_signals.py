@@ -1,11 +1,13 @@
 """Ctrl-C, signal handlers, and a process that is stopped: waits end where they should, and only there."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +224,34 @@ def keep_the_gil(n, file):
         return True
     _ = 3**n
     return file.exists()
+
+
+def test_programs_that_tests_start_get_signals_however_the_tests_were_started(tmp_path):
+    """In a shell's background, or under nohup, these are ignored; what is executed inherits that."""
+    test = "import os, signal, subprocess, sys\n\n\ndef test_they_end_it():\n" + "".join(
+        f"    code = 'import os; os.kill(os.getpid(), {number}); os._exit(9)'\n"
+        f"    done = subprocess.run([sys.executable, '-c', code], stderr=subprocess.DEVNULL)\n"
+        f"    assert done.returncode == -{number}\n"
+        for number in map(int, (signal.SIGINT, signal.SIGHUP))
+    )
+    (tmp_path / "test_it.py").write_text(test)
+    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
+    code = (
+        "import os, signal, sys\n"
+        "for number in (signal.SIGINT, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'pytest', '-q', '--rootdir=.'])\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 ENDS = {
