@@ -39,6 +39,7 @@ RUNS ?= 200
 soak: setup  ## random faults in random runs, RUNS=200; SEED=n JOBS=n repeat and speed it up
 	$(BIN)/python tests/soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
+# Samples go to bench/results/local/, which git ignores; those in bench/results/ are what README and docs/ cite.
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     on_gpus = ",".join(gpu_comparison.CHOICES)
     parser.add_argument("--only", help=f"of {','.join(CHOICES)}; with --device cuda of {on_gpus}")
     parser.add_argument("--num-sms", type=int, help="commlib's threads, or SMs; default: its own choice")
-    parser.add_argument("--json", type=Path, help="default: bench/results/, named by ranks")
+    parser.add_argument("--json", type=Path, help="default: bench/results/local/, named by ranks")
     add_link_arguments(parser)
     choices: Iterable[str] = CHOICES
     if compares_gpus(parser.parse_known_args()[0]):

@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile-iters", type=int, default=3, help="for kernel times; 0: none")
     parser.add_argument("--budget", type=float, help="seconds; what would not fit is left out and named")
     parser.add_argument("--quick", action="store_true", help="small sizes instead of the defaults")
-    parser.add_argument("--json", type=Path, help="default: bench/results/, named by device and date")
+    parser.add_argument("--json", type=Path, help="default: bench/results/local/, named by device and date")
     parser.set_defaults(experts=256, ranks=[4, 8], num_sms=[2, 4, 6, 8, 12, 16], iters=12)
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK, warmup=1, copy_mib=16)

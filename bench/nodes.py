@@ -51,7 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one rig")
     parser.add_argument("--small", action="store_true", help="to see whether it works")
-    parser.add_argument("--json", type=Path, help="default: bench/results/nodes-cpu.json; none with --small")
+    parser.add_argument(
+        "--json", type=Path, help="default: bench/results/local/nodes-cpu.json; none with --small"
+    )
     parser.set_defaults(hidden=2048, experts=32)
     if "--small" in sys.argv:
         parser.set_defaults(**SMALL)

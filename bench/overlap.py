@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ffn-hidden", type=int, help="of the layer's experts")
     parser.add_argument("--chunks", type=int, nargs="+", help="of the layer, one number after the other")
     parser.add_argument("--iters", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="default: bench/results/, named by device and ranks")
+    parser.add_argument("--json", type=Path, help="default: bench/results/local/, named by device and ranks")
     parser.add_argument("--plot", type=Path, help="figure; default: beside the JSON, as PNG")
     device = parser.parse_known_args(argv)[0].device
     parser.set_defaults(**(CPU_DEFAULTS if device == "cpu" else GPU_DEFAULTS))

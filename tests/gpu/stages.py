@@ -220,7 +220,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=float("inf"),
         help="seconds for everything; what no time is left for is not run",
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/local")
     parser.add_argument("--list", action="store_true", help="show the steps, and run none")
     return parser.parse_args(argv)
 
