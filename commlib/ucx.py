@@ -10,7 +10,7 @@ from pathlib import Path
 from commlib import _core
 from commlib.errors import CommError
 
-_ADVICE = (
+ADVICE = (
     "Install UCX: the cluster's own, which knows its network (a module, HPC-X, or a package of the "
     "distribution; UCX_HOME says where its lib folder is, if it is not on the library path), or "
     "pip install 'commlib-ep[nodes]', which has TCP and shared memory. `commlib topo` tries it."
@@ -50,5 +50,5 @@ def load() -> str:
         return _core.load_ucx(candidates())
     except RuntimeError as error:
         raise CommError(
-            f"ranks lie on several nodes, and rows go between nodes through UCX, but {error}\n{_ADVICE}"
+            f"ranks lie on several nodes, and rows go between nodes through UCX, but {error}\n{ADVICE}"
         ) from None

@@ -14,12 +14,17 @@ from test_dispatch import check
 import commlib
 from commlib import ExpertParallel, cli, ucx
 from commlib.bootstrap import _topology
+from commlib.cli import topo
 from commlib.errors import CommError, ConfigMismatch
 from commlib.topology import Topology, find_topology, node_size
 
 # Ranks, ranks of a node, routing. The last node may be smaller.
 SPREADS = [(4, 2, "hierarchical"), (4, 2, "direct"), (5, 2, "hierarchical"), (6, 3, "auto"), (3, 1, "auto")]
 spread = pytest.mark.parametrize(("ranks", "node", "routing"), SPREADS)
+
+
+def load_no_ucx(paths):
+    raise RuntimeError("no UCX library:\n  /nowhere/libucp.so.0: cannot open shared object file")
 
 
 def need_ucx(device):
@@ -340,10 +345,7 @@ def test_the_rule_for_routing():
 
 
 def test_without_ucx_every_rank_says_what_to_do(monkeypatch):
-    def missing(paths):
-        raise RuntimeError("no UCX library:\n  /nowhere/libucp.so.0: cannot open shared object file")
-
-    monkeypatch.setattr(ucx._core, "load_ucx", missing)
+    monkeypatch.setattr(ucx._core, "load_ucx", load_no_ucx)
     world = world_on(2)
 
     def rank_main(rank):
@@ -373,3 +375,20 @@ def test_topo_prints_the_nodes_and_ucx(capsys, monkeypatch):
     monkeypatch.setenv("COMMLIB_NODE_SIZE", "2")
     assert cli.main(["topo"]) == 0
     assert "1 rank on 1 node" in (out := capsys.readouterr().out) and "UCX 1." in out
+
+
+def test_topo_on_one_node_says_that_ucx_is_not_needed_and_how_it_would_come(capsys, monkeypatch):
+    monkeypatch.setattr(topo._core, "load_ucx", load_no_ucx)
+    assert cli.main(["topo"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "UCX is not needed. Between nodes it would be, but no UCX library: /nowhere" in out
+    assert "pip install 'commlib-ep[nodes]'" in out and "several nodes" not in out
+
+
+def test_topo_on_two_nodes_says_that_ucx_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(topo._core, "load_ucx", load_no_ucx)
+    nodes = find_topology(["a", "b"], ["host a", "host b"], None)
+    topo._print(nodes, [{"ucx": (True, "UCX 1.22.0")}, {"ucx": topo._ucx()}], None)
+    out = capsys.readouterr().out
+    assert "ranks 0: UCX 1.22.0\nranks 1: Rows go between nodes through UCX, but no UCX library" in out
+    assert "not needed" not in out

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from commlib import __version__, cuda
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; what it returns is the exit status."""
     parser = argparse.ArgumentParser(prog="commlib", description="Tools beside the library.")
+    parser.add_argument("--version", action=_Version, help="of commlib, and what this build can use here")
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser(
         "bench",
@@ -37,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     topo.add_argument("--ranks-per-node", type=int, help="default: COMMLIB_NODE_SIZE, or what is found out")
     args = parser.parse_args(argv)
     return _topo(parser, args) if args.command == "topo" else _bench(parser, args)
+
+
+class _Version(argparse.Action):
+    """Looks for a GPU only where it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"commlib {__version__}, CUDA backend: {cuda.why_not() or 'ready'}")
+        parser.exit()
 
 
 def _topo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

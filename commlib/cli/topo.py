@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from commlib import ucx
+from commlib import _core, ucx
 from commlib.bootstrap import own_place
 from commlib.conversation import gather
-from commlib.errors import CommError
 from commlib.group import resolve_group
 from commlib.topology import Topology, find_topology, node_size
 
@@ -24,9 +23,10 @@ def topo(ranks_per_node: int | None) -> bool:
 
 
 def _ucx() -> tuple[bool, str]:
+    """Whether there is one, and its version or what was tried."""
     try:
-        return True, f"UCX {ucx.load()}"
-    except CommError as error:
+        return True, f"UCX {_core.load_ucx(ucx.candidates())}"
+    except RuntimeError as error:
         return False, str(error)
 
 
@@ -40,11 +40,15 @@ def _print(topology: Topology, places: list[dict[str, Any]], size: int | None) -
             if other != node:
                 ways = ", ".join(f"{r} to {topology.gateway(r, other)}" for r in members)
                 print(f"    two hops to node {other} go by its gateways: {ways}")
-    for said in dict.fromkeys(tuple(p["ucx"]) for p in places):
-        having = [rank for rank, p in enumerate(places) if tuple(p["ucx"]) == said]
-        print(f"{'' if len(having) == ranks else f'ranks {_listed(having)}: '}{said[1]}")
     if nodes == 1:
         print("One node: ranks map each other's memory, and UCX is not needed.")
+    for there, said in dict.fromkeys(tuple(p["ucx"]) for p in places):
+        having = [rank for rank, p in enumerate(places) if tuple(p["ucx"]) == (there, said)]
+        whose = "" if len(having) == ranks else f"ranks {_listed(having)}: "
+        if not there:
+            need = "Between nodes it would be" if nodes == 1 else "Rows go between nodes through UCX"
+            said = f"{need}, but {said}\n{ucx.ADVICE}"
+        print(f"{whose}{said}")
 
 
 def _listed(ranks: list[int]) -> str:
