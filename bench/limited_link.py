@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import Stats
-from overlap_matmul import Matmul
+from overlap_matmul import Matmul, above
 from ranks import Case, Ranks, interleaved, on_ranks
 from report import RESULTS, Titled, device_name, show, table, where, write_json
 from torch import Tensor
@@ -293,6 +293,7 @@ def findings(measured: Measured, config: Config) -> list[str]:
         f"a dispatch and a matmul: {(median[DISPATCH] + median[MATMUL]) / median[BESIDE]:.2f} times faster "
         f"beside each other than in sequence, "
         f"{max(median[DISPATCH], median[MATMUL]) / median[BESIDE]:.0%} of what overlap can reach",
+        *filter(None, [above(measured.samples_s, BESIDE, (DISPATCH, MATMUL))]),
     ]
 
 

@@ -148,6 +148,20 @@ def layer_table(measured: Measured, args: argparse.Namespace, layer: LayerResult
     return title, ("", "ms (min-max)", "x sequence (min-max)", "efficiency"), [rows]
 
 
+def notes(measured: Measured) -> list[str]:
+    """What has to be said of efficiencies above 100 %."""
+    found = [
+        f"{result.num_sms} {unit(measured)}, {text}"
+        for result in measured.matmul
+        for suffix in overlap_matmul.SUFFIXES
+        if (text := overlap_matmul.note(result.samples_s, suffix))
+    ]
+    if (layer := measured.layer) is not None:
+        ways = [name for name in layer.samples_s if name not in overlap_layer.ALONE]
+        found += [overlap_matmul.above(layer.samples_s, way, overlap_layer.alone(way)) for way in ways]
+    return [text for text in found if text]
+
+
 def publish(args: argparse.Namespace, measured: Measured) -> None:
     """Print the tables, and write every sample as JSON, and the figure."""
     facts = measured.facts
@@ -156,6 +170,7 @@ def publish(args: argparse.Namespace, measured: Measured) -> None:
         tables.append(layer_table(measured, args, measured.layer))
     for parts in tables:
         show(table(*parts))
+    show(*notes(measured))
     path = args.json or RESULTS / f"overlap-{device_name(facts)}-r{facts['ranks']}.json"
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     content = asdict(measured)
@@ -181,9 +196,8 @@ def plot(path: Path, measured: Measured) -> None:
         points = [(n, 100 * e) for n, e in points if e is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(
-        xlabel=f"communication {unit(measured)} of a rank", ylabel="overlap efficiency, %", ylim=(0, 105)
-    )
+    axes.set(xlabel=f"communication {unit(measured)} of a rank", ylabel="overlap efficiency, %")
+    axes.set_ylim(0, max(105, axes.get_ylim()[1]))
     axes.set(title="a dispatch beside a matmul", xticks=[r.num_sms for r in measured.matmul])
     axes.legend()
     if measured.layer is not None:

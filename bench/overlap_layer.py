@@ -8,7 +8,6 @@ t_compute) / t, with the operations alone and the experts alone as the two.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from overlap_matmul import PARTED, Samples, computing
+from overlap_matmul import PARTED, Samples, computing, reached
 from ranks import Case, Ranks, interleaved
 from torch import Tensor, nn
 from workload import LinkRows, Shape, WrongResults
@@ -219,9 +218,12 @@ def measure(ranks: Ranks, layer: Layer, plan: LayerPlan, link_gbps: float, num_s
 
 def efficiency(samples: Samples, way: str) -> float:
     """max(t_communication, t_compute on its share) / t, of medians."""
-    compute = COMPUTE + PARTED if way.endswith(PARTED) else COMPUTE
-    longer = max(statistics.median(samples[name]) for name in (COMMUNICATION, compute))
-    return longer / statistics.median(samples[way])
+    return reached(samples, way, alone(way))
+
+
+def alone(way: str) -> tuple[str, str]:
+    """What a way is held against."""
+    return COMMUNICATION, COMPUTE + PARTED if way.endswith(PARTED) else COMPUTE
 
 
 def speed_ups(samples: Samples, way: str) -> list[float]:

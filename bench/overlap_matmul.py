@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from common import Stats
 from ranks import Case, Ranks, interleaved
 from workload import Job, Received, Shape, WrongResults
 
@@ -182,12 +183,52 @@ def efficiency(samples: Samples, suffix: str) -> float | None:
 
     On a GPU without a partition compute has no share: it is held against the partition's.
     """
-    if BOTH + suffix not in samples:
-        return None
+    return reached(samples, BOTH + suffix, alone(samples, suffix)) if BOTH + suffix in samples else None
+
+
+def alone(samples: Samples, suffix: str) -> tuple[str, str]:
+    """What both at once are held against."""
     shares = [SHARE + suffix, SHARE + PARTED, EVERYTHING]
-    alone = next(name for name in shares if name in samples)
-    longer = max(statistics.median(samples[name]) for name in (COMMUNICATION + suffix, alone))
-    return longer / statistics.median(samples[BOTH + suffix])
+    return COMMUNICATION + suffix, next(name for name in shares if name in samples)
+
+
+def note(samples: Samples, suffix: str) -> str:
+    """Why the efficiency is above 100 %, where it is."""
+    if BOTH + suffix not in samples:
+        return ""
+    both, parts = BOTH + suffix, alone(samples, suffix)
+    if not suffix and SHARE + PARTED in parts and is_above(reached(samples, both, parts)):
+        return (
+            f"{both}: above 100 %, for compute is held against its share of a partition, and had all SMs "
+            "here that communication left"
+        )
+    return above(samples, both, parts)
+
+
+def reached(samples: Samples, both: str, parts: Sequence[str]) -> float:
+    """The longer of the parts over both at once, of medians."""
+    return max(statistics.median(samples[part]) for part in parts) / statistics.median(samples[both])
+
+
+def is_above(share: float) -> bool:
+    """More than 100 %, as it is shown."""
+    return round(100 * share) > 100
+
+
+def above(samples: Samples, both: str, parts: Sequence[str]) -> str:
+    """Why ``both`` reaches more than 100 %, where it does, though it contains what it is held against."""
+    if not is_above(reached(samples, both, parts)):
+        return ""
+    longer = max(parts, key=lambda part: statistics.median(samples[part]))
+    fastest = max(min(samples[part]) for part in parts) / min(samples[both])
+    why = "times vary too much, as beside other work on the machine"
+    if is_above(fastest):
+        why = "parts took longer by themselves than within, as a whole may whose chunks fit a cache"
+    ms, by_itself = (Stats.of(samples[name]).text() for name in (both, longer))
+    return (
+        f"{both}: above 100 %, though it contains {longer}: {ms} ms, and "
+        f"{by_itself} for that alone. Of the fastest samples it is {fastest:.0%}: {why}"
+    )
 
 
 def best(results: Sequence[MatmulResult]) -> MatmulResult:

@@ -104,6 +104,30 @@ def test_efficiency_is_the_longer_of_both_alone_over_both(overlap):
     assert speed_ups(layer, "2 chunks") == [1.2, 1.5, 0.75]
 
 
+def test_an_efficiency_above_100_percent_is_explained(overlap, capsys):
+    """By the spread of its samples, by what is quicker in parts, or by SMs that the baseline did not have."""
+    from overlap import Measured, notes
+    from overlap_layer import LayerResult
+    from overlap_matmul import MatmulResult
+
+    noisy = {"communication": [2.0, 2.0], "compute, its share": [4.0, 9.0], "both": [4.5, 5.0]}
+    right = {"communication": [2.0, 2.0], "compute, its share": [4.0, 5.0], "both": [4.5, 4.5]}
+    gpu = {"communication": [2.0], "compute, everything": [2.0], "both": [3.0]}
+    gpu |= {f"{name}, partition": [5.0] for name in ("communication", "compute, its share", "both")}
+    layer = {"communication alone": [1.0], "experts alone": [3.0], "in sequence": [4.0], "2 chunks": [2.5]}
+    matmul = [MatmulResult(n, None, 1, None, s) for n, s in enumerate((noisy, right, gpu), 1)]
+    said = notes(Measured({"ranks": 2}, None, matmul, LayerResult(1, 1.0, layer)))
+    assert len(said) == 3
+    assert said[0].startswith("1 threads, both: above 100 %, though it contains compute, its share: 4750.0 (")
+    assert said[0].endswith(
+        "Of the fastest samples it is 89%: times vary too much, as beside other work on the machine"
+    )
+    assert said[1].startswith(
+        "3 threads, both: above 100 %, for compute is held against its share of a partition"
+    )
+    assert said[2].startswith("2 chunks: above 100 %") and "fit a cache" in said[2]
+
+
 def test_the_smallest_number_of_sms_that_fills_the_link_is_found(host_clock):
     from limited_link import filling
 
