@@ -1,0 +1,67 @@
+"""What docs/ says of the code. test_programs runs README's example."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    *(ROOT / "commlib").rglob("*.py"),
+    *(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cc", ".h", ".cu", ".cuh", ".py")),
+    ROOT / "setup.py",
+]
+# Where the environment is read or set: by these with a name in quotes, or with names that others hold.
+READS = re.compile(r'(?:environ(?:\.get|\.setdefault)?[(\[]|getenv\()\s*"(\w+)"')
+HELD = re.compile(r'"((?:RANK|WORLD_SIZE|MASTER_\w+|(?:OMPI|MV2|PMI|SLURM|UCX)_[A-Z_]+))"')
+
+
+def test_every_environment_variable_is_in_the_table():
+    read = set()
+    for source in SOURCES:
+        text = source.read_text()
+        if "environ" in text or "getenv" in text:
+            read |= {*READS.findall(text), *HELD.findall(text)}
+    told = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/environment.md").read_text()))
+    assert {"COMMLIB_NODE_SIZE", "COMMLIB_WERROR", "UCX_LOG_LEVEL", "PMI_RANK", "MASTER_PORT"} <= read
+    assert read <= told
+
+
+def test_where_the_environment_is_read_names_are_spelt_out():
+    """Else the test above would not see them."""
+    indirect = {
+        (source.name, line.strip())
+        for source in SOURCES
+        for line in source.read_text().splitlines()
+        if re.search(r"os\.environ|getenv\(", line) and not READS.search(line)
+    }
+    assert {name for name, _ in indirect} <= {"launcher.py", "ucx_library.cc"}, indirect
+
+
+@pytest.mark.parametrize("page", ["overlap.md"])
+def test_a_pages_snippets_run(page, tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"\(\n", "(", text)):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, link
