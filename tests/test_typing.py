@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("mypy")
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = """\
 import numpy as np
