@@ -40,10 +40,9 @@ def batch(rank, step):
     return torch.randn(TOKENS + rank, HIDDEN, generator=generator)
 
 
-def connect(experts, group=None, dtype=torch.float32):
-    return commlib.ExpertParallel(
-        group, num_experts=experts, hidden=HIDDEN, topk=TOPK, max_tokens=32, dtype=dtype, timeout=30.0
-    )
+def connect(experts, group=None, dtype=torch.float32, device=None):
+    shape = dict(num_experts=experts, hidden=HIDDEN, topk=TOPK, max_tokens=32)
+    return commlib.ExpertParallel(group, dtype=dtype, device=device, timeout=30.0, **shape)
 
 
 def train(model, optimizer, rank, steps, clip, autocast=None):

@@ -264,34 +264,63 @@ def test_clipping_sees_all_ranks_gradients(torch_ranks, how, order):
     torch_ranks(main, 4)
 
 
-def test_clipping_without_torch_distributed_and_without_experts():
-    wanted = Model(8, None)
-    for rank in range(2):
-        wanted(batch(rank, 0)).backward()
-    norm_of_experts = torch.nn.utils.get_total_norm([p.grad for p in expert_parameters(wanted)])
+def test_in_process_ranks_clip_and_scale_and_step(device):
+    """Without torch.distributed; on a GPU the optimizer's and the scaler's own kernels take the gradients."""
+
+    def model_of(ep):
+        with lock:  # torch.manual_seed is the process's, and ranks are threads
+            return Model(8, ep, device=device).to(device)
 
     def rank_main(rank):
-        ep = connect(8)
-        with lock:  # torch.manual_seed is the process's, and ranks are threads
-            model = Model(8, ep)
-        model(batch(rank, 0)).backward()
-        for p in shared_parameters(model):
-            p.grad = None
-        return [
-            clip_grad_norm_(model, 1e9),
-            torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1e9),
+        ep = connect(8, device=device)
+        model = model_of(ep)
+        experts = list(expert_parameters(model))
+        scaler = torch.amp.GradScaler(device, init_scale=4.0)
+        optimizers = [
+            torch.optim.AdamW(experts, lr=0.1, **how) for how in (dict(foreach=True), dict(fused=True))
         ]
+        x = batch(rank, 0).to(device)
+        model.moe.router(x)
+        ep.group.barrier()  # see test_moe_layer
+        norms = []
+        for optimizer, infinite in zip(optimizers, (False, True), strict=True):
+            model.zero_grad()
+            scaler.scale(model(x)).backward()
+            if infinite and rank == 0:
+                experts[0].grad[0, 0, 0] = float("inf")
+            before = [p.detach().clone() for p in experts]
+            scaler.unscale_(optimizer)
+            for p in shared_parameters(model):
+                p.grad = None
+            if not infinite:
+                norms = [
+                    clip_grad_norm_(model, 1e9),
+                    torch.nn.utils.clip_grad_norm_(experts, 1e9),
+                    torch.nn.utils.clip_grad_norm_(experts, 1e9, foreach=True),
+                ]
+            scaler.step(optimizer)
+            moved = [not torch.equal(a, b) for a, b in zip(before, experts, strict=True)]
+            assert all(moved) if not infinite else not any(moved)
+        return norms
 
     lock = threading.Lock()
-    for norms in commlib.run_ranks(rank_main, 2):
+    model = model_of(None)
+    for rank in range(2):
+        model(batch(rank, 0).to(device)).backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in expert_parameters(model)])
+    for norms in commlib.run_ranks(rank_main, 2, device=device):
         for norm in norms:
-            torch.testing.assert_close(norm.as_subclass(torch.Tensor), norm_of_experts)
+            torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted)
+
+
+def test_clipping_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"Linear holds no commlib\.nn\.Experts"):
         clip_grad_norm_(nn.Linear(2, 2), 1.0)
+    model = Model(8, None)
+    model(batch(0, 0)).backward()
     with pytest.raises(RuntimeError, match=r"norm of order 2\.0 .* nan"):
-        for p in wanted.parameters():
-            p.grad.fill_(float("nan"))
-        clip_grad_norm_(wanted, 1.0, error_if_nonfinite=True)
+        model.after.bias.grad.fill_(float("nan"))
+        clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
 
 
 def test_a_grad_scaler_skips_a_step_on_all_ranks_or_on_none(torch_ranks):
