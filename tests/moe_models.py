@@ -40,7 +40,7 @@ def batch(rank, step):
     return torch.randn(TOKENS + rank, HIDDEN, generator=generator)
 
 
-def connect(experts, group=None, dtype=torch.float32, device=None):
+def connect(experts, group=None, dtype=torch.float32, device="cpu"):
     shape = dict(num_experts=experts, hidden=HIDDEN, topk=TOPK, max_tokens=32)
     return commlib.ExpertParallel(group, dtype=dtype, device=device, timeout=30.0, **shape)
 
