@@ -1,11 +1,13 @@
 """What docs/ says of the code. test_programs runs README's example."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -49,6 +51,27 @@ def test_a_pages_snippets_run(page, tmp_path):
             [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    text = (ROOT / "docs/training.md").read_text()
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        name = program.splitlines()[0].removeprefix("# ")
+        (tmp_path / name).write_text(program)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert len(commands) == 3
+    said = []
+    for command in commands:
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said += [float(loss) for loss in re.findall(r"^loss ([\d.]+)", done.stdout, re.MULTILINE)]
+    assert len(said) == 10
+    assert said[-1] < said[4] < said[0]  # the second program goes on where the first one ended
+    weights = torch.load(tmp_path / "model.pt")
+    assert weights["moe.experts.w1"].shape == (10, 64, 128)
 
 
 @pytest.mark.parametrize(
