@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import commlib
-from commlib.nn import MoELayer, shared_parameters
+from commlib.nn import MoELayer, sync_gradients
 
 VOCABULARY = 256  # bytes
 AUX_WEIGHT = 0.01  # of the load-balance loss, as in Switch Transformer
@@ -90,17 +90,11 @@ def batches(args: argparse.Namespace, rank: int) -> Iterator[Tensor]:
         yield text[starts + torch.arange(args.context + 1)]
 
 
-def average_shared(model: nn.Module, loss: Tensor) -> None:
-    """Add up gradients of the replicated parameters, and the loss, over ranks, in place.
-
-    Not those of the experts: combine's backward has brought them every rank's tokens already. Each
-    rank's loss was divided by R before its backward, so that all sums are means.
-    """
-    tensors = [p.grad for p in shared_parameters(model) if p.grad is not None] + [loss]
-    flat = torch.cat([t.flatten() for t in tensors])  # one message and not one for each tensor
-    dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+def average(model: nn.Module, loss: Tensor) -> None:
+    """Make gradients, and the loss, those of the mean over ranks, in place."""
+    sync_gradients(model)
+    dist.all_reduce(loss)
+    loss /= dist.get_world_size()
 
 
 def train(
@@ -131,8 +125,8 @@ def train(
             mean = torch.zeros(())
             for source in sources:
                 loss, balance = model(next(source))
-                ((loss + AUX_WEIGHT * balance) / args.ranks).backward()
-                mean += loss.detach() / args.ranks
+                ((loss + AUX_WEIGHT * balance) / len(sources)).backward()
+                mean += loss.detach() / len(sources)
             finish(model, mean)
             optimizer.step()
             losses.append(mean.item())
@@ -153,7 +147,7 @@ def train_sharded(args: argparse.Namespace, rank: int) -> list[float]:
         device="cpu",
     ) as ep:
         title = f"experts over {args.ranks} ranks" if rank == 0 else None
-        return train(args, ep, [batches(args, rank)], average_shared, title)
+        return train(args, ep, [batches(args, rank)], average, title)
 
 
 def train_unsharded(args: argparse.Namespace) -> list[float]:

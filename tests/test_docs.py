@@ -53,6 +53,22 @@ def test_a_pages_snippets_run(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    program = next(block for block in blocks if block.startswith("python\n"))
+    commands = next(block for block in blocks if "torchrun" in block)
+    assert commands.count("program.py") == 4
+    (tmp_path / "program.py").write_text(program.removeprefix("python\n"))
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    # Of two lines one is for root and one for others: Open MPI may take both from root.
+    names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMP_NUM_THREADS")
+    env = os.environ | dict.fromkeys(names, "1")
+    shell = ["bash", "-ec", commands]
+    done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("torch.Size([100, 1024])") == 4 + 4 + 4 + 1
+
+
 def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
     text = (ROOT / "docs/training.md").read_text()
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

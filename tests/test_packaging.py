@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -58,17 +59,66 @@ def sdist(tmp_path_factory):
     )
     (archive,) = (tree / "out").iterdir()
     with tarfile.open(archive) as tar:
-        return archive.name, names, {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
+        return archive, names, {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
 
 
 def test_an_sdist_has_the_distributions_name_and_the_modules_version(sdist):
-    assert sdist[0] == f"commlib_ep-{commlib.__version__}.tar.gz"
+    assert sdist[0].name == f"commlib_ep-{commlib.__version__}.tar.gz"
 
 
 def test_an_sdist_holds_what_is_in_git_and_no_leftovers(sdist):
     _, names, packed = sdist
     made = {name for name in packed if name in BUILT or name.startswith("commlib_ep.egg-info/")}
     assert packed - made == set(names)
+
+
+USE = """
+import torch, commlib
+ep = commlib.ExpertParallel(num_experts=4, hidden=16, topk=2, max_tokens=8)
+x = torch.randn(3, 16, dtype=torch.bfloat16)
+d = ep.dispatch(x, torch.tensor([[0, 1], [2, 3], [1, -1]]))
+assert torch.equal(ep.combine(d.x, d.handle), x)
+print(commlib.__file__)
+"""
+
+
+def test_the_sdists_wheel_is_installed_and_used_without_nvcc_or_a_compiler(sdist, tmp_path):
+    """Dependencies are those of this environment: they are not this test's matter."""
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist[0])]
+    built = subprocess.run(
+        [
+            sys.executable,
+            *pip,
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            str(tmp_path),
+            str(sdist[0]),
+        ],
+        env={**os.environ, "COMMLIB_CUDA_ARCHS": "none"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("commlib_ep-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    python = tmp_path / "venv/bin/python"
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (packages / "these.pth").write_text(sysconfig.get_paths()["purelib"])
+    for command in ([*pip, "install", "--no-deps", "--ignore-installed", str(wheel)], ["-c", USE]):
+        done = subprocess.run(
+            [str(python), *command],
+            cwd=tmp_path,
+            env={"PATH": str(tmp_path / "venv/bin"), "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(str(packages))
 
 
 def test_no_text_names_somebody_elses_distribution():
