@@ -85,7 +85,7 @@ print(commlib.__file__)
 def test_the_sdists_wheel_is_installed_and_used_without_nvcc_or_a_compiler(sdist, tmp_path):
     """Dependencies are those of this environment: they are not this test's matter."""
     pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist[0])]
+    making = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist[0])]
     built = subprocess.run(
         [
             sys.executable,
