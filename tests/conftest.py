@@ -138,6 +138,27 @@ def in_processes(tmp_path):
     return lambda main, size: run_processes(main, size, tmp_path)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Where there is a GPU, a test that forks ranks runs in a process that sees none.
+
+    What has used CUDA, or autograd beside it, cannot be forked.
+    """
+    if "torch_ranks" not in pyfuncitem.fixturenames or not torch.cuda.is_available():
+        return None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout, done.stdout
+    return True
+
+
 @pytest.fixture
 def torch_ranks(tmp_path):
     """``run(main, size)``: ``main(rank)`` in processes of a default process group; what each returned.
