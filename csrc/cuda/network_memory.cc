@@ -15,7 +15,7 @@ class GpuMemory final : public NetworkMemory {
       : device_(device), control_(control), stream_(side_stream(device)) {}
 
   bool on_gpu() const override { return true; }
-  std::byte* rings(size_t bytes) override {
+  std::byte* own(size_t bytes) override {
     const OnDevice guard(device_);
     memory_.push_back(device_memory(device_, bytes));
     std::byte* p = memory_.back().get();

@@ -1,4 +1,4 @@
-// Memory of a GPU's channels to other nodes: rings in device memory, words in mapped memory of the host.
+// Memory of a GPU's channels to other nodes: device memory, and mapped memory of the host.
 #pragma once
 
 #include <memory>

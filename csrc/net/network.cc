@@ -33,7 +33,7 @@ class HostMemory final : public NetworkMemory {
     for (const auto& [data, bytes] : mapped_) munmap(data, bytes);
   }
 
-  std::byte* rings(size_t bytes) override { return words(bytes); }
+  std::byte* own(size_t bytes) override { return words(bytes); }
   std::byte* words(size_t bytes) override {
     void* p =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -122,13 +122,15 @@ void Network::make_rings(int lanes) {
   const int64_t ends = 2 * static_cast<int64_t>(topology_.gateways.size() + topology_.sources.size());
   const int64_t ring_bytes = ends * lanes * chunks * chunk;
   const int64_t states = ends * lanes * static_cast<int64_t>(sizeof(LaneState));
-  std::byte* ring = memory_->rings(static_cast<size_t>(ring_bytes + states + 8));
-  auto* state = reinterpret_cast<LaneState*>(ring + ring_bytes);
+  // A UCX that was built without CUDA would take a GPU's memory for the host's.
+  const auto ring_size = static_cast<size_t>(ring_bytes);
+  std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(ring_size) : memory_->words(ring_size);
+  auto* state = reinterpret_cast<LaneState*>(memory_->own(static_cast<size_t>(states + 8)));
   const int64_t words = 1 + ends * lanes * chunks;
   auto* word = reinterpret_cast<uint64_t*>(memory_->words(static_cast<size_t>(8 * words)));
-  transport_->use_memory(ring, static_cast<size_t>(ring_bytes));
+  transport_->use_memory(ring, ring_size);
   bytes_ = ring_bytes + states + 8 * words;
-  if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(ring + ring_bytes + states));
+  if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(state) + states / 8);
   hops_.news = word++;
   hops_.bell = &bell_;
 

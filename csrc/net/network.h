@@ -28,8 +28,8 @@ class NetworkMemory {
   virtual ~NetworkMemory() = default;
   // Workers cannot call, so they post into an outbox, and the network's thread never sleeps.
   virtual bool on_gpu() const { return false; }
-  // Zeros. Rings are the workers' memory; words are read and written by workers and by the host alike.
-  virtual std::byte* rings(size_t bytes) = 0;
+  // Zeros. Own is the workers'; words are read and written by workers and by the host alike.
+  virtual std::byte* own(size_t bytes) = 0;
   virtual std::byte* words(size_t bytes) = 0;
   // Each word is whole and, on its own, a release.
   virtual void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) = 0;

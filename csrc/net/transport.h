@@ -51,6 +51,8 @@ class Transport {
   virtual std::string address() = 0;
   // By rank; empty: not to be connected to.
   virtual void connect(const std::vector<std::string>& addresses, Receiver& receiver) = 0;
+  // Whether it can send from a GPU's memory, and receive into it.
+  virtual bool reaches_gpu_memory() const { return true; }
   // Memory that chunks are sent from and arrive in.
   virtual void use_memory(std::byte* data, size_t bytes) = 0;
 

@@ -10,6 +10,7 @@ namespace commlib {
   F(ucp_get_version_string)         \
   F(ucp_init_version)               \
   F(ucp_cleanup)                    \
+  F(ucp_context_query)              \
   F(ucp_config_read)                \
   F(ucp_config_modify)              \
   F(ucp_config_release)             \

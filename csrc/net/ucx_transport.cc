@@ -27,6 +27,7 @@ class UcxTransport final : public Transport {
 
   std::string address() override;
   void connect(const std::vector<std::string>& addresses, Receiver& receiver) override;
+  bool reaches_gpu_memory() const override { return reaches_gpu_memory_; }
   void use_memory(std::byte* data, size_t bytes) override;
   void send(int to, const Header& header, const std::byte* data) override;
   bool progress() override { return lib_.ucp_worker_progress(worker_) != 0; }
@@ -53,6 +54,7 @@ class UcxTransport final : public Transport {
   static void on_sent(void* request, ucs_status_t, void*) { ucx().ucp_request_free(request); }
   static void on_error(void* peer, ucp_ep_h, ucs_status_t status);
 
+  bool rings_on_gpu() const { return options_.device_memory && reaches_gpu_memory_; }
   ucs_status_t receive(const Post& post, void* data, size_t bytes, bool later);
   ucs_status_t fetch(const Post& post, std::byte* to, void* data, size_t bytes);
   void open(Peer& peer, const std::string& address);
@@ -67,6 +69,7 @@ class UcxTransport final : public Transport {
   ucp_worker_h worker_ = nullptr;
   ucp_mem_h memory_ = nullptr;
   int events_ = -1;
+  bool reaches_gpu_memory_ = false;
 };
 
 UcxTransport::UcxTransport(int size, UcxOptions options) : lib_(ucx()), options_(options), peers_(size) {
@@ -86,6 +89,10 @@ UcxTransport::UcxTransport(int size, UcxOptions options) : lib_(ucx()), options_
   const ucs_status_t status = lib_.ucp_init_version(UCP_API_MAJOR, 13, &params, config, &context_);
   lib_.ucp_config_release(config);
   check(status, "starting");
+  ucp_context_attr_t can{};
+  can.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+  check(lib_.ucp_context_query(context_, &can), "asking for the kinds of memory that it knows");
+  reaches_gpu_memory_ = can.memory_types >> UCS_MEMORY_TYPE_CUDA & 1;
   ucp_worker_params_t worker{};
   worker.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   worker.thread_mode = UCS_THREAD_MODE_SERIALIZED;
@@ -135,7 +142,7 @@ void UcxTransport::open(Peer& peer, const std::string& address) {
   params.err_handler = {on_error, &peer};
   const std::string what = "connecting to rank " + std::to_string(peer.rank);
   check(lib_.ucp_ep_create(worker_, &params, &peer.ep), what.c_str());
-  peer.at_once = !options_.device_memory && only_tcp(peer.ep);
+  peer.at_once = !rings_on_gpu() && only_tcp(peer.ep);
 }
 
 // Over TCP a message that asks first costs two more turns of both sides' threads, and saves nothing.
@@ -199,7 +206,7 @@ ucs_status_t UcxTransport::receive(const Post& post, void* data, size_t bytes, b
     return UCS_OK;
   }
   std::byte* to = receiver_->place_for(post);
-  if (later || options_.device_memory) return fetch(post, to, data, bytes);
+  if (later || rings_on_gpu()) return fetch(post, to, data, bytes);
   std::memcpy(to, data, bytes);
   receiver_->arrived(post, nullptr);
   return UCS_OK;

@@ -18,7 +18,7 @@ namespace commlib {
 std::string load_ucx(const std::vector<std::string>& paths);
 
 struct UcxOptions {
-  bool device_memory;  // rings lie in that of a GPU
+  bool device_memory;  // rings lie in that of a GPU, if UCX reaches it
   bool loopback;       // all ranks share a network's interfaces: UCX need listen on that of the host alone
 };
 std::unique_ptr<Transport> make_ucx_transport(int size, UcxOptions options);
