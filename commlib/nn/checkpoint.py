@@ -43,7 +43,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = model.state_dict()
     for path, part in model.named_modules():
-        if isinstance(part, Experts) and part.shard is not None and not part.shard.spread:
+        if isinstance(part, Experts) and part.shard is not None and not part.shard.as_dtensors:
             for name, p in part._parameters.items():
                 state[f"{path}.{name}".removeprefix(".")] = _all_blocks(p, part.shard, first)
     for name, value in state.items():

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gradients import divided_gradient, watch
+from .gradients import divided_gradient, mark_gradients_of
 from .grouped import grouped_mm
-from .shards import Shard, is_dtensor, note_owner
+from .shards import Shard, is_dtensor, register_owner
 
 if TYPE_CHECKING:
     from commlib import ExpertParallel
@@ -102,7 +102,7 @@ class Experts(nn.Module):
     # -- inside --------------------------------------------------------------------------------------------
 
     def _weight(self, w: Any) -> Tensor:
-        local = w.to_local() if self.shard is not None and self.shard.spread else w
+        local = w.to_local() if self.shard is not None and self.shard.as_dtensors else w
         return local if self.gradient_divisor == 1 else divided_gradient(local, self.gradient_divisor)
 
     # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
@@ -114,49 +114,49 @@ class Experts(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         shard = self.__dict__.get("shard")
         if shard is not None and param is not None:
-            if is_dtensor(param) and not shard.prepared:
+            if is_dtensor(param) and not shard.fsdp_prepared:
                 raise ValueError(
                     f"{name} of experts {shard} is to be spread over, or overwritten from, ranks that may "
                     "hold other experts. For FSDP2 call commlib.nn.fully_shard_experts(model, mesh) before "
                     "fully_shard, with the mesh of the ranks that hold the same experts"
                 )
-            self._note(param)
+            self._adopt(param)
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._note_all()
+        self._adopt_all()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
-        self._note_all()
+        self._adopt_all()
         return self
 
-    def _note_all(self) -> None:
+    def _adopt_all(self) -> None:
         if self.shard is not None:
             for param in self._parameters.values():
-                self._note(param)
+                self._adopt(param)
 
-    def _note(self, param: Any) -> None:
+    def _adopt(self, param: Any) -> None:
         assert self.shard is not None
         if is_dtensor(param):
-            note_owner(param, self.shard)
-        elif not self.shard.prepared:  # else FSDP2 lends it for a forward
-            note_owner(param, self.shard)
-            watch(param, self.shard)
+            register_owner(param, self.shard)
+        elif not self.shard.fsdp_prepared:  # else FSDP2 lends it for a forward
+            register_owner(param, self.shard)
+            mark_gradients_of(param, self.shard)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shard is not None and not keep_vars:
             for name in self._parameters:
-                destination[prefix + name] = self.shard.said(destination[prefix + name])
+                destination[prefix + name] = self.shard.to_state_dict(destination[prefix + name])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         errors: list[str] = rest[-1]
         for name, param in self._parameters.items():
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and self.shard is not None:
-                state_dict[prefix + name] = self.shard.heard(given, param)
+                state_dict[prefix + name] = self.shard.from_state_dict(given, param)
                 if reason := self.shard.misfit(given):
                     errors.append(f"{prefix}{name}: {reason}")
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -92,7 +92,7 @@ class ShardedGradient(Tensor):
         return self.as_subclass(Tensor).__deepcopy__(memo)
 
 
-def watch(param: nn.Parameter, shard: Shard) -> None:
+def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
     """Make each gradient of a parameter that is accumulated a ShardedGradient."""
 
     def mark(param: Tensor) -> None:
@@ -158,7 +158,7 @@ def _norms_of_parts(module: nn.Module, order: float) -> Iterator[Tensor]:
     seen = set()
     for experts in all_experts(module):
         shard = experts.shard
-        if shard is not None and not shard.spread:
+        if shard is not None and not shard.as_dtensors:
             by_ep.setdefault(shard.ep, (shard, []))[1].extend(experts.parameters())
             seen |= {id(p) for p in experts.parameters()}
     for shard, parameters in by_ep.values():

@@ -40,14 +40,14 @@ class Shard:
         ep: the communicator.
         first, count: the experts of this rank.
         total: of all ranks.
-        prepared: whether FSDP2 may spread the parameters over ranks that hold the same experts.
-        spread: whether the parameters are DTensors over the ranks of ``ep`` themselves.
+        fsdp_prepared: whether FSDP2 may spread the parameters over ranks that hold the same experts.
+        as_dtensors: whether the parameters are DTensors over the ranks of ``ep`` themselves.
     """
 
     def __init__(self, ep: ExpertParallel, first: int, count: int) -> None:
         self.ep, self.first, self.count = ep, first, count
         self.total: int = ep.settings.num_experts
-        self.prepared = self.spread = False
+        self.fsdp_prepared = self.as_dtensors = False
 
     def __repr__(self) -> str:
         return f"{self.first} to {self.first + self.count - 1} of {self.total}"
@@ -72,9 +72,9 @@ class Shard:
             kept["_mesh"] = DeviceMesh.from_group(group, self.ep.device.type)
         return kept["_mesh"]
 
-    def said(self, t: Tensor) -> Tensor:
+    def to_state_dict(self, t: Tensor) -> Tensor:
         """A tensor that has a row for each expert here, as part of one that has a row for each of all."""
-        if self.spread and is_dtensor(t):
+        if self.as_dtensors and is_dtensor(t):
             return t
         mesh = self.mesh()
         if mesh is None:
@@ -93,13 +93,13 @@ class Shard:
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    def heard(self, given: Tensor, like: Any) -> Tensor:
+    def from_state_dict(self, given: Tensor, like: Any) -> Tensor:
         """The experts of this rank in what is loaded, in the form of the parameter ``like``.
 
         Args:
-            given: what :meth:`said` has made, or a tensor of all experts or of those here.
+            given: what :meth:`to_state_dict` has made, or a tensor of all experts or of those here.
         """
-        if self.spread and is_dtensor(like):
+        if self.as_dtensors and is_dtensor(like):
             return given if is_dtensor(given) or given.shape[:1] != like.shape[:1] else _cut(given, like)
         first, count = self.first, self.count
         if is_dtensor(like):
@@ -243,7 +243,7 @@ _owners = WeakTensorKeyDictionary()  # the shard that a parameter is of
 _known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when looked at last
 
 
-def note_owner(param: Tensor, shard: Shard) -> None:
+def register_owner(param: Tensor, shard: Shard) -> None:
     """Let optimizers know that a parameter holds some of all experts."""
     _owners[param] = shard
 
@@ -262,30 +262,30 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     first_time = optimizer not in _known
     _known[optimizer] = len(optimizer.param_groups)
     if first_time:
-        optimizer.register_state_dict_post_hook(_say_states)
-        optimizer.register_load_state_dict_pre_hook(_hear_states)
+        optimizer.register_state_dict_post_hook(_export_states)
+        optimizer.register_load_state_dict_pre_hook(_import_states)
     for param in _parameters_of(optimizer):  # what was loaded before the first step
         if (shard := _owners.get(param)) is not None:
             state = optimizer.state[param]
-            state.update({name: _heard_state(shard, value, param) for name, value in state.items()})
+            state.update({name: _from_state_dict(shard, value, param) for name, value in state.items()})
 
 
-def _say_states(optimizer: Optimizer, state_dict: Any) -> None:
+def _export_states(optimizer: Optimizer, state_dict: Any) -> None:
     for number, param in enumerate(_parameters_of(optimizer)):
         shard, state = _owners.get(param), state_dict["state"].get(number)
         if shard is not None and state is not None:
             state_dict["state"][number] = {
-                name: _said_state(shard, name, value) for name, value in state.items()
+                name: _to_state_dict(shard, name, value) for name, value in state.items()
             }
 
 
-def _hear_states(optimizer: Optimizer, state_dict: Any) -> Any:
+def _import_states(optimizer: Optimizer, state_dict: Any) -> Any:
     names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     states = dict(state_dict["state"])
     for name, param in zip(names, _parameters_of(optimizer), strict=False):
         shard = _owners.get(param)
         if shard is not None and name in states:
-            states[name] = {key: _heard_state(shard, value, param) for key, value in states[name].items()}
+            states[name] = {key: _from_state_dict(shard, value, param) for key, value in states[name].items()}
     return {**state_dict, "state": states}
 
 
@@ -294,7 +294,7 @@ def _by_expert(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() != 1
 
 
-def _said_state(shard: Shard, name: str, value: Any) -> Any:
+def _to_state_dict(shard: Shard, name: str, value: Any) -> Any:
     if not _by_expert(value):
         return value
     if value.shape[0] not in (shard.count, shard.total):
@@ -302,11 +302,11 @@ def _said_state(shard: Shard, name: str, value: Any) -> Any:
             f"the optimizer's {name!r} for experts {shard} is {list(value.shape)}, not a row for each: "
             "a state dict cannot say which part of all experts' it is"
         )
-    return shard.said(value)
+    return shard.to_state_dict(value)
 
 
-def _heard_state(shard: Shard, value: Any, param: Tensor) -> Any:
-    return shard.heard(value, param) if _by_expert(value) else value
+def _from_state_dict(shard: Shard, value: Any, param: Tensor) -> Any:
+    return shard.from_state_dict(value, param) if _by_expert(value) else value
 
 
 register_optimizer_step_pre_hook(_on_step)

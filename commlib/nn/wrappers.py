@@ -130,9 +130,9 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         shard = part.shard
         if shard is not None:
             _check_replicas(shard, mesh)
-            shard.prepared = True
+            shard.fsdp_prepared = True
             if shard.even and getattr(shard.ep.group, "mesh", None) is not None:
-                _spread(part, shard)
+                _make_dtensors(part, shard)
             part.gradient_divisor = shard.ep.size
         fully_shard(part, mesh=mesh, **options)
     return module
@@ -152,10 +152,10 @@ def _check_replicas(shard: Shard, mesh: dist.DeviceMesh) -> None:
             )
 
 
-def _spread(part: Experts, shard: Shard) -> None:
+def _make_dtensors(part: Experts, shard: Shard) -> None:
     """Say the parameters as DTensors over the communicator's ranks."""
     for name, p in list(part._parameters.items()):
         assert p is not None
-        whole: Any = shard.said(p.detach())
+        whole: Any = shard.to_state_dict(p.detach())
         setattr(part, name, nn.Parameter(whole, requires_grad=p.requires_grad))
-    shard.spread = True
+    shard.as_dtensors = True
