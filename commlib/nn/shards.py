@@ -183,22 +183,28 @@ class _Rows(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"rows {self.first} onwards: {self.rows}"
 
-    def _chunk(self) -> Any:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-
-        offsets = torch.Size([self.first, *[0] * (self.dim() - 1)])
-        return ChunkStorageMetadata(offsets=offsets, sizes=self.rows.shape)
 
     def __create_write_items__(self, fqn: str, whole: Tensor) -> list[Any]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-        chunk = self._chunk()
-        data = TensorWriteData(chunk, TensorProperties.create_from_tensor(self.rows), whole.size())
-        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+        properties = TensorProperties.create_from_tensor(self.rows)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, whole.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
 
     def __create_chunk_list__(self) -> list[Any]:
-        return [self._chunk()]
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        if self.rows.numel() == 0:  # it would have the offset of another rank's
+            return []
+        offsets = torch.Size([self.first, *[0] * (self.dim() - 1)])
+        return [ChunkStorageMetadata(offsets=offsets, sizes=self.rows.shape)]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         return self.rows
