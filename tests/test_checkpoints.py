@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 import commlib
 from commlib.nn import full_state_dict, fully_shard_experts, sync_gradients
@@ -234,8 +236,13 @@ def test_a_whole_state_dict_is_gathered_and_distributed(torch_ranks, experts):
 
     def main(rank):
         model = Model(experts, connect(experts))
-        gathered = full_state_dict(model)
+        model.again = model.moe  # the same module under another name
+        gathered = full_state_dict(torch.compile(DistributedDataParallel(model)))
         assert (rank == 0) == bool(gathered)
+        for name in list(gathered):
+            if name.startswith("again"):
+                assert torch.equal(gathered.pop(name), whole[name.replace("again", "moe")])
+        del model.again
         for name, value in gathered.items():
             assert type(value) is torch.Tensor
             assert torch.equal(value, whole[name]), name
@@ -288,15 +295,77 @@ def test_a_checkpoint_of_another_model_is_refused(torch_ranks, tmp_path):
     torch_ranks(main, 4)
 
 
-def test_another_ranks_file_is_refused(torch_ranks, tmp_path):
+@pytest.mark.parametrize("experts", [8, 10])
+def test_another_ranks_file_is_refused_and_its_own_is_loaded(torch_ranks, tmp_path, experts):
+    """Also where the first rank's is loaded by all, as is usual where ranks are the same."""
+
     def main(rank):
-        model = Model(10, connect(10))
-        torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+        model = Model(experts, connect(experts))
+        optimizer = stepped(model, adamw)
+        for i, state in enumerate((model.state_dict(), optimizer.state_dict())):
+            torch.save(state, tmp_path / f"{i}.{rank}.pt")
         dist.barrier()
-        with pytest.raises(ValueError, match="are to be loaded where experts"):
-            model.load_state_dict(torch.load(tmp_path / f"{(rank + 2) % 4}.pt", weights_only=False))
+        for other in (0, (rank + 2) % 4, rank):
+            loads = [lambda s: model.load_state_dict(s), lambda s: optimizer.load_state_dict(s)]
+            for i, load in enumerate(loads):
+                state = torch.load(tmp_path / f"{i}.{other}.pt")
+                if other == rank:
+                    load(state)
+                else:
+                    with pytest.raises(ValueError, match="as a rank has saved them for itself"):
+                        load(state)
 
     torch_ranks(main, 4)
+
+
+def test_a_rank_part_is_not_loaded_into_the_unsharded_model(torch_ranks):
+    def main(rank):
+        for experts in (8, 10):
+            state = Model(experts, connect(experts)).state_dict()
+            with pytest.raises(ValueError, match="one rank's part of all experts"):
+                Model(experts, None).load_state_dict(state)
+
+    torch_ranks(main, 2)
+
+
+def test_what_has_no_row_for_each_expert_is_not_saved(torch_ranks):
+    def main(rank):
+        ep = connect(8)
+        for change in (
+            lambda experts: torch.nn.utils.parametrizations.weight_norm(experts, "w1"),
+            lambda experts: setattr(experts, "scale", torch.nn.Parameter(torch.ones(32))),
+            lambda experts: setattr(experts, "scale", torch.nn.Parameter(torch.ones(()))),
+        ):
+            model = Model(8, ep)
+            change(model.moe.experts)
+            with pytest.raises(NotImplementedError, match="a row for each expert"):
+                model.state_dict()
+        model = Model(8, ep)
+        prune.l1_unstructured(model.moe.experts, "w1", 0.5)
+        state = model.state_dict()
+        assert state["moe.experts.w1_mask"].shape == (8, 32, 16)
+        model.load_state_dict(state)
+
+    torch_ranks(main, 2)
+
+
+def test_what_is_assigned_keeps_no_other_ranks_memory(torch_ranks):
+    whole = full(Model(8, None))
+
+    def main(rank):
+        model = Model(8, connect(8))
+        mine = model.moe.experts.w1.detach().clone()
+        model.load_state_dict(whole, assign=True)
+        w1 = model.moe.experts.w1
+        assert torch.equal(w1, mine)
+        assert w1.untyped_storage().nbytes() == w1.numel() * 4
+        with torch.no_grad():
+            model(batch(rank, 0))
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        model.double().float().load_state_dict(whole)
+        assert torch.equal(model.moe.experts.w1, mine)
+
+    torch_ranks(main, 2)
 
 
 def test_without_torch_distributed_state_dicts_are_of_the_rank():

@@ -10,6 +10,7 @@ from moe_models import EXPERT_NAMES, Model, batch, connect
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,7 +90,7 @@ def test_ddp_around_the_layer_itself_and_with_accumulation(torch_ranks):
         sync_gradients(plain)
         for a, b in zip(layer.module.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
-        with pytest.raises(ValueError, match="nothing to do here: all parameters are of experts"):
+        with pytest.raises(ValueError, match="no parameter is trained but those of experts"):
             DistributedDataParallel(Model(8, ep).moe.experts)
 
     torch_ranks(main, 4)
@@ -323,6 +324,151 @@ def test_clipping_says_what_is_wrong():
         clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
 
 
+def unmark(p):
+    p.grad = p.grad.as_subclass(torch.Tensor)
+
+
+def frozen_copy(model):
+    model.requires_grad_(False)
+    return copy.deepcopy(model).requires_grad_(True)
+
+
+def with_a_hook_of_its_own(model):
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p._post_accumulate_grad_hooks = None
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    return copied
+
+
+LOSES = {  # ways in which a gradient might forget what it is a part of: (before backward, after it)
+    "scaled by hand": (None, lambda p: setattr(p, "grad", p.grad / 1.0)),
+    "copied while frozen": (frozen_copy, None),
+    "another hook": (with_a_hook_of_its_own, None),
+    "assigned, and synchronised": (None, unmark),
+}
+
+
+@pytest.mark.parametrize("how", LOSES)
+def test_a_gradient_does_not_forget_that_it_is_a_shard(torch_ranks, how):
+    def main(rank):
+        model = Model(8, connect(8))
+        before, after = LOSES[how]
+        model = before(model) if before else model
+        model(batch(rank, 0)).backward()
+        if after:
+            for p in expert_parameters(model):
+                after(p)
+        sync_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+
+    wanted = torch.nn.utils.get_total_norm(unsharded_gradients(8, 4).values())
+    torch_ranks(main, 4)
+
+
+def test_gradients_that_one_replica_lacks(torch_ranks):
+    """Rank 3 had no backward, nor has rank 2, which holds the other half of its communicator's experts."""
+
+    def main(rank):
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = Model(8, connect(8, groups[rank // 2]))
+        if rank < 2:
+            model(batch(rank, 0)).backward()
+        sync_gradients(model)
+        everywhere = [None] * 4
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        dist.all_gather_object(everywhere, norm.item())
+        assert len(set(everywhere)) == 1
+
+    torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("order", [2.0, float("inf")])
+def test_clipping_where_a_rank_has_no_experts(torch_ranks, order):
+    wanted = torch.nn.utils.get_total_norm(unsharded_gradients(3, 4).values(), order)
+
+    def main(rank):
+        model = Model(3, connect(3))
+        model(batch(rank, 0)).backward()
+        sync_gradients(model)
+        for norm in (
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9, order),
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], order),
+            clip_grad_norm_(model, 1e9, order),
+        ):
+            torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+
+    torch_ranks(main, 4)
+
+
+def test_modules_that_share_experts_parameters(torch_ranks):
+    reference = Model(8, None)
+    other = Model(8, None, seed=5)
+    other.moe.experts = reference.moe.experts
+    for rank in range(4):
+        ((reference(batch(rank, 0)) + other(batch(rank, 1))) / 4).backward()
+    wanted = [p.grad for p in reference.moe.experts.parameters()]
+
+    def main(rank):
+        for wrapped in (False, True):
+            ep = connect(8)
+            pair = nn.ModuleList([Model(8, ep), Model(8, ep, seed=5)])
+            for name in EXPERT_NAMES:
+                setattr(pair[1].moe.experts, name, getattr(pair[0].moe.experts, name))
+            both = Both(pair)
+            ddp = DistributedDataParallel(both) if wrapped else both
+            ddp(batch(rank, 0), batch(rank, 1)).backward()
+            if not wrapped:
+                sync_gradients(both)
+            for p, want in zip(pair[0].moe.experts.parameters(), wanted, strict=True):
+                torch.testing.assert_close(
+                    p.grad.as_subclass(torch.Tensor), want[rows_of(pair[0])], rtol=1e-4, atol=1e-6
+                )
+
+    torch_ranks(main, 4)
+
+
+class Both(nn.Module):
+    def __init__(self, pair):
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x, y):
+        return self.pair[0](x) + self.pair[1](y)
+
+
+def test_optimizers_that_take_ranks_for_equal_are_refused(torch_ranks):
+    def main(rank):
+        model = Model(8, connect(8))
+        ddp = DistributedDataParallel(model)
+        ddp(batch(rank, 0)).backward()
+        zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        for optimizer in (zero, torch.optim.LBFGS(model.parameters())):
+            mine = [p.detach().clone() for p in model.parameters()]
+            with pytest.raises(ValueError, match=r"experts, which differ by rank.*shared_parameters"):
+                optimizer.step(lambda: ddp(batch(rank, 0)))
+            assert all(torch.equal(a, b) for a, b in zip(mine, model.parameters(), strict=True))
+        ZeroRedundancyOptimizer(shared_parameters(model), torch.optim.SGD, lr=0.1).step()
+
+    torch_ranks(main, 2)
+
+
+def test_sync_gradients_adds_up_without_overflow_and_is_not_for_fsdp2(torch_ranks):
+    def main(rank):
+        model = Model(8, connect(8, dtype=torch.float16)).half()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 40000.0)
+        sync_gradients(model)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+        model = fully_shard_experts(Model(8, connect(8, mesh["ep"])), mesh["dp"])
+        with pytest.raises(ValueError, match="FSDP2"):
+            sync_gradients(model)
+
+    torch_ranks(main, 2)
+
+
 def test_a_grad_scaler_skips_a_step_on_all_ranks_or_on_none(torch_ranks):
     def main(rank):
         model = Model(8, connect(8))
@@ -356,7 +502,7 @@ def test_a_gradient_is_an_ordinary_tensor_otherwise(torch_ranks):
             assert torch.equal(copy.deepcopy(grad), plain)
             assert grad.norm() == plain.norm()
             assert (grad * 2).sum() == (plain * 2).sum()
-            assert type(grad * 2) is torch.Tensor
+            assert type(grad + 2) is torch.Tensor
             assert grad.max() == plain.max()
             for make in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop):
                 for foreach in (False, True):

@@ -34,7 +34,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         ValueError: the module has no Experts.
         RuntimeError: experts are on other ranks, and torch.distributed has not been initialised.
     """
-    model = module.module if isinstance(module, DistributedDataParallel) else module
+    model = _unwrapped(module)
     if any(part.shard is not None and part.shard.mesh() is None for part in all_experts(model)):
         raise RuntimeError(
             "torch.distributed does not know the ranks that hold the other experts: call "
@@ -42,7 +42,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         )
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = model.state_dict()
-    for path, part in model.named_modules():
+    for path, part in model.named_modules(remove_duplicate=False):
         if isinstance(part, Experts) and part.shard is not None and not part.shard.as_dtensors:
             for name, p in part._parameters.items():
                 state[f"{path}.{name}".removeprefix(".")] = _all_blocks(p, part.shard, first)
@@ -51,6 +51,16 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         if first:
             state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
     return dict(state) if first else {}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model in DDP and torch.compile, which change its parameters' names."""
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else None
+        inner = inner or getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def _all_blocks(p: Any, shard: Shard, first: bool) -> Tensor | None:

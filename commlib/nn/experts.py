@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +34,6 @@ class Experts(nn.Module):
 
     Attributes:
         shard: where these experts are among all; None: no other rank holds any.
-        gradient_divisor: what the gradients of the parameters are divided by. 1: they are sums over the
-            losses of all ranks. DDP and :func:`commlib.nn.fully_shard_experts` set it to the number of ranks,
-            and the gradients are those of the ranks' mean loss, as those of all other parameters then.
 
     Args:
         hidden, ffn_hidden: sizes.
@@ -58,7 +56,6 @@ class Experts(nn.Module):
         super().__init__()
         self.first = first
         self.shard = None if ep is None or ep.size == 1 else Shard(ep, first, count)
-        self.gradient_divisor = 1
 
         def stack(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
@@ -67,6 +64,15 @@ class Experts(nn.Module):
         self.w3 = stack(hidden, ffn_hidden)
         self.w2 = stack(ffn_hidden, hidden)
         self.reset_parameters()
+
+    @property
+    def gradient_divisor(self) -> int:
+        """What the gradients of the parameters are divided by.
+
+        1: they are sums over the losses of all ranks. DDP and :func:`commlib.nn.fully_shard_experts` make
+        it the number of ranks; then they are those of the ranks' mean loss, as all other parameters'.
+        """
+        return 1 if self.shard is None else self.shard.gradient_divisor
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -102,8 +108,13 @@ class Experts(nn.Module):
     # -- inside --------------------------------------------------------------------------------------------
 
     def _weight(self, w: Any) -> Tensor:
-        local = w.to_local() if self.shard is not None and self.shard.as_dtensors else w
-        return local if self.gradient_divisor == 1 else divided_gradient(local, self.gradient_divisor)
+        shard = self.shard
+        if shard is None:
+            return w
+        if not shard.fsdp_prepared and isinstance(w, nn.Parameter):
+            mark_gradients_of(w, shard)  # it may have been frozen, or replaced, since it was adopted
+        local = w.to_local() if shard.as_dtensors else w
+        return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
 
     # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
     # deepcopy) comes by one of the next four.
@@ -147,19 +158,43 @@ class Experts(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.shard is not None and not keep_vars:
-            for name in self._parameters:
+        if self.shard is None or keep_vars or self.shard.mesh() is None:
+            return
+        self._check_savable()
+        for name in (*self._parameters, *self._buffers):
+            if prefix + name in destination:
                 destination[prefix + name] = self.shard.to_state_dict(destination[prefix + name])
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _check_savable(self) -> None:
+        """Only tensors of the experts' own, with a row for each, can be said to be parts of all experts'."""
+        assert self.shard is not None
+        for name, t in chain(self.named_parameters(), self.named_buffers()):
+            if "." in name or t.dim() == 0 or t.shape[0] not in (self.shard.count, self.shard.total):
+                raise NotImplementedError(
+                    f"{name} {list(t.shape)} of experts {self.shard}: a state dict can hold what is Experts' "
+                    "own and has a row for each expert, nothing else (remove parametrizations first)"
+                )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
         errors: list[str] = rest[-1]
-        for name, param in self._parameters.items():
+        for name, own in chain(self._parameters.items(), self._buffers.items()):
             given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and self.shard is not None:
-                state_dict[prefix + name] = self.shard.from_state_dict(given, param)
-                if reason := self.shard.misfit(given):
-                    errors.append(f"{prefix}{name}: {reason}")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            if not isinstance(given, Tensor) or own is None:
+                continue
+            if self.shard is None:
+                if is_dtensor(given) and not is_dtensor(own):
+                    raise ValueError(
+                        f"{prefix}{name} is one rank's part of all experts, which are to be loaded here: use "
+                        "torch.distributed.checkpoint, or what commlib.nn.full_state_dict has gathered"
+                    )
+                continue
+            rows = self.shard.from_state_dict(given, own)
+            # What is assigned must not keep all experts' memory.
+            kept = rows.clone() if metadata.get("assign_to_params_buffers") and rows is not given else rows
+            state_dict[prefix + name] = kept
+            if reason := self.shard.misfit(given):
+                errors.append(f"{prefix}{name}: {reason}")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
 
 def all_experts(module: nn.Module) -> list[Experts]:

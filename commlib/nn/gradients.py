@@ -46,7 +46,8 @@ class ShardedGradient(Tensor):
     * the norms of ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm``;
     * the search for infinities of ``torch.amp.GradScaler``.
 
-    They are then collective. Everything else is as with any tensor, and of this rank.
+    They are then collective. Everything else is as with any tensor, and of this rank; what is scaled stays
+    what it is.
     """
 
     shard: Shard
@@ -55,20 +56,30 @@ class ShardedGradient(Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **kwargs)
-            if function is torch.linalg.vector_norm and isinstance(args[0], cls):
-                order = kwargs.get("ord", args[1] if len(args) > 1 else 2)
-                return norm_over_ranks(result, order, args[0].shard) if result.dim() == 0 else result
+            if function is torch.linalg.vector_norm:
+                return cls._norm(*args, **kwargs)
             if function is torch._foreach_norm:
-                return cls._norms(result, *args, **kwargs)
+                return cls._norms(*args, **kwargs)
+            result = function(*args, **kwargs)
             if function is torch._amp_foreach_non_finite_check_and_unscale_:
-                cls._any_infinity(*args)
+                cls._any_infinity(*args, **kwargs)
+            elif function in _SCALINGS and type(result) is Tensor:
+                scaled = [a for a in args if isinstance(a, cls) and a.shape == result.shape]
+                return marked(result, scaled[0].shard) if scaled else result
         return result
 
     @classmethod
-    def _norms(cls, norms: Any, tensors: Any, ord: float = 2, **_: Any) -> list[Tensor]:
+    def _norm(cls, x: Tensor, ord: float = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(x, cls) or dim is not None:
+            return torch.linalg.vector_norm(x, ord, dim, *args, **kwargs)
+        flat = x.as_subclass(Tensor).flatten() if x.numel() else x.new_zeros(1)  # it may have no experts
+        return norm_over_ranks(torch.linalg.vector_norm(flat, ord, None, *args, **kwargs), ord, x.shard)
+
+    @classmethod
+    def _norms(cls, tensors: Any, ord: float = 2, **kwargs: Any) -> list[Tensor]:
         """One gather for all gradients of each communicator."""
-        norms = list(norms)
+        filled = [t if t.numel() else t.new_zeros(1) for t in tensors]
+        norms = list(torch._foreach_norm(filled, ord, **kwargs))
         places: dict[Any, list[int]] = defaultdict(list)
         for i, tensor in enumerate(tensors):
             if isinstance(tensor, cls):
@@ -81,7 +92,7 @@ class ShardedGradient(Tensor):
         return norms
 
     @classmethod
-    def _any_infinity(cls, tensors: Any, found: Tensor, scale: Tensor) -> None:
+    def _any_infinity(cls, tensors: Any, found: Tensor, *_: Any, **__: Any) -> None:
         for shard in {t.shard.ep: t.shard for t in tensors if isinstance(t, cls)}.values():
             found.copy_(gather_numbers(shard.ep.group, found.reshape(1)).amax().reshape(found.shape))
 
@@ -92,17 +103,35 @@ class ShardedGradient(Tensor):
         return self.as_subclass(Tensor).__deepcopy__(memo)
 
 
+_SCALINGS = {
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__),
+    *(torch.nan_to_num, Tensor.nan_to_num, torch.clamp, Tensor.clamp),
+}
+
+
+def marked(gradient: Tensor, shard: Shard) -> ShardedGradient:
+    """The same gradient, as one that knows what it is a part of."""
+    known = gradient.as_subclass(ShardedGradient)
+    known.shard = shard
+    return known
+
+
 def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
-    """Make each gradient of a parameter that is accumulated a ShardedGradient."""
+    """Make each gradient of a parameter that is accumulated a ShardedGradient. Twice is fine."""
+    hooks = (param._post_accumulate_grad_hooks or {}).values()
+    if param.requires_grad and not any(isinstance(hook, _Marker) for hook in hooks):
+        param.register_post_accumulate_grad_hook(_Marker(shard))
 
-    def mark(param: Tensor) -> None:
+
+class _Marker:
+    """Called when a gradient has been accumulated."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def __call__(self, param: Tensor) -> None:
         if type(param.grad) is Tensor:
-            marked = param.grad.as_subclass(ShardedGradient)
-            marked.shard = shard
-            param.grad = marked
-
-    if not param._post_accumulate_grad_hooks and param.requires_grad:
-        param.register_post_accumulate_grad_hook(mark)
+            param.grad = marked(param.grad, self.shard)
 
 
 def norm_over_ranks(norms: Tensor, order: float, shard: Shard) -> Tensor:
@@ -208,7 +237,8 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
             ranks of a communicator are all in it.
 
     Raises:
-        ValueError: the module has no Experts, or the ranks of their communicator are not all in the group.
+        ValueError: the module has no Experts, the ranks of their communicator are not all in the group, or
+            FSDP2 has the parameters.
         RuntimeError: torch.distributed has not been initialised.
     """
     from .experts import all_experts, shared_parameters
@@ -216,15 +246,22 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
     experts = all_experts(module)
     if not dist.is_initialized():
         raise RuntimeError("sync_gradients needs torch.distributed.init_process_group first")
+    if any(is_dtensor(p) for p in module.parameters()):
+        raise ValueError("sync_gradients is for plain parameters; those of FSDP2 are averaged by it")
     average(list(shared_parameters(module)), dp_group)
+    done: set[int] = set()
     for part in experts:
-        replicas = _replicas(part, dp_group)
-        parameters = list(part.parameters())
-        divisor = 1 if part.shard is None else part.shard.ep.size // part.gradient_divisor
+        parameters = [p for p in part.parameters() if id(p) not in done]  # modules may share some
+        done |= {id(p) for p in parameters}
+        shard = part.shard
+        divisor = 1 if shard is None else shard.ep.size // shard.gradient_divisor
         for p in parameters:
             if p.grad is not None and divisor > 1:
                 p.grad.div_(divisor)
-        average(parameters, replicas)
+        average(parameters, _replicas(part, dp_group))
+        for p in parameters:
+            if shard is not None and type(p.grad) is Tensor:  # from torch.autograd.grad, or another replica
+                p.grad = marked(p.grad, shard)
 
 
 def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
@@ -242,8 +279,8 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> 
             alike[p.device, p.dtype].append(p.grad)
     for grads in alike.values():  # one message and not one for each gradient
         flat = torch.cat([grad.flatten() for grad in grads])
+        flat /= dist.get_world_size(group)  # before they are added up: float16 ends at 65504
         dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
         for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 

@@ -14,10 +14,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from commlib.group import process_group_of
 
@@ -42,12 +42,22 @@ class Shard:
         total: of all ranks.
         fsdp_prepared: whether FSDP2 may spread the parameters over ranks that hold the same experts.
         as_dtensors: whether the parameters are DTensors over the ranks of ``ep`` themselves.
+        gradient_divisor: what the gradients of the parameters are divided by; see Experts.
     """
 
     def __init__(self, ep: ExpertParallel, first: int, count: int) -> None:
         self.ep, self.first, self.count = ep, first, count
         self.total: int = ep.settings.num_experts
         self.fsdp_prepared = self.as_dtensors = False
+        self.gradient_divisor = 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        copied = Shard(self.ep, self.first, self.count)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # it is an attribute of parameters, which may be pickled
 
     def __repr__(self) -> str:
         return f"{self.first} to {self.first + self.count - 1} of {self.total}"
@@ -142,22 +152,34 @@ def _cut(given: Tensor, like: Any) -> Tensor:
 
 
 def _local_rows(given: Any, first: int, count: int, total: int) -> Tensor:
-    """Rows ``first`` onwards of all, from whatever holds them; as given where it holds other ones."""
+    """Rows ``first`` onwards of all, from whatever holds them; as given where it holds other ones.
+
+    Raises:
+        ValueError: it is what another rank has saved for itself.
+    """
     if is_dtensor(given):
         local = given.to_local()
-        if isinstance(local, _Rows):
-            if local.first == first and local.shape[0] == count:
-                return local.rows
+        at, rows = (local.first, local.rows) if isinstance(local, _Rows) else (_offset(given), local)
+        if given.shape[0] == total and (at, rows.shape[0]) == (first, count):
+            return rows
+        if isinstance(local, _Rows) or not _is_of_this_rank(given.device_mesh):
             raise ValueError(
-                f"experts {local.first} to {local.first + local.shape[0] - 1} are to be loaded where experts "
-                f"{first} to {first + count - 1} are: use torch.distributed.checkpoint, which knows both"
+                f"experts {at} to {at + rows.shape[0] - 1} of {given.shape[0]}, as a rank has saved them for "
+                f"itself, are to be loaded where experts {first} to {first + count - 1} of {total} are. "
+                "torch.distributed.checkpoint brings each rank its own; commlib.nn.full_state_dict(model) is "
+                "for one file"
             )
-        if given.shape[0] == total and local.shape[0] == count and _offset(given) == first:
-            return local
         given = given.full_tensor()
     if given.dim() and given.shape[0] == total:
         return given[first : first + count]
     return given
+
+
+def _is_of_this_rank(mesh: Any) -> bool:
+    """Whether a DTensor over this mesh is of this process, and not from the file of another."""
+    return dist.is_initialized() and (mesh.mesh == dist.get_rank()).nonzero().tolist() == [
+        mesh.get_coordinate()
+    ]
 
 
 class _Rows(Tensor):
@@ -183,6 +205,8 @@ class _Rows(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"rows {self.first} onwards: {self.rows}"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuilt_rows, (self.rows, self.first)
 
     def __create_write_items__(self, fqn: str, whole: Tensor) -> list[Any]:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
@@ -225,6 +249,12 @@ class _Rows(Tensor):
         return _Rows(out, first)
 
 
+def _rebuilt_rows(rows: Tensor, first: int) -> _Rows:
+    return _Rows(rows, first)
+
+
+torch.serialization.add_safe_globals([_rebuilt_rows])
+
 _aten = torch.ops.aten
 _IN_PLACE = {_aten.copy_.default, _aten.zero_.default}
 _ROW_BY_ROW = _IN_PLACE | {
@@ -245,13 +275,17 @@ def _rows_of(value: Any) -> Any:
 
 # -- what optimizers keep for parameters ---------------------------------------------------------------------
 
-_owners = WeakTensorKeyDictionary()  # the shard that a parameter is of
 _known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when looked at last
 
 
-def register_owner(param: Tensor, shard: Shard) -> None:
-    """Let optimizers know that a parameter holds some of all experts."""
-    _owners[param] = shard
+def register_owner(param: Any, shard: Shard) -> None:
+    """Let optimizers and wrappers know that a parameter holds some of all experts."""
+    param._commlib_shard = shard
+
+
+def owner_of(param: Any) -> Shard | None:
+    """Of which experts a parameter is; None: it is the same on every rank."""
+    return getattr(param, "_commlib_shard", None)
 
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -271,14 +305,27 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         optimizer.register_state_dict_post_hook(_export_states)
         optimizer.register_load_state_dict_pre_hook(_import_states)
     for param in _parameters_of(optimizer):  # what was loaded before the first step
-        if (shard := _owners.get(param)) is not None:
+        if (shard := owner_of(param)) is not None:
+            _check_kind(optimizer)
             state = optimizer.state[param]
             state.update({name: _from_state_dict(shard, value, param) for name, value in state.items()})
 
 
+# These take all ranks for having the same parameters, or see a part of a gradient for the whole.
+_UNFIT = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "LBFGS")
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    if (name := type(optimizer).__name__) in _UNFIT:
+        raise ValueError(
+            f"{name} has parameters of experts, which differ by rank, and would treat them as the same "
+            "everywhere: give it commlib.nn.shared_parameters(model), and another optimizer the experts'"
+        )
+
+
 def _export_states(optimizer: Optimizer, state_dict: Any) -> None:
     for number, param in enumerate(_parameters_of(optimizer)):
-        shard, state = _owners.get(param), state_dict["state"].get(number)
+        shard, state = owner_of(param), state_dict["state"].get(number)
         if shard is not None and state is not None:
             state_dict["state"][number] = {
                 name: _to_state_dict(shard, name, value) for name, value in state.items()
@@ -289,7 +336,7 @@ def _import_states(optimizer: Optimizer, state_dict: Any) -> Any:
     names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     states = dict(state_dict["state"])
     for name, param in zip(names, _parameters_of(optimizer), strict=False):
-        shard = _owners.get(param)
+        shard = owner_of(param)
         if shard is not None and name in states:
             states[name] = {key: _from_state_dict(shard, value, param) for key, value in states[name].items()}
     return {**state_dict, "state": states}

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commlib.group import process_group_of
 
 from .experts import Experts, all_experts
-from .shards import Shard
+from .shards import Shard, owner_of
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -34,40 +34,42 @@ register_module_module_registration_hook(_on_registration)
 
 def _leave_out(ddp: Any, model: nn.Module) -> None:
     """Make a DistributedDataParallel that is under construction leave experts alone."""
-    ours = [part for part in model.modules() if isinstance(part, Experts) and part.shard is not None]
-    if not ours:
-        return
-    for part in ours:
-        _mean_over(part, ddp.process_group)
-    theirs = {id(p) for part in ours for p in part.parameters()}
-    if not any(p.requires_grad for p in model.parameters() if id(p) not in theirs):
+    theirs = {id(p) for p in model.parameters() if owner_of(p) is not None}
+    # Modules that share parameters have a shard each; and what is wrapped may be a list of parameters.
+    found = [m.shard for m in model.modules() if isinstance(m, Experts)]
+    shards = {s for s in [*found, *map(owner_of, model.parameters())] if s is not None}
+    for shard in shards:
+        _check_same_ranks(shard, ddp.process_group)
+    if theirs and not any(p.requires_grad for p in model.parameters() if id(p) not in theirs):
         raise ValueError(
-            "DistributedDataParallel has nothing to do here: all parameters are of experts, which differ by "
-            "rank. Give it the model that they are part of"
+            "DistributedDataParallel has nothing to do here: no parameter is trained but those of experts, "
+            "which differ by rank. Train without it, with commlib.nn.sync_gradients(model) after backward"
         )
-    for path, module in model.named_modules():
+    if any(id(p) in theirs for p in getattr(ddp, "_delay_all_reduce_params", ())):
+        raise ValueError("delay_all_reduce_named_params has parameters of experts, which differ by rank")
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False):
             if id(p) in theirs:
                 # It asks by both names for parameters of the model's own.
                 ddp.parameters_to_ignore |= {f"{path}.{name}", f"{path}.{name}".removeprefix(".")}
                 p._ddp_ignored = True
     ddp._module_parameters = [p for p in ddp._module_parameters if id(p) not in theirs]
+    for shard in shards:
+        shard.gradient_divisor = shard.ep.size
 
 
-def _mean_over(part: Experts, group: dist.ProcessGroup) -> None:
-    """Make the gradients of experts, which a wrapper leaves alone, those of the mean loss over its ranks."""
-    assert part.shard is not None
-    ep, ranks = part.shard.ep, dist.get_process_group_ranks(group)
-    known = process_group_of(ep.group)
+def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
+    """What leaves experts alone must average all else over the ranks that the experts are spread over."""
+    ranks = dist.get_process_group_ranks(group)
+    known = process_group_of(shard.ep.group)
     theirs = None if known is None else dist.get_process_group_ranks(known)
     if theirs != ranks:
         raise ValueError(
-            f"the model is averaged over ranks {ranks}, its experts {part.shard} are spread over ranks "
+            f"the model is averaged over ranks {ranks}, its experts {shard} are spread over ranks "
             f"{theirs or 'that torch.distributed does not know'}: then experts are to be averaged over ranks "
             "that hold the same ones. Use commlib.nn.sync_gradients(model) after backward instead of a "
             "wrapper, or FSDP2 with commlib.nn.fully_shard_experts"
         )
-    part.gradient_divisor = ep.size
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -90,7 +92,8 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
                 "ignored_states=list(commlib.nn.expert_parameters(model)) and the ranks of the experts' "
                 "communicator"
             )
-        _mean_over(part, fsdp.process_group)
+        _check_same_ranks(part.shard, fsdp.process_group)
+        part.shard.gradient_divisor = part.shard.ep.size
 
 
 def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any) -> nn.Module:
@@ -133,7 +136,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
             shard.fsdp_prepared = True
             if shard.even and getattr(shard.ep.group, "mesh", None) is not None:
                 _make_dtensors(part, shard)
-            part.gradient_divisor = shard.ep.size
+            shard.gradient_divisor = shard.ep.size
         fully_shard(part, mesh=mesh, **options)
     return module
 

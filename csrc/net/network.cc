@@ -123,12 +123,12 @@ void Network::make_rings(int lanes) {
   const int64_t ring_bytes = ends * lanes * chunks * chunk;
   const int64_t states = ends * lanes * static_cast<int64_t>(sizeof(LaneState));
   // A UCX that was built without CUDA would take a GPU's memory for the host's.
-  const auto ring_size = static_cast<size_t>(ring_bytes);
-  std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(ring_size) : memory_->words(ring_size);
+  const auto size = static_cast<size_t>(ring_bytes + 8);  // not nothing where there are no channels
+  std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(size) : memory_->words(size);
   auto* state = reinterpret_cast<LaneState*>(memory_->own(static_cast<size_t>(states + 8)));
   const int64_t words = 1 + ends * lanes * chunks;
   auto* word = reinterpret_cast<uint64_t*>(memory_->words(static_cast<size_t>(8 * words)));
-  transport_->use_memory(ring, ring_size);
+  transport_->use_memory(ring, static_cast<size_t>(ring_bytes));
   bytes_ = ring_bytes + states + 8 * words;
   if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(state) + states / 8);
   hops_.news = word++;
