@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from moe_models import Model, connect, train, train_unsharded
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,5 +139,8 @@ def test_a_transformers_trainer_trains_the_unsharded_model(launch, tmp_path):
         assert norm > 0.05  # it clips
         optimizer.step()
         assert result["logs"][step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    saved = load_file(tmp_path / f"trainer/checkpoint-{steps}/model.safetensors")
+    assert set(saved) == set(model.state_dict())
     for name, want in model.state_dict().items():
+        assert torch.equal(saved[name], result["weights"][name])
         assert (result["weights"][name] - want).norm() < 1e-4 * want.norm(), name

@@ -30,6 +30,15 @@ class Model(nn.Module):
         return {"loss": (y - labels).square().mean() + 0.01 * aux.loss}
 
 
+class ExpertTrainer(Trainer):
+    """A Trainer whose checkpoints hold all ranks' experts."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        weights = full_state_dict(self.model)  # on all ranks
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
+
+
 def examples(count):
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(2, count, HIDDEN, generator=generator)
@@ -45,7 +54,8 @@ def main():
         learning_rate=1e-2,
         max_grad_norm=0.05,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=STEPS,
+        save_only_model=True,  # of optimizers it writes what the first rank has
         report_to=[],
         use_cpu=True,
         ddp_backend="gloo",
@@ -55,7 +65,9 @@ def main():
     ep = commlib.ExpertParallel(
         num_experts=EXPERTS, hidden=HIDDEN, topk=2, max_tokens=BATCH, dtype=torch.float32
     )
-    trainer = Trainer(Model(ep), arguments, train_dataset=examples(STEPS * BATCH * dist.get_world_size()))
+    trainer = ExpertTrainer(
+        Model(ep), arguments, train_dataset=examples(STEPS * BATCH * dist.get_world_size())
+    )
     trainer.train()
     weights = full_state_dict(trainer.model)
     if dist.get_rank() == 0:
