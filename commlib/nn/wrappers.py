@@ -82,10 +82,9 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
     for part in model.modules():
         if not isinstance(part, Experts) or part.shard is None:
             continue
-        mine = list(part._parameters.values())
-        if not mine or not all(
-            id(p) in left_alone for p in mine
-        ):  # it takes away what it does not leave alone
+        # What it does not leave alone it has taken away by now.
+        mine = [p for p in part._parameters.values() if p is not None]
+        if not mine or any(id(p) not in left_alone for p in mine):
             raise ValueError(
                 f"FullyShardedDataParallel would put experts {part.shard} together with other ranks' other "
                 "experts. Use FSDP2 with commlib.nn.fully_shard_experts(model, mesh), or give it "
