@@ -84,8 +84,10 @@ def _store_errors() -> Iterator[None]:
 class TorchGroup(StoreGroup):
     """A ``torch.distributed`` process group, by the store over which its own ranks have met.
 
+    It does not keep the process group: what does keeps its threads past ``destroy_process_group``, and
+    Python cannot exit cleanly under them.
+
     Attributes:
-        process_group: that group.
         mesh: the 1-D DeviceMesh that it is of; None: it was not given as one.
     """
 
@@ -95,9 +97,14 @@ class TorchGroup(StoreGroup):
             raise ValueError("this process is not a member of the process group")
         known = dist.group.WORLD if group is None else group
         assert known is not None
-        self.process_group, self.mesh = known, mesh
+        self._process_group, self.mesh = weakref.ref(known), mesh
         store = dist.distributed_c10d._get_process_group_store(known)
         super().__init__(store, rank, dist.get_world_size(group))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """That group; None: it has been destroyed."""
+        return self._process_group()
 
 
 class _Letters:

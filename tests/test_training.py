@@ -1,7 +1,9 @@
 """Wrappers, gradients and clipping around experts that differ by rank."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -213,6 +215,28 @@ def test_sync_gradients_makes_them_those_of_the_mean_loss(torch_ranks, ep_ranks)
         assert all(torch.equal(g, everywhere[0]) for g in everywhere)
         want["after.bias"] = everywhere[0]
         check_gradients(model, want, rows_of(model))
+
+    torch_ranks(main, 4)
+
+
+def test_nothing_keeps_a_process_group_that_is_destroyed(torch_ranks):
+    """Its threads would outlive it, and Python aborts when it exits under them."""
+
+    def main(rank):
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = Model(8, connect(8, pairs[rank // 2]))
+        pairs.clear()
+        model(batch(rank, 0)).backward()
+        sync_gradients(model)
+        clip_grad_norm_(model, 1.0)
+        one = [model.state_dict(), Model(8, connect(8)).state_dict()]
+        alive = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map]
+        assert len(alive) == 3  # the default one, a pair, those that hold the same experts
+        del one
+        dist.destroy_process_group()
+        gc.collect()
+        assert not [group() for group in alive if group() is not None]
+        assert model.moe.ep.size == 2  # it is still there
 
     torch_ranks(main, 4)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -285,9 +285,9 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> 
             grad.copy_(mean.view_as(grad))
 
 
-# By communicator and group: the ranks that hold the same experts.
-_groups: weakref.WeakKeyDictionary[ExpertParallel, dict[Any, dist.ProcessGroup]]
-_groups = weakref.WeakKeyDictionary()
+# By communicator and the group's name: the ranks that hold the same experts. Weak as in TorchGroup.
+_Groups: TypeAlias = "weakref.WeakValueDictionary[str, dist.ProcessGroup]"
+_groups: weakref.WeakKeyDictionary[ExpertParallel, _Groups] = weakref.WeakKeyDictionary()
 
 
 def _replicas(experts: Experts, dp_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -295,9 +295,11 @@ def _replicas(experts: Experts, dp_group: dist.ProcessGroup | None) -> dist.Proc
     shard = experts.shard
     if shard is None:
         return dp_group
-    known = _groups.setdefault(shard.ep, {})
-    key = dist.group.WORLD if dp_group is None else dp_group
-    if key not in known:
+    known = _groups.setdefault(shard.ep, weakref.WeakValueDictionary())
+    whole = dist.group.WORLD if dp_group is None else dp_group
+    assert whole is not None
+    replicas = known.get(whole.group_name)
+    if replicas is None:
         places: list[Any] = [None] * dist.get_world_size(dp_group)
         ep = shard.ep
         dist.all_gather_object(places, (dist.get_rank(), ep.rank, ep.size), group=dp_group)
@@ -308,5 +310,6 @@ def _replicas(experts: Experts, dp_group: dist.ProcessGroup | None) -> dist.Proc
                 f"{held} times: it must hold each as often, so that all ranks of a communicator are in it"
             )
         mine = [rank for rank, place, _ in places if place == ep.rank]
-        known[key] = dist.new_group(mine, use_local_synchronization=True)
-    return known[key]
+        replicas = dist.new_group(mine, use_local_synchronization=True)
+        known[whole.group_name] = replicas
+    return replicas
