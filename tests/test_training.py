@@ -98,6 +98,21 @@ def test_ddp_around_the_layer_itself_and_with_accumulation(torch_ranks):
     torch_ranks(main, 4)
 
 
+def test_a_compiled_layer_over_ranks_has_no_graph_break_and_the_same_gradients(torch_ranks):
+    wanted = unsharded_gradients(8, 2)
+
+    def main(rank):
+        model = Model(8, connect(8))
+        ddp = DistributedDataParallel(model)
+        model.moe.compile(backend="aot_eager", fullgraph=True)
+        ddp(batch(rank, 0)).backward()
+        check_gradients(model, wanted, rows_of(model))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).as_subclass(torch.Tensor)
+        torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(wanted.values()))
+
+    torch_ranks(main, 2)
+
+
 def test_ddp_over_other_ranks_than_the_experts_is_refused(torch_ranks):
     def main(rank):
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
