@@ -28,6 +28,7 @@ from commlib.settings import START_SECONDS
 __all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "TorchGroup", "resolve_group"]
 
 _MPI_PAUSE = 1e-3  # seconds
+_LET_GO, _LET_GO_PAUSE = 1.0, 1e-5  # seconds, see let_go
 _MPI_LOOKS = 20  # after which what has been sent before is there: MPI moves a little each time
 
 
@@ -359,8 +360,29 @@ def gather_in(process_group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
     by_gloo = f"{numbers.device.type}:gloo" in dist.get_backend_config(process_group)
     sent = numbers.cpu() if by_gloo else numbers.contiguous()
     gathered = sent.new_empty(dist.get_world_size(process_group), sent.numel())
-    dist.all_gather(list(gathered.unbind()), sent, group=process_group)
+    rows = list(gathered.unbind())
+    with let_go(sent, *rows):
+        dist.all_gather(rows, sent, group=process_group)
     return gathered.to(numbers.device)
+
+
+@contextlib.contextmanager
+def let_go(*tensors: Tensor) -> Iterator[None]:
+    """A collective of torch.distributed on these tensors ends when its backend's threads hold them no more.
+
+    gloo's drop a tensor some time after the operation, and need Python's lock for one that Python knows. When
+    the process group goes in that moment, by DDP's end or the program's, PyTorch 2.13 joins the thread with
+    the lock held: a deadlock, or an abort at exit.
+    """
+    counts = [_uses(t) for t in tensors]
+    yield
+    end = time.monotonic() + _LET_GO
+    while any(_uses(t) > n for t, n in zip(tensors, counts, strict=True)) and time.monotonic() < end:
+        time.sleep(_LET_GO_PAUSE)
+
+
+def _uses(tensor: Any) -> int:
+    return tensor._use_count() if hasattr(tensor, "_use_count") else 0
 
 
 def _check_numbers(group: Group) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commlib.group import process_group_of
+from commlib.group import let_go, process_group_of
 
 from .experts import Experts, all_experts
 from .shards import Shard, is_dtensor
@@ -71,7 +71,8 @@ def _all_blocks(p: Any, shard: Shard, first: bool) -> Tensor | None:
     for rank in range(ep.size):
         begin, end = (r * shard.total // ep.size for r in (rank, rank + 1))
         block = mine.contiguous() if rank == ep.rank else mine.new_empty(end - begin, *mine.shape[1:])
-        dist.broadcast(block, group=group, group_src=rank)
+        with let_go(block):
+            dist.broadcast(block, group=group, group_src=rank)
         if first:
             blocks.append(block.cpu())
     return torch.cat(blocks) if first else None

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from commlib.group import gather_in, gather_numbers
+from commlib.group import gather_in, gather_numbers, let_go
 
 from .shards import Shard, is_dtensor
 
@@ -270,7 +270,8 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> 
     if not wanted or dist.get_world_size(group) == 1:
         return
     has = torch.tensor([p.grad is not None for p in wanted], dtype=torch.int32, device=wanted[0].device)
-    dist.all_reduce(has, dist.ReduceOp.MAX, group=group)
+    with let_go(has):
+        dist.all_reduce(has, dist.ReduceOp.MAX, group=group)
     alike: dict[Any, list[Tensor]] = defaultdict(list)
     for p, somewhere in zip(wanted, has.tolist(), strict=True):
         if somewhere:
@@ -280,7 +281,8 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> 
     for grads in alike.values():  # one message and not one for each gradient
         flat = torch.cat([grad.flatten() for grad in grads])
         flat /= dist.get_world_size(group)  # before they are added up: float16 ends at 65504
-        dist.all_reduce(flat, group=group)
+        with let_go(flat):
+            dist.all_reduce(flat, group=group)
         for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 

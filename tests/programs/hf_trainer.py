@@ -4,6 +4,7 @@ Started by torchrun; writes what was logged, and the weights at the end. Nothing
 communicator.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -45,8 +46,7 @@ def examples(count):
     return [{"x": a, "labels": b} for a, b in zip(x, labels, strict=True)]
 
 
-def main():
-    out = Path(sys.argv[1])
+def train(out):
     arguments = TrainingArguments(
         str(out / "trainer"),
         per_device_train_batch_size=BATCH,
@@ -74,8 +74,9 @@ def main():
         logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         torch.save({"weights": weights, "logs": logs}, out / "result.pt")
     ep.close()
-    dist.destroy_process_group()  # torch's gloo can abort a process that ends without
 
 
 if __name__ == "__main__":
-    main()
+    train(Path(sys.argv[1]))
+    gc.collect()  # DDP, before the group that it uses
+    dist.destroy_process_group()  # torch's gloo can abort a process that ends without
