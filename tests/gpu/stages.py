@@ -152,7 +152,8 @@ class Report:
 
 
 def _last_lines(text: str) -> list[str]:
-    return text.splitlines()[-TAIL_LINES:]
+    """With files named as in the repository, wherever it lay."""
+    return text.replace(f"{ROOT}/", "").splitlines()[-TAIL_LINES:]
 
 
 def run_all(report: Report, budget: float, words: dict[str, str]) -> None:
