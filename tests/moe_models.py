@@ -73,3 +73,27 @@ def train_unsharded(model, optimizer, ranks, steps, max_norm, autocast=None):
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return losses
+
+
+def unsharded_gradients(experts, ranks, **options):
+    """Of the mean of the ranks' losses, by name."""
+    model = Model(experts, None, **options)
+    for rank in range(ranks):
+        (model(batch(rank, 0)) / ranks).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def check_gradients(model, wanted, rows=slice(None)):
+    """Gradients of the same names, with these rows of experts'."""
+    for name, p in model.named_parameters():
+        want = wanted[name.removeprefix("module.")]
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        whole = grad.shape == want.shape
+        torch.testing.assert_close(
+            grad.as_subclass(torch.Tensor), want if whole else want[rows], rtol=1e-4, atol=1e-6
+        )
+
+
+def rows_of(model):
+    experts = model.moe.experts
+    return slice(experts.first, experts.first + experts.w1.shape[0])

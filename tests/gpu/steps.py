@@ -109,7 +109,7 @@ STEPS = (
     tests("partition", 20),
     tests("overlap", 40),
     tests("autocast", 75),
-    tests("training", 45),
+    tests("gradients", 45),
     tests("moe_layer", 50),  # whatever it does to the GPU, the others are done
     # 3. Figures.
     figures("gpu-r4", 3, 150, "gpu", "--ranks", "4", "--budget", "130"),

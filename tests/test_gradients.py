@@ -1,0 +1,288 @@
+"""Gradients of experts that differ by rank: averages, clipping, scaling."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe_models import Model, batch, check_gradients, connect, rows_of, unsharded_gradients
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import commlib
+from commlib.nn import (
+    clip_grad_norm_,
+    expert_parameters,
+    fully_shard_experts,
+    shared_parameters,
+    sync_gradients,
+)
+
+
+@pytest.mark.parametrize("ep_ranks", [4, 2, 1])
+def test_sync_gradients_makes_them_those_of_the_mean_loss(torch_ranks, ep_ranks):
+    wanted = unsharded_gradients(8, 4)
+
+    def main(rank):
+        groups = [dist.new_group(range(i, i + ep_ranks)) for i in range(0, 4, ep_ranks)]
+        model = Model(8, connect(8, groups[rank // ep_ranks]))
+        model.after.extra = nn.Parameter(torch.ones(3))  # never used
+        model(batch(rank, 0)).backward()
+        if rank:
+            model.after.bias.grad = None  # as a parameter that only rank 0 has used
+        sync_gradients(model)
+        assert model.after.extra.grad is None
+        del model.after.extra
+        want = dict(wanted)
+        everywhere = [None] * 4
+        dist.all_gather_object(everywhere, model.after.bias.grad)
+        assert all(torch.equal(g, everywhere[0]) for g in everywhere)
+        want["after.bias"] = everywhere[0]
+        check_gradients(model, want, rows_of(model))
+
+    torch_ranks(main, 4)
+
+
+def test_sync_gradients_says_what_is_missing(torch_ranks):
+    def main(rank):
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        with pytest.raises(ValueError, match=r"Linear holds no commlib\.nn\.Experts"):
+            sync_gradients(nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="dp_group has 2 ranks, which hold the parts 0 to 3"):
+            sync_gradients(Model(8, connect(8)), pairs[rank // 2])
+
+    torch_ranks(main, 4)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        sync_gradients(Model(8, None))
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("how", ["torch", "torch, one by one", "commlib", "FSDP2"])
+def test_clipping_sees_all_ranks_gradients(torch_ranks, how, order):
+    reference = Model(8, None)
+    for rank in range(4):
+        (reference(batch(rank, 0)) / 4).backward()
+    wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01, order)
+    clipped = {name: p.grad for name, p in reference.named_parameters()}
+
+    def main(rank):
+        if how == "FSDP2":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+            model = fully_shard_experts(Model(8, connect(8, mesh["ep"])), mesh["dp"])
+            fully_shard(model, mesh=mesh)
+            loss = model(batch(rank, 0))
+        else:
+            model = Model(8, connect(8))
+            ddp = DistributedDataParallel(model)
+            loss = ddp(batch(rank, 0))
+        loss.backward()
+        if how.startswith("torch"):
+            foreach = False if "one" in how else None
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, order, foreach=foreach)
+        else:
+            norm = clip_grad_norm_(model, 0.01, order)
+        torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+        rows = slice(None) if how == "FSDP2" else rows_of(model)
+        check_gradients(model, clipped, rows)
+        everywhere = [None] * 4
+        dist.all_gather_object(everywhere, norm.item())
+        assert len(set(everywhere)) == 1
+
+    torch_ranks(main, 4)
+
+
+def test_in_process_ranks_clip_and_scale_and_step(device):
+    """Without torch.distributed; on a GPU the optimizer's and the scaler's own kernels take the gradients."""
+
+    def model_of(ep):
+        with lock:  # torch.manual_seed is the process's, and ranks are threads
+            return Model(8, ep, device=device).to(device)
+
+    def rank_main(rank):
+        ep = connect(8, device=device)
+        model = model_of(ep)
+        experts = list(expert_parameters(model))
+        scaler = torch.amp.GradScaler(device, init_scale=4.0)
+        optimizers = [
+            torch.optim.AdamW(experts, lr=0.1, **how) for how in (dict(foreach=True), dict(fused=True))
+        ]
+        x = batch(rank, 0).to(device)
+        model.moe.router(x)
+        ep.group.barrier()  # see test_moe_layer
+        norms = []
+        for optimizer, infinite in zip(optimizers, (False, True), strict=True):
+            model.zero_grad()
+            scaler.scale(model(x)).backward()
+            if infinite and rank == 0:
+                experts[0].grad[0, 0, 0] = float("inf")
+            before = [p.detach().clone() for p in experts]
+            scaler.unscale_(optimizer)
+            for p in shared_parameters(model):
+                p.grad = None
+            if not infinite:
+                norms = [
+                    clip_grad_norm_(model, 1e9),
+                    torch.nn.utils.clip_grad_norm_(experts, 1e9),
+                    torch.nn.utils.clip_grad_norm_(experts, 1e9, foreach=True),
+                ]
+            scaler.step(optimizer)
+            moved = [not torch.equal(a, b) for a, b in zip(before, experts, strict=True)]
+            assert all(moved) if not infinite else not any(moved)
+        return norms
+
+    lock = threading.Lock()
+    model = model_of(None)
+    for rank in range(2):
+        model(batch(rank, 0).to(device)).backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in expert_parameters(model)])
+    for norms in commlib.run_ranks(rank_main, 2, device=device):
+        for norm in norms:
+            torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted)
+
+
+def test_clipping_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"Linear holds no commlib\.nn\.Experts"):
+        clip_grad_norm_(nn.Linear(2, 2), 1.0)
+    model = Model(8, None)
+    model(batch(0, 0)).backward()
+    with pytest.raises(RuntimeError, match=r"norm of order 2\.0 .* nan"):
+        model.after.bias.grad.fill_(float("nan"))
+        clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+
+
+def unmark(p):
+    p.grad = p.grad.as_subclass(torch.Tensor)
+
+
+def frozen_copy(model):
+    model.requires_grad_(False)
+    return copy.deepcopy(model).requires_grad_(True)
+
+
+def with_a_hook_of_its_own(model):
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p._post_accumulate_grad_hooks = None
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    return copied
+
+
+LOSES = {  # ways in which a gradient might forget what it is a part of: (before backward, after it)
+    "scaled by hand": (None, lambda p: setattr(p, "grad", p.grad / 1.0)),
+    "copied while frozen": (frozen_copy, None),
+    "another hook": (with_a_hook_of_its_own, None),
+    "assigned, and synchronised": (None, unmark),
+}
+
+
+@pytest.mark.parametrize("how", LOSES)
+def test_a_gradient_does_not_forget_that_it_is_a_shard(torch_ranks, how):
+    def main(rank):
+        model = Model(8, connect(8))
+        before, after = LOSES[how]
+        model = before(model) if before else model
+        model(batch(rank, 0)).backward()
+        if after:
+            for p in expert_parameters(model):
+                after(p)
+        sync_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+
+    wanted = torch.nn.utils.get_total_norm(unsharded_gradients(8, 4).values())
+    torch_ranks(main, 4)
+
+
+def test_gradients_that_one_replica_lacks(torch_ranks):
+    """Rank 3 had no backward, nor has rank 2, which holds the other half of its communicator's experts."""
+
+    def main(rank):
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = Model(8, connect(8, groups[rank // 2]))
+        if rank < 2:
+            model(batch(rank, 0)).backward()
+        sync_gradients(model)
+        everywhere = [None] * 4
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        dist.all_gather_object(everywhere, norm.item())
+        assert len(set(everywhere)) == 1
+
+    torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("order", [2.0, float("inf")])
+def test_clipping_where_a_rank_has_no_experts(torch_ranks, order):
+    wanted = torch.nn.utils.get_total_norm(unsharded_gradients(3, 4).values(), order)
+
+    def main(rank):
+        model = Model(3, connect(3))
+        model(batch(rank, 0)).backward()
+        sync_gradients(model)
+        for norm in (
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9, order),
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], order),
+            clip_grad_norm_(model, 1e9, order),
+        ):
+            torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+
+    torch_ranks(main, 4)
+
+
+def test_sync_gradients_adds_up_without_overflow_and_is_not_for_fsdp2(torch_ranks):
+    def main(rank):
+        model = Model(8, connect(8, dtype=torch.float16)).half()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 40000.0)
+        sync_gradients(model)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+        model = fully_shard_experts(Model(8, connect(8, mesh["ep"])), mesh["dp"])
+        with pytest.raises(ValueError, match="FSDP2"):
+            sync_gradients(model)
+
+    torch_ranks(main, 2)
+
+
+def test_a_grad_scaler_skips_a_step_on_all_ranks_or_on_none(torch_ranks):
+    def main(rank):
+        model = Model(8, connect(8))
+        ddp = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for infinite, moves in ((True, False), (False, True)):
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            scaler.scale(ddp(batch(rank, 0))).backward()
+            if infinite and rank == 2:
+                model.moe.experts.w3.grad[0, 0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+            assert all(moved) if moves else not any(moved)
+        assert scaler.get_scale() == 2.0
+
+    torch_ranks(main, 4)
+
+
+def test_a_gradient_is_an_ordinary_tensor_otherwise(torch_ranks):
+    """Nothing but what decides for all parameters speaks with other ranks."""
+
+    def main(rank):
+        model = Model(8, connect(8))
+        model(batch(rank, 0)).backward()
+        if rank == 0:  # alone
+            grad = model.moe.experts.w1.grad
+            plain = grad.as_subclass(torch.Tensor)
+            assert torch.equal(copy.deepcopy(grad), plain)
+            assert grad.norm() == plain.norm()
+            assert (grad * 2).sum() == (plain * 2).sum()
+            assert type(grad + 2) is torch.Tensor
+            assert grad.max() == plain.max()
+            for make in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop):
+                for foreach in (False, True):
+                    make(model.parameters(), lr=0.1, foreach=foreach).step()
+
+    torch_ranks(main, 2)
