@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from commlib import _core
 from commlib.errors import CommError
+from commlib.topology import experts_of
 
 if TYPE_CHECKING:
     from commlib.backend import Backend
@@ -34,13 +35,12 @@ class Communicator:
     """
 
     def __init__(self, rank: int, size: int, settings: Settings, backend: Backend) -> None:
-        experts = settings.num_experts
+        mine = experts_of(rank, size, settings.num_experts)
         self.rank = rank
         self.settings = settings
         self.backend = backend
         self.core = backend.core
-        self.first_expert = rank * experts // size
-        self.experts = (rank + 1) * experts // size - self.first_expert
+        self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
         self.on_host = settings.device.type == "cpu"

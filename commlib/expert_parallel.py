@@ -18,7 +18,7 @@ from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
-from commlib.settings import START_SECONDS, Settings, checked_timeout, startup_seconds
+from commlib.settings import Settings, checked_timeout, startup_patience, startup_seconds
 from commlib.topology import RoutingMode
 
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
@@ -96,7 +96,7 @@ class ExpertParallel:
         routing: RoutingMode = "auto",
         ranks_per_node: int | None = None,
     ) -> None:
-        patience = _patience(startup_timeout, timeout)
+        patience = startup_patience(startup_timeout, timeout)
         self.group = resolve_group(group, patience)
         self.rank, self.size = self.group.rank, self.group.size
         with self.group.converse(patience) as talk:
@@ -309,8 +309,7 @@ class ExpertParallel:
                 ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights.
             handle: of the dispatch.
             weights: ``[num_rows]`` of any floating type, one for each row of y (layout "expert":
-                ``Dispatched.topk_weights``).
-                None: rows are summed as they are.
+                ``Dispatched.topk_weights``). None: rows are summed as they are.
             bias: ``[T, hidden]``, added once.
             out: ``[T, hidden]`` contiguous, written and returned; not differentiable. It shares no memory
                 with ``y``, ``weights`` or ``bias``, does not require grad and is not read-only.
@@ -445,9 +444,8 @@ class ExpertParallel:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "an ExpertParallel connects running processes and cannot be pickled, and so cannot modules that "
-            "hold one. Save model.state_dict(), and load it into a model that is built anew "
-            "(docs/training.md)"
+            "an ExpertParallel connects running processes and cannot be pickled, nor can modules that hold "
+            "one. Save model.state_dict(), and load it into a model that is built anew (docs/training.md)"
         )
 
     def __repr__(self) -> str:
@@ -500,11 +498,3 @@ class ExpertParallel:
         event = self._comm.take_event()
         event.split = part
         return event
-
-
-def _patience(startup_timeout: Any, timeout: Any) -> float:
-    """Seconds of start-up. What is no number is refused later, when the other ranks can be told."""
-    try:
-        return startup_seconds(startup_timeout, timeout)
-    except (TypeError, ValueError):
-        return START_SECONDS

@@ -122,6 +122,14 @@ def startup_seconds(startup_timeout: Any, timeout: Any) -> float:
     return START_SECONDS if timeout is None else checked_timeout(timeout)
 
 
+def startup_patience(startup_timeout: Any, timeout: Any) -> float:
+    """The same; what is no number is refused later, when the other ranks can be told."""
+    try:
+        return startup_seconds(startup_timeout, timeout)
+    except (TypeError, ValueError):
+        return START_SECONDS
+
+
 def _positive(name: str, value: Any, unit: str) -> float:
     if isinstance(value, str | bytes | bool):
         raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}")

@@ -13,6 +13,13 @@ from commlib.model.routing import missed
 
 RoutingMode = Literal["auto", "direct", "hierarchical"]
 ROUTINGS = get_args(RoutingMode)
+
+
+def experts_of(rank: int, size: int, experts: int) -> range:
+    """The experts of one rank: contiguous, and as equal in number as can be."""
+    return range(rank * experts // size, (rank + 1) * experts // size)
+
+
 # Mapped memory moves rows at least so many times as fast as the network: NVLink 450 GB/s beside 50 GB/s, or
 # memory beside TCP. docs/nodes.md, "Which routing".
 _NEAR_BY_FAR = 4.0
@@ -55,7 +62,7 @@ class Topology:
             Sent directly, one for each (token, rank); in two hops, one for each (token, node).
         """
         size = len(self.node_of)
-        owned = [(r + 1) * experts // size - r * experts // size for r in range(size)]
+        owned = [len(experts_of(r, size, experts)) for r in range(size)]
         nodes = self.nodes
         direct = sum(
             (1 - missed(experts, topk, owned[r])) * (size - len(nodes[self.node_of[r]])) for r in range(size)

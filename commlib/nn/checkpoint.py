@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commlib.group import let_go, process_group_of
+from commlib.topology import experts_of
 
 from .experts import Experts, all_experts
 from .shards import Shard, is_dtensor
@@ -69,8 +70,8 @@ def _all_blocks(p: Any, shard: Shard, first: bool) -> Tensor | None:
     group, ep = process_group_of(shard.ep.group), shard.ep
     blocks = []
     for rank in range(ep.size):
-        begin, end = (r * shard.total // ep.size for r in (rank, rank + 1))
-        block = mine.contiguous() if rank == ep.rank else mine.new_empty(end - begin, *mine.shape[1:])
+        count = len(experts_of(rank, ep.size, shard.total))
+        block = mine.contiguous() if rank == ep.rank else mine.new_empty(count, *mine.shape[1:])
         with let_go(block):
             dist.broadcast(block, group=group, group_src=rank)
         if first:

@@ -106,7 +106,6 @@ class Shard:
         mesh = self.mesh()
         if mesh is None:
             return t
-        from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as ByRow
 
         if is_dtensor(t):  # FSDP2's, over ranks that hold the same experts
@@ -116,9 +115,7 @@ class Shard:
             first, local, placements = self.first, t, [ByRow(0)]
         if is_dtensor(t) or not self.even:
             local = _Rows(local, first)
-        shape = torch.Size([self.total, *t.shape[1:]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return _part(local, self.total, mesh, placements)
 
     def from_state_dict(self, given: Tensor, like: Any) -> Tensor:
         """The experts of this rank in what is loaded, in the form of the parameter ``like``.
@@ -134,13 +131,7 @@ class Shard:
         rows = _local_rows(given, first, count, self.total)
         if not is_dtensor(like) or rows.shape[:1] != (count,):
             return rows
-        from torch.distributed.tensor import DTensor
-
-        shape = torch.Size([self.count, *rows.shape[1:]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-        )
+        return _part(rows, self.count, like.device_mesh, like.placements)
 
     def misfit(self, given: Tensor) -> str | None:
         """What is wrong with the number of experts that is loaded, if it is wrong."""
@@ -157,15 +148,19 @@ def _offset(t: Any) -> int:
     return compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1][0]
 
 
-def _cut(given: Tensor, like: Any) -> Tensor:
-    """A tensor that is whole here, distributed like a DTensor."""
+def _part(local: Tensor, total: int, mesh: Any, placements: Any) -> Tensor:
+    """This rank's rows of a DTensor that has so many."""
     from torch.distributed.tensor import DTensor
 
+    shape = torch.Size([total, *local.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _cut(given: Tensor, like: Any) -> Tensor:
+    """A tensor that is whole here, distributed like a DTensor."""
     first, count = _offset(like), like.to_local().shape[0]
-    rows = given[first : first + count]
-    return DTensor.from_local(
-        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return _part(given[first : first + count], like.shape[0], like.device_mesh, like.placements)
 
 
 def _local_rows(given: Any, first: int, count: int, total: int) -> Tensor:
