@@ -33,22 +33,6 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-class _Meshes:
-    """The mesh of each communicator, as long as something else keeps it."""
-
-    def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[ExpertParallel, Any] = weakref.WeakKeyDictionary()
-
-    def get(self, ep: ExpertParallel) -> DeviceMesh | None:
-        return self._known[ep]() if ep in self._known else None
-
-    def __setitem__(self, ep: ExpertParallel, mesh: DeviceMesh) -> None:
-        self._known[ep] = weakref.ref(mesh)
-
-
-_meshes = _Meshes()
-
-
 class Shard:
     """Where the experts of one rank are among those of all ranks.
 
@@ -93,11 +77,8 @@ class Shard:
         group = process_group_of(self.ep.group)
         if group is None:
             return None
-        # A mesh keeps the process group, which we must not do (see TorchGroup). State dicts keep the mesh.
-        mesh = _meshes.get(self.ep)
-        if mesh is None:
-            mesh = _meshes[self.ep] = DeviceMesh.from_group(group, self.ep.device.type)
-        return mesh
+        # Made each time: it keeps the process group, which we must not do (see TorchGroup).
+        return DeviceMesh.from_group(group, self.ep.device.type)
 
     def to_state_dict(self, t: Tensor) -> Tensor:
         """A tensor that has a row for each expert here, as part of one that has a row for each of all."""
