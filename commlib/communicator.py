@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import sys
 import weakref
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _SLOTS_TO_WORK_WITH = 2
 
 _numbers = itertools.count()
-_communicators: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+_communicators: dict[int, weakref.ref[Communicator]] = {}
 
 
 class Communicator:
@@ -46,10 +47,13 @@ class Communicator:
         self.on_host = settings.device.type == "cpu"
         self.stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
         self.event: Event | None = None  # of the asynchronous operation issued last, until it is taken
-        self.close = weakref.finalize(self, backend.close)
-        self.close.atexit = False  # see _end_of_program
         self._number = next(_numbers)
-        _communicators[self._number] = self
+        _core.when_gone(self, functools.partial(_last_call, self._number, backend))
+        _communicators[self._number] = weakref.ref(self)
+
+    def close(self) -> None:
+        """Finish what is under way and tell the other ranks."""
+        self.backend.close()
 
     def name(self) -> Tensor:
         """A tensor that names it to ops, which take no Python objects, and that keeps it.
@@ -93,12 +97,18 @@ class Communicator:
         return self.backend.empty(*shape, dtype=self.weight_dtype)
 
 
+def _last_call(number: int, backend: Backend) -> None:
+    """What is done for a communicator that has gone. Calling it twice does no harm."""
+    _communicators.pop(number, None)
+    backend.close()
+
+
 @atexit.register
 def _end_of_program() -> None:
     """Close what is open; after an exception has ended the program, without waiting for other ranks."""
     _core.close_way_back()  # before operations end: threads that wait in them run no more Python
     failed = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
-    for c in list(_communicators.values()):
+    for c in [found for it in list(_communicators.values()) if (found := it())]:
         try:
             if failed is not None:
                 c.core.give_up(f"{failed.__name__} has ended the program of rank {c.rank}")
@@ -116,7 +126,8 @@ def communicator_of(name: Tensor) -> Communicator:
     """
     refuse_forward_mode()
     number: Any = name.item()
-    found = _communicators.get(number)
+    known = _communicators.get(number)
+    found = known() if known else None
     if found is None:
         raise CommError(f"there is no communicator number {number}: it has been closed, and nothing keeps it")
     return found

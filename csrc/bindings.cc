@@ -368,6 +368,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("load_ucx", &commlib::load_ucx, pybind11::arg("paths"));
   pybind11::register_exception_translator(commlib::translate);
   m.def("close_way_back", &commlib::python::WayBack::close);
+  m.def("when_gone", &commlib::python::LastCall::when_gone);
   commlib::bind_structs(m);
   commlib::bind_communicator(m);
   commlib::bind_vector_ops(m);

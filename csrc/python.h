@@ -92,6 +92,50 @@ struct EndAtHome {
 template <class T>
 using Owned = std::unique_ptr<T, EndAtHome>;
 
+// Calls a function when an object has gone, as weakref.finalize does. What such a callback raises Python
+// prints, and drops: right for an error, which has nobody left to be told, but Ctrl-C that comes while
+// close() waits would be lost. So what a signal handler raises comes up in the code that the main thread goes
+// on with. The callback itself is C++: Python could look for signals in one of its own, outside of the
+// function.
+class LastCall {
+ public:
+  // With the GIL, like all that follows.
+  static void when_gone(const py::object& object, py::function function) {
+    const auto last = [function = std::move(function)](const py::handle& reference) {
+      if (!interpreter_ends()) call(function);
+      reference.dec_ref();
+    };
+    py::weakref(object, py::cpp_function(last)).release();
+  }
+
+ private:
+  static void call(const py::function& function) {
+    try {
+      function();
+      // One that came meanwhile, and that nobody asked for: the next callback may be Python's own.
+      if (on_main_thread() && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    } catch (py::error_already_set& error) {
+      if (!on_main_thread() || error.matches(comm_error())) return error.discard_as_unraisable(function);
+      // The signal may have come before the function had begun; where it has ended, nothing is left to do.
+      try {
+        function();
+      } catch (py::error_already_set& again) {
+        again.discard_as_unraisable(function);
+      }
+      PyObject* value = py::object(error.value()).release().ptr();
+      if (Py_AddPendingCall(&raise, value) != 0) error.discard_as_unraisable(function);
+    }
+  }
+
+  static py::object comm_error() { return py::module_::import("commlib.errors").attr("CommError"); }
+
+  static int raise(void* value) {
+    const auto error = py::reinterpret_steal<py::object>(static_cast<PyObject*>(value));
+    PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
+    return -1;
+  }
+};
+
 // An object that an asynchronous operation uses. Communication threads give it up, and must not need the GIL,
 // which Python code may keep for seconds: they put it on a list (a stack that only grows, or is taken whole),
 // and threads that have the GIL let go of what is there: the main thread soon, whoever starts an operation at

@@ -98,6 +98,41 @@ def test_ctrl_c_ends_a_wait(in_processes, where):
     interrupted(in_processes, where)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_signal_is_heard_while_a_communicator_goes_that_nobody_has_closed(in_processes, error):
+    """Python drops what is raised while it lets go of an object."""
+
+    def handler(number, frame):
+        raise error
+
+    def main(group):
+        ep = ExpertParallel(group, timeout=DEADLINE, num_sms=2, **CONFIG)
+        d = ep.dispatch(X, IDX)
+        if group.rank == 1:
+            group.barrier()
+            with pytest.raises(commlib.CommError, match="rank 0"):
+                ep.combine(d.x, d.handle)
+            return None
+        dropped = []
+        sys.unraisablehook = lambda it: dropped.append(it.exc_type)
+        signal.signal(signal.SIGINT, handler)
+        ep.combine(d.x, d.handle, async_op=True)
+        after(0.3, signal.SIGINT)
+        began = time.monotonic()
+        try:
+            del d, ep
+            for _ in range(2):  # Python looks for what is pending when a loop goes on
+                pass
+            raised = None
+        except error:
+            raised = error
+        took = time.monotonic() - began
+        group.barrier()
+        return raised, dropped, took < SOON
+
+    assert in_processes(main, 2)[0] == (error, [], True)
+
+
 def test_ctrl_c_ends_a_wait_for_an_expert(in_processes):
     def main(group):
         signal.signal(signal.SIGINT, signal.default_int_handler)
