@@ -17,6 +17,7 @@ namespace {
 
 using python::EndAtHome;
 using python::HeldObject;
+using python::Interrupt;
 using python::NoGil;
 using python::Owned;
 using python::ReleasedGil;
@@ -80,11 +81,12 @@ bool interrupted(bool signalled) {
   constexpr double kBetween = 1.0;
   static double asked = 0;  // the main thread's
   if (!python::on_main_thread()) return false;
+  if (Interrupt::is_kept()) return true;
   const double now = monotonic_seconds();
   if (!signalled && now - asked < kBetween) return false;
   asked = now;
   py::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
+  return Interrupt::ask();
 }
 
 void set_error(const char* type, const char* text, const Failure* failure = nullptr) {
@@ -95,6 +97,8 @@ void set_error(const char* type, const char* text, const Failure* failure = null
                                    : cls(text);
   PyErr_SetObject(cls.ptr(), error.ptr());
 }
+
+bool restore_interrupt() { return python::on_main_thread() && Interrupt::restore(); }
 
 const char* error_type(Cause cause) {
   switch (cause) {
@@ -112,12 +116,11 @@ void translate(std::exception_ptr p) {
   try {
     if (p) std::rethrow_exception(p);
   } catch (const CommFailure& e) {
-    if (e.failure.record.cause == Cause::interrupted && PyErr_Occurred())
-      return;  // KeyboardInterrupt is set already
+    if (e.failure.record.cause == Cause::interrupted && restore_interrupt()) return;
     const bool peer = std::string(error_type(e.failure.record.cause)) == "PeerTimeout";
     set_error(error_type(e.failure.record.cause), e.what(), peer ? &e.failure : nullptr);
   } catch (const Interrupted&) {
-    if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    if (!restore_interrupt()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CapacityError& e) {
     set_error("CapacityExceeded", e.what());
   } catch (const SlotError& e) {

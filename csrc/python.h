@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <memory>
+#include <utility>
 
 #include "backend/communicator.h"
 
@@ -92,11 +93,44 @@ struct EndAtHome {
 template <class T>
 using Owned = std::unique_ptr<T, EndAtHome>;
 
+// What a signal handler raised (KeyboardInterrupt, on Ctrl-C) while C++ code waited on the main thread, until
+// somebody raises it: the binding, if the call ends because of it, else the interpreter, in the code that it
+// goes on with. Python's own error indicator would have to be looked at after each call: what was waited for
+// may come in the very moment, and then the call ends well. Of the main thread, which alone runs handlers.
+class Interrupt {
+ public:
+  static bool is_kept() { return kept_ != nullptr; }
+
+  // The rest is with the GIL. Whether the user wants out.
+  static bool ask() {
+    if (!kept_ && PyErr_CheckSignals() != 0) keep(py::error_already_set());
+    return is_kept();
+  }
+
+  static void keep(const py::error_already_set& error) {
+    if (kept_) return;
+    if (error.trace()) PyException_SetTraceback(error.value().ptr(), error.trace().ptr());
+    kept_ = error.value().inc_ref().ptr();
+    Py_AddPendingCall(&raise, nullptr);  // if there are too many, the next wait ends with it
+  }
+
+  // Makes it Python's error; whether there was one.
+  static bool restore() {
+    const auto error = py::reinterpret_steal<py::object>(std::exchange(kept_, nullptr));
+    if (error) PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
+    return static_cast<bool>(error);
+  }
+
+ private:
+  static int raise(void*) { return restore() ? -1 : 0; }
+
+  static inline PyObject* kept_ = nullptr;
+};
+
 // Calls a function when an object has gone, as weakref.finalize does. What such a callback raises Python
 // prints, and drops: right for an error, which has nobody left to be told, but Ctrl-C that comes while
-// close() waits would be lost. So what a signal handler raises comes up in the code that the main thread goes
-// on with. The callback itself is C++: Python could look for signals in one of its own, outside of the
-// function.
+// close() waits would be lost. The callback itself is C++: Python could look for signals in one of its own,
+// outside of the function.
 class LastCall {
  public:
   // With the GIL, like all that follows.
@@ -112,27 +146,19 @@ class LastCall {
   static void call(const py::function& function) {
     try {
       function();
-      // One that came meanwhile, and that nobody asked for: the next callback may be Python's own.
-      if (on_main_thread() && PyErr_CheckSignals() != 0) throw py::error_already_set();
     } catch (py::error_already_set& error) {
-      if (!on_main_thread() || error.matches(comm_error())) return error.discard_as_unraisable(function);
+      const auto comm_error = py::module_::import("commlib.errors").attr("CommError");
+      if (!on_main_thread() || error.matches(comm_error)) return error.discard_as_unraisable(function);
       // The signal may have come before the function had begun; where it has ended, nothing is left to do.
       try {
         function();
       } catch (py::error_already_set& again) {
         again.discard_as_unraisable(function);
       }
-      PyObject* value = py::object(error.value()).release().ptr();
-      if (Py_AddPendingCall(&raise, value) != 0) error.discard_as_unraisable(function);
+      Interrupt::keep(error);
     }
-  }
-
-  static py::object comm_error() { return py::module_::import("commlib.errors").attr("CommError"); }
-
-  static int raise(void* value) {
-    const auto error = py::reinterpret_steal<py::object>(static_cast<PyObject*>(value));
-    PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
-    return -1;
+    // One that came meanwhile, and that nobody asked for: the next callback may be Python's own.
+    if (on_main_thread()) Interrupt::ask();
   }
 };
 

@@ -98,6 +98,37 @@ def test_ctrl_c_ends_a_wait(in_processes, where):
     interrupted(in_processes, where)
 
 
+@pytest.mark.parametrize("use", ["combine", "wait"])
+def test_ctrl_c_is_heard_when_what_is_waited_for_comes_at_that_moment(in_processes, use):
+    def main(group):
+        ep = ExpertParallel(group, timeout=DEADLINE, num_sms=1, **CONFIG)
+        d = ep.dispatch(X, IDX)
+
+        def handler(number, frame):
+            group.barrier()
+            time.sleep(1)  # for rank 1, which was not to move before
+            raise KeyboardInterrupt
+
+        if group.rank == 1:
+            group.barrier()
+            ep.combine(d.x, d.handle)
+        else:
+            signal.signal(signal.SIGINT, handler)
+            after(0.3, signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                if use == "combine":
+                    ep.combine(d.x, d.handle)
+                else:
+                    ep.combine(d.x, d.handle, async_op=True)[1].wait()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        d = ep.dispatch(X, IDX)  # which works, for the operation itself was done
+        back = ep.combine(d.x, d.handle)
+        ep.close()
+        return torch.equal(back, 2 * X)
+
+    assert in_processes(main, 2) == [True, True]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_a_signal_is_heard_while_a_communicator_goes_that_nobody_has_closed(in_processes, error):
     """Python drops what is raised while it lets go of an object."""
