@@ -105,7 +105,8 @@ class TorchGroup(StoreGroup):
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """That group; None: it has been destroyed."""
-        return self._process_group()
+        known = self._process_group()  # what the user keeps may be destroyed
+        return known if known in dist.distributed_c10d._world.pg_map else None
 
 
 class _Letters:
@@ -374,11 +375,36 @@ def let_go(*tensors: Tensor) -> Iterator[None]:
     the process group goes in that moment, by DDP's end or the program's, PyTorch 2.13 joins the thread with
     the lock held: a deadlock, or an abort at exit.
     """
+    refuse_in_child()
     counts = [_uses(t) for t in tensors]
     yield
     end = time.monotonic() + _LET_GO
     while any(_uses(t) > n for t, n in zip(tensors, counts, strict=True)) and time.monotonic() < end:
         time.sleep(_LET_GO_PAUSE)
+
+
+# The default process group of the process that this one has been forked from.
+_inherited: list[weakref.ref[dist.ProcessGroup]] = []
+
+
+def _note_inherited() -> None:
+    known = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    _inherited[:] = [] if known is None else [weakref.ref(known)]
+
+
+os.register_at_fork(after_in_child=_note_inherited)
+
+
+def refuse_in_child() -> None:
+    """Raise RuntimeError where torch.distributed's groups are those of the process that forked this one.
+
+    Their threads are not here: a collective would wait for ever, past its own timeout.
+    """
+    if _inherited and dist.group.WORLD is _inherited[0]():
+        raise RuntimeError(
+            "this process was forked from a rank, whose process groups it cannot use: gather, average and "
+            "clip in the rank itself, or start the process by spawn"
+        )
 
 
 def _uses(tensor: Any) -> int:

@@ -8,9 +8,12 @@ import time
 
 import pytest
 import torch
+from moe_models import Model, batch, connect
+from torch.distributed.device_mesh import init_device_mesh
 
 import commlib
 from commlib import ExpertParallel
+from commlib.nn import clip_grad_norm_, full_state_dict, fully_shard_experts, sync_gradients
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32}
 X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
@@ -168,3 +171,24 @@ def test_operations_under_way_at_the_fork_go_on(in_processes):
             return "of which this is a fork" in said and torch.equal(out, 2 * X)
 
     assert in_processes(main, 2) == [True, True]
+
+
+def test_a_forked_child_gathers_nothing_over_its_parents_process_group(torch_ranks):
+    """It has none of the group's threads, and would wait past the group's timeout."""
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "dp"))
+        model = Model(8, connect(8))
+        model(batch(rank, 0)).backward()
+        for call in (
+            lambda: sync_gradients(model),
+            lambda: clip_grad_norm_(model, 1.0),
+            lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+            lambda: len(full_state_dict(model)),
+            lambda: fully_shard_experts(model, mesh["dp"]),
+        ):
+            said = in_child(call)
+            assert said.startswith("RuntimeError: this process was forked from a rank"), said
+        sync_gradients(model)
+
+    torch_ranks(main, 2)

@@ -71,12 +71,12 @@ class Shard:
         """The ranks of ``ep`` as a DeviceMesh; None where torch.distributed does not know them."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        given = getattr(self.ep.group, "mesh", None)
-        if given is not None:
-            return given
         group = process_group_of(self.ep.group)
         if group is None:
             return None
+        given = getattr(self.ep.group, "mesh", None)
+        if given is not None:
+            return given
         # Made each time: it keeps the process group, which we must not do (see TorchGroup).
         return DeviceMesh.from_group(group, self.ep.device.type)
 

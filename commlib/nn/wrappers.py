@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from commlib.group import process_group_of
+from commlib.group import process_group_of, refuse_in_child
 
 from .experts import Experts, all_experts
 from .shards import Shard, owner_of
@@ -124,14 +124,21 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         module.
 
     Raises:
-        ValueError: the module has no Experts, or ranks of the mesh hold different ones; on every rank.
+        ValueError: the module has no Experts, or ranks of the mesh hold different ones; on every rank, and
+            nothing has changed.
+        TypeError: ``mesh`` is not a DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
 
-    for part in all_experts(module):
+    parts = all_experts(module)
+    if not isinstance(mesh, dist.DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh, got {type(mesh).__name__}")
+    for part in parts:
+        if part.shard is not None:
+            _check_replicas(part.shard, mesh)
+    for part in parts:
         shard = part.shard
         if shard is not None:
-            _check_replicas(shard, mesh)
             shard.fsdp_prepared = True
             if shard.even and getattr(shard.ep.group, "mesh", None) is not None:
                 _make_dtensors(part, shard)
@@ -141,6 +148,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
 
 
 def _check_replicas(shard: Shard, mesh: dist.DeviceMesh) -> None:
+    refuse_in_child()
     held = (shard.first, shard.count, shard.total)
     for group in mesh.get_all_groups():
         everywhere: list[Any] = [None] * dist.get_world_size(group)
