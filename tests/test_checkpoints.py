@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 import commlib
-from commlib.nn import full_state_dict, fully_shard_experts, sync_gradients
+from commlib.nn import clip_grad_norm_, full_state_dict, fully_shard_experts, sync_gradients
 
 
 def numbered(model, optimizer, first):
@@ -316,6 +316,43 @@ def test_another_ranks_file_is_refused_and_its_own_is_loaded(torch_ranks, tmp_pa
                         load(state)
 
     torch_ranks(main, 4)
+
+
+def test_models_that_differ_by_rank_are_not_gathered(torch_ranks):
+    def main(rank):
+        ep = connect(8)
+        model = Model(8, ep)
+        if rank == 1:
+            model.moe.experts.w2 = torch.nn.Parameter(model.moe.experts.w2.detach()[:, :8].clone())
+        text = r"rank 0 has moe.experts.w2 \[8, 16, 32\] .*, rank 1 has moe.experts.w2 \[8, 8, 32\]"
+        with pytest.raises(ValueError, match=text):
+            full_state_dict(model)
+        assert bool(full_state_dict(Model(8, ep))) == (rank == 0)
+
+    torch_ranks(main, 2)
+
+
+@pytest.mark.parametrize("given", ["a mesh", "a group"])
+def test_a_process_group_that_is_destroyed_while_the_user_keeps_it(torch_ranks, given):
+    """commlib does not keep it, and does not take what is still there for one that can be used."""
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        model = Model(8, connect(8, mesh if given == "a mesh" else None))
+        kept = dist.group.WORLD
+        model(batch(rank, 0)).backward()
+        norm = clip_grad_norm_(model, 1e9)
+        dist.barrier()
+        dist.destroy_process_group()
+        assert torch.equal(clip_grad_norm_(model, 1e9), norm)  # by the communicator's own way
+        state = model.state_dict()
+        assert type(state["moe.experts.w1"]) is torch.Tensor
+        assert state["moe.experts.w1"].shape[0] == 4
+        with pytest.raises(RuntimeError, match=r"torch\.distributed does not know the ranks"):
+            full_state_dict(model)
+        del kept
+
+    torch_ranks(main, 2)
 
 
 def test_a_rank_part_is_not_loaded_into_the_unsharded_model(torch_ranks):

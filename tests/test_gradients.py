@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from itertools import chain
 
 import pytest
 import torch
@@ -51,8 +52,25 @@ def test_sync_gradients_says_what_is_missing(torch_ranks):
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         with pytest.raises(ValueError, match=r"Linear holds no commlib\.nn\.Experts"):
             sync_gradients(nn.Linear(2, 2))
+        model = Model(8, connect(8))
+        whole = Model(8, None)
+        for p in chain(model.parameters(), whole.parameters()):
+            p.grad = torch.full_like(p, rank + 1.0)
         with pytest.raises(ValueError, match="dp_group has 2 ranks, which hold the parts 0 to 3"):
-            sync_gradients(Model(8, connect(8)), pairs[rank // 2])
+            sync_gradients(model, pairs[rank // 2])
+        for wrong, error, text in (
+            (pairs[1 - rank // 2], ValueError, "this process is not a member of dp_group"),
+            (model, TypeError, r"dp_group must be .* ProcessGroup \(of a DeviceMesh, .*got Model"),
+        ):
+            for m in (model, whole):
+                with pytest.raises(error, match=text):
+                    sync_gradients(m, wrong)
+        with pytest.raises(TypeError, match=r"give the model itself, not its parameters .*got generator"):
+            clip_grad_norm_(model.parameters(), 1.0)
+        with pytest.raises(TypeError, match=r"mesh must be a .* DeviceMesh, got NoneType"):
+            fully_shard_experts(model, None)
+        for p in chain(model.parameters(), whole.parameters()):
+            assert torch.equal(p.grad, torch.full_like(p, rank + 1.0))
 
     torch_ranks(main, 4)
     with pytest.raises(RuntimeError, match="init_process_group"):
@@ -209,6 +227,58 @@ def test_gradients_that_one_replica_lacks(torch_ranks):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         dist.all_gather_object(everywhere, norm.item())
         assert len(set(everywhere)) == 1
+
+    torch_ranks(main, 4)
+
+
+def shorter(model):
+    model.after.weight = nn.Parameter(torch.zeros(1))
+
+
+def other_shape(model):
+    model.after.weight = nn.Parameter(torch.zeros(16, 64))  # as many numbers
+
+
+def other_order(model):
+    model.before = model._modules.pop("before")
+
+
+UNLIKE = {  # what one rank's model has otherwise, and what is said about it
+    "shorter": (
+        shorter,
+        r"rank 0 has after.weight \[32, 32\] float32, rank 2 has after.weight \[1\] float32",
+    ),
+    "other shape": (other_shape, r"rank 2 has after.weight \[16, 64\] float32"),
+    "other order": (
+        other_order,
+        "in another order, before.weight .* on rank 0 is moe.router.weight .* rank 2",
+    ),
+    "one more": (lambda m: setattr(m, "more", nn.Parameter(torch.ones(7))), r"rank 2 has more \[7\] float32"),
+    "frozen": (lambda m: m.before.weight.requires_grad_(False), "before.weight .*rank 2 has no such one"),
+    "all frozen": (lambda m: m.requires_grad_(False), "rank 2 has no such one"),
+    "dtype": (lambda m: m.after.double(), r"rank 2 has after.weight \[32, 32\] float64"),
+    "experts' dtype": (lambda m: m.moe.experts.double(), r"w1 \[8 on 2 ranks, 32, 16\] float64"),
+}
+
+
+@pytest.mark.parametrize("how", UNLIKE)
+def test_models_that_differ_by_rank_are_not_averaged(torch_ranks, how):
+    """gloo ends the process where messages have different sizes, and adds up what has the same."""
+
+    def main(rank):
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        model = Model(8, connect(8, pairs[rank // 2]))
+        change, text = UNLIKE[how]
+        if rank == 2:
+            change(model)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, rank + 1.0)
+        with pytest.raises(ValueError, match=f"the model differs by rank: .*{text}"):
+            sync_gradients(model)
+        assert all(torch.equal(p.grad, torch.full_like(p, rank + 1.0)) for p in model.parameters())
+        alike = Model(8, model.moe.ep)
+        alike(batch(rank, 0)).backward()
+        sync_gradients(alike)
 
     torch_ranks(main, 4)
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commlib.group import let_go, process_group_of
 from commlib.topology import experts_of
 
+from .agreement import describe, is_same_everywhere
 from .experts import Experts, all_experts
 from .shards import Shard, is_dtensor
 
@@ -32,17 +33,20 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         Names as in ``module.state_dict()``; empty on all ranks but the first.
 
     Raises:
-        ValueError: the module has no Experts.
+        ValueError: the module has no Experts, or ranks have different ones.
         RuntimeError: experts are on other ranks, and torch.distributed has not been initialised.
     """
     model = _unwrapped(module)
-    if any(part.shard is not None and part.shard.mesh() is None for part in all_experts(model)):
+    parts = all_experts(model)
+    if any(part.shard is not None and part.shard.mesh() is None for part in parts):
         raise RuntimeError(
             "torch.distributed does not know the ranks that hold the other experts: call "
-            "torch.distributed.init_process_group before, or save each rank's own state_dict()"
+            "torch.distributed.init_process_group before the communicator is made, and "
+            "destroy_process_group after this, or save each rank's own state_dict()"
         )
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = model.state_dict()
+    _check_same_parts(state, parts)
     for path, part in model.named_modules(remove_duplicate=False):
         if isinstance(part, Experts) and part.shard is not None and not part.shard.as_dtensors:
             for name, p in part._parameters.items():
@@ -52,6 +56,15 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         if first:
             state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
     return dict(state) if first else {}
+
+
+def _check_same_parts(state: dict[str, Any], parts: list[Experts]) -> None:
+    """Raise where ranks would gather different tensors, or those of different numbers of ranks."""
+    spread = [part.shard for part in parts if part.shard is not None]
+    lines = [describe(name, value) for name, value in state.items() if is_dtensor(value)]
+    lines += [f"experts {shard.total} on {shard.ep.size} ranks" for shard in spread]
+    for ep in dict.fromkeys(shard.ep for shard in spread):
+        is_same_everywhere(lines, (), process_group_of(ep.group), ep.device)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

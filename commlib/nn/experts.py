@@ -202,7 +202,10 @@ def all_experts(module: nn.Module) -> list[Experts]:
 
     Raises:
         ValueError: it has none.
+        TypeError: it is not a module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"give the model itself, not its parameters or else: got {type(module).__name__}")
     found = [part for part in module.modules() if isinstance(part, Experts)]
     if not found:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from commlib.group import gather_in, gather_numbers, let_go
 
+from .agreement import describe, is_same_everywhere
 from .shards import Shard, is_dtensor
 
 if TYPE_CHECKING:
@@ -237,20 +239,25 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
             ranks of a communicator are all in it.
 
     Raises:
-        ValueError: the module has no Experts, the ranks of their communicator are not all in the group, or
-            FSDP2 has the parameters.
+        ValueError: the module has no Experts, the ranks of their communicator are not all in the group, this
+            process is not, FSDP2 has the parameters, or ranks have different parameters to train. No gradient
+            has changed.
+        TypeError: one of the two is something else.
         RuntimeError: torch.distributed has not been initialised.
     """
     from .experts import all_experts, shared_parameters
 
     experts = all_experts(module)
+    _check_group(dp_group)
     if not dist.is_initialized():
         raise RuntimeError("sync_gradients needs torch.distributed.init_process_group first")
     if any(is_dtensor(p) for p in module.parameters()):
         raise ValueError("sync_gradients is for plain parameters; those of FSDP2 are averaged by it")
-    average(list(shared_parameters(module)), dp_group)
+    everywhere = _check_same_model(module, experts, dp_group)
+    replicas = [_replicas(part, dp_group) for part in experts]
+    average(list(shared_parameters(module)), dp_group, everywhere)
     done: set[int] = set()
-    for part in experts:
+    for part, group in zip(experts, replicas, strict=True):
         parameters = [p for p in part.parameters() if id(p) not in done]  # modules may share some
         done |= {id(p) for p in parameters}
         shard = part.shard
@@ -258,23 +265,53 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
         for p in parameters:
             if p.grad is not None and divisor > 1:
                 p.grad.div_(divisor)
-        average(parameters, _replicas(part, dp_group))
+        average(parameters, group, everywhere)
         for p in parameters:
             if shard is not None and type(p.grad) is Tensor:  # from torch.autograd.grad, or another replica
                 p.grad = marked(p.grad, shard)
 
 
-def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Average gradients over a group; one that only some ranks have counts as zero on the others."""
+def _check_group(dp_group: Any) -> None:
+    # A number, of which torch says that -1 ranks are in it, and takes sums over it for done.
+    if isinstance(dp_group, int) and dp_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of dp_group, the ranks that train the model together")
+    if dp_group is not None and not isinstance(dp_group, dist.ProcessGroup):
+        raise TypeError(
+            "dp_group must be a torch.distributed ProcessGroup (of a DeviceMesh, mesh.get_group()), got "
+            f"{type(dp_group).__name__}"
+        )
+
+
+def _check_same_model(module: nn.Module, experts: list[Experts], dp_group: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks have gradients of the same parameters; raises where they train different ones."""
+    spread = {id(p): part.shard for part in experts if part.shard is not None for p in part.parameters()}
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    lines = [
+        describe(name, p, f"{shard.total} on {shard.ep.size} ranks" if (shard := spread.get(id(p))) else "")
+        for name, p in trained
+    ]
+    device = next(chain((p.device for _, p in trained), (p.device for p in module.parameters())))
+    return is_same_everywhere(lines, (p.grad is not None for _, p in trained), dp_group, device)
+
+
+def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, everywhere: bool) -> None:
+    """Average gradients over a group; one that only some ranks have counts as zero on the others.
+
+    Args:
+        everywhere: whether no gradient is one that only some ranks have.
+    """
     wanted = [p for p in parameters if p.requires_grad]
     if not wanted or dist.get_world_size(group) == 1:
         return
-    has = torch.tensor([p.grad is not None for p in wanted], dtype=torch.int32, device=wanted[0].device)
-    with let_go(has):
-        dist.all_reduce(has, dist.ReduceOp.MAX, group=group)
+    has = [p.grad is not None for p in wanted]
+    if not everywhere:
+        somewhere = torch.tensor(has, dtype=torch.int32, device=wanted[0].device)
+        with let_go(somewhere):
+            dist.all_reduce(somewhere, dist.ReduceOp.MAX, group=group)
+        has = somewhere.bool().tolist()
     alike: dict[Any, list[Tensor]] = defaultdict(list)
-    for p, somewhere in zip(wanted, has.tolist(), strict=True):
-        if somewhere:
+    for p, one in zip(wanted, has, strict=True):
+        if one:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             alike[p.device, p.dtype].append(p.grad)
