@@ -283,6 +283,28 @@ def test_models_that_differ_by_rank_are_not_averaged(torch_ranks, how):
     torch_ranks(main, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_clipping_where_ranks_have_no_gradients_in_other_dtypes_than_float32(torch_ranks, dtype):
+    """A rank without experts, and one whose experts have no gradients, send numbers as large as others'."""
+
+    def main(rank):
+        model = Model(3, connect(3, dtype=dtype)).to(dtype)
+        model(batch(rank, 0).to(dtype)).backward()
+        sync_gradients(model)
+        wanted = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).as_subclass(torch.Tensor)
+        norm = clip_grad_norm_(model, 1e9)
+        assert norm.dtype == dtype
+        torch.testing.assert_close(norm, wanted)
+        if rank == 1:
+            for p in expert_parameters(model):
+                p.grad = None
+        everywhere = [None] * 4
+        dist.all_gather_object(everywhere, clip_grad_norm_(model, 1e9))
+        assert all(torch.equal(other, everywhere[0]) and other.dtype == dtype for other in everywhere)
+
+    torch_ranks(main, 4)
+
+
 @pytest.mark.parametrize("order", [2.0, float("inf")])
 def test_clipping_where_a_rank_has_no_experts(torch_ranks, order):
     wanted = torch.nn.utils.get_total_norm(unsharded_gradients(3, 4).values(), order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -205,7 +206,10 @@ def _norms(parameters: Iterable[nn.Parameter], order: float) -> Iterator[Tensor]
         alike[_process_groups(p), p.device].append(p)
     for (groups, device), mine in alike.items():
         grads = [_local(p.grad) for p in mine if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(device)
+        # Of the parameters' dtype also where this rank has no gradient, or none with elements: backends end
+        # the process where ranks send different ones.
+        dtype = reduce(torch.promote_types, (p.dtype for p in mine))
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(device, dtype)
         for group in groups:
             norm = torch.linalg.vector_norm(gather_in(group, norm.reshape(1)), order)
         yield norm
