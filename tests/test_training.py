@@ -6,15 +6,33 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from moe_models import EXPERT_NAMES, Model, batch, check_gradients, connect, rows_of, unsharded_gradients
+from moe_models import (
+    EXPERT_NAMES,
+    FFN,
+    HIDDEN,
+    Model,
+    batch,
+    check_gradients,
+    connect,
+    rows_of,
+    unsharded_gradients,
+)
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from commlib.nn import (
+    Experts,
+    MoELayer,
     clip_grad_norm_,
     expert_parameters,
     fully_shard_experts,
@@ -49,6 +67,57 @@ def test_ddp_leaves_experts_alone_and_divides_their_gradients(torch_ranks, optio
         check_gradients(model, wanted, rows_of(model))
 
     torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("inside", [Model, MoELayer, Experts])
+def test_ddp_leaves_experts_alone_in_modules_that_rename_their_parameters(torch_ranks, inside):
+    """torch's checkpoint_wrapper leaves its own name out of those of its parameters, but not in all ways."""
+    wanted = unsharded_gradients(8, 2)
+
+    def main(rank):
+        model = Model(8, connect(8))
+        rows = rows_of(model)
+        mine = [p.detach().clone() for p in expert_parameters(model)]
+        if inside is Model:
+            model = checkpoint_wrapper(model)
+        else:
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, inside))
+        ddp = DistributedDataParallel(model)
+        assert all(torch.equal(a, b) for a, b in zip(mine, expert_parameters(model), strict=True))
+        ddp(batch(rank, 0)).backward()
+        for p, want in zip(model.parameters(), wanted.values(), strict=True):
+            want = want if p.grad.shape == want.shape else want[rows]
+            torch.testing.assert_close(p.grad.as_subclass(torch.Tensor), want, rtol=1e-4, atol=1e-6)
+
+    torch_ranks(main, 2)
+
+
+def test_ddp_leaves_alone_what_experts_have_beside_their_weights(torch_ranks):
+    """A mask, parameters of a parametrization: clipping sees their gradients on all ranks, too."""
+
+    def changed(model, first, count):
+        weight_norm(model.moe.experts, "w1", dim=0)
+        mask = torch.rand(8, HIDDEN, FFN, generator=torch.Generator().manual_seed(1)) < 0.5
+        prune.custom_from_mask(model.moe.experts, "w3", mask[first : first + count])
+        return model
+
+    whole = changed(Model(8, None), 0, 8)
+    for rank in range(2):
+        (whole(batch(rank, 0)) / 2).backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()])
+
+    def main(rank):
+        model = Model(8, connect(8))
+        experts = changed(model, model.moe.experts.first, 4).moe.experts
+        mine = [t.detach().clone() for t in (*experts.parameters(), *experts.buffers())]
+        ddp = DistributedDataParallel(model)
+        ddp(batch(rank, 0)).backward()
+        now = (*experts.parameters(), *experts.buffers())
+        assert all(torch.equal(a, b) for a, b in zip(mine, now, strict=True))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
+
+    torch_ranks(main, 2)
 
 
 def test_ddp_around_the_layer_itself_and_with_accumulation(torch_ranks):

@@ -97,6 +97,7 @@ class Experts(nn.Module):
         Returns:
             ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
         """
+        self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
         w1, w3, w2 = (self._weight(w) for w in (self.w1, self.w3, self.w2))
         gate = F.silu(grouped_mm(x, w1, offsets))
         return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
@@ -111,8 +112,6 @@ class Experts(nn.Module):
         shard = self.shard
         if shard is None:
             return w
-        if not shard.fsdp_prepared and isinstance(w, nn.Parameter):
-            mark_gradients_of(w, shard)  # it may have been frozen, or replaced, since it was adopted
         local = w.to_local() if shard.as_dtensors else w
         return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
 
@@ -145,8 +144,9 @@ class Experts(nn.Module):
 
     def _adopt_all(self) -> None:
         if self.shard is not None:
-            for param in self._parameters.values():
-                self._adopt(param)
+            for param in self.parameters():  # parametrizations' as well
+                if isinstance(param, nn.Parameter):  # and not what torch.func has put in its place
+                    self._adopt(param)
 
     def _adopt(self, param: Any) -> None:
         assert self.shard is not None

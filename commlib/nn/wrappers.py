@@ -8,10 +8,12 @@ together from parts of different ones.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,10 +36,13 @@ register_module_module_registration_hook(_on_registration)
 
 def _leave_out(ddp: Any, model: nn.Module) -> None:
     """Make a DistributedDataParallel that is under construction leave experts alone."""
-    theirs = {id(p) for p in model.parameters() if owner_of(p) is not None}
+    # Experts may have more than their own: what parametrizations train, buffers such as masks.
+    parts = [m for m in model.modules() if isinstance(m, Experts) and m.shard is not None]
+    theirs = {id(t) for part in parts for t in chain(part.parameters(), part.buffers())}
+    theirs |= {id(p) for p in model.parameters() if owner_of(p) is not None}
     # Modules that share parameters have a shard each; and what is wrapped may be a list of parameters.
-    found = [m.shard for m in model.modules() if isinstance(m, Experts)]
-    shards = {s for s in [*found, *map(owner_of, model.parameters())] if s is not None}
+    known = [*(part.shard for part in parts), *map(owner_of, model.parameters())]
+    shards = {s for s in known if s is not None}
     for shard in shards:
         _check_same_ranks(shard, ddp.process_group)
     if theirs and not any(p.requires_grad for p in model.parameters() if id(p) not in theirs):
@@ -47,15 +52,24 @@ def _leave_out(ddp: Any, model: nn.Module) -> None:
         )
     if any(id(p) in theirs for p in getattr(ddp, "_delay_all_reduce_params", ())):
         raise ValueError("delay_all_reduce_named_params has parameters of experts, which differ by rank")
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, p in module.named_parameters(recurse=False):
-            if id(p) in theirs:
-                # It asks by both names for parameters of the model's own.
-                ddp.parameters_to_ignore |= {f"{path}.{name}", f"{path}.{name}".removeprefix(".")}
-                p._ddp_ignored = True
+    ddp.parameters_to_ignore |= {name for name, t in _names_ddp_asks_for(model) if id(t) in theirs}
+    for p in model.parameters():
+        if id(p) in theirs:
+            p._ddp_ignored = True  # type: ignore[attr-defined]
     ddp._module_parameters = [p for p in ddp._module_parameters if id(p) not in theirs]
     for shard in shards:
         shard.gradient_divisor = shard.ep.size
+
+
+def _names_ddp_asks_for(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What DistributedDataParallel calls each parameter and buffer, in one of its loops or another."""
+    # A module may name its parameters as it likes: torch's checkpoint_wrapper leaves itself out.
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, t in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            yield f"{path}.{name}", t
+            yield f"{path}.{name}".removeprefix("."), t
 
 
 def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
