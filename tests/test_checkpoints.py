@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from moe_models import Model, batch, connect
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,7 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 import commlib
-from commlib.nn import clip_grad_norm_, full_state_dict, fully_shard_experts, sync_gradients
+from commlib.nn import (
+    Experts,
+    MoELayer,
+    clip_grad_norm_,
+    full_state_dict,
+    fully_shard_experts,
+    sync_gradients,
+)
 
 
 def numbered(model, optimizer, first):
@@ -252,6 +263,32 @@ def test_a_whole_state_dict_is_gathered_and_distributed(torch_ranks, experts):
         assert all(torch.equal(a, b) for a, b in zip(mine, other.parameters(), strict=True))
 
     torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("experts", [8, 10])
+def test_a_whole_state_dict_has_the_names_of_the_state_dict(torch_ranks, experts):
+    """Whatever modules call their parameters, and with buffers of experts."""
+    whole = Model(experts, None)
+    prune.l1_unstructured(whole.moe.experts, "w1", 0.5)
+    whole = whole.state_dict()
+
+    def main(rank):
+        for inside in (Model, MoELayer, Experts):
+            model = Model(experts, connect(experts))
+            first, count = model.moe.experts.first, model.moe.experts.shard.count
+            mask = whole["moe.experts.w1_mask"][first : first + count]
+            prune.custom_from_mask(model.moe.experts, "w1", mask)
+            if inside is Model:
+                model = checkpoint_wrapper(model)
+            else:
+                apply_activation_checkpointing(model, check_fn=lambda m, kind=inside: isinstance(m, kind))
+            gathered = full_state_dict(model)
+            if rank == 0:
+                assert gathered.keys() == whole.keys()
+                assert all(torch.equal(gathered[name], whole[name]) for name in whole)
+            dist.barrier()
+
+    torch_ranks(main, 2 if experts == 8 else 4)
 
 
 def test_whole_state_dicts_by_torchs_functions(torch_ranks):

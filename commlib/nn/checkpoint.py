@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,11 +48,13 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         )
     first = not dist.is_initialized() or dist.get_rank() == 0
     state = model.state_dict()
-    _check_same_parts(state, parts)
-    for path, part in model.named_modules(remove_duplicate=False):
-        if isinstance(part, Experts) and part.shard is not None and not part.shard.as_dtensors:
-            for name, p in part._parameters.items():
-                state[f"{path}.{name}".removeprefix(".")] = _all_blocks(p, part.shard, first)
+    # Names as the state dict says them, which need not be those of the modules: checkpoint_wrapper's are not.
+    sharded = {id(t): shard for t, shard in _sharded(parts)}
+    kept = model.state_dict(keep_vars=True)
+    blocks = {name: (t, sharded[id(t)]) for name, t in kept.items() if name in state and id(t) in sharded}
+    _check_same_parts(state, blocks, parts)
+    for name, (t, shard) in blocks.items():
+        state[name] = _all_blocks(t, shard, first)
     for name, value in state.items():
         whole = value.full_tensor() if is_dtensor(value) else value
         if first:
@@ -58,12 +62,24 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     return dict(state) if first else {}
 
 
-def _check_same_parts(state: dict[str, Any], parts: list[Experts]) -> None:
+def _sharded(parts: list[Experts]) -> Iterator[tuple[Tensor, Shard]]:
+    """What has a row for each expert of this rank, and is no DTensor over the ranks of all experts."""
+    for part in parts:
+        if part.shard is not None and not part.shard.as_dtensors:
+            for t in chain(part._parameters.values(), part._buffers.values()):
+                if t is not None:
+                    yield t, part.shard
+
+
+def _check_same_parts(
+    state: dict[str, Any], blocks: dict[str, tuple[Tensor, Shard]], parts: list[Experts]
+) -> None:
     """Raise where ranks would gather different tensors, or those of different numbers of ranks."""
-    spread = [part.shard for part in parts if part.shard is not None]
     lines = [describe(name, value) for name, value in state.items() if is_dtensor(value)]
-    lines += [f"experts {shard.total} on {shard.ep.size} ranks" for shard in spread]
-    for ep in dict.fromkeys(shard.ep for shard in spread):
+    lines += [
+        describe(name, t, f"{shard.total} on {shard.ep.size} ranks") for name, (t, shard) in blocks.items()
+    ]
+    for ep in dict.fromkeys(part.shard.ep for part in parts if part.shard is not None):
         is_same_everywhere(lines, (), process_group_of(ep.group), ep.device)
 
 
