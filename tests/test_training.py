@@ -25,7 +25,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import distribute_module
+from torch.distributed.tensor import Shard, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -229,6 +229,20 @@ def test_what_would_mix_experts_is_refused(torch_ranks):
                 fully_shard_experts(model(), part)
         with pytest.raises(ValueError, match="a DeviceMesh must have one dimension, got 2"):
             connect(8, mesh)
+
+    torch_ranks(main, 4)
+
+
+def test_a_placement_that_checkpoints_cannot_say_is_refused(torch_ranks):
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        by_column = {"shard_placement_fn": lambda p: Shard(1)}
+        uneven = Model(5, connect(5, mesh["ep"]))
+        with pytest.raises(ValueError, match=r"shard_placement_fn gives S.*\(.*1\) for w1 of experts"):
+            fully_shard_experts(uneven, mesh["dp"], **by_column)
+        fully_shard_experts(uneven, mesh["dp"], shard_placement_fn=lambda p: Shard(0))
+        even = fully_shard_experts(Model(8, connect(8, mesh["ep"])), mesh["dp"], **by_column)
+        assert even.moe.experts.w1.placements == (Shard(1), Shard(0))
 
     torch_ranks(main, 4)
 

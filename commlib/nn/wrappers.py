@@ -8,7 +8,7 @@ together from parts of different ones.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -138,8 +138,9 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         module.
 
     Raises:
-        ValueError: the module has no Experts, or ranks of the mesh hold different ones; on every rank, and
-            nothing has changed.
+        ValueError: the module has no Experts, ranks of the mesh hold different ones, or shard_placement_fn
+            shards another dimension than that of experts where parameters do not become DTensors over both
+            meshes; on every rank, and nothing has changed.
         TypeError: ``mesh`` is not a DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
@@ -150,11 +151,12 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
     for part in parts:
         if part.shard is not None:
             _check_replicas(part.shard, mesh)
+            _check_placement(part, part.shard, options.get("shard_placement_fn"))
     for part in parts:
         shard = part.shard
         if shard is not None:
             shard.fsdp_prepared = True
-            if shard.even and getattr(shard.ep.group, "mesh", None) is not None:
+            if _can_be_dtensors(shard):
                 _make_dtensors(part, shard)
             shard.gradient_divisor = shard.ep.size
         fully_shard(part, mesh=mesh, **options)
@@ -173,6 +175,24 @@ def _check_replicas(shard: Shard, mesh: dist.DeviceMesh) -> None:
                 f"ranks {ranks} of the mesh hold different experts: {[e[0] for e in everywhere]} are their "
                 "first ones. Give fully_shard_experts the dimensions over which experts are the same, "
                 'such as mesh["dp"]'
+            )
+
+
+def _can_be_dtensors(shard: Shard) -> bool:
+    return shard.even and getattr(shard.ep.group, "mesh", None) is not None
+
+
+def _check_placement(part: Experts, shard: Shard, place: Callable[[nn.Parameter], Any] | None) -> None:
+    """Raise where a state dict could not say which part of an expert is here, but only which experts are."""
+    if place is None or _can_be_dtensors(shard):
+        return
+    for name, p in part._parameters.items():
+        placement = None if p is None else place(p)
+        if getattr(placement, "dim", 0) != 0:
+            raise ValueError(
+                f"shard_placement_fn gives {placement} for {name} of experts {shard}: checkpoints could not "
+                "say where that part lies. Shard dimension 0, or have as many experts on each rank and give "
+                "ExpertParallel a DeviceMesh for its ranks"
             )
 
 
