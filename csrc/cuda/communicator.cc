@@ -209,18 +209,15 @@ bool CudaCommunicator::has_said_that_it_left(int peer) {
 }
 
 void CudaCommunicator::look_for_the_dead() {
+  if (network_) store_word(&host_->lost, network_->lost_ranks());
   for (int p = 0; p < config_.size; ++p) {
     if (processes_->has_exited(p) && !has_said_that_it_left(p)) return abort_waits(Cause::exited, p);
-    if (network_ && network_->has_lost(p) && !has_said_that_it_left(p)) return abort_waits(Cause::lost, p);
   }
 }
 
 // What only the host can see while kernels wait.
 void CudaCommunicator::look_around() {
   look_for_the_dead();
-  for (int p = 0; network_ && p < config_.size; ++p) {
-    if (network_->has_lost(p)) return abort_waits(Cause::lost, p);
-  }
   if (config_.interrupted && config_.interrupted(true)) abort_waits(Cause::interrupted, config_.rank);
 }
 

@@ -45,9 +45,11 @@ struct HostState {
   // (release).
   uint64_t failed;
   FailureRecord record;
-  // Written by the host while it waits, read by waiting warps: a Cause (in the high half) that only the host
-  // can know, and the peer.
+  // Written by the host (release), read by waiting warps (acquire): what only the host can know. `abort` ends
+  // every wait: a Cause (in the high half), and the peer. `lost` ends those for ranks of other nodes from
+  // which nothing comes any more, as a mask: one that closed after its part is missed by nobody.
   uint64_t abort;
+  uint64_t lost;
 
   // The number of the newest plan whose results follow; written by the plan kernel (release) after them, read
   // by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.

@@ -87,11 +87,13 @@ struct WaitingLane {
   WaitingLane w{op};
   FailureRecord record{};
   if (!find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
+    const uint64_t lost = ptx::load_acquire_sys(&op.host->lost) & awaited;
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
-    if (abort == 0 && ptx::globaltimer() - start < op.timeout_ns) return false;
-    record = abort ? new_record(w, op.peers, op.wait, static_cast<Cause>(tag_of(abort)), awaited,
-                                bit_of(static_cast<int>(value_of(abort))), phase)
-                   : timeout_record(w, op.peers, op.wait, awaited, phase);
+    if (!lost && !abort && ptx::globaltimer() - start < op.timeout_ns) return false;
+    const Cause cause = lost ? Cause::lost : static_cast<Cause>(tag_of(abort));
+    const uint64_t blamed = lost ? lost : bit_of(static_cast<int>(value_of(abort)));
+    record = lost || abort ? new_record(w, op.peers, op.wait, cause, awaited, blamed, phase)
+                           : timeout_record(w, op.peers, op.wait, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
   return true;

@@ -185,10 +185,12 @@ COMMLIB_HD bool sum_tokens(Worker& w, const CombineLane& c, int64_t* t, int64_t 
   return moved;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
+// Everything that can be done now; `awaited`: from whom something must come for the lane to go on, as a mask,
+// none when it has finished.
 template <class Worker>
 COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int64_t end, uint64_t* awaited) {
   bool moved = false;
+  uint64_t unfinished = 0;
   *awaited = 0;
   for (int g = 0; g < c.hops.gateways; ++g) moved |= ask_gateway(w, c, g);
   for (int s = 0; s < c.hops.sources; ++s) {
@@ -197,9 +199,14 @@ COMMLIB_HD bool advance_combine(Worker& w, const CombineLane& c, int64_t* t, int
   }
   moved |= sum_tokens(w, c, t, end);
   for (int g = 0; g < c.hops.gateways; ++g) {
-    if (!c.to_gateway(g).finished() || !c.from_gateway(g).finished())
-      *awaited |= bit_of(c.hops.gateway[g].rank);
+    const LaneEnd to = c.to_gateway(g), from = c.from_gateway(g);
+    if (to.finished() && from.finished()) continue;
+    unfinished |= bit_of(from.end.peer);
+    // An answer may be there, and wait for another gateway's for the same token: who sent it has done its
+    // part, may have closed since, and is not to blame.
+    if (!to.finished() || !from.arrived(w)) *awaited |= bit_of(from.end.peer);
   }
+  if (*awaited == 0) *awaited = unfinished;  // it came after the lane looked
   return moved;
 }
 

@@ -86,6 +86,24 @@ void SlowNetwork::set_cut(int rank, bool cut) {
   changed_.notify_all();
 }
 
+void SlowNetwork::withhold_chunks(int from, int to, bool withheld) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (withheld) {
+    withheld_.insert({from, to});
+  } else {
+    withheld_.erase({from, to});
+  }
+  changed_.notify_all();
+}
+
+bool SlowNetwork::has_under_way(int from) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto is_its = [from](const Message& m) { return m.from == from; };
+  return std::any_of(under_way_.begin(), under_way_.end(), [&](const std::vector<Message>& queue) {
+    return std::any_of(queue.begin(), queue.end(), is_its);
+  });
+}
+
 void SlowNetwork::hold(int rank, int milliseconds) {
   std::lock_guard<std::mutex> lock(mutex_);
   hold_ms_[rank] = milliseconds;
@@ -131,6 +149,7 @@ bool SlowNetwork::take(int rank, Message* message) {
   if (queue.empty() || cut_[rank] || random_.one_in(4)) return false;
   const size_t i = random_.below(queue.size());
   if ((queue[i].from >= 0 && cut_[queue[i].from]) || queue[i].due > Clock::now()) return false;
+  if (queue[i].header.post.kind == PostKind::chunk && withheld_.count({queue[i].from, rank})) return false;
   const auto chosen = queue.begin() + static_cast<std::ptrdiff_t>(i);
   const auto are_words = [from = chosen->from](const Message& m) {
     return m.from == from && m.header.post.kind == PostKind::words;
@@ -156,6 +175,8 @@ bool SlowNetwork::take_death(int rank, int* dead) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (deaths_[rank].empty()) return false;
   *dead = deaths_[rank].back();
+  const auto is_its = [dead = *dead](const Message& m) { return m.from == dead; };
+  if (std::any_of(under_way_[rank].begin(), under_way_[rank].end(), is_its)) return false;
   deaths_[rank].pop_back();
   return true;
 }

@@ -8,6 +8,8 @@
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -25,6 +27,10 @@ class SlowNetwork {
   // Nothing comes through to or from this rank, until mended; nothing is lost.
   void cut(int rank) { set_cut(rank, true); }
   void mend(int rank) { set_cut(rank, false); }
+  // Words come through from one rank to another, and chunks do not, until no longer withheld.
+  void withhold_chunks(int from, int to, bool withheld);
+  // Whether messages of this rank have not arrived yet.
+  bool has_under_way(int from);
   // From now on every other message of this rank takes up to so long, and words four times as long, so that
   // others overtake them.
   void hold(int rank, int milliseconds);
@@ -35,7 +41,7 @@ class SlowNetwork {
   // Called, by the networks of all ranks, for each message as it arrives; may change what it brings.
   using Tamper = std::function<void(int to, const Header&, Bytes&)>;
   void tamper_with(Tamper tamper);
-  // The others hear that it is gone.
+  // The others hear that it is gone, where all that came from it has arrived.
   void kill(int rank);
   // The most bytes of chunks that ever were on their way to one rank.
   size_t most_under_way() const { return most_under_way_.load(); }
@@ -66,7 +72,8 @@ class SlowNetwork {
   std::vector<std::vector<Message>> under_way_;  // by receiver
   std::vector<std::vector<int>> deaths_;         // by who is to hear of them
   std::vector<char> cut_;
-  std::vector<int> hold_ms_;  // by sender
+  std::set<std::pair<int, int>> withheld_;  // from, to
+  std::vector<int> hold_ms_;                // by sender
   Random random_;
   Tamper tamper_;
   std::atomic<size_t> most_under_way_{0};

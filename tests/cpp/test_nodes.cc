@@ -124,8 +124,7 @@ void a_link_that_stays_cut_names_those_behind_it() {
   });
 }
 
-void a_rank_that_dies_is_named_at_once() {
-  Random random(307);
+void dies(bool says_so, Random& random) {
   const Config config = on_nodes({0, 0, 1, 1}, true, random);
   const Scenario s = random_scenario(config, 4, {}, random);
   in_ranks(config, 4, [&](Rank& self) {
@@ -133,12 +132,70 @@ void a_rank_that_dies_is_named_at_once() {
     self.meet();
     if (self.rank == 3) {
       self.net->kill(3);
-      return self.comm->give_up("it is dead");
+      if (says_so) self.comm->give_up("it is dead");
+      return self.meet();
     }
     const CommFailure e =
         check_throws<CommFailure>([&] { check_dispatch(*start_dispatch(self, s, {})); }, "rank 3 is gone");
     check(e.failure.record.peer == 3 || e.failure.record.teller != self.rank, e.what());
+    check(e.failure.record.cause == Cause::left || e.failure.record.cause == Cause::lost, e.what());
+    self.meet();
   });
+}
+
+void a_rank_that_dies_is_named_at_once() {
+  Random random(307);
+  dies(true, random);
+  dies(false, random);
+}
+
+// A token's rows lie on two nodes. One answers, closes and is gone before the other does.
+struct LateAnswer {
+  Scenario s;
+
+  explicit LateAnswer(Random& random) {
+    Config config = on_nodes({0, 1, 2}, true, random);
+    config.topk = 2;
+    config.chunk_bytes = 4096;
+    config.chunks = 8;
+    s.config = config;
+    s.ranks.resize(3);
+    RankCase& mine = s.ranks[0];
+    mine.tokens = 3;
+    const Placement of = s.placement();
+    for (int64_t t = 0; t < mine.tokens; ++t)
+      mine.topk_idx.insert(mine.topk_idx.end(), {of.first_expert(1), of.first_expert(2)});
+    complete(s, random);
+  }
+
+  void operator()(Rank& self) const {
+    const DispatchedPtr d = start_dispatch(self, s, {});
+    check_dispatch(*d);
+    self.meet();
+    if (self.rank == 0) self.net->withhold_chunks(1, 0, true);
+    self.meet();
+    check_combine(self, *start_combine(self, *d, s, {}), s);
+    if (self.rank != 2) return self.meet();
+    arrive(self);
+    self.comm->close();
+    arrive(self);
+    self.net->kill(2);
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));  // until all have heard of it
+    self.net->withhold_chunks(1, 0, false);
+    self.meet();
+  }
+
+  static void arrive(const Rank& self) {
+    do {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    } while (self.net->has_under_way(self.rank));
+  }
+};
+
+void who_has_answered_and_is_gone_is_not_missed() {
+  Random random(309);
+  const LateAnswer late(random);
+  in_ranks(late.s.config, 3, [&](Rank& self) { late(self); });
 }
 
 void run(Rank& self, OpKind kind, const Dispatched& known, const Scenario& values) {
@@ -225,6 +282,7 @@ const Suite suite({{"two_nodes_of_two", two_nodes_of_two},
                    {"a_link_that_stays_cut_names_those_behind_it",
                     a_link_that_stays_cut_names_those_behind_it},
                    {"a_rank_that_dies_is_named_at_once", a_rank_that_dies_is_named_at_once},
+                   {"who_has_answered_and_is_gone_is_not_missed", who_has_answered_and_is_gone_is_not_missed},
                    {"a_rank_that_closes_early_fails_no_operation_in_silence",
                     a_rank_that_closes_early_fails_no_operation_in_silence}});
 
