@@ -25,8 +25,9 @@ STEPS = (
 LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one by its own end
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 PATIENCE = 60.0  # a communicator's timeout where nothing waits for it: longer than a run may take
-HASTE = 1.0  # where a fault is a hang. Ranks have it once all have started
-START_HASTE = 3.0  # where a rank does not start
+# Where a fault is a hang, once all ranks have started. A busy machine may keep one from running for a second.
+HASTE = 5.0
+START_HASTE = 6.0  # where a rank does not start
 WORLDS = 2  # steps take turns with so many routings
 
 
