@@ -39,8 +39,7 @@ KINDS = {
     "pause": Kind(harms=False, at_start=True),
     "exit": Kind(ends=(f"status {EXIT_STATUS}",), at_start=True),
     "raise": Kind(ends=("Planned",), at_start=True),
-    # "signal 2": where the rank has ended with another's error, and is just writing that down.
-    "interrupt": Kind(ends=("KeyboardInterrupt", "signal 2"), at_start=True),
+    "interrupt": Kind(ends=("KeyboardInterrupt",), at_start=True),
     "other_call": Kind(ends=(ANY_ERROR,)),
     "close": Kind(),
     "linger": Kind(ends=(ANY_ERROR,), hangs=True, at_start=True),

@@ -74,17 +74,11 @@ class Rank:
         """All of it; writes how it ended."""
         sys.unraisablehook = lambda it: self.trouble.append(f"ignored: {it.exc_value!r} in {it.object!r}")
         try:
-            self._work()
-            end = End("right")
-        except Child:
-            raise
-        except Leaves:
-            end = End("right")
-        except BaseException as error:
-            names = tuple(kind.__name__ for kind in type(error).__mro__)
-            end = End(names[0], str(error), names, blamed(error))
-            self._expect_refusal(error)
-        gc.collect()  # what was dropped is closed
+            end = self._end()
+            gc.collect()  # what was dropped is closed
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt as late:  # it had ended, and was about to say so
+            end = End(type(late).__name__)
         for child in self.children:
             self._reap(child)
         said = {"trouble": "; ".join(self.trouble), "seconds": time.monotonic() - self.begun}
@@ -92,6 +86,20 @@ class Rank:
         if self.exits:
             sys.exit()
         os._exit(0)
+
+    def _end(self) -> End:
+        """How its work ends."""
+        try:
+            self._work()
+        except Child:
+            raise
+        except Leaves:
+            pass
+        except BaseException as error:
+            names = tuple(kind.__name__ for kind in type(error).__mro__)
+            self._expect_refusal(error)
+            return End(names[0], str(error), names, blamed(error))
+        return End("right")
 
     def _work(self) -> None:
         reference = Reference(self.plan, self.rank)
