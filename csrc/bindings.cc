@@ -98,8 +98,6 @@ void set_error(const char* type, const char* text, const Failure* failure = null
   PyErr_SetObject(cls.ptr(), error.ptr());
 }
 
-bool restore_interrupt() { return python::on_main_thread() && Interrupt::restore(); }
-
 const char* error_type(Cause cause) {
   switch (cause) {
     case Cause::mismatch:
@@ -116,11 +114,11 @@ void translate(std::exception_ptr p) {
   try {
     if (p) std::rethrow_exception(p);
   } catch (const CommFailure& e) {
-    if (e.failure.record.cause == Cause::interrupted && restore_interrupt()) return;
+    if (e.failure.record.cause == Cause::interrupted && Interrupt::restore()) return;
     const bool peer = std::string(error_type(e.failure.record.cause)) == "PeerTimeout";
     set_error(error_type(e.failure.record.cause), e.what(), peer ? &e.failure : nullptr);
   } catch (const Interrupted&) {
-    if (!restore_interrupt()) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    if (!Interrupt::restore()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CapacityError& e) {
     set_error("CapacityExceeded", e.what());
   } catch (const SlotError& e) {

@@ -114,8 +114,9 @@ class Interrupt {
     Py_AddPendingCall(&raise, nullptr);  // if there are too many, the next wait ends with it
   }
 
-  // Makes it Python's error; whether there was one.
+  // Makes it Python's error; whether there was one for this thread.
   static bool restore() {
+    if (!on_main_thread()) return false;
     const auto error = py::reinterpret_steal<py::object>(std::exchange(kept_, nullptr));
     if (error) PyErr_SetObject(py::type::handle_of(error).ptr(), error.ptr());
     return static_cast<bool>(error);
@@ -158,7 +159,7 @@ class LastCall {
       Interrupt::keep(error);
     }
     // One that came meanwhile, and that nobody asked for: the next callback may be Python's own.
-    if (on_main_thread()) Interrupt::ask();
+    Interrupt::ask();
   }
 };
 
