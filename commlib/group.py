@@ -374,6 +374,9 @@ def let_go(*tensors: Tensor) -> Iterator[None]:
     gloo's drop a tensor some time after the operation, and need Python's lock for one that Python knows. When
     the process group goes in that moment, by DDP's end or the program's, PyTorch 2.13 joins the thread with
     the lock held: a deadlock, or an abort at exit.
+
+    Raises:
+        RuntimeError: see :func:`refuse_in_child`.
     """
     refuse_in_child()
     counts = [_uses(t) for t in tensors]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commlib.group import gather_in
+
+if TYPE_CHECKING:
+    from .shards import Shard
 
 
 def is_same_everywhere(
@@ -48,11 +51,11 @@ def is_same_everywhere(
     return same[1]
 
 
-def describe(name: str, t: Tensor, among: str = "") -> str:
-    """A line for a tensor. With ``among`` it has rows for some of all experts, on each rank for others."""
+def describe(name: str, t: Tensor, shard: Shard | None) -> str:
+    """A line for a tensor, the same on all ranks of a shard, each of which has rows for other experts."""
     sizes = list(map(str, t.shape))
-    if among and sizes:
-        sizes[0] = among
+    if shard is not None and sizes:
+        sizes[0] = f"{shard.total} on {shard.ep.size} ranks"
     return f"{name} [{', '.join(sizes)}] {str(t.dtype).removeprefix('torch.')}"
 
 

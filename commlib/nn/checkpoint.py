@@ -47,18 +47,20 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
             "destroy_process_group after this, or save each rank's own state_dict()"
         )
     first = not dist.is_initialized() or dist.get_rank() == 0
-    state = model.state_dict()
+    for part in parts:
+        part._check_savable()
     # Names as the state dict says them, which need not be those of the modules: checkpoint_wrapper's are not.
+    state = model.state_dict(keep_vars=True)
     sharded = {id(t): shard for t, shard in _sharded(parts)}
-    kept = model.state_dict(keep_vars=True)
-    blocks = {name: (t, sharded[id(t)]) for name, t in kept.items() if name in state and id(t) in sharded}
+    blocks = {name: sharded[id(t)] for name, t in state.items() if id(t) in sharded}
     _check_same_parts(state, blocks, parts)
-    for name, (t, shard) in blocks.items():
-        state[name] = _all_blocks(t, shard, first)
     for name, value in state.items():
-        whole = value.full_tensor() if is_dtensor(value) else value
+        if name in blocks:
+            whole = _all_blocks(value, blocks[name], first)
+        else:
+            whole = value.full_tensor() if is_dtensor(value) else value
         if first:
-            state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+            state[name] = whole.detach().cpu() if isinstance(whole, Tensor) else whole
     return dict(state) if first else {}
 
 
@@ -71,14 +73,10 @@ def _sharded(parts: list[Experts]) -> Iterator[tuple[Tensor, Shard]]:
                     yield t, part.shard
 
 
-def _check_same_parts(
-    state: dict[str, Any], blocks: dict[str, tuple[Tensor, Shard]], parts: list[Experts]
-) -> None:
+def _check_same_parts(state: dict[str, Any], blocks: dict[str, Shard], parts: list[Experts]) -> None:
     """Raise where ranks would gather different tensors, or those of different numbers of ranks."""
-    lines = [describe(name, value) for name, value in state.items() if is_dtensor(value)]
-    lines += [
-        describe(name, t, f"{shard.total} on {shard.ep.size} ranks") for name, (t, shard) in blocks.items()
-    ]
+    sent = ((name, t) for name, t in state.items() if name in blocks or is_dtensor(t))
+    lines = [describe(name, t, blocks.get(name)) for name, t in sent]
     for ep in dict.fromkeys(part.shard.ep for part in parts if part.shard is not None):
         is_same_everywhere(lines, (), process_group_of(ep.group), ep.device)
 

@@ -290,10 +290,7 @@ def _check_same_model(module: nn.Module, experts: list[Experts], dp_group: dist.
     """Whether all ranks have gradients of the same parameters; raises where they train different ones."""
     spread = {id(p): part.shard for part in experts if part.shard is not None for p in part.parameters()}
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    lines = [
-        describe(name, p, f"{shard.total} on {shard.ep.size} ranks" if (shard := spread.get(id(p))) else "")
-        for name, p in trained
-    ]
+    lines = [describe(name, p, spread.get(id(p))) for name, p in trained]
     device = next(chain((p.device for _, p in trained), (p.device for p in module.parameters())))
     return is_same_everywhere(lines, (p.grad is not None for _, p in trained), dp_group, device)
 
