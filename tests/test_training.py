@@ -233,6 +233,20 @@ def test_what_would_mix_experts_is_refused(torch_ranks):
     torch_ranks(main, 4)
 
 
+def test_experts_that_fsdp2_is_told_to_ignore_are_not_trained(torch_ranks):
+    def main(rank):
+        ep = connect(8)
+        model = Model(8, ep)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(expert_parameters(model)))
+        with pytest.raises(ValueError, match=r"ignored_params.*commlib\.nn\.fully_shard_experts"):
+            model(batch(rank, 0))
+        with torch.no_grad():
+            evaluated = model(batch(rank, 0))
+        torch.testing.assert_close(evaluated, Model(8, ep)(batch(rank, 0)).detach())
+
+    torch_ranks(main, 2)
+
+
 def test_a_placement_that_checkpoints_cannot_say_is_refused(torch_ranks):
     def main(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))

@@ -115,7 +115,8 @@ class MoELayer(nn.Module):
             The output, ``[..., hidden]`` in the dtype of ``x``, or autocast's, and :class:`MoEAux`.
 
         Raises:
-            ValueError: a last dimension that is not ``hidden``.
+            ValueError: a last dimension that is not ``hidden``; experts that are trained while FSDP2 has been
+                told to ignore them.
             TypeError: a dtype that is not the experts', or more than the communicator's can hold.
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
@@ -156,10 +157,25 @@ class MoELayer(nn.Module):
         """Rows in the dtype that is computed with, their routing, and what is said beside."""
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x must be [..., {self.hidden}], got {tuple(x.shape)}")
+        if torch.is_grad_enabled():
+            self._check_experts_are_not_ignored()
         rows = x.reshape(-1, self.hidden)
         topk_idx, topk_weights, loss = self.router(rows)
         aux = MoEAux(loss, count_tokens(topk_idx, self.num_experts))
         return rows.to(autocast_dtype(rows)), topk_idx, topk_weights, aux
+
+    def _check_experts_are_not_ignored(self) -> None:
+        shard = self.experts.shard
+        managed = getattr(self, "_is_fsdp_managed_module", False)  # FSDP1's experts have a divisor
+        if shard is None or shard.gradient_divisor != 1 or not managed:
+            return
+        if any(p.requires_grad for p in self.experts.parameters()):
+            raise ValueError(
+                f"fully_shard has experts {shard} among its ignored_params: then their gradients are sums "
+                f"over the losses of {shard.ep.size} ranks, where all others are means, and ranks that hold "
+                "the same experts do not average them. Leave ignored_params out, and call "
+                "commlib.nn.fully_shard_experts(model, mesh) before fully_shard"
+            )
 
     def _to_send(self, ep: ExpertParallel, rows: Tensor) -> Tensor:
         travels = ep.settings.dtype
