@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gradients import divided_gradient, mark_gradients_of
+from .gradients import divide_gradients_of, mark_gradients_of
 from .grouped import grouped_mm
 from .shards import Shard, is_dtensor, register_owner
 
@@ -109,11 +109,7 @@ class Experts(nn.Module):
     # -- inside --------------------------------------------------------------------------------------------
 
     def _weight(self, w: Any) -> Tensor:
-        shard = self.shard
-        if shard is None:
-            return w
-        local = w.to_local() if shard.as_dtensors else w
-        return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
+        return w.to_local() if self.shard is not None and self.shard.as_dtensors else w
 
     # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
     # deepcopy) comes by one of the next four.
@@ -143,13 +139,14 @@ class Experts(nn.Module):
         return self
 
     def _adopt_all(self) -> None:
-        if self.shard is not None:
+        if self.shard is not None and not torch.compiler.is_compiling():  # it would add the hooks once more
             for param in self.parameters():  # parametrizations' as well
                 if isinstance(param, nn.Parameter):  # and not what torch.func has put in its place
                     self._adopt(param)
 
     def _adopt(self, param: Any) -> None:
         assert self.shard is not None
+        divide_gradients_of(param, self.shard)
         if is_dtensor(param):
             register_owner(param, self.shard)
         elif not self.shard.fsdp_prepared:  # else FSDP2 lends it for a forward

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
     from commlib import ExpertParallel
 
     from .experts import Experts
-
-
-class _DividedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, divisor: int) -> Tensor:
-        ctx.divisor = divisor
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.divisor, None
-
-
-def divided_gradient(w: Tensor, divisor: int) -> Tensor:
-    """``w``, whose gradient is divided."""
-    return _DividedGradient.apply(w, divisor)
 
 
 class ShardedGradient(Tensor):
@@ -118,12 +103,37 @@ def marked(gradient: Tensor, shard: Shard) -> ShardedGradient:
     known.shard = shard
     return known
 
+def divide_gradients_of(param: nn.Parameter, shard: Shard) -> None:
+    """Divide each gradient of a parameter before it is accumulated, by the shard's divisor. Twice is fine."""
+    _hook(param, Tensor.register_hook, param._backward_hooks, _Divider(shard))
+
+
+class _Divider:
+    """Called with each gradient."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        divisor = self.shard.gradient_divisor
+        return None if divisor == 1 else gradient / divisor
+
+
 
 def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
     """Make each gradient of a parameter that is accumulated a ShardedGradient. Twice is fine."""
-    hooks = (param._post_accumulate_grad_hooks or {}).values()
-    if param.requires_grad and not any(isinstance(hook, _Marker) for hook in hooks):
-        param.register_post_accumulate_grad_hook(_Marker(shard))
+    _hook(param, Tensor.register_post_accumulate_grad_hook, param._post_accumulate_grad_hooks, _Marker(shard))
+
+
+def _hook(param: nn.Parameter, register: Callable[[Tensor, Any], Any], hooks: Any, hook: Any) -> None:
+    if any(isinstance(known, type(hook)) for known in (hooks or {}).values()):
+        return
+    trained = param.requires_grad
+    if not trained and (param.is_inference() or not (param.is_floating_point() or param.is_complex())):
+        return
+    param.requires_grad_(True)  # it may be frozen now, and trained later
+    register(param, hook)
+    param.requires_grad_(trained)
 
 
 class _Marker:
