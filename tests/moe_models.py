@@ -97,3 +97,7 @@ def check_gradients(model, wanted, rows=slice(None)):
 def rows_of(model):
     experts = model.moe.experts
     return slice(experts.first, experts.first + experts.w1.shape[0])
+
+
+def full(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}

@@ -171,6 +171,49 @@ def test_clipping_says_what_is_wrong():
         clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.parametrize("how", ["a dtype", "one more layer"])
+def test_ranks_that_clip_different_models(torch_ranks, how):
+    """gloo ends the process where messages have different sizes."""
+
+    def main(rank):
+        model = Model(8, connect(8))
+        more = Model(8, connect(8))
+        for p in (*model.parameters(), *more.parameters()):
+            p.grad = torch.ones_like(p)
+        if rank == 1 and how == "a dtype":
+            model.before.double()
+            for p in model.before.parameters():
+                p.grad = torch.ones_like(p)
+        both = nn.ModuleList([model, more] if rank == 1 and how == "one more layer" else [model])
+        said = "float64 here" if rank == 1 and how == "a dtype" else "float32 here, float32 over 2 ranks"
+        with pytest.raises(ValueError, match=f"different models, and nothing .* are in {said}"):
+            clip_grad_norm_(both, 1.0)
+        assert all((p.grad == 1).all() for p in both.parameters())
+        torch.testing.assert_close(
+            clip_grad_norm_(more, 1e9, "inf"), torch.nn.utils.clip_grad_norm_(more.parameters(), 1e9, "inf")
+        )
+
+    torch_ranks(main, 2)
+
+
+def test_gradients_in_a_dtype_of_their_own(torch_ranks):
+    """One that a rank lacks is zero in that dtype; ranks that differ in it are told."""
+
+    def main(rank):
+        model = Model(8, connect(8))
+        weight = model.before.weight
+        weight.grad_dtype = torch.bfloat16
+        weight.grad = None if rank else torch.ones_like(weight, dtype=torch.bfloat16)
+        sync_gradients(model)
+        assert torch.equal(weight.grad, torch.full_like(weight, 0.5, dtype=torch.bfloat16))
+        weight.grad = None
+        weight.grad_dtype = torch.float64 if rank else torch.bfloat16
+        with pytest.raises(ValueError, match=r"before\.weight .*with gradients in torch\.float64"):
+            sync_gradients(model)
+
+    torch_ranks(main, 2)
+
+
 def unmark(p):
     p.grad = p.grad.as_subclass(torch.Tensor)
 

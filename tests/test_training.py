@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from moe_models import (
     EXPERT_NAMES,
     FFN,
@@ -35,7 +36,9 @@ from commlib.nn import (
     MoELayer,
     clip_grad_norm_,
     expert_parameters,
+    full_state_dict,
     fully_shard_experts,
+    grouped_mm,
     shared_parameters,
     sync_gradients,
 )
@@ -118,6 +121,96 @@ def test_ddp_leaves_alone_what_experts_have_beside_their_weights(torch_ranks):
         torch.testing.assert_close(norm.as_subclass(torch.Tensor), wanted, rtol=1e-5, atol=0.0)
 
     torch_ranks(main, 2)
+
+
+class WithBias(Experts):
+    """Experts with more parameters, and a forward of their own."""
+
+    def forward(self, x, offsets):
+        rows = offsets.diff()
+        bias = self.bias.repeat_interleave(rows, dim=0, output_size=len(x))
+        gate = F.silu(grouped_mm(x, self.w1, offsets)) * grouped_mm(x, self.w3, offsets)
+        return grouped_mm(gate, self.w2, offsets) + bias
+
+
+def with_bias(experts, ep):
+    model = Model(experts, ep)
+    model.moe.experts.__class__ = WithBias
+    model.moe.experts.bias = nn.Parameter(torch.full((model.moe.experts.w1.shape[0], HIDDEN), 0.1))
+    return model
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2", "neither", "frozen when wrapped"])
+def test_all_parameters_of_experts_are_divided_whatever_uses_them(torch_ranks, how):
+    whole = with_bias(8, None)
+    for rank in range(4):
+        (whole(batch(rank, 0)) / 4).backward()
+    wanted = {name: p.grad for name, p in whole.named_parameters()}
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        model = with_bias(8, connect(8, mesh["ep"].get_group() if how == "FSDP2" else None))
+        first, count = model.moe.experts.first, model.moe.experts.shard.count
+        if how == "FSDP2":
+            fully_shard_experts(model, mesh["dp"])
+            fully_shard(model, mesh=mesh)
+        elif how != "neither":
+            model.moe.experts.requires_grad_(how == "DDP")
+            DistributedDataParallel(model)
+            model.moe.experts.requires_grad_(True)
+        model(batch(rank, 0)).backward()
+        if how != "FSDP2":
+            sync_gradients(model)
+        check_gradients(model, wanted, slice(first, first + count))
+
+    torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("experts", [8, 5])
+def test_fsdp2_keeps_tied_weights_of_experts_tied(torch_ranks, experts):
+    def tied(ep):
+        model = Model(experts, ep)
+        model.moe.experts.w3 = model.moe.experts.w1
+        return model
+
+    whole = tied(None)
+    for rank in range(4):
+        (whole(batch(rank, 0)) / 4).backward()
+    wanted = {name: p.grad for name, p in whole.named_parameters()}
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        model = tied(connect(experts, mesh["ep"]))
+        first, count = model.moe.experts.shard.first, model.moe.experts.shard.count
+        fully_shard_experts(model, mesh["dp"])
+        fully_shard(model, mesh=mesh)
+        assert model.moe.experts.w3 is model.moe.experts.w1
+        model(batch(rank, 0)).backward()
+        check_gradients(model, wanted, slice(first, first + count))
+
+    torch_ranks(main, 4)
+
+
+def test_what_one_rank_cannot_do_no_rank_does(torch_ranks):
+    """The others hear why, and do not wait."""
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        model = Model(8, connect(8, mesh["ep"]))
+        mine = model.before if rank == 3 else model
+        for action in (sync_gradients, full_state_dict, lambda m: fully_shard_experts(m, mesh["dp"])):
+            told = rank != 3 and (rank == 1 or action in (sync_gradients, full_state_dict))
+            text = r"rank 3 cannot take part.*Linear holds no" if told else r"^Linear holds no"
+            if rank == 3 or told:
+                with pytest.raises(ValueError, match=text):
+                    action(mine)
+        if rank == 1:
+            model.moe.experts.scale = nn.Parameter(torch.ones(HIDDEN))
+        error, text = (NotImplementedError, "^scale") if rank == 1 else (ValueError, "rank 1 cannot .* scale")
+        with pytest.raises(error, match=text):
+            full_state_dict(model)
+
+    torch_ranks(main, 4)
 
 
 def test_ddp_around_the_layer_itself_and_with_accumulation(torch_ranks):
@@ -225,7 +318,9 @@ def test_what_would_mix_experts_is_refused(torch_ranks):
             with pytest.raises(ValueError, match="FullyShardedDataParallel would put experts"):
                 FullyShardedDataParallel(model(), device_id=torch.device("cpu"), use_orig_params=original)
         for part in (mesh, mesh["ep"]):
-            with pytest.raises(ValueError, match=r"of the mesh hold different experts: \[0, 4\]"):
+            with pytest.raises(
+                ValueError, match=r"of the mesh hold different experts: .* 0 to 3 of 8 .* 4 to 7"
+            ):
                 fully_shard_experts(model(), part)
         with pytest.raises(ValueError, match="a DeviceMesh must have one dimension, got 2"):
             connect(8, mesh)

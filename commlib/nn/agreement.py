@@ -7,7 +7,7 @@ belong together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,38 +20,73 @@ if TYPE_CHECKING:
     from .shards import Shard
 
 
-def is_same_everywhere(
-    lines: list[str], mask: Iterable[bool], group: dist.ProcessGroup | None, device: torch.device
-) -> bool:
-    """Check that all ranks say the same lines, and find out whether they say the same mask. All call it.
+class Agreement:
+    """A block in which each rank finds out what it would send: after it all ranks go on, or none does.
 
-    Args:
+    All ranks of the group come to it. An exception in the block is raised, on the ranks that have none as
+    ValueError.
+
+    Attributes:
         lines: what this rank sends, in that order.
         mask: may differ by rank.
-        group: None: torch.distributed's default group.
-        device: for what is gathered.
+        same_mask: afterwards, whether it does not.
+
+    Args:
+        group: None: there are no other ranks.
+        wrong, advice: what an error says first and last.
 
     Raises:
         ValueError: ranks say different lines; on all of them, with the first difference.
     """
-    known = dist.group.WORLD if group is None else group
-    assert known is not None
-    said = torch.tensor([_number(lines), _number([str(has) for has in mask])], device=device)
-    same = [bool((column == column[0]).all()) for column in gather_in(known, said).cpu().unbind(1)]
-    if not same[0]:
-        everywhere: list[Any] = [None] * dist.get_world_size(known)
-        dist.all_gather_object(everywhere, lines, group=known)
-        other = next(rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0])
-        first, second = (dist.get_global_rank(known, rank) for rank in (0, other))
-        raise ValueError(
-            f"the model differs by rank: {_difference(first, everywhere[0], second, everywhere[other])}. "
-            "Nothing of it has been sent. All ranks must have the same model, and train the same parameters "
-            "(requires_grad)"
-        )
-    return same[1]
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        wrong: str = "the model differs by rank",
+        advice: str = "All ranks must have the same model, and train the same parameters (requires_grad)",
+    ) -> None:
+        self.group, self.wrong, self.advice = group, wrong, advice
+        self.lines: list[str] = []
+        self.mask: list[bool] = []
+        self.same_mask = True
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self.group is None or not (error is None or isinstance(error, Exception)):
+            return
+        why = None if error is None else f"{type(error).__name__}: {error}"
+        numbers = [number_of([str(why), *self.lines]), number_of([str(has) for has in self.mask])]
+        gathered = gather_in(self.group, torch.tensor(numbers, device=_device_for(self.group)))
+        same, self.same_mask = ((gathered == gathered[0]).all(0)).tolist()
+        if not same:
+            everywhere: list[Any] = [None] * self.group.size()
+            dist.all_gather_object(everywhere, (why, self.lines), group=self.group)
+            if error is None:
+                raise ValueError(self._difference(everywhere))
+
+    def _difference(self, everywhere: list[tuple[str | None, list[str]]]) -> str:
+        assert self.group is not None
+        ranks = dist.get_process_group_ranks(self.group)
+        for rank, (why, _) in zip(ranks, everywhere, strict=True):
+            if why is not None:
+                return f"rank {rank} cannot take part, and nothing has been sent: {why}"
+        first = everywhere[0][1]
+        other = next(i for i, (_, lines) in enumerate(everywhere) if lines != first)
+        difference = _difference(ranks[0], first, ranks[other], everywhere[other][1])
+        return f"{self.wrong}: {difference}. Nothing of it has been sent. {self.advice}"
 
 
-def describe(name: str, t: Tensor, shard: Shard | None) -> str:
+def _device_for(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's backends take numbers from; the CPU if they do."""
+    here = "cpu:" in dist.get_backend_config(group)
+    return torch.device("cpu") if here else torch.device("cuda", torch.cuda.current_device())
+
+
+def describe(name: str, t: Tensor, shard: Shard | None = None) -> str:
     """A line for a tensor, the same on all ranks of a shard, each of which has rows for other experts."""
     sizes = list(map(str, t.shape))
     if shard is not None and sizes:
@@ -59,7 +94,7 @@ def describe(name: str, t: Tensor, shard: Shard | None) -> str:
     return f"{name} [{', '.join(sizes)}] {str(t.dtype).removeprefix('torch.')}"
 
 
-def _number(lines: list[str]) -> int:
+def number_of(lines: list[str]) -> int:
     """The same on every rank, which ``hash`` is not."""
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -167,12 +167,16 @@ class Experts(nn.Module):
         # Only tensors of the experts' own, with a row for each, can be said to be parts of all experts'.
         if self.shard is None:
             return
-        for name, t in chain(self.named_parameters(), self.named_buffers()):
-            if "." in name or t.dim() == 0 or t.shape[0] not in (self.shard.count, self.shard.total):
-                raise NotImplementedError(
-                    f"{name} {list(t.shape)} of experts {self.shard}: a state dict can hold what is Experts' "
-                    "own and has a row for each expert, nothing else (remove parametrizations first)"
-                )
+        for path, module in self.named_modules():
+            saved = {k: t for k, t in module._buffers.items() if k not in module._non_persistent_buffers_set}
+            for name, t in chain(module._parameters.items(), saved.items()):
+                rows = self.shard.total if self.shard.as_dtensors and is_dtensor(t) else self.shard.count
+                if t is not None and (path or t.shape[:1] != (rows,)):
+                    raise NotImplementedError(
+                        f"{path}{'.' if path else ''}{name} {list(t.shape)} of experts {self.shard}: a state "
+                        "dict can hold what is Experts' own and has a row for each expert of this rank, "
+                        "nothing else (remove parametrizations; the layer may hold what all ranks share)"
+                    )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
         errors: list[str] = rest[-1]

@@ -7,16 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from commlib.group import gather_in, gather_numbers, let_go
+from commlib.group import Group, gather_in, gather_numbers, let_go
 
-from .agreement import describe, is_same_everywhere
+from .agreement import Agreement, describe, number_of
 from .shards import Shard, is_dtensor
 
 if TYPE_CHECKING:
@@ -103,6 +102,7 @@ def marked(gradient: Tensor, shard: Shard) -> ShardedGradient:
     known.shard = shard
     return known
 
+
 def divide_gradients_of(param: nn.Parameter, shard: Shard) -> None:
     """Divide each gradient of a parameter before it is accumulated, by the shard's divisor. Twice is fine."""
     _hook(param, Tensor.register_hook, param._backward_hooks, _Divider(shard))
@@ -117,7 +117,6 @@ class _Divider:
     def __call__(self, gradient: Tensor) -> Tensor | None:
         divisor = self.shard.gradient_divisor
         return None if divisor == 1 else gradient / divisor
-
 
 
 def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
@@ -171,11 +170,13 @@ def clip_grad_norm_(
         are.
 
     Raises:
-        ValueError: the module has no Experts.
+        ValueError: the module has no Experts; or, on CPUs, ranks have different ones.
         RuntimeError: with ``error_if_nonfinite``: the norm is not finite.
     """
-    parts = list(_norms_of_parts(module, norm_type))
-    total = torch.linalg.vector_norm(torch.stack([norm.to(parts[0].device) for norm in parts]), norm_type)
+    order = float(norm_type)
+    parts = _parts_of(module)
+    norms = [part.norm(order, parts) for part in parts]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), order)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is {float(total)}: it cannot be clipped"
@@ -189,40 +190,70 @@ def clip_grad_norm_(
     return total
 
 
-def _norms_of_parts(module: nn.Module, order: float) -> Iterator[Tensor]:
-    """Norms of parts of the gradients, each over all ranks that hold some of the part.
+@dataclass(frozen=True)
+class _Part:
+    """Parameters whose gradients' norm is gathered at once: over each of the groups in turn."""
 
-    Every rank gathers as often, with gradients or without: that depends on the parameters alone.
-    """
+    parameters: list[nn.Parameter]
+    groups: tuple[Group | dist.ProcessGroup, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        sizes = [
+            group.size() if isinstance(group, dist.ProcessGroup) else group.size for group in self.groups
+        ]
+        where = f"over {' x '.join(map(str, sizes))} ranks" if sizes else "here"
+        return f"{str(self.dtype).removeprefix('torch.')} {where}"
+
+    def norm(self, order: float, parts: list[_Part]) -> Tensor:
+        grads = [_local(p.grad) for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(
+            self.device, self.dtype
+        )
+        for group in self.groups:
+            norm = torch.linalg.vector_norm(_gather_norms(group, norm, parts), order)
+        return norm
+
+
+def _parts_of(module: nn.Module) -> list[_Part]:
+    """In the same order on every rank, with gradients or without: that depends on the parameters alone."""
     from .experts import all_experts
 
-    by_ep: dict[Any, tuple[Shard, list[nn.Parameter]]] = {}
-    seen = set()
+    groups: dict[int, tuple[Any, ...]] = {}
     for experts in all_experts(module):
         shard = experts.shard
         if shard is not None and not shard.as_dtensors:
-            by_ep.setdefault(shard.ep, (shard, []))[1].extend(experts.parameters())
-            seen |= {id(p) for p in experts.parameters()}
-    for shard, parameters in by_ep.values():
-        for local in _norms(parameters, order):
-            yield norm_over_ranks(local, order, shard)
-    yield from _norms([p for p in module.parameters() if id(p) not in seen], order)
-
-
-def _norms(parameters: Iterable[nn.Parameter], order: float) -> Iterator[Tensor]:
-    """Norms of the gradients, of DTensors over all ranks that hold some of them."""
+            groups |= {id(p): (*_process_groups(p), shard.ep.group) for p in experts.parameters()}
     alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
-    for p in dict.fromkeys(parameters):
-        alike[_process_groups(p), p.device].append(p)
-    for (groups, device), mine in alike.items():
-        grads = [_local(p.grad) for p in mine if p.grad is not None]
-        # Of the parameters' dtype also where this rank has no gradient, or none with elements: backends end
-        # the process where ranks send different ones.
-        dtype = reduce(torch.promote_types, (p.dtype for p in mine))
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(device, dtype)
-        for group in groups:
-            norm = torch.linalg.vector_norm(gather_in(group, norm.reshape(1)), order)
-        yield norm
+    for p in dict.fromkeys(module.parameters()):
+        alike[groups.get(id(p), _process_groups(p)), p.device].append(p)
+    # Of the parameters' dtype also where this rank has no gradient, or none with elements.
+    return [
+        _Part(mine, over, device, reduce(torch.promote_types, (p.dtype for p in mine)))
+        for (over, device), mine in alike.items()
+    ]
+
+
+def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, parts: list[_Part]) -> Tensor:
+    """Norms of all ranks of the group, which must be about to gather the same.
+
+    Raises:
+        ValueError: they are not; where it costs no wait of the host to find out.
+    """
+    said = [str(part) for part in parts]
+    digest = number_of(said) >> 11  # what float64 holds, which is sent whatever the norm's dtype
+    sent = torch.stack([norm.double(), torch.tensor(digest, dtype=torch.float64, device=norm.device)])
+    everywhere = (
+        gather_in(group, sent) if isinstance(group, dist.ProcessGroup) else gather_numbers(group, sent)
+    )
+    norms, digests = everywhere.unbind(1)
+    if digests.device.type == "cpu" and bool((digests != digests[0]).any()):
+        raise ValueError(
+            "ranks clip different models, and nothing has been clipped: this one's gradients are in "
+            f"{', '.join(said)}. All must have parameters of the same dtypes, spread over the same ranks"
+        )
+    return norms.to(norm.dtype)
 
 
 def _process_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
@@ -261,13 +292,20 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
     """
     from .experts import all_experts, shared_parameters
 
-    experts = all_experts(module)
     _check_group(dp_group)
     if not dist.is_initialized():
         raise RuntimeError("sync_gradients needs torch.distributed.init_process_group first")
-    if any(is_dtensor(p) for p in module.parameters()):
-        raise ValueError("sync_gradients is for plain parameters; those of FSDP2 are averaged by it")
-    everywhere = _check_same_model(module, experts, dp_group)
+    with Agreement(dp_group or dist.group.WORLD) as all_ranks:
+        experts = all_experts(module)
+        if any(is_dtensor(p) for p in module.parameters()):
+            raise ValueError("sync_gradients is for plain parameters; those of FSDP2 are averaged by it")
+        spread = {id(p): part.shard for part in experts if part.shard is not None for p in part.parameters()}
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        all_ranks.lines = [
+            describe(name, p, spread.get(id(p))) + _dtype_of_gradient(p) for name, p in trained
+        ]
+        all_ranks.mask = [p.grad is not None for _, p in trained]
+    everywhere = all_ranks.same_mask
     replicas = [_replicas(part, dp_group) for part in experts]
     average(list(shared_parameters(module)), dp_group, everywhere)
     done: set[int] = set()
@@ -285,6 +323,11 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
                 p.grad = marked(p.grad, shard)
 
 
+def _dtype_of_gradient(p: nn.Parameter) -> str:
+    chosen = getattr(p, "grad_dtype", None)
+    return "" if chosen in (None, p.dtype) else f" with gradients in {chosen}"
+
+
 def _check_group(dp_group: Any) -> None:
     # A number, of which torch says that -1 ranks are in it, and takes sums over it for done.
     if isinstance(dp_group, int) and dp_group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -294,15 +337,6 @@ def _check_group(dp_group: Any) -> None:
             "dp_group must be a torch.distributed ProcessGroup (of a DeviceMesh, mesh.get_group()), got "
             f"{type(dp_group).__name__}"
         )
-
-
-def _check_same_model(module: nn.Module, experts: list[Experts], dp_group: dist.ProcessGroup | None) -> bool:
-    """Whether all ranks have gradients of the same parameters; raises where they train different ones."""
-    spread = {id(p): part.shard for part in experts if part.shard is not None for p in part.parameters()}
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    lines = [describe(name, p, spread.get(id(p))) for name, p in trained]
-    device = next(chain((p.device for _, p in trained), (p.device for p in module.parameters())))
-    return is_same_everywhere(lines, (p.grad is not None for _, p in trained), dp_group, device)
 
 
 def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, everywhere: bool) -> None:
@@ -324,8 +358,8 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
     for p, one in zip(wanted, has, strict=True):
         if one:
             if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            alike[p.device, p.dtype].append(p.grad)
+                p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None))
+            alike[p.device, p.grad.dtype].append(p.grad)
     for grads in alike.values():  # one message and not one for each gradient
         flat = torch.cat([grad.flatten() for grad in grads])
         flat /= dist.get_world_size(group)  # before they are added up: float16 ends at 65504

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from commlib.group import process_group_of
+from commlib.group import let_go, process_group_of
+from commlib.topology import experts_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -95,7 +96,7 @@ class Shard:
         else:
             first, local, placements = self.first, t, [ByRow(0)]
         if is_dtensor(t) or not self.even:
-            local = _Rows(local, first)
+            local = _Rows(local, first, self, is_dtensor(t))
         return _part(local, self.total, mesh, placements)
 
     def from_state_dict(self, given: Tensor, like: Any) -> Tensor:
@@ -136,6 +137,36 @@ def _part(local: Tensor, total: int, mesh: Any, placements: Any) -> Tensor:
     shape = torch.Size([total, *local.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def gathered(t: Any, first: bool) -> Tensor | None:
+    """All rows of a DTensor on the first rank, experts' on its CPU. All ranks that have some call it.
+
+    Experts are the bulk of a model: one rank's at a time are anywhere twice.
+    """
+    local, mesh, ways = t.to_local(), t.device_mesh, t.placements
+    if isinstance(local, _Rows) and (shard := local.shard) is not None:
+        rows: Any = local.rows
+        if local.spread:
+            rows = _part(rows, shard.count, mesh, ways)
+            rows = rows.full_tensor()
+        counts = [len(experts_of(rank, shard.ep.size, shard.total)) for rank in range(shard.ep.size)]
+        return _all_blocks(rows, counts, process_group_of(shard.ep.group), first)
+    if mesh.ndim == 1 and ways[0].is_shard(0) and t.shape[0] % mesh.size() == 0:
+        return _all_blocks(local, [t.shape[0] // mesh.size()] * mesh.size(), mesh.get_group(), first)
+    return t.full_tensor()
+
+
+def _all_blocks(mine: Tensor, counts: list[int], group: Any, first: bool) -> Tensor | None:
+    blocks = []
+    for rank, count in enumerate(counts):
+        own = rank == dist.get_rank(group)
+        block = mine.contiguous() if own else mine.new_empty(count, *mine.shape[1:])
+        with let_go(block):
+            dist.broadcast(block, group=group, group_src=rank)
+        if first:
+            blocks.append(block.cpu())
+    return torch.cat(blocks) if first else None
 
 
 def _cut(given: Tensor, like: Any) -> Tensor:
@@ -184,16 +215,19 @@ class _Rows(Tensor):
 
     rows: Tensor
     first: int
+    shard: Shard | None  # None: it has been loaded from a file
+    spread: bool  # over ranks that hold the same experts
 
     @staticmethod
-    def __new__(cls, rows: Tensor, first: int) -> _Rows:
+    def __new__(cls, rows: Tensor, first: int, shard: Shard | None = None, spread: bool = False) -> _Rows:
         rows = rows.detach()
         return torch.Tensor._make_wrapper_subclass(
             cls, rows.shape, strides=rows.stride(), dtype=rows.dtype, device=rows.device
         )
 
-    def __init__(self, rows: Tensor, first: int) -> None:
+    def __init__(self, rows: Tensor, first: int, shard: Shard | None = None, spread: bool = False) -> None:
         self.rows, self.first = rows.detach(), first
+        self.shard, self.spread = shard, spread
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"rows {self.first} onwards: {self.rows}"
@@ -238,8 +272,8 @@ class _Rows(Tensor):
         out = op(*tree_map(_rows_of, args), **tree_map(_rows_of, kwargs or {}))
         if op in _IN_PLACE:
             return args[0]
-        first = next(t.first for t in tree_leaves((args, kwargs)) if isinstance(t, _Rows))
-        return _Rows(out, first)
+        like = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, _Rows))
+        return _Rows(out, like.first, like.shard, like.spread)
 
 
 def _rebuilt_rows(rows: Tensor, first: int) -> _Rows:

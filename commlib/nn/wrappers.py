@@ -7,6 +7,7 @@ together from parts of different ones.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commlib.group import process_group_of, refuse_in_child
 
+from .agreement import Agreement
 from .experts import Experts, all_experts
 from .shards import Shard, owner_of
 
@@ -145,37 +147,34 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
     """
     from torch.distributed.fsdp import fully_shard
 
-    parts = all_experts(module)
     if not isinstance(mesh, dist.DeviceMesh):
         raise TypeError(f"mesh must be a torch.distributed DeviceMesh, got {type(mesh).__name__}")
-    for part in parts:
-        if part.shard is not None:
-            _check_replicas(part.shard, mesh)
-            _check_placement(part, part.shard, options.get("shard_placement_fn"))
+    refuse_in_child()
+    with contextlib.ExitStack() as stack:
+        wrong, advice = "ranks of the mesh hold different experts", _MESH_ADVICE
+        same = [stack.enter_context(Agreement(group, wrong, advice)) for group in mesh.get_all_groups()]
+        parts = all_experts(module)
+        for part in parts:
+            if part.shard is not None:
+                _check_placement(part, part.shard, options.get("shard_placement_fn"))
+        for agreement in same:
+            agreement.lines = [f"experts {part.shard} in layer {i}" for i, part in enumerate(parts)]
+    made: dict[int, tuple[Any, nn.Parameter]] = {}
     for part in parts:
         shard = part.shard
         if shard is not None:
             shard.fsdp_prepared = True
             if _can_be_dtensors(shard):
-                _make_dtensors(part, shard)
+                _make_dtensors(part, shard, made)
             shard.gradient_divisor = shard.ep.size
         fully_shard(part, mesh=mesh, **options)
     return module
 
 
-def _check_replicas(shard: Shard, mesh: dist.DeviceMesh) -> None:
-    refuse_in_child()
-    held = (shard.first, shard.count, shard.total)
-    for group in mesh.get_all_groups():
-        everywhere: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everywhere, held, group=group)
-        if len(set(everywhere)) > 1:
-            ranks = dist.get_process_group_ranks(group)
-            raise ValueError(
-                f"ranks {ranks} of the mesh hold different experts: {[e[0] for e in everywhere]} are their "
-                "first ones. Give fully_shard_experts the dimensions over which experts are the same, "
-                'such as mesh["dp"]'
-            )
+_MESH_ADVICE = (
+    "Give fully_shard_experts the same model on all ranks, and the dimensions over which experts are the "
+    'same, such as mesh["dp"]'
+)
 
 
 def _can_be_dtensors(shard: Shard) -> bool:
@@ -196,10 +195,16 @@ def _check_placement(part: Experts, shard: Shard, place: Callable[[nn.Parameter]
             )
 
 
-def _make_dtensors(part: Experts, shard: Shard) -> None:
-    """Say the parameters as DTensors over the communicator's ranks."""
+def _make_dtensors(part: Experts, shard: Shard, made: dict[int, tuple[Any, nn.Parameter]]) -> None:
+    """Say the parameters as DTensors over the communicator's ranks.
+
+    Args:
+        made: by what they are made of, which may be in several places.
+    """
     for name, p in list(part._parameters.items()):
         assert p is not None
-        whole: Any = shard.to_state_dict(p.detach())
-        setattr(part, name, nn.Parameter(whole, requires_grad=p.requires_grad))
+        if id(p) not in made:
+            whole: Any = shard.to_state_dict(p.detach())
+            made[id(p)] = p, nn.Parameter(whole, requires_grad=p.requires_grad)
+        setattr(part, name, made[id(p)][1])
     shard.as_dtensors = True
