@@ -181,17 +181,38 @@ def test_ranks_that_clip_different_models(torch_ranks, how):
         for p in (*model.parameters(), *more.parameters()):
             p.grad = torch.ones_like(p)
         if rank == 1 and how == "a dtype":
-            model.before.double()
-            for p in model.before.parameters():
+            model.double()
+            for p in model.parameters():
                 p.grad = torch.ones_like(p)
         both = nn.ModuleList([model, more] if rank == 1 and how == "one more layer" else [model])
-        said = "float64 here" if rank == 1 and how == "a dtype" else "float32 here, float32 over 2 ranks"
-        with pytest.raises(ValueError, match=f"different models, and nothing .* are in {said}"):
+        said = "float64 over 2 ranks" if rank == 1 and how == "a dtype" else "float32 over 2 ranks"
+        with pytest.raises(ValueError, match=f"different models, and nothing .* gradients in {said}"):
             clip_grad_norm_(both, 1.0)
         assert all((p.grad == 1).all() for p in both.parameters())
+        with pytest.raises(ValueError, match=f"norms of order {1.0 + rank}"):
+            clip_grad_norm_(more, 1.0, 1.0 + rank)
+        more.before.to([torch.float32, torch.float64][rank])  # of the rank alone
+        more.before.weight.grad = None
         torch.testing.assert_close(
             clip_grad_norm_(more, 1e9, "inf"), torch.nn.utils.clip_grad_norm_(more.parameters(), 1e9, "inf")
         )
+
+    torch_ranks(main, 2)
+
+
+def test_what_is_not_trained_needs_no_other_rank_and_sparse_gradients_are_refused(torch_ranks):
+    def main(rank):
+        model = nn.ModuleDict({"trained": Model(8, connect(8))})
+        frozen = Model(8, connect(8)).requires_grad_(False)
+        if rank == 0:
+            model["frozen"] = frozen
+        model["trained"](batch(rank, 0)).backward()
+        sync_gradients(model)
+        model["words"] = nn.Embedding(4, 2, sparse=True)
+        if rank == 0:
+            model["words"](torch.tensor([1])).sum().backward()
+        with pytest.raises(ValueError, match="sync_gradients takes no sparse gradients"):
+            sync_gradients(model)
 
     torch_ranks(main, 2)
 

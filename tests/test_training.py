@@ -127,21 +127,46 @@ class WithBias(Experts):
     """Experts with more parameters, and a forward of their own."""
 
     def forward(self, x, offsets):
-        rows = offsets.diff()
-        bias = self.bias.repeat_interleave(rows, dim=0, output_size=len(x))
-        gate = F.silu(grouped_mm(x, self.w1, offsets)) * grouped_mm(x, self.w3, offsets)
-        return grouped_mm(gate, self.w2, offsets) + bias
+        w1, w2, w3, bias = map(self.local, (self.w1, self.w2, self.w3, self.bias))
+        gate = F.silu(grouped_mm(x, w1, offsets)) * grouped_mm(x, w3, offsets)
+        return grouped_mm(gate, w2, offsets) + bias.repeat_interleave(
+            offsets.diff(), dim=0, output_size=len(x)
+        )
 
 
-def with_bias(experts, ep):
+class Sure(WithBias):
+    reads_local = True
+
+
+def with_bias(experts, ep, kind=Sure):
     model = Model(experts, ep)
-    model.moe.experts.__class__ = WithBias
+    model.moe.experts.__class__ = kind
     model.moe.experts.bias = nn.Parameter(torch.full((model.moe.experts.w1.shape[0], HIDDEN), 0.1))
     return model
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2", "neither", "frozen when wrapped"])
-def test_all_parameters_of_experts_are_divided_whatever_uses_them(torch_ranks, how):
+def test_experts_that_nothing_would_divide_are_refused(torch_ranks):
+    class Forward(Experts):
+        def forward(self, x, offsets):
+            return super().forward(x, offsets)
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "ep"))
+        ep = connect(8)
+        own = Model(8, ep)
+        own.moe.experts.__class__ = Forward
+        more = with_bias(8, ep, WithBias)
+        for model, text in ((more, r"parameters of their own \(bias\)"), (own, "a forward")):
+            for wrap in (DistributedDataParallel, lambda m: fully_shard_experts(m, mesh["dp"])):
+                with pytest.raises(ValueError, match=rf"has {text}.*self\.local\(p\).*sync_gradients"):
+                    wrap(model)
+                assert model.moe.experts.gradient_divisor == 1
+
+    torch_ranks(main, 2)
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP2 with a mesh", "neither", "frozen when wrapped"])
+def test_all_parameters_of_experts_are_divided(torch_ranks, how):
     whole = with_bias(8, None)
     for rank in range(4):
         (whole(batch(rank, 0)) / 4).backward()
@@ -149,9 +174,10 @@ def test_all_parameters_of_experts_are_divided_whatever_uses_them(torch_ranks, h
 
     def main(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-        model = with_bias(8, connect(8, mesh["ep"].get_group() if how == "FSDP2" else None))
+        given = {"FSDP2": mesh["ep"].get_group(), "FSDP2 with a mesh": mesh["ep"]}
+        model = with_bias(8, connect(8, given.get(how)))
         first, count = model.moe.experts.first, model.moe.experts.shard.count
-        if how == "FSDP2":
+        if how in given:
             fully_shard_experts(model, mesh["dp"])
             fully_shard(model, mesh=mesh)
         elif how != "neither":
@@ -159,9 +185,32 @@ def test_all_parameters_of_experts_are_divided_whatever_uses_them(torch_ranks, h
             DistributedDataParallel(model)
             model.moe.experts.requires_grad_(True)
         model(batch(rank, 0)).backward()
-        if how != "FSDP2":
+        if how not in given:
             sync_gradients(model)
         check_gradients(model, wanted, slice(first, first + count))
+
+    torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("given", ["a mesh", "a group"])
+def test_fsdp2_with_parametrized_experts(torch_ranks, given):
+    def changed(model):
+        weight_norm(model.moe.experts, "w1", dim=0)
+        return model
+
+    whole = changed(Model(8, None))
+    for rank in range(4):
+        (whole(batch(rank, 0)) / 4).backward()
+    wanted = {name: p.grad for name, p in whole.named_parameters()}
+
+    def main(rank):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        model = changed(Model(8, connect(8, mesh["ep"] if given == "a mesh" else mesh["ep"].get_group())))
+        first = model.moe.experts.first
+        fully_shard_experts(model, mesh["dp"])
+        fully_shard(model, mesh=mesh)
+        model(batch(rank, 0)).backward()
+        check_gradients(model, wanted, slice(first, first + 4))
 
     torch_ranks(main, 4)
 

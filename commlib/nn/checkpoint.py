@@ -43,8 +43,8 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     for name, value in state.items():
         whole = gathered(value, first) if name in sent else value
-        if first:
-            state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+        if first:  # a copy, as what has been gathered is
+            state[name] = whole.to("cpu", copy=name not in sent) if isinstance(whole, Tensor) else whole
     return state if first else {}
 
 

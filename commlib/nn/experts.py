@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gradients import divide_gradients_of, mark_gradients_of
+from .gradients import divided_gradient, mark_gradients_of
 from .grouped import grouped_mm
 from .shards import Shard, is_dtensor, register_owner
 
@@ -34,6 +34,7 @@ class Experts(nn.Module):
 
     Attributes:
         shard: where these experts are among all; None: no other rank holds any.
+        reads_local: of a subclass: whether it reads each parameter by :meth:`local`.
 
     Args:
         hidden, ffn_hidden: sizes.
@@ -41,6 +42,8 @@ class Experts(nn.Module):
         ep: the communicator whose other ranks hold the other experts; None: there are none.
         dtype, device: of the parameters.
     """
+
+    reads_local: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -98,18 +101,28 @@ class Experts(nn.Module):
             ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
         """
         self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
-        w1, w3, w2 = (self._weight(w) for w in (self.w1, self.w3, self.w2))
+        w1, w3, w2 = (self.local(w) for w in (self.w1, self.w3, self.w2))
         gate = F.silu(grouped_mm(x, w1, offsets))
         return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
+
+    def local(self, w: Any) -> Tensor:
+        """A parameter of these experts, as their forward is to read it.
+
+        It has the rows of this rank's experts, also where FSDP2 lends a DTensor, and divides the gradient by
+        :attr:`gradient_divisor`. A subclass with parameters or a forward of its own reads all parameters by
+        it, and says so by ``reads_local = True``; else what would set a divisor refuses it.
+        """
+        shard = self.shard
+        if shard is None:
+            return w
+        local = w.to_local() if shard.as_dtensors else w
+        return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
 
     def extra_repr(self) -> str:
         count, hidden, ffn_hidden = self.w1.shape
         return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
 
     # -- inside --------------------------------------------------------------------------------------------
-
-    def _weight(self, w: Any) -> Tensor:
-        return w.to_local() if self.shard is not None and self.shard.as_dtensors else w
 
     # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
     # deepcopy) comes by one of the next four.
@@ -139,14 +152,13 @@ class Experts(nn.Module):
         return self
 
     def _adopt_all(self) -> None:
-        if self.shard is not None and not torch.compiler.is_compiling():  # it would add the hooks once more
+        if self.shard is not None:
             for param in self.parameters():  # parametrizations' as well
                 if isinstance(param, nn.Parameter):  # and not what torch.func has put in its place
                     self._adopt(param)
 
     def _adopt(self, param: Any) -> None:
         assert self.shard is not None
-        divide_gradients_of(param, self.shard)
         if is_dtensor(param):
             register_owner(param, self.shard)
         elif not self.shard.fsdp_prepared:  # else FSDP2 lends it for a forward

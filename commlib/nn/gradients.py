@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,6 +21,22 @@ if TYPE_CHECKING:
     from commlib import ExpertParallel
 
     from .experts import Experts
+
+
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.divisor, None
+
+
+def divided_gradient(w: Tensor, divisor: int) -> Tensor:
+    """``w``, whose gradient is divided."""
+    return _DividedGradient.apply(w, divisor)
 
 
 class ShardedGradient(Tensor):
@@ -103,36 +118,11 @@ def marked(gradient: Tensor, shard: Shard) -> ShardedGradient:
     return known
 
 
-def divide_gradients_of(param: nn.Parameter, shard: Shard) -> None:
-    """Divide each gradient of a parameter before it is accumulated, by the shard's divisor. Twice is fine."""
-    _hook(param, Tensor.register_hook, param._backward_hooks, _Divider(shard))
-
-
-class _Divider:
-    """Called with each gradient."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-
-    def __call__(self, gradient: Tensor) -> Tensor | None:
-        divisor = self.shard.gradient_divisor
-        return None if divisor == 1 else gradient / divisor
-
-
 def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
     """Make each gradient of a parameter that is accumulated a ShardedGradient. Twice is fine."""
-    _hook(param, Tensor.register_post_accumulate_grad_hook, param._post_accumulate_grad_hooks, _Marker(shard))
-
-
-def _hook(param: nn.Parameter, register: Callable[[Tensor, Any], Any], hooks: Any, hook: Any) -> None:
-    if any(isinstance(known, type(hook)) for known in (hooks or {}).values()):
-        return
-    trained = param.requires_grad
-    if not trained and (param.is_inference() or not (param.is_floating_point() or param.is_complex())):
-        return
-    param.requires_grad_(True)  # it may be frozen now, and trained later
-    register(param, hook)
-    param.requires_grad_(trained)
+    hooks = (param._post_accumulate_grad_hooks or {}).values()
+    if param.requires_grad and not any(isinstance(hook, _Marker) for hook in hooks):
+        param.register_post_accumulate_grad_hook(_Marker(shard))
 
 
 class _Marker:
@@ -200,11 +190,10 @@ class _Part:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        sizes = [
+        sizes = (
             group.size() if isinstance(group, dist.ProcessGroup) else group.size for group in self.groups
-        ]
-        where = f"over {' x '.join(map(str, sizes))} ranks" if sizes else "here"
-        return f"{str(self.dtype).removeprefix('torch.')} {where}"
+        )
+        return f"{str(self.dtype).removeprefix('torch.')} over {' x '.join(map(str, sizes))} ranks"
 
     def norm(self, order: float, parts: list[_Part]) -> Tensor:
         grads = [_local(p.grad) for p in self.parameters if p.grad is not None]
@@ -212,7 +201,7 @@ class _Part:
             self.device, self.dtype
         )
         for group in self.groups:
-            norm = torch.linalg.vector_norm(_gather_norms(group, norm, parts), order)
+            norm = torch.linalg.vector_norm(_gather_norms(group, norm, order, parts), order)
         return norm
 
 
@@ -235,13 +224,13 @@ def _parts_of(module: nn.Module) -> list[_Part]:
     ]
 
 
-def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, parts: list[_Part]) -> Tensor:
+def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, order: float, parts: list[_Part]) -> Tensor:
     """Norms of all ranks of the group, which must be about to gather the same.
 
     Raises:
         ValueError: they are not; where it costs no wait of the host to find out.
     """
-    said = [str(part) for part in parts]
+    said = [str(part) for part in parts if part.groups] + [f"norms of order {order}"]
     digest = number_of(said) >> 11  # what float64 holds, which is sent whatever the norm's dtype
     sent = torch.stack([norm.double(), torch.tensor(digest, dtype=torch.float64, device=norm.device)])
     everywhere = (
@@ -250,7 +239,7 @@ def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, parts: list[_P
     norms, digests = everywhere.unbind(1)
     if digests.device.type == "cpu" and bool((digests != digests[0]).any()):
         raise ValueError(
-            "ranks clip different models, and nothing has been clipped: this one's gradients are in "
+            "ranks clip different models, and nothing has been clipped: this one gathers gradients in "
             f"{', '.join(said)}. All must have parameters of the same dtypes, spread over the same ranks"
         )
     return norms.to(norm.dtype)
@@ -296,9 +285,11 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
     if not dist.is_initialized():
         raise RuntimeError("sync_gradients needs torch.distributed.init_process_group first")
     with Agreement(dp_group or dist.group.WORLD) as all_ranks:
-        experts = all_experts(module)
+        experts = [part for part in all_experts(module) if any(p.requires_grad for p in part.parameters())]
         if any(is_dtensor(p) for p in module.parameters()):
             raise ValueError("sync_gradients is for plain parameters; those of FSDP2 are averaged by it")
+        if any(p.grad is not None and p.grad.layout is not torch.strided for p in module.parameters()):
+            raise ValueError("sync_gradients takes no sparse gradients (nn.Embedding has them if told to)")
         spread = {id(p): part.shard for part in experts if part.shard is not None for p in part.parameters()}
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         all_ranks.lines = [

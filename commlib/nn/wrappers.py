@@ -8,6 +8,7 @@ together from parts of different ones.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -47,6 +48,8 @@ def _leave_out(ddp: Any, model: nn.Module) -> None:
     shards = {s for s in known if s is not None}
     for shard in shards:
         _check_same_ranks(shard, ddp.process_group)
+    for part in parts:
+        _check_divides(part)
     if theirs and not any(p.requires_grad for p in model.parameters() if id(p) not in theirs):
         raise ValueError(
             "DistributedDataParallel has nothing to do here: no parameter is trained but those of experts, "
@@ -88,6 +91,24 @@ def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
         )
 
 
+def _check_divides(part: Experts) -> None:
+    """Raise where nothing would divide the gradients of some parameters: they would stay sums over ranks."""
+    if part.reads_local:
+        return
+    # Parametrizations, pruning and weight_norm put a weight together from others.
+    feeds = re.compile(r"(parametrizations\.)?w[123]([._].*)?")
+    more = [name for name, p in part.named_parameters() if p.requires_grad and not feeds.fullmatch(name)]
+    its_own = type(part).forward is not Experts.forward
+    if more or its_own:
+        what = f"parameters of their own ({', '.join(more)})" if more else "a forward of their own"
+        raise ValueError(
+            f"{type(part).__name__} {part.shard} has {what}, whose gradients would be sums over all ranks, "
+            "where those of all other parameters are means. Read every parameter p by self.local(p), and set "
+            "reads_local = True in the class; or train without a wrapper, with "
+            "commlib.nn.sync_gradients(model)"
+        )
+
+
 def _is_fsdp1(module: nn.Module) -> bool:
     loaded = sys.modules.get("torch.distributed.fsdp")
     return loaded is not None and isinstance(module, loaded.FullyShardedDataParallel)
@@ -108,6 +129,7 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
                 "communicator"
             )
         _check_same_ranks(part.shard, fsdp.process_group)
+        _check_divides(part)
         part.shard.gradient_divisor = part.shard.ep.size
 
 
@@ -156,6 +178,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         parts = all_experts(module)
         for part in parts:
             if part.shard is not None:
+                _check_divides(part)
                 _check_placement(part, part.shard, options.get("shard_placement_fn"))
         for agreement in same:
             agreement.lines = [f"experts {part.shard} in layer {i}" for i, part in enumerate(parts)]
@@ -164,7 +187,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         shard = part.shard
         if shard is not None:
             shard.fsdp_prepared = True
-            if _can_be_dtensors(shard):
+            if _can_be_dtensors(part, shard):
                 _make_dtensors(part, shard, made)
             shard.gradient_divisor = shard.ep.size
         fully_shard(part, mesh=mesh, **options)
@@ -177,13 +200,15 @@ _MESH_ADVICE = (
 )
 
 
-def _can_be_dtensors(shard: Shard) -> bool:
-    return shard.even and getattr(shard.ep.group, "mesh", None) is not None
+def _can_be_dtensors(part: Experts, shard: Shard) -> bool:
+    own = {id(p) for p in part._parameters.values()}  # and not those of a parametrization
+    plain = all(id(p) in own for p in part.parameters())
+    return plain and shard.even and getattr(shard.ep.group, "mesh", None) is not None
 
 
 def _check_placement(part: Experts, shard: Shard, place: Callable[[nn.Parameter], Any] | None) -> None:
     """Raise where a state dict could not say which part of an expert is here, but only which experts are."""
-    if place is None or _can_be_dtensors(shard):
+    if place is None or _can_be_dtensors(part, shard):
         return
     for name, p in part._parameters.items():
         placement = None if p is None else place(p)
