@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from commlib.group import let_go
+
 SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
 
 
@@ -48,6 +50,7 @@ class Launch:
         try:
             with torch.no_grad():
                 yield launch
+            launch.fence()  # gloo's threads have let go of all tensors, which they could not at Python's end
         except Exception:
             traceback.print_exc()
             sys.stderr.flush()
@@ -84,7 +87,8 @@ class Launch:
         sleep until then: nothing of the fence is still running when the clock starts.
         """
         moment = torch.tensor([time.monotonic() + SETTLE_SECONDS], dtype=torch.float64)
-        dist.all_reduce(moment, dist.ReduceOp.MAX, group=self.group)
+        with let_go(moment):
+            dist.all_reduce(moment, dist.ReduceOp.MAX, group=self.group)
         left = moment.item() - time.monotonic()
         time.sleep(min(max(left, 0.0), SETTLE_SECONDS))  # ranks on another host have other clocks
 
