@@ -77,10 +77,14 @@ def train_unsharded(model, optimizer, ranks, steps, max_norm, autocast=None):
 
 def unsharded_gradients(experts, ranks, **options):
     """Of the mean of the ranks' losses, by name."""
-    model = Model(experts, None, **options)
+    return gradients_of(Model(experts, None, **options), ranks)
+
+
+def gradients_of(whole, ranks):
+    """The same, of an unsharded model."""
     for rank in range(ranks):
-        (model(batch(rank, 0)) / ranks).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+        (whole(batch(rank, 0)) / ranks).backward()
+    return {name: p.grad for name, p in whole.named_parameters()}
 
 
 def check_gradients(model, wanted, rows=slice(None)):

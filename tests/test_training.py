@@ -15,6 +15,7 @@ from moe_models import (
     batch,
     check_gradients,
     connect,
+    gradients_of,
     rows_of,
     unsharded_gradients,
 )
@@ -104,10 +105,8 @@ def test_ddp_leaves_alone_what_experts_have_beside_their_weights(torch_ranks):
         prune.custom_from_mask(model.moe.experts, "w3", mask[first : first + count])
         return model
 
-    whole = changed(Model(8, None), 0, 8)
-    for rank in range(2):
-        (whole(batch(rank, 0)) / 2).backward()
-    wanted = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()])
+    wanted = gradients_of(changed(Model(8, None), 0, 8), 2)
+    wanted = torch.nn.utils.get_total_norm(wanted.values())
 
     def main(rank):
         model = Model(8, connect(8))
@@ -167,10 +166,7 @@ def test_experts_that_nothing_would_divide_are_refused(torch_ranks):
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP2 with a mesh", "neither", "frozen when wrapped"])
 def test_all_parameters_of_experts_are_divided(torch_ranks, how):
-    whole = with_bias(8, None)
-    for rank in range(4):
-        (whole(batch(rank, 0)) / 4).backward()
-    wanted = {name: p.grad for name, p in whole.named_parameters()}
+    wanted = gradients_of(with_bias(8, None), 4)
 
     def main(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
@@ -198,10 +194,7 @@ def test_fsdp2_with_parametrized_experts(torch_ranks, given):
         weight_norm(model.moe.experts, "w1", dim=0)
         return model
 
-    whole = changed(Model(8, None))
-    for rank in range(4):
-        (whole(batch(rank, 0)) / 4).backward()
-    wanted = {name: p.grad for name, p in whole.named_parameters()}
+    wanted = gradients_of(changed(Model(8, None)), 4)
 
     def main(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
@@ -222,10 +215,7 @@ def test_fsdp2_keeps_tied_weights_of_experts_tied(torch_ranks, experts):
         model.moe.experts.w3 = model.moe.experts.w1
         return model
 
-    whole = tied(None)
-    for rank in range(4):
-        (whole(batch(rank, 0)) / 4).backward()
-    wanted = {name: p.grad for name, p in whole.named_parameters()}
+    wanted = gradients_of(tied(None), 4)
 
     def main(rank):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
