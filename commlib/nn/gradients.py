@@ -165,7 +165,8 @@ def clip_grad_norm_(
     """
     order = float(norm_type)
     parts = _parts_of(module)
-    norms = [part.norm(order, parts) for part in parts]
+    said = [str(part) for part in parts if part.groups] + [f"norms of order {order}"]
+    norms = [part.norm(order, said) for part in parts]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), order)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -195,13 +196,13 @@ class _Part:
         )
         return f"{str(self.dtype).removeprefix('torch.')} over {' x '.join(map(str, sizes))} ranks"
 
-    def norm(self, order: float, parts: list[_Part]) -> Tensor:
+    def norm(self, order: float, said: list[str]) -> Tensor:
         grads = [_local(p.grad) for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([g for g in grads if g.numel()], order).to(
             self.device, self.dtype
         )
         for group in self.groups:
-            norm = torch.linalg.vector_norm(_gather_norms(group, norm, order, parts), order)
+            norm = torch.linalg.vector_norm(_gather_norms(group, norm, said), order)
         return norm
 
 
@@ -224,13 +225,15 @@ def _parts_of(module: nn.Module) -> list[_Part]:
     ]
 
 
-def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, order: float, parts: list[_Part]) -> Tensor:
+def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, said: list[str]) -> Tensor:
     """Norms of all ranks of the group, which must be about to gather the same.
+
+    Args:
+        said: what that is.
 
     Raises:
         ValueError: they are not; where it costs no wait of the host to find out.
     """
-    said = [str(part) for part in parts if part.groups] + [f"norms of order {order}"]
     digest = number_of(said) >> 11  # what float64 holds, which is sent whatever the norm's dtype
     sent = torch.stack([norm.double(), torch.tensor(digest, dtype=torch.float64, device=norm.device)])
     everywhere = (

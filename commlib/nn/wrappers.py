@@ -164,7 +164,8 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
     Raises:
         ValueError: the module has no Experts, ranks of the mesh hold different ones, or shard_placement_fn
             shards another dimension than that of experts where parameters do not become DTensors over both
-            meshes; on every rank, and nothing has changed.
+            meshes; or a subclass of Experts would have gradients that nothing divides (see
+            :meth:`Experts.local`); on every rank, and nothing has changed.
         TypeError: ``mesh`` is not a DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
