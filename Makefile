@@ -18,10 +18,11 @@ LINTED := commlib bench csrc examples tests setup.py
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*\.mk://; s/^Makefile://; s/:[^#]*##/:/' | sort
 
-$(VENV)/requirements: requirements-dev.txt
+$(VENV)/requirements: requirements-dev.txt requirements-integrations.txt
 	@echo "== setting up $(VENV): about half a minute with a fast network"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
 	@touch $@
 
 $(VENV)/extension: $(VENV)/requirements setup.py csrc/nvcc.py pyproject.toml $(SOURCES)
