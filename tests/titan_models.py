@@ -1,10 +1,14 @@
 """torchtitan's own mixture-of-experts layer, tiny, for the tests of commlib under it."""
 
+import spmd_types as spmd
 import torch
+from torch import nn
 from torchtitan.config import OverrideConfig, apply_overrides
-from torchtitan.distributed.utils import set_spmd_backend
+from torchtitan.distributed import parallel_dims
+from torchtitan.distributed.utils import get_spmd_context, set_spmd_backend
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 OVERRIDE = "commlib.integrations.torchtitan.token_dispatcher"
@@ -48,7 +52,7 @@ def build(config, rank=0, size=1):
     mine = config.num_experts // size
     for name in WEIGHTS:
         whole = getattr(experts, name).detach()
-        setattr(experts, name, torch.nn.Parameter(whole[rank * mine : (rank + 1) * mine].clone()))
+        setattr(experts, name, nn.Parameter(whole[rank * mine : (rank + 1) * mine].clone()))
     return moe
 
 
@@ -57,6 +61,66 @@ def wired(moe, mesh):
     set_spmd_backend("partial_dtensor")
     moe.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)
     return moe
+
+
+class Block(nn.Module):
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x):
+        return x + self.moe(x)
+
+
+class Layers(nn.Module):
+    """As torchtitan's models are: blocks in ``layers``, by number."""
+
+    def __init__(self, moes):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): Block(moe) for i, moe in enumerate(moes)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def compile_as_torchtitan(model, backend):
+    """As its ``apply_compile``, which also takes its whole configuration."""
+    torch._dynamo.config.capture_scalar_outputs = True
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    for layer in model.layers.values():
+        layer.compile(backend=backend, fullgraph=True)
+
+
+def parallelized(config, ranks, tp, backend):
+    """A layer over all ranks by its own ``parallelize``, and the context to run it in.
+
+    All ranks share the experts, each ``tp`` of them the sequences.
+    """
+    parallel_dims.device_type = "cpu"  # torchtitan takes CUDA where there is no accelerator
+    set_spmd_backend(backend)
+    dims = parallel_dims.ParallelDims(
+        dp_replicate=1,
+        dp_shard=ranks // tp,
+        cp=1,
+        tp=tp,
+        pp=1,
+        ep=ranks,
+        world_size=ranks,
+        spmd_backend=backend,
+    )
+    dims.build_mesh()
+    sharded = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
+    set_moe_sharding_config(config, enable_ep=True, enable_sp=tp > 1, expert_param_layout=sharded)
+    moe = build(config)
+    moe.parallelize(dims)
+    return moe, get_spmd_context(parallel_dims=dims)
+
+
+def local(tensor):
+    """This rank's part of what may be a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def batch(rank, length=LENGTH, dtype=torch.float32):

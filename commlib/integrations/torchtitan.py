@@ -35,36 +35,35 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 # Where torchtitan's configuration gives no bound.
 _MAX_TOKENS = 16384
 
-_Shape = tuple[int, int, int, int, torch.dtype, str]
+# A process group's name, num_experts, topk, hidden, max_tokens, dtype, device.
+_Key = tuple[str, int, int, int, int, torch.dtype, str]
 
-# Of process groups that dispatchers have been wired to: by name, which compiled code takes for a constant.
+# Of process groups that dispatchers have been wired to.
 _groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
-_communicators: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[_Shape, ExpertParallel]]
-_communicators = weakref.WeakKeyDictionary()
+_communicators: dict[_Key, ExpertParallel] = {}
 
 
-@torch._dynamo.assume_constant_result
-def _communicator(
-    group: str, num_experts: int, topk: int, hidden: int, max_tokens: int, dtype: torch.dtype, device: str
-) -> ExpertParallel:
-    """The one communicator of this shape in a process group: layers that are alike share it.
+@torch.compiler.assume_constant_result
+def _connect(key: _Key) -> None:
+    """Make the communicator of this key, if there is none: layers that are alike share it.
 
-    Its ranks make it together, in the first dispatch of this shape, since only rows tell hidden and dtype.
+    Its ranks make it together, in the first dispatch of this key, since only rows tell hidden and dtype.
     Under torch.compile that is while the first such layer is traced.
     """
-    known = _communicators.setdefault(_groups[group], {})
-    shape = (num_experts, topk, hidden, max_tokens, dtype, device)
-    if shape not in known:
-        known[shape] = ExpertParallel(
-            _groups[group],
-            num_experts=num_experts,
-            topk=topk,
-            hidden=hidden,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device=device,
-        )
-    return known[shape]
+    if key in _communicators:
+        return
+    name, num_experts, topk, hidden, max_tokens, dtype, device = key
+    group = _groups[name]
+    _communicators[key] = ExpertParallel(
+        group,
+        num_experts=num_experts,
+        topk=topk,
+        hidden=hidden,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    weakref.finalize(group, _communicators.pop, key, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +163,10 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
                 f"{x_TD.shape[0]} tokens in one dispatch, but num_max_tokens_per_rank is "
                 f"{self.num_max_tokens_per_rank}: set it in the override, as in docs/torchtitan.md"
             )
-        ep = _communicator(
-            self._group,
-            self.num_experts,
-            self.top_k,
-            x_TD.shape[1],
-            self.num_max_tokens_per_rank,
-            x_TD.dtype,
-            str(x_TD.device),
-        )
+        sizes = (self.num_experts, self.top_k, x_TD.shape[1], self.num_max_tokens_per_rank)
+        key = (self._group, *sizes, x_TD.dtype, str(x_TD.device))
+        _connect(key)
+        ep = _communicators[key]
         d = ep.dispatch(x_TD, topk_expert_ids_TK, topk_scores_TK, layout="expert")
         metadata = CommlibDispatchMetadata(ep=ep, handle=d.handle, scores_R=d.topk_weights)
         return d.x, d.tokens_per_expert, metadata
