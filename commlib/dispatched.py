@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic
 
+from torch import Tensor
+
 from commlib import checks, ops
 from commlib.arrays import Array
 from commlib.checks import Layout
@@ -120,3 +122,29 @@ class Dispatched(Generic[Array]):
             raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
         if self.event is not None:
             self.event.wait_expert(expert)
+
+
+def combine_places(
+    handle: Handle, y: Tensor, values: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Event]:
+    """Sum rows as :meth:`commlib.ExpertParallel.combine`, and bring a value of each place back to its token.
+
+    The adjoint of a dispatch with weights, in one operation: gradients of its ``x`` and ``topk_weights``
+    from those of its results. Asynchronous and not differentiable.
+
+    Args:
+        handle: of the dispatch; its communicator does it.
+        y: ``[num_rows, hidden]`` in the layout of the handle, of the communicator's dtype.
+        values: layout "rank": ``[N, topk]``, of which each place comes from the rank that owns its expert,
+            and the others are not read; "expert": ``[M]``. float32 (float64 for float64 rows).
+        bias: ``[T, hidden]``, added once.
+
+    Returns:
+        ``[T, hidden]``; ``[T, topk]``, 0 where an id is -1; the event after which they may be used.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype or device.
+        HandleError, PeerTimeout: as combine.
+    """
+    out, back = ops.combine(y, None, bias, values.contiguous(), *handle._arguments(), True)
+    return out, back, handle._ep._take_event(None)

@@ -297,6 +297,11 @@ def set_current_group(group: ThreadGroup | None) -> None:
     _current.group = group
 
 
+def in_process_group() -> ThreadGroup | None:
+    """The default group of this thread, inside :func:`commlib.run_ranks`."""
+    return getattr(_current, "group", None)
+
+
 def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
     """The Group for what a user passes as ``group``.
 
@@ -427,7 +432,7 @@ def _check_numbers(group: Group) -> None:
 
 
 def _default_group(seconds: float) -> Group:
-    in_process = getattr(_current, "group", None)
+    in_process = in_process_group()
     if in_process is not None:
         return in_process
     if dist.is_available() and dist.is_initialized():

@@ -1,0 +1,456 @@
+"""Buffer: DeepEP's first interface, normal mode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from commlib import cuda
+from commlib.compat.deep_ep import layout as layouts
+from commlib.compat.deep_ep import rows as parcels
+from commlib.compat.deep_ep.combining import biases_of, check_y, sum_rows
+from commlib.compat.deep_ep.communicators import Communicators
+from commlib.compat.deep_ep.config import Config
+from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
+from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
+from commlib.compat.deep_ep.groups import group_of
+from commlib.compat.deep_ep.handles import DispatchHandle, Route, send_heads
+from commlib.compat.deep_ep.layout import Layout
+from commlib.compat.deep_ep.low_latency import LowLatency
+from commlib.compat.deep_ep.rows import Rows
+from commlib.errors import CapacityExceeded
+
+_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for which DeepEP has tuned configs
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def outside_autograd(call: Call) -> Call:
+    """DeepEP's calls are not differentiable: callers wrap them in functions that are."""
+
+    @functools.wraps(call)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    return inner  # type: ignore[return-value]
+
+
+class Buffer(LowLatency):
+    """Dispatch and combine with DeepEP's calls. Nothing is allocated before the first one.
+
+    Args:
+        group: torch.distributed ProcessGroup of any backend; also what :class:`commlib.ExpertParallel` takes.
+        num_nvl_bytes, num_rdma_bytes: kept as attributes, else ignored, as commlib sizes itself.
+        low_latency_mode: kept as an attribute; the low latency methods are to come.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl: ignored.
+        explicitly_destroy: :meth:`destroy` may be called.
+        enable_shrink: refused.
+        comm: an mpi4py communicator, with ``group`` None.
+
+    Attributes:
+        rank, group_size: of the group.
+        group: as given.
+        num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink: as given.
+        runtime: what holds the communicators; None once destroyed.
+
+    Raises:
+        ValueError: there is no group.
+        NotImplementedError: enable_shrink.
+    """
+
+    num_sms: int = 20
+
+    def __init__(
+        self,
+        group: Any,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+    ) -> None:
+        if enable_shrink:
+            not_yet("enable_shrink", "it leaves out no ranks; a rank that is gone is an error on all others")
+        self.group, ranks = group_of(group, comm)
+        self.rank, self.group_size = ranks.rank, ranks.size
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        self.runtime: Communicators | None = Communicators(ranks, lambda: Buffer.num_sms)
+
+    def destroy(self) -> None:
+        """Finish what is under way and close the communicators. Twice is fine.
+
+        Raises:
+            Refused: the buffer was made without explicitly_destroy.
+        """
+        require(self.explicitly_destroy, "destroy needs a buffer made with explicitly_destroy=True")
+        runtime, self.runtime = self.runtime, None
+        if runtime is not None:
+            runtime.close()
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether there is a GPU of compute capability 9.0 or more that commlib can use."""
+        return cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """SMs that communicators made from now on take on a GPU, for all buffers; on the CPU it has no
+        effect.
+
+        Raises:
+            Refused: an odd number, or none.
+        """
+        require(
+            new_num_sms > 0 and new_num_sms % 2 == 0,
+            f"the SM count must be even and positive, got {new_num_sms}",
+        )
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of what the current stream has been given so far."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """A Config.
+
+        Raises:
+            Refused: a number of ranks for which DeepEP has none.
+        """
+        require(num_ranks in _RANKS, f"Unsupported number of EP ranks: {num_ranks}; DeepEP knows {_RANKS}")
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """As :meth:`get_dispatch_config`."""
+        return Buffer.get_dispatch_config(num_ranks)
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """A stream of the buffer: what results are finished on. CUDA only.
+
+        Raises:
+            RuntimeError: there is no GPU.
+        """
+        cuda.require()
+        return self._runtime().stream(torch.device("cuda", torch.cuda.current_device()))
+
+    @outside_autograd
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """How many tokens go where.
+
+        Args:
+            topk_idx: ``[T, K]`` int64 global ids; -1 leaves a place empty. K at most 32.
+            num_experts: over all ranks, a multiple of them.
+            previous_event, async_finish, allocate_on_comm_stream: as in :meth:`dispatch`.
+
+        Returns:
+            num_tokens_per_rank ``[R]`` int32, None (always the shape of one node), num_tokens_per_expert
+            ``[E]`` int32, is_token_in_rank ``[T, R]`` bool, event.
+        """
+        _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
+        layouts.local_experts(num_experts, self.group_size)
+        layouts.check_topk_idx(topk_idx, num_experts)
+        wait_for(previous_event)
+        found = layouts.find_layout(topk_idx, num_experts, self.group_size)
+        event = EventOverlap(EventHandle() if async_finish else None)
+        return found.num_tokens_per_rank, None, found.num_tokens_per_expert, found.is_token_in_rank, event
+
+    @outside_autograd
+    def dispatch(
+        self,
+        x: Rows,
+        handle: tuple | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, tuple | None, EventOverlap]:
+        """Send each token once to every rank that it goes to.
+
+        Args:
+            x: ``[T, H]`` of a dtype whose row is a multiple of 16 bytes, or (``[T, H]`` float8_e4m3fn,
+                ``[T, S]`` float32 or int32 scales).
+            handle: of an earlier dispatch: send along its routes. Then no layout and no top-k.
+            num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of :meth:`get_dispatch_layout`.
+            num_tokens_per_rdma_rank: ignored.
+            topk_idx, topk_weights: ``[T, K]`` int64 and float32, both or neither.
+            expert_alignment: the counts returned are rounded up to multiples of it.
+            num_worst_tokens: so many rows come out, filled with zeros and -1; the list is empty. Needs top-k.
+            config: ignored.
+            previous_event: wait for it first.
+            async_finish: return once the sizes are known; the event says when the results may be used.
+            allocate_on_comm_stream: has no effect; needs previous_event and async_finish.
+
+        Returns:
+            recv_x (as x), recv_topk_idx ``[N, K]`` int64 local ids or -1, recv_topk_weights ``[N, K]``
+            float32, 0 where -1, tokens of each local expert, handle, event. Rows are ordered by source rank,
+            then token. Along a handle: recv_x, None, None, None, None, event.
+
+        Raises:
+            Refused: what DeepEP asserts against. It is an AssertionError and a ValueError.
+            ValueError, TypeError: what commlib cannot send. Nothing has been sent then.
+            commlib.CapacityExceeded: more than num_worst_tokens rows came, on this rank.
+            commlib.PeerTimeout: a rank did not come.
+        """
+        _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
+        _check_config(config)
+        parcel = parcels.pack(x)
+        if handle is not None:
+            require(
+                topk_idx is None and topk_weights is None,
+                "with a handle, topk_idx and topk_weights must be None",
+            )
+            return self._dispatch_along(DispatchHandle.route_of(handle), parcel, previous_event, async_finish)
+        given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
+        if any(one is None for one in given):
+            raise Refused(
+                "without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed"
+            )
+        layout = Layout(*given)  # type: ignore[arg-type]
+        sizes = (
+            at_least("expert_alignment", expert_alignment, 1),
+            at_least("num_worst_tokens", num_worst_tokens, 0),
+        )
+        experts = layouts.check_layout(layout, len(parcel.sent), self.group_size)
+        ids = self._ids(layout, topk_idx, topk_weights, experts, len(parcel.sent))
+        require(
+            not num_worst_tokens or topk_idx is not None, "num_worst_tokens needs topk_idx and topk_weights"
+        )
+        wait_for(previous_event)
+        return self._dispatch(parcel, layout, ids, topk_weights, sizes, async_finish)
+
+    def _ids(
+        self, layout: Layout, topk_idx: Tensor | None, topk_weights: Tensor | None, experts: int, tokens: int
+    ) -> tuple[int, Tensor]:
+        """How many experts the ids are of that route the tokens, and the ids: the caller's, or ranks."""
+        require(
+            (topk_idx is None) == (topk_weights is None),
+            "topk_idx and topk_weights are needed both, or neither",
+        )
+        if topk_idx is None:
+            return self.group_size, layouts.ranks_as_ids(layout.is_token_in_rank)
+        layouts.check_topk_idx(topk_idx, experts)
+        require(len(topk_idx) == tokens, f"topk_idx has {len(topk_idx)} tokens, but x has {tokens}")
+        check_weights("topk_weights", topk_weights, tuple(topk_idx.shape))
+        layouts.check_agreement(layout, topk_idx)
+        return experts, topk_idx
+
+    def _dispatch(
+        self,
+        parcel: parcels.Parcel,
+        layout: Layout,
+        routed: tuple[int, Tensor],
+        weights: Tensor | None,
+        sizes: tuple[int, int],
+        async_finish: bool,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], tuple, EventOverlap]:
+        runtime, sent, (alignment, worst) = self._runtime(), parcel.sent, sizes
+        work = Work(sent.device, lambda: runtime.stream(sent.device))
+        counts = torch.cat([layout.num_tokens_per_rank, layout.num_tokens_per_expert])
+        shared, told = runtime.share(counts)
+        work.add(told)
+        experts, ids = routed
+        ep = runtime.of(experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device)
+        d = ep.dispatch(sent, ids, weights, async_op=async_finish)
+        work.add(d.event)
+        came = d.handle.num_rows
+        if worst and came > worst:
+            raise CapacityExceeded(f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}")
+        rows = worst or came
+        tensors = self._handle_tensors(layout, shared, d.source, rows, work)
+        route = Route(d.handle, rows)
+        recv_x = parcel.unpack(d.x, work, rows)
+        recv_idx = recv_weights = None
+        if weights is None:
+            told.wait()
+            each = shared[:, self.group_size :].sum(0).view(self.group_size, -1)[self.rank].tolist()
+        else:
+            recv_idx = work.settled(d.topk_idx, rows, fill=-1)
+            recv_weights = work.settled(d.topk_weights, rows)
+            each = [] if worst else d.tokens_per_expert.tolist()
+        event = work.end(async_finish)
+        route.event = event.event
+        handle = DispatchHandle.of(tensors, route)
+        return recv_x, recv_idx, recv_weights, layouts.rounded_up(each, alignment), handle, event
+
+    def _handle_tensors(
+        self, layout: Layout, shared: Tensor, source: Tensor, rows: int, work: Work
+    ) -> tuple[Tensor, ...]:
+        """See :class:`DispatchHandle`. ``shared``: ``[R, R + E]``, each rank's counts by rank and expert."""
+        ranks, here = self.group_size, shared.device
+        prefix = torch.empty(ranks, ranks, dtype=torch.int32, device=here)
+        begins = torch.empty(ranks, 1, dtype=torch.int32, device=here)
+
+        def add_up() -> None:
+            counts = shared[:, :ranks]
+            torch.cumsum(counts, 0, dtype=torch.int32, out=prefix)
+            begins.copy_((prefix[:, self.rank] - counts[:, self.rank]).view(-1, 1))
+
+        work.then(add_up, prefix)
+        work.then(lambda: None, begins)
+        mask = layout.is_token_in_rank
+        sent = layout.num_tokens_per_rank.view(-1, 1).clone()
+        src = work.settled(source[:, 1], rows, fill=-1, dtype=torch.int32)
+        return prefix, sent, begins, src, mask, send_heads(mask)
+
+    def _dispatch_along(
+        self, route: Route, parcel: parcels.Parcel, previous_event: Any, async_finish: bool
+    ) -> tuple[Rows, None, None, None, None, EventOverlap]:
+        runtime, sent = self._runtime(), parcel.sent
+        tokens = route.handle.num_tokens
+        require(len(sent) == tokens, f"x has {len(sent)} tokens, but the handle's dispatch had {tokens}")
+        wait_for(previous_event)
+        ep, handle = runtime.along(route.ready(), sent.shape[1], sent.dtype)
+        work = Work(sent.device, lambda: runtime.stream(sent.device))
+        d = ep.dispatch(sent, handle=handle, async_op=async_finish)
+        work.add(d.event)
+        recv_x = parcel.unpack(d.x, work, route.rows)
+        return recv_x, None, None, None, None, work.end(async_finish)
+
+    @outside_autograd
+    def combine(
+        self,
+        x: Tensor,
+        handle: tuple,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Sum each token's rows over the ranks that it went to, without weights.
+
+        Args:
+            x: ``[N, H]`` bfloat16, in the order of the dispatch; on the CPU also float16 and float32. H may
+                be another one than the dispatch's.
+            handle: of the dispatch.
+            topk_weights: ``[N, K]`` float32, summed over ranks like the rows, all places of them.
+            bias: ``[T, H]``, or two of them; where one rank gives two, all must.
+            config: ignored.
+            previous_event, async_finish, allocate_on_comm_stream: as in :meth:`dispatch`.
+
+        Returns:
+            ``[T, H]``, summed in float32 and rounded once; ``[T, K]`` float32 or None; event. A token that
+            went nowhere gets the biases.
+
+        Raises:
+            Refused, ValueError, TypeError, PeerTimeout: as dispatch.
+        """
+        _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
+        _check_config(config)
+        route = DispatchHandle.route_of(handle)
+        check_y(x, route.rows)
+        biases = biases_of(bias, x, route.handle.num_tokens)
+        if topk_weights is not None:
+            check_weights("topk_weights", topk_weights, (route.rows, None))
+        runtime = self._runtime()
+        wait_for(previous_event)
+        routing = route.ready()
+        came = routing.num_rows
+        work = Work(x.device, lambda: runtime.stream(x.device))
+        combined, weights = sum_rows(runtime, routing, x[:came], biases, work)[0], None
+        if topk_weights is not None:
+            weights, _ = sum_rows(runtime, routing, topk_weights[:came], (), work)
+        return combined, weights, work.end(async_finish)
+
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: tuple | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, tuple | None, EventOverlap]:
+        """:meth:`dispatch`, which goes between nodes by itself; config must be given, as in DeepEP."""
+        require(config is not None, "internode_dispatch needs a config")
+        layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
+        rest = (config, previous_event, async_finish, allocate_on_comm_stream)
+        return self.dispatch(x, handle, *layout, topk_idx, topk_weights, expert_alignment, 0, *rest)
+
+    def internode_combine(
+        self,
+        x: Tensor,
+        handle: tuple | list,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """:meth:`combine`, which goes between nodes by itself; config must be given, as in DeepEP."""
+        require(config is not None, "internode_combine needs a config")
+        rest = (config, previous_event, async_finish, allocate_on_comm_stream)
+        return self.combine(x, handle, topk_weights, bias, *rest)  # type: ignore[arg-type]
+
+    def _runtime(self) -> Communicators:
+        if self.runtime is None:
+            raise Refused("the buffer has been destroyed")
+        return self.runtime
+
+
+def check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
+    """float32 of a shape, in which None is any positive number.
+
+    Raises:
+        TypeError, Refused: they are not.
+    """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
+    fits = weights.dim() == len(shape) and all(
+        given == wanted or (wanted is None and given > 0)
+        for given, wanted in zip(weights.shape, shape, strict=True)
+    )
+    told = ["topk" if n is None else n for n in shape]
+    require(
+        fits and weights.dtype == torch.float32,
+        f"{name} must be {told} float32, got {list(weights.shape)} {weights.dtype}",
+    )
+
+
+def _check_allocation(previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+    require(
+        not allocate_on_comm_stream or (previous_event is not None and async_finish),
+        "allocate_on_comm_stream needs previous_event and async_finish",
+    )
+
+
+def _check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"config must be a Config of this module, got {type(config).__name__}")

@@ -1,0 +1,117 @@
+"""Between this module and commlib: communicators, made when a call tells what they are to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from commlib.dispatched import Handle
+from commlib.event import Event
+from commlib.expert_parallel import ExpertParallel
+from commlib.group import Group, ThreadGroup
+
+_MAX_TOKENS = 16384  # that one rank sends in one call, where nobody says
+_NARROW_SMS = 2  # for rows of some words
+
+
+class _Key(NamedTuple):
+    experts: int
+    topk: int
+    width: int  # elements of a row
+    dtype: torch.dtype
+    device: torch.device
+    max_tokens: int
+
+
+class Communicators:
+    """Those of one buffer. Ranks need the same ones in the same order, since making one is collective.
+
+    Args:
+        group: of the ranks.
+        num_sms: how many SMs a communicator takes on a GPU.
+        timeout: seconds that a rank waits for a peer; None: commlib's own.
+    """
+
+    def __init__(self, group: Group, num_sms: Callable[[], int], timeout: float | None = None) -> None:
+        self.group = group
+        self._num_sms, self._timeout = num_sms, timeout
+        self._made: dict[_Key, ExpertParallel] = {}
+        self._everyones: dict[_Key, Handle] = {}  # routes by which a row goes to every rank
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(
+        self,
+        experts: int,
+        topk: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_tokens: int | None = None,
+    ) -> ExpertParallel:
+        """The communicator for rows of so many elements."""
+        key = _Key(experts, topk, width, dtype, device, max_tokens or _MAX_TOKENS)
+        if key not in self._made:
+            self._made[key] = ExpertParallel(self.group, **self._settings(key))
+        return self._made[key]
+
+    def _settings(self, key: _Key) -> dict[str, Any]:
+        num_sms = None
+        if key.device.type == "cuda":
+            num_sms = self._num_sms() if key.width * key.dtype.itemsize > 1024 else _NARROW_SMS
+            if isinstance(self.group, ThreadGroup):  # ranks that share the GPU
+                num_sms = max(1, num_sms // self.group.size)
+        return {
+            "num_experts": key.experts,
+            "hidden": key.width,
+            "topk": key.topk,
+            "max_tokens": key.max_tokens,
+            "dtype": key.dtype,
+            "device": key.device,
+            "num_sms": num_sms,
+            "timeout": self._timeout,
+        }
+
+    def along(self, handle: Handle, width: int, dtype: torch.dtype) -> tuple[ExpertParallel, Handle]:
+        """The routing of a dispatch for rows of another width or dtype: its communicator, and a handle of
+        that.
+
+        The dispatch is done: another communicator does not wait for it.
+        """
+        known = handle._ep.settings
+        if (known.hidden, known.dtype) == (width, dtype):
+            return handle._ep, handle
+        ep = self.of(known.num_experts, known.topk, width, dtype, known.device, known.max_tokens)
+        routing = handle._tensors()._replace(comm=ep._name)
+        return ep, Handle(ep, routing, handle.layout, handle.align)
+
+    def share(self, numbers: Tensor) -> tuple[Tensor, Event]:
+        """``[n]`` int32 of each rank, as ``[ranks, n]`` on every rank once the event has been waited for.
+
+        A dispatch of one row to each rank, whose routes are known from the first time on: the host waits for
+        nothing.
+        """
+        ranks, width, device = self.group.size, len(numbers), numbers.device
+        key = _Key(ranks, 1, width, torch.float32, device, ranks)
+        ep = self.of(*key)
+        rows = numbers.to(torch.int32).view(torch.float32).repeat(ranks, 1)
+        if key not in self._everyones:
+            everyone = torch.arange(ranks, device=device).view(-1, 1)
+            self._everyones[key] = ep.dispatch(rows, everyone).handle
+        shared = ep.dispatch(rows, handle=self._everyones[key], async_op=True)
+        assert shared.event is not None
+        return shared.x.view(torch.int32), shared.event
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Of this buffer, on a GPU."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def close(self) -> None:
+        """Finish what is under way, and tell the other ranks."""
+        self._everyones.clear()
+        while self._made:
+            self._made.popitem()[1].close()

@@ -1,0 +1,399 @@
+"""ElasticBuffer: DeepEP's second interface."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from commlib import cuda
+from commlib.compat.deep_ep import elastic_handles as handles
+from commlib.compat.deep_ep import layout as layouts
+from commlib.compat.deep_ep import rows as parcels
+from commlib.compat.deep_ep.buffer import Buffer, check_weights, outside_autograd
+from commlib.compat.deep_ep.combining import biases_of, check_y, sum_rows
+from commlib.compat.deep_ep.communicators import Communicators
+from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
+from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
+from commlib.compat.deep_ep.experimental import Experimental
+from commlib.compat.deep_ep.groups import group_of
+from commlib.compat.deep_ep.handles import EPHandle, Route
+from commlib.compat.deep_ep.rows import Rows
+
+_UNIT = 2 << 20  # bytes: DeepEP's buffers are a multiple of this
+_BYTES_BESIDE_A_ROW = 16
+_QPS = {True: 129, False: 17}  # that DeepEP allocates, by allow_hybrid_mode
+_LEAST_SMS = 4
+
+
+class ElasticBuffer(Experimental):
+    """Dispatch and combine with the calls of DeepEP's second interface.
+
+    Args:
+        group: as for :class:`Buffer`.
+        num_bytes: kept as an attribute; None: what :meth:`get_buffer_size_hint` says. commlib sizes itself.
+        num_cpu_bytes: must be 0.
+        num_max_tokens_per_rank: the most tokens that one rank sends in one call, unless the call says; the
+            same on all ranks.
+        hidden, num_topk, use_fp8_dispatch: for num_bytes only; rows of any size and kind are sent.
+        deterministic: has no effect: results always are.
+        allow_hybrid_mode: sets num_allocated_qps only.
+        allow_multiple_reduction: False: with do_expand, rows travel as float32 in combine, and are rounded
+            once.
+        prefer_overlap_with_compute: False: get_theoretical_num_sms says more.
+        sl_idx: ignored.
+        num_allocated_qps: kept as an attribute. 0: what DeepEP takes.
+        num_cpu_timeout_secs, num_gpu_timeout_secs: the larger one is how long a rank waits for a peer.
+        explicitly_destroy: :meth:`destroy` may be called.
+
+    Attributes:
+        group, num_bytes, num_max_tokens_per_rank, deterministic, allow_hybrid_mode,
+            allow_multiple_reduction, prefer_overlap_with_compute, num_allocated_qps, explicitly_destroy: as
+                given.
+        rank_idx, num_ranks: of the group.
+        num_scaleout_ranks, scaleout_rank_idx, num_rdma_ranks: 1, 0, 1.
+        num_scaleup_ranks, scaleup_rank_idx, num_nvlink_ranks: all ranks, as one domain.
+        runtime: what holds the communicators; None once destroyed.
+
+    Raises:
+        ValueError: there is no group.
+        Refused: a negative number.
+        NotImplementedError: num_cpu_bytes.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        if num_cpu_bytes:
+            not_yet(
+                "num_cpu_bytes", "its rows lie where the tensors given to a call lie, on the CPU or a GPU"
+            )
+        self.num_max_tokens_per_rank = at_least("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        self.group, ranks = group_of(group)
+        self.rank_idx, self.num_ranks = ranks.rank, ranks.size
+        if num_bytes is None:
+            num_bytes = _buffer_bytes(ranks.size, num_max_tokens_per_rank, hidden, num_topk)
+        self.num_bytes = num_bytes
+        self.deterministic = deterministic
+        self.allow_hybrid_mode = allow_hybrid_mode
+        self.allow_multiple_reduction = allow_multiple_reduction
+        self.prefer_overlap_with_compute = prefer_overlap_with_compute
+        self.num_allocated_qps = num_allocated_qps or _QPS[bool(allow_hybrid_mode)]
+        self.explicitly_destroy = explicitly_destroy
+        timeout = float(max(num_cpu_timeout_secs, num_gpu_timeout_secs))
+        self.runtime: Communicators | None = Communicators(ranks, lambda: Buffer.num_sms, timeout)
+        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
+        self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
+        self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
+
+    def destroy(self) -> None:
+        """Finish what is under way and close the communicators. Twice is fine.
+
+        Raises:
+            Refused: the buffer was made without explicitly_destroy.
+        """
+        require(self.explicitly_destroy, "destroy needs a buffer made with explicitly_destroy=True")
+        runtime, self.runtime = self.runtime, None
+        if runtime is not None:
+            runtime.close()
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: Any,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """Bytes of bfloat16 rows from all ranks with their ids and weights, a multiple of 2 MiB."""
+        return _buffer_bytes(group_of(group)[1].size, num_max_tokens_per_rank, hidden, num_topk)
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """An event of what the current stream has been given so far."""
+        return EventHandle()
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """A stream of the buffer: what results are finished on. CUDA only.
+
+        Raises:
+            RuntimeError: there is no GPU.
+        """
+        cuda.require()
+        return self._runtime().stream(torch.device("cuda", torch.cuda.current_device()))
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """(RDMA ranks, NVLink ranks): 1 and all, since commlib itself finds what lies between ranks."""
+        return 1, self.num_ranks
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """(scale-out ranks, scale-up ranks): 1 and all."""
+        return 1, self.num_ranks
+
+    def barrier(
+        self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
+    ) -> None:
+        """Return when all ranks have called it. with_cpu_sync: their GPUs are idle then. Others: ignored."""
+        runtime = self._runtime()
+        if with_cpu_sync and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        runtime.group.barrier()
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """What communicators take on a GPU, ``Buffer.num_sms``, whatever the arguments; even, at least 4."""
+        require(num_scaleout_topk == 0, f"num_scaleout_topk must be 0, got {num_scaleout_topk}")
+        return max(_LEAST_SMS, Buffer.num_sms)
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """What DeepEP would take, at most num_allocated_qps. commlib has none."""
+        return min(num_sms * 16 + 1 if self.allow_hybrid_mode else min(num_sms, 9), self.num_allocated_qps)
+
+    @outside_autograd
+    def dispatch(
+        self,
+        x: Rows,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | None = None,
+        previous_event_before_epilogue: EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, EPHandle, EventOverlap]:
+        """Send each token once to every rank that owns one of its experts.
+
+        Args:
+            x: as for :meth:`Buffer.dispatch`.
+            topk_idx: ``[T, K]`` int64 global ids, -1 leaves a place empty; None with a handle.
+            topk_weights: ``[T, K]`` float32, or None; also with a handle.
+            cumulative_local_expert_recv_stats: ``[L]`` int32; tokens of each local expert are added to it.
+            num_experts: over all ranks, a multiple of them. With a handle it is the handle's, as are the
+                next two.
+            num_max_tokens_per_rank: the most tokens of a rank, the same on all. None: the buffer's.
+            expert_alignment: counts are rounded up to it; with do_expand groups of rows begin at its
+                multiples.
+            num_sms, num_qps: ignored (num_sms: an attribute of the handle).
+            previous_event: wait for it first; needs allocate_on_comm_stream, which has no other effect.
+            previous_event_before_epilogue: wait for it, too.
+            async_with_compute_stream: return once the sizes are known; the event says when results may be
+                used.
+            handle: of an earlier dispatch with the same do_expand: send along its routes.
+            do_handle_copy: handle.topk_idx is a copy, not the caller's.
+            do_cpu_sync: False has no effect: sizes are exact, and the host waits for them. Not True with a
+                handle.
+            do_expand: rows grouped by local expert, one for each (token, expert).
+            do_zero_padding: has no effect: padding between groups is zero. Needs do_expand.
+            use_tma_aligned_col_major_sf: scales come with stride 1 along rows.
+
+        Returns:
+            recv_x (as x; ordered by source rank, then token, in groups with do_expand), recv_topk_idx ``[N,
+            K]`` int64 local ids or -1 (None with do_expand), recv_topk_weights ``[N, K]`` or with do_expand
+            ``[M]`` float32 (None where none were given), handle, event.
+
+        Raises:
+            Refused, ValueError, TypeError, commlib.PeerTimeout: as :meth:`Buffer.dispatch`.
+        """
+        _check_previous(previous_event, allocate_on_comm_stream)
+        self._check_qps(num_qps)
+        require(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
+        parcel = parcels.pack(x, use_tma_aligned_col_major_sf)
+        given = {
+            "num_experts": num_experts,
+            "num_max_tokens_per_rank": num_max_tokens_per_rank,
+            "expert_alignment": expert_alignment,
+            "do_expand": do_expand,
+        }
+        if handle is None:
+            shape, ids = self._checked(given, parcel.sent, topk_idx)
+        else:
+            require(topk_idx is None, "topk_idx must be None with a handle, which has it")
+            require(not do_cpu_sync, "do_cpu_sync cannot be True with a handle")
+            shape, ids = handles.checked_shape(handle, given, len(parcel.sent)), handle.topk_idx
+        if topk_weights is not None:
+            check_weights("topk_weights", topk_weights, tuple(ids.shape))
+        handles.check_stats(cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks)
+        wait_for(previous_event)
+        wait_for(previous_event_before_epilogue)
+        runtime = self._runtime()
+        work = Work(parcel.sent.device, lambda: runtime.stream(parcel.sent.device))
+        call = (parcel, topk_weights, work, async_with_compute_stream)
+        if handle is None:
+            handle, arrived = self._dispatch(*call, shape, ids, num_sms, do_handle_copy)
+        else:
+            arrived = self._dispatch_along(handle, *call)
+        if cumulative_local_expert_recv_stats is not None:
+            handles.add_stats(cumulative_local_expert_recv_stats, arrived[2], work)
+        event = work.end(async_with_compute_stream)
+        if handle._route is not None and handle._route.event is None:
+            handle._route.event = event.event
+        return arrived[0], handle._recv_topk_idx, arrived[1], handle, event
+
+    def _checked(
+        self, given: dict[str, Any], sent: Tensor, topk_idx: Tensor | None
+    ) -> tuple[handles.Shape, Tensor]:
+        require(topk_idx is not None, "without a handle, topk_idx is needed")
+        require(given["num_experts"] is not None, "without a handle, num_experts is needed")
+        assert topk_idx is not None
+        most = given["num_max_tokens_per_rank"]
+        shape = handles.Shape(
+            at_least("num_experts", given["num_experts"], 1),
+            at_least("num_max_tokens_per_rank", self.num_max_tokens_per_rank if most is None else most, 1),
+            at_least(
+                "expert_alignment", 1 if given["expert_alignment"] is None else given["expert_alignment"], 1
+            ),
+            bool(given["do_expand"]),
+        )
+        layouts.local_experts(shape.num_experts, self.num_ranks)
+        layouts.check_topk_idx(topk_idx, shape.num_experts)
+        require(len(topk_idx) == len(sent), f"topk_idx has {len(topk_idx)} tokens, but x has {len(sent)}")
+        require(
+            len(sent) <= shape.num_max_tokens_per_rank,
+            f"x has {len(sent)} tokens, but num_max_tokens_per_rank is {shape.num_max_tokens_per_rank}",
+        )
+        return shape, topk_idx
+
+    def _dispatch(
+        self,
+        parcel: parcels.Parcel,
+        weights: Tensor | None,
+        work: Work,
+        asynchronous: bool,
+        shape: handles.Shape,
+        ids: Tensor,
+        num_sms: int,
+        copy: bool,
+    ) -> tuple[EPHandle, tuple[Rows, Tensor | None, Tensor]]:
+        sent = parcel.sent
+        sizes = (shape.num_experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device)
+        ep = self._runtime().of(*sizes, shape.num_max_tokens_per_rank)
+        layout: Literal["rank", "expert"] = "expert" if shape.do_expand else "rank"
+        align = shape.expert_alignment if shape.do_expand else 1
+        d = ep.dispatch(sent, ids, weights, layout=layout, align=align, async_op=asynchronous)
+        work.add(d.event)
+        num_sms = num_sms or self.get_theoretical_num_sms(shape.num_experts, ids.shape[1])
+        made = handles.made_of(d, shape, ids.clone() if copy else ids, num_sms, self.num_ranks, work)
+        made._route = Route(d.handle, d.handle.num_rows)
+        made._recv_topk_idx = d.topk_idx
+        return made, (parcel.unpack(d.x, work, None), d.topk_weights, d.tokens_per_expert)
+
+    def _dispatch_along(
+        self, handle: EPHandle, parcel: parcels.Parcel, weights: Tensor | None, work: Work, asynchronous: bool
+    ) -> tuple[Rows, Tensor | None, Tensor]:
+        sent = parcel.sent
+        ep, known = self._runtime().along(EPHandle.route_of(handle).ready(), sent.shape[1], sent.dtype)
+        d = ep.dispatch(sent, None, weights, handle=known, async_op=asynchronous)
+        work.add(d.event)
+        return parcel.unpack(d.x, work, None), d.topk_weights, d.tokens_per_expert
+
+    @outside_autograd
+    def combine(
+        self,
+        x: Tensor,
+        handle: EPHandle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | None = None,
+        previous_event_before_epilogue: EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Sum each token's rows over its experts or ranks, without weights.
+
+        Args:
+            x: rows as the dispatch's recv_x has them, bfloat16; on the CPU also float16 and float32.
+            handle: of the dispatch.
+            topk_weights: ``[N, K]``, or with do_expand ``[M]``, float32: each place's value goes back to its
+                token, from the rank that owns its expert.
+            bias: ``[T, H]``, or two of them; where one rank gives two, all must.
+            num_sms, num_qps: ignored.
+            previous_event, previous_event_before_epilogue, async_with_compute_stream,
+            allocate_on_comm_stream:
+                as in :meth:`dispatch`.
+
+        Returns:
+            ``[T, H]``; ``[T, K]`` float32, 0 where an id is -1, or None; event.
+
+        Raises:
+            Refused, ValueError, TypeError, commlib.PeerTimeout: as :meth:`Buffer.combine`.
+        """
+        _check_previous(previous_event, allocate_on_comm_stream)
+        self._check_qps(num_qps)
+        route = EPHandle.route_of(handle)
+        check_y(x, route.rows)
+        biases = biases_of(bias, x, route.handle.num_tokens)
+        if topk_weights is not None:
+            topk = handle.topk_idx.shape[1]
+            check_weights(
+                "topk_weights", topk_weights, (route.rows,) if handle.do_expand else (route.rows, topk)
+            )
+        wait_for(previous_event)
+        wait_for(previous_event_before_epilogue)
+        runtime, routing = self._runtime(), route.ready()
+        work = Work(x.device, lambda: runtime.stream(x.device))
+        wide = handle.do_expand and not self.allow_multiple_reduction
+        combined, weights = sum_rows(runtime, routing, x, biases, work, wide, topk_weights)
+        return combined, weights, work.end(async_with_compute_stream)
+
+    def _check_qps(self, num_qps: int) -> None:
+        require(
+            num_qps <= self.num_allocated_qps,
+            f"num_qps is {num_qps}, but {self.num_allocated_qps} are allocated",
+        )
+
+    def _runtime(self) -> Communicators:
+        if self.runtime is None:
+            raise Refused("the buffer has been destroyed")
+        return self.runtime
+
+
+def _check_previous(previous_event: Any, allocate_on_comm_stream: bool) -> None:
+    require(
+        previous_event is None or allocate_on_comm_stream,
+        "previous_event needs allocate_on_comm_stream=True",
+    )
+
+
+def _buffer_bytes(ranks: int, tokens: int, hidden: int, topk: int) -> int:
+    row = 2 * hidden + 12 * topk + _BYTES_BESIDE_A_ROW
+    return -(-ranks * tokens * row // _UNIT) * _UNIT

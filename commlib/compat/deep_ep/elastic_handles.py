@@ -1,0 +1,141 @@
+"""What an EPHandle says, from what a dispatch found."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from commlib.compat.deep_ep.errors import require
+from commlib.compat.deep_ep.events import Work
+from commlib.compat.deep_ep.handles import EPHandle
+from commlib.compat.deep_ep.layout import rounded_up
+from commlib.dispatched import Dispatched
+
+
+class Shape(NamedTuple):
+    """What a dispatch and its handle agree on."""
+
+    num_experts: int
+    num_max_tokens_per_rank: int
+    expert_alignment: int
+    do_expand: bool
+
+
+def checked_shape(handle: Any, given: dict[str, Any], tokens: int) -> Shape:
+    """The handle's, which a call along it may repeat.
+
+    Raises:
+        TypeError, Refused: it is no handle, or the call says something else.
+    """
+    route = EPHandle.route_of(handle)
+    shape = Shape(*(getattr(handle, name) for name in Shape._fields))
+    for name, value in given.items():
+        known = getattr(shape, name)
+        require(value is None or value == known, f"{name} is {value}, but the handle's dispatch had {known}")
+    sent = route.handle.num_tokens
+    require(tokens == sent, f"x has {tokens} tokens, but the handle's dispatch had {sent}")
+    return shape
+
+
+def check_stats(stats: Any, experts: int) -> None:
+    """Counts to add to.
+
+    Raises:
+        TypeError, Refused: they are not ``[L]`` int32.
+    """
+    if stats is None:
+        return
+    name = "cumulative_local_expert_recv_stats"
+    if not isinstance(stats, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(stats).__name__}")
+    require(
+        stats.shape == (experts,) and stats.dtype == torch.int32,
+        f"{name} must be [{experts}] int32, got {list(stats.shape)} {stats.dtype}",
+    )
+
+
+def add_stats(stats: Tensor, counts: Tensor, work: Work) -> None:
+    """Tokens of each local expert, when the dispatch is done."""
+    work.then(lambda: stats.add_(counts), stats)
+
+
+def made_of(
+    d: Dispatched[Tensor], shape: Shape, topk_idx: Tensor, num_sms: int, ranks: int, work: Work
+) -> EPHandle:
+    """The handle of a dispatch, complete when it is."""
+    routing = d.handle._tensors()
+    counts = d.tokens_per_expert
+    listed = rounded_up(counts.tolist(), shape.expert_alignment)
+    unique = len(routing.local)
+    topk = topk_idx.shape[1]
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=counts.device)
+
+    by_rank, by_expert, metadata, places = (
+        new(ranks),
+        new(len(counts)),
+        new(unique, 2 + topk),
+        new(*topk_idx.shape),
+    )
+    exact = new(len(counts)) if shape.do_expand else None
+    work.then(lambda: _fill(d, routing.local, shape, topk, by_rank, metadata), metadata)
+    work.then(lambda: by_expert.copy_(_sums(counts, d.offsets, listed)), by_expert)
+    work.then(lambda: places.copy_(_places(routing.routes, topk_idx, shape.num_experts, ranks)), places)
+    work.then(lambda: None, by_rank)
+    if exact is not None:
+        target = exact
+        work.then(lambda: target.copy_(counts), target)
+    return EPHandle(
+        do_expand=shape.do_expand,
+        num_experts=shape.num_experts,
+        expert_alignment=shape.expert_alignment,
+        num_max_tokens_per_rank=shape.num_max_tokens_per_rank,
+        num_sms=num_sms,
+        topk_idx=topk_idx,
+        num_recv_tokens=unique,
+        num_expanded_tokens=d.handle.num_rows,
+        num_recv_tokens_per_expert_list=listed,
+        psum_num_recv_tokens_per_scaleup_rank=by_rank,
+        psum_num_recv_tokens_per_expert=by_expert,
+        num_unaligned_recv_tokens_per_expert=exact,
+        recv_src_metadata=metadata,
+        dst_buffer_slot_idx=places,
+    )
+
+
+def _fill(
+    d: Dispatched[Tensor], local: Tensor, shape: Shape, topk: int, by_rank: Tensor, metadata: Tensor
+) -> None:
+    """Of each unique token that came: see EPHandle. ``local``: its experts, or with do_expand its rows."""
+    here = local >= 0
+    first = here.to(torch.int32).argmax(1)
+    source = d.source
+    if shape.do_expand:
+        source = source[local.gather(1, first.view(-1, 1)).flatten()] if len(local) else source[:0]
+        metadata[:, 2:] = local
+    else:
+        metadata[:, 2:] = -1
+    rank, token = source.unbind(1)
+    metadata[:, 0] = rank * shape.num_max_tokens_per_rank + token
+    metadata[:, 1] = rank * topk + first
+    counts = torch.zeros(len(by_rank), dtype=torch.int32, device=rank.device)
+    counts.scatter_add_(0, rank, torch.ones_like(rank, dtype=torch.int32))
+    by_rank.copy_(counts.cumsum(0))
+
+
+def _sums(counts: Tensor, offsets: Tensor | None, listed: list[int]) -> Tensor:
+    if offsets is not None:
+        return offsets[:-1] + counts
+    return torch.tensor(listed, device=counts.device).cumsum(0)
+
+
+def _places(routes: Tensor, topk_idx: Tensor, num_experts: int, ranks: int) -> Tensor:
+    """``[T, K]``: the number that a token has at the rank that owns a place."""
+    owner = torch.where(topk_idx >= 0, topk_idx // (num_experts // ranks), -1)
+    to = torch.where(routes >= 0, routes >> 32, -2)
+    number = (routes & 0xFFFFFFFF).unsqueeze(1)  # [T, 1, width]
+    found = owner.unsqueeze(2) == to.unsqueeze(1)  # [T, K, width]
+    return torch.where(found, number, -1).amax(2)

@@ -1,0 +1,32 @@
+"""What the module raises where DeepEP asserts."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+
+class Refused(AssertionError, ValueError):
+    """Arguments that DeepEP asserts against (AssertionError) and commlib has no use for (ValueError)."""
+
+
+def require(right: bool, text: str) -> None:
+    """Raise Refused with ``text`` unless ``right``. Unlike assert, also under ``python -O``."""
+    if not right:
+        raise Refused(text)
+
+
+def not_yet(what: str, instead: str) -> NoReturn:
+    """Raise NotImplementedError: part of DeepEP that is not here."""
+    raise NotImplementedError(f"commlib.compat.deep_ep has no {what}: {instead}")
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """An int that is not less.
+
+    Raises:
+        TypeError, Refused: it is no int, or less.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    require(value >= least, f"{name} must be at least {least}, got {value}")
+    return value
