@@ -102,6 +102,6 @@ cuda-report: setup  ## what nvcc made of the kernels: registers, stack, spills, 
 	$(BIN)/python tests/cuda_report.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build *.egg-info commlib/*.so commlib/*.sources
+	rm -rf $(VENV) $(MEGATRON_VENV) build *.egg-info commlib/*.so commlib/*.sources
 
--include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk
+-include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk tests/megatron/megatron.mk

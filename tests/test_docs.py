@@ -69,25 +69,49 @@ def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
     assert done.stdout.count("torch.Size([100, 1024])") == 4 + 4 + 4 + 1
 
 
-def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
-    text = (ROOT / "docs/training.md").read_text()
+def follow(page, place):
+    """Write a page's programs, named in their first lines, and run its commands; what each has printed."""
+    text = (ROOT / "docs" / page).read_text()
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         name = program.splitlines()[0].removeprefix("# ")
-        (tmp_path / name).write_text(program)
+        (place / name).write_text(program)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    assert len(commands) == 3
     said = []
-    for command in commands:
+    for command in "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines():
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        said += [float(loss) for loss in re.findall(r"^loss ([\d.]+)", done.stdout, re.MULTILINE)]
+        said.append(done.stdout)
+    return said
+
+
+def losses(printed):
+    return [float(loss) for loss in re.findall(r"^loss ([\d.]+)", printed, re.MULTILINE)]
+
+
+def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    printed = follow("training.md", tmp_path)
+    assert len(printed) == 3
+    said = losses("".join(printed))
     assert len(said) == 10
     assert said[-1] < said[4] < said[0]  # the second program goes on where the first one ended
     weights = torch.load(tmp_path / "model.pt")
     assert weights["moe.experts.w1"].shape == (10, 64, 128)
+
+
+def test_the_torchtitan_pages_program_trains_alike_with_the_flag_and_without(tmp_path):
+    theirs, mine = follow("torchtitan.md", tmp_path)
+    assert "AllToAllTokenDispatcher" in theirs
+    assert "CommlibTokenDispatcher" in mine
+    assert len(losses(mine)) == 5
+    assert losses(mine) == pytest.approx(losses(theirs), abs=1e-3)
+    assert losses(mine)[-1] < losses(mine)[0]
+
+
+def test_the_megatron_pages_program_runs_as_it_stands(tmp_path):
+    (printed,) = follow("megatron.md", tmp_path)
+    assert printed.count("output and gradient are right") == 4
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """commlib under torchtitan's own mixture-of-experts layer, beside torchtitan's own dispatchers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import titan_models as titan
 import torch
 from titan_models import WEIGHTS, build, moe_config, overridden, wired
 from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.config import OverrideConfig, apply_overrides
+from torchtitan.config.override import parse_cli_imports
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.token_dispatcher import (
     DeepEPTokenDispatcher,
@@ -239,6 +243,18 @@ def test_the_override_takes_bounds_that_are_known():
 def test_what_the_override_refuses(theirs, options, text):
     with pytest.raises(ValueError, match=text):
         overridden(moe_config(EXPERTS, theirs, **options))
+
+
+def test_the_flags_in_the_documentation_are_ones_that_torchtitan_takes():
+    page = (Path(__file__).parent.parent / "docs/torchtitan.md").read_text()
+    flags = re.findall(r"--override\.imports (?:'(.*)'|(\S+))", page)
+    assert len(flags) == 2
+    bounds = []
+    for quoted, bare in flags:
+        config = moe_config(EXPERTS)
+        apply_overrides(OverrideConfig(imports=parse_cli_imports([quoted or bare])), config)
+        bounds.append(config.routed_experts.token_dispatcher.num_max_tokens_per_rank)
+    assert bounds == [None, 8192]
 
 
 def test_a_bound_that_is_none_is_refused():
