@@ -283,7 +283,8 @@ class Buffer(LowLatency):
         work.add(d.event)
         came = d.handle.num_rows
         if worst and came > worst:
-            raise CapacityExceeded(f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}")
+            text = f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}"
+            raise CapacityExceeded(text, self.rank, came)
         rows = worst or came
         tensors = self._handle_tensors(layout, shared, d.source, rows, work)
         route = Route(d.handle, rows)
