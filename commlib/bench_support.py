@@ -24,8 +24,8 @@ class BareMover:
     """
 
     def __init__(self, ep: ExpertParallel, x: Tensor, handle: Handle) -> None:
-        assert isinstance(ep._core, CpuCommunicator), "only CPUs have a bare mover"
-        self._core = ep._core
+        assert isinstance(ep._comm.core, CpuCommunicator), "only CPUs have a bare mover"
+        self._core = ep._comm.core
         self._keep = handle._tensors(), x
         self._view = known_routing(handle._tensors(), grouped=False)
         self._rows = _rows(x, None)

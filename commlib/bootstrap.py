@@ -13,8 +13,8 @@ import torch
 import commlib
 from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
-from commlib.conversation import Conversation, gather
-from commlib.errors import CommError, ConfigMismatch
+from commlib.conversation import Conversation, exited, gather
+from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.fd_exchange import Address, close_fds, exchange_fds
 from commlib.group import Group, ThreadGroup
 from commlib.model import default_num_sms
@@ -94,6 +94,27 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
         raise
     talk.over = True  # from here on a failure is told by the communicator
     return backend, topology
+
+
+def reconnect(group: Group, settings: Settings, core: _core.Communicator) -> Backend:
+    """A backend for other settings, of ranks that have one; every rank calls it at the same operation.
+
+    Args:
+        core: that one's, which knows whose processes are gone.
+    """
+    with group.converse(settings.timeout) as talk:
+        talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
+        talk.watch = core.has_exited
+        try:
+            return connect(talk, settings)[0]
+        except PeerTimeout:
+            raise
+        except CommError as error:  # of one that has gone in the middle, what it had is not to be found
+            gone = [rank for rank in range(talk.size) if core.has_exited(rank)]
+            if not gone:
+                raise
+            text = f"{exited(gone)} ({error})"
+            raise PeerTimeout(text, talk.rank, gone, "dispatch", "larger heap", 0) from error
 
 
 def _make_and_connect(

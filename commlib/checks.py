@@ -121,17 +121,30 @@ def check_dispatch(
     sizes: tuple[int, int],
 ) -> None:
     """Of dispatch. The range of ids is checked in the core."""
-    _check_rows("x", x, c.settings)
+    growing = c.settings.grows and x.shape[0] > c.settings.max_tokens
+    _check_rows("x", x, c.settings, x.shape[0] if growing else None)
     shape = (x.shape[0], c.settings.topk)
     if topk_idx.shape != shape:
         raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(topk_idx.shape)}")
     _check_dense(c, "topk_idx", topk_idx, shape, torch.int64)
+    if growing:
+        _check_tokens_go_somewhere(topk_idx, c.settings.max_tokens)
     if topk_weights is not None:
         _check_dense(c, "topk_weights", topk_weights, shape, c.weight_dtype)
     if sizes != (c.width, c.experts):
         raise ValueError(f"width and experts are {sizes}, but the communicator's {(c.width, c.experts)}")
     if align != 1:
         check_align(c, align)
+
+
+def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
+    """Rows that a rank cannot receive are what all ranks notice; tokens without experts make none."""
+    going = int((topk_idx >= 0).any(1).sum())
+    if going < topk_idx.shape[0]:
+        raise ValueError(
+            f"x has {topk_idx.shape[0]} rows, of which {topk_idx.shape[0] - going} go nowhere (all their ids "
+            f"are -1): with so many, more than {most}, leave those out"
+        )
 
 
 def check_redispatch(

@@ -7,6 +7,8 @@ import functools
 import itertools
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from commlib.settings import Settings
 
 _SLOTS_TO_WORK_WITH = 2
+_COUNTED = ("dispatches", "redispatches", "combines", "rows_received", "dropped", "growths")
 
 _numbers = itertools.count()
 _communicators: dict[int, weakref.ref[Communicator]] = {}
@@ -35,25 +38,73 @@ class Communicator:
     the last of them closes it.
     """
 
-    def __init__(self, rank: int, size: int, settings: Settings, backend: Backend) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        settings: Settings,
+        backend: Backend,
+        reconnect: Callable[[Settings, _core.Communicator], Backend],
+    ) -> None:
         mine = experts_of(rank, size, settings.num_experts)
-        self.rank = rank
+        self.rank, self.size = rank, size
         self.settings = settings
-        self.backend = backend
-        self.core = backend.core
+        self._open: list[Backend] = []  # the one in use, for who outlives this object
+        self._use(backend)
+        self._reconnect = reconnect
         self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
         self.on_host = settings.device.type == "cpu"
-        self.stats = dict.fromkeys(("dispatches", "redispatches", "combines", "rows_received", "dropped"), 0)
+        self.stats = dict.fromkeys(_COUNTED, 0)
         self.event: Event | None = None  # of the asynchronous operation issued last, until it is taken
         self._number = next(_numbers)
-        _core.when_gone(self, functools.partial(_last_call, self._number, backend))
+        _core.when_gone(self, functools.partial(_last_call, self._number, self._open))
         _communicators[self._number] = weakref.ref(self)
+
+    def _use(self, backend: Backend) -> None:
+        self.backend, self.core = backend, backend.core
+        self._open[:] = [backend]
+
+    def set_timeout(self, seconds: float) -> None:
+        """Of later operations."""
+        self.settings = replace(self.settings, timeout=seconds)
+        self.core.set_timeout(seconds)
 
     def close(self) -> None:
         """Finish what is under way and tell the other ranks."""
         self.backend.close()
+
+    def make_room(self, rows: int, tokens: int = 1) -> None:
+        """Take a larger heap where slots hold fewer rows, or ranks may send fewer tokens.
+
+        Every rank calls it at the same operation with the same numbers. What was issued is finished first.
+        Routings stay good: rows keep their numbers. So do tensors in the old heap, which they keep.
+
+        Raises:
+            ValueError: the communicator was made for so many rows, and does not grow; or for too many.
+            CommError: as at start-up.
+        """
+        settings = self.settings
+        if rows <= settings.capacity_on(self.size) and tokens <= settings.max_tokens:
+            return
+        if not settings.grows:
+            raise ValueError(
+                f"a slot is to hold {rows} rows, and ranks to send {tokens} tokens, but the communicator was "
+                f"made with capacity={settings.capacity_on(self.size)} and max_tokens={settings.max_tokens}: "
+                "make it with as many, or with max_tokens=None"
+            )
+        settings = settings.with_room(self.size, rows, tokens)
+        before = self.backend
+        try:
+            self._use(self._reconnect(settings, self.core))
+        except BaseException as error:
+            before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}")
+            raise
+        self.backend.trace = before.trace
+        self.settings = settings
+        self.count(growths=1)
+        before.close()  # when all have the new one: closing may wait for ranks that are late
 
     def name(self) -> Tensor:
         """A tensor that names it to ops, which take no Python objects, and that keeps it.
@@ -97,10 +148,10 @@ class Communicator:
         return self.backend.empty(*shape, dtype=self.weight_dtype)
 
 
-def _last_call(number: int, backend: Backend) -> None:
+def _last_call(number: int, open_backend: list[Backend]) -> None:
     """What is done for a communicator that has gone. Calling it twice does no harm."""
     _communicators.pop(number, None)
-    backend.close()
+    open_backend[0].close()
 
 
 @atexit.register

@@ -14,7 +14,7 @@ import os
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from commlib.errors import CommError, PeerTimeout
@@ -61,7 +61,18 @@ class Conversation(Group):
     Args:
         group: whose ranks talk.
         seconds: from now until gathers raise PeerTimeout.
+
+    Attributes:
+        task, advice: what errors say of what this is for, and of what to do where ranks do not come.
+        watch: says whether a rank's process is gone; None: nobody knows.
     """
+
+    task = "start"
+    advice = (
+        "Do all ranks run, and construct the same ExpertParallel at this place? startup_timeout= allows more "
+        "time"
+    )
+    watch: Callable[[int], bool] | None = None
 
     def __init__(self, group: Group, seconds: float) -> None:
         self.group, self.seconds = group, seconds
@@ -92,7 +103,7 @@ class Conversation(Group):
         if not self.over:
             self.over = True
             missing = error.peers if isinstance(error, PeerTimeout) else ()
-            text = f"rank {self.rank} could not start: {type(error).__name__}: {error}{limit}"
+            text = f"rank {self.rank} could not {self.task}: {type(error).__name__}: {error}{limit}"
             # The first error is the one that matters.
             with _a_file_to_spare(), contextlib.suppress(Exception):
                 self.tell(text, missing)
@@ -135,6 +146,13 @@ def _a_file_to_spare() -> Iterator[None]:
     finally:
         if given is not None:
             _take_spare()
+
+
+def exited(ranks: list[int]) -> str:
+    """That their processes have."""
+    if len(ranks) == 1:
+        return f"the process of rank {ranks[0]} has exited"
+    return f"the processes of ranks {', '.join(map(str, ranks))} have exited"
 
 
 def gather(group: Group, step: str, value: Any) -> list[Any]:
@@ -296,11 +314,10 @@ class _Posted(Conversation):
         self._raise_if_ended(missing)
         if self.left == 0:
             names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
-            text = (
-                f"{names} did not come within {self.seconds:g} s{self._skipped}. Do all ranks run, and "
-                "construct the same ExpertParallel at this place? startup_timeout= allows more time"
-            )
+            text = f"{names} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
             raise self._timeout(text, missing)
+        if gone := [rank for rank in missing if self.watch and self.watch(rank)]:
+            raise self._timeout(exited(gone), gone)
 
     def _timeout(self, text: str, peers: list[int]) -> PeerTimeout:
         return PeerTimeout(text, self.rank, peers, "start-up", "gather", 0)

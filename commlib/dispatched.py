@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic
 
+import torch
 from torch import Tensor
 
 from commlib import checks, ops
@@ -40,6 +41,28 @@ class Handle:
         """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
         return self._tensors().source.shape[0]
 
+    def on(self, ep: ExpertParallel) -> Handle:
+        """The same routing for rows of another dtype or width, on another communicator.
+
+        All ranks call it: the other communicator takes a larger heap here where it grows and this one's is
+        larger.
+
+        Args:
+            ep: of the same ranks, ``num_experts`` and ``topk``, on the same device.
+
+        Raises:
+            HandleError: this handle has been released.
+            ValueError: ``ep`` has other ranks, experts or top-k places, or was made for fewer rows or tokens.
+        """
+        mine, theirs = self._ep, ep
+        for name in ("rank", "size", "device"):
+            _check_same(name, getattr(mine, name), getattr(theirs, name))
+        for name in ("num_experts", "topk"):
+            _check_same(name, getattr(mine.settings, name), getattr(theirs.settings, name))
+        settings, routing = mine.settings, self._tensors()
+        theirs._comm.make_room(settings.capacity_on(mine.size), settings.max_tokens)
+        return Handle(theirs, routing._replace(comm=theirs._name), self.layout, self.align)
+
     def release(self) -> None:
         """Give the handle up: using it again raises HandleError. Twice is fine."""
         self._routing = None
@@ -51,6 +74,32 @@ class Handle:
 
     def _arguments(self) -> tuple[Any, ...]:
         return (*self._tensors(), self.layout == "expert")
+
+
+def _check_same(name: str, mine: Any, theirs: Any) -> None:
+    if mine != theirs:
+        raise ValueError(f"the handle is of a communicator with {name} {mine}, the other one has {theirs}")
+
+
+def check_handle(ep: ExpertParallel, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
+    """A handle of this communicator, and what is given beside it says the same."""
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
+    if handle._ep is not ep:
+        raise HandleError(
+            "this handle is of a dispatch on another communicator (handle.on(ep) makes it one of this)"
+        )
+    routing = handle._tensors()
+    if layout is not None and layout != handle.layout:
+        raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
+    if topk_idx is not None and not torch.compiler.is_compiling():
+        given = checks.tensor_on(ep.device, "topk_idx", topk_idx)
+        differs = given.shape != routing.topk_idx.shape
+        # On a GPU the host would have to wait for the values.
+        if not differs and not given.is_cuda:
+            differs = not bool((given == routing.topk_idx).all())
+        if differs:
+            raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,20 @@ class ConfigMismatch(CommError):
 
 
 class CapacityExceeded(CommError):
-    """A rank would receive more rows than ``capacity``. Raised on all ranks before any row is sent."""
+    """A rank would receive more rows than ``capacity``. Raised on all ranks before any row is sent.
+
+    Attributes:
+        receiver: the rank that would receive most, the same on all ranks.
+        rows: so many.
+    """
+
+    def __init__(self, text: str, receiver: int, rows: int) -> None:
+        super().__init__(text)
+        self.receiver = receiver
+        self.rows = rows
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (str(self), self.receiver, self.rows)
 
 
 class HandleError(CommError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -9,16 +10,16 @@ from torch import Tensor
 
 from commlib import checks, ops, split
 from commlib.arrays import Array, exporter_for
-from commlib.bootstrap import connect, resolve_device
+from commlib.bootstrap import connect, reconnect, resolve_device
 from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
-from commlib.dispatched import Dispatched, Handle
-from commlib.errors import CommError, HandleError
+from commlib.dispatched import Dispatched, Handle, check_handle
+from commlib.errors import CommError
 from commlib.event import Event
 from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
-from commlib.settings import Settings, checked_timeout, startup_patience, startup_seconds
+from commlib.settings import ANY_TOKENS, Settings, checked_timeout, startup_patience, startup_seconds
 from commlib.topology import RoutingMode
 
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
@@ -43,7 +44,9 @@ class ExpertParallel:
             E need not be a multiple of R.
         hidden: elements of a row.
         topk: experts for each token, at most 32.
-        max_tokens: the most tokens that one rank sends in one call.
+        max_tokens: the most tokens that one rank sends in one call. None: not known. Slots then hold 4096
+            rows at first (or ``capacity``), and where a dispatch needs more, all ranks take a heap of twice
+            the size, or four times, and so on, before its rows are sent. Nothing is ever dropped.
         dtype: of rows: bfloat16, float16, float32 or float64; a torch.dtype, or its name or NumPy's.
         device: "cpu", "cuda" or "cuda:i". None: the in-process ranks' device, else the current CUDA device if
             there is one, else "cpu".
@@ -83,7 +86,7 @@ class ExpertParallel:
         num_experts: int,
         hidden: int,
         topk: int,
-        max_tokens: int,
+        max_tokens: int | None,
         dtype: Any = torch.bfloat16,
         device: Any = None,
         num_sms: int | None = None,
@@ -104,22 +107,22 @@ class ExpertParallel:
             self.device = where = resolve_device(device, self.group)
             slots = _DEFAULT_SLOTS[where.type == "cuda"] if slots is None else slots
             timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
+            tokens = ANY_TOKENS if max_tokens is None else max_tokens
             asked = Settings(
-                *(num_experts, hidden, topk, max_tokens, dtype, where, num_sms, capacity, slots, timeout),
+                *(num_experts, hidden, topk, tokens, dtype, where, num_sms, capacity, slots, timeout),
                 partition=partition,
                 link_gbps=link_gbps,
                 routing=routing,
                 ranks_per_node=ranks_per_node,
+                grows=max_tokens is None,
             )
-            self.settings = asked.checked(self.size)
-            self._backend, self.topology = connect(talk, self.settings)
-        self._core = self._backend.core
-        self._timeout = self.settings.timeout
-        self._comm = Communicator(self.rank, self.size, self.settings, self._backend)
+            settings = asked.checked(self.size)
+            backend, self.topology = connect(talk, settings)
+        anew = partial(reconnect, self.group)
+        self._comm = Communicator(self.rank, self.size, settings, backend, anew)
         self._name = self._comm.name()
         self._sizes = (self._comm.width, self._comm.experts)
-        self.first_expert = self._comm.first_expert
-        self.num_local_experts = self._comm.experts
+        self.first_expert, self.num_local_experts = self._comm.first_expert, self._comm.experts
         if isinstance(self.group, ThreadGroup):
             self.group.communicators.add(self._comm)
 
@@ -185,7 +188,7 @@ class ExpertParallel:
         export = exporter_for(x)
         rows, weights = self._tensor("x", x), self._weights("topk_weights", topk_weights)
         if handle is not None:
-            self._check_handle(handle, layout, topk_idx)
+            check_handle(self, handle, layout, topk_idx)
             layout, align = handle.layout, handle.align
         layout = layout or "rank"
         checks.check_layout(layout, zero_copy, overflow)
@@ -198,19 +201,10 @@ class ExpertParallel:
             align = checks.as_int("align", align)
             checks.check_align(self._comm, align)
             idx = checks.copied_topk_idx(self.device, topk_idx)
-            rest = (
-                self._name,
-                *self._sizes,
-                grouped,
-                align,
-                overflow == "drop",
-                zero_copy,
-                async_op,
-                in_waves,
-            )
+            rest = (self._name, *self._sizes, grouped, align, overflow == "drop")
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
-                return ops.dispatch(x, idx, w, *rest)
+                return ops.dispatch(x, idx, w, *rest, zero_copy, async_op, in_waves)
 
             def routing_of(outputs: tuple) -> ops.Routing:
                 routes, local, source, groups = outputs[3:]
@@ -324,7 +318,7 @@ class ExpertParallel:
         """
         self._before(async_op, previous_event)
         export = exporter_for(y)
-        self._check_handle(handle)
+        check_handle(self, handle)
         rows, row_weights = self._tensor("y", y), self._weights("weights", weights)
         bias_rows = None if bias is None else self._tensor("bias", bias)
         inputs = (rows, row_weights, bias_rows)
@@ -357,12 +351,12 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
             ValueError: the handle's layout is "expert".
         """
-        self._check_handle(handle)
+        check_handle(self, handle)
         if handle.layout != "rank":
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
-        self._backend.begin()
-        buffer = self._comm.view(self._core.lend_slot(), handle.num_rows)
-        self._backend.end("lend a slot", None, (buffer,), False)
+        self._comm.backend.begin()
+        buffer = self._comm.view(self._comm.core.lend_slot(), handle.num_rows)
+        self._comm.backend.end("lend a slot", None, (buffer,), False)
         return buffer
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
@@ -372,9 +366,14 @@ class ExpertParallel:
         event was waited for. ``Tensor.record_stream`` does nothing for memory of the symmetric heap. Does
         nothing on the CPU.
         """
-        self._backend.record_stream(tensor, stream)
+        self._comm.backend.record_stream(tensor, stream)
 
     # -- the rest ------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """What it was made with; where ``max_tokens`` was not known, what there is room for now."""
+        return self._comm.settings
 
     @property
     def timeout(self) -> float:
@@ -383,12 +382,11 @@ class ExpertParallel:
         Raises:
             ValueError, TypeError: what is set is not a positive number of at most ten years.
         """
-        return self._timeout
+        return self.settings.timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._timeout = checked_timeout(seconds)
-        self._core.set_timeout(self._timeout)
+        self._comm.set_timeout(checked_timeout(seconds))
 
     def synchronize(self) -> None:
         """Block until all operations of this communicator are done.
@@ -398,7 +396,7 @@ class ExpertParallel:
         Raises:
             PeerTimeout, CallMismatch: an operation failed.
         """
-        self._core.synchronize()
+        self._comm.core.synchronize()
 
     def stats(self) -> dict[str, int]:
         """Counts since construction, of this rank.
@@ -407,8 +405,8 @@ class ExpertParallel:
         (without what UCX, TCP and the wire add); messages refused because they did not prove which rank sent
         them.
         """
-        messages, sent = self._core.network_sent
-        network = {"messages": messages, "bytes": sent, "refused": self._core.network_refused}
+        messages, sent = self._comm.core.network_sent
+        network = {"messages": messages, "bytes": sent, "refused": self._comm.core.network_refused}
         return self._comm.stats | {f"network_{name}": count for name, count in network.items()}
 
     def memory_report(self) -> MemoryReport:
@@ -466,24 +464,7 @@ class ExpertParallel:
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """For the user, who may change it; compiled operations are not asynchronous."""
-        return tensor.clone() if torch.compiler.is_compiling() else self._backend.copied(tensor)
-
-    def _check_handle(self, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
-        if not isinstance(handle, Handle):
-            raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
-        if handle._ep is not self:
-            raise HandleError("this handle is of a dispatch on another communicator")
-        routing = handle._tensors()
-        if layout is not None and layout != handle.layout:
-            raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
-        if topk_idx is not None and not torch.compiler.is_compiling():
-            given = self._tensor("topk_idx", topk_idx)
-            differs = given.shape != routing.topk_idx.shape
-            # On a GPU the host would have to wait for the values.
-            if not differs and not given.is_cuda:
-                differs = not bool((given == routing.topk_idx).all())
-            if differs:
-                raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
+        return tensor.clone() if torch.compiler.is_compiling() else self._comm.backend.copied(tensor)
 
     def _before(self, async_op: bool, previous_event: Event | None) -> None:
         checks.check_flags(async_op=async_op)

@@ -44,12 +44,12 @@ class MemoryReport:
 
 def report_memory(ep: ExpertParallel) -> MemoryReport:
     """The report for one rank's communicator."""
-    core = ep._core
+    core = ep._comm.core
     return MemoryReport(
         core.heap_bytes,
         core.slot_bytes,
         core.touched_bytes,
-        ep._backend.idle_bytes,
+        ep._comm.backend.idle_bytes,
         core.network_memory,
         ep.settings.slots,
         core.slots_in_use,

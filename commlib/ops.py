@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from commlib import _core, checks, compiling
-from commlib.communicator import communicator_of, refuse_forward_mode
+from commlib.communicator import Communicator, communicator_of, refuse_forward_mode
+from commlib.errors import CapacityExceeded
 
 
 class Routing(NamedTuple):
@@ -107,10 +108,9 @@ def _dispatch(
 ) -> tuple[Tensor, ...]:
     c = communicator_of(comm)
     checks.check_dispatch(c, x, topk_idx, topk_weights, align, (width, experts))
-    core, backend = c.core, c.backend
     tokens, topk = topk_idx.shape
-    routes = backend.empty(tokens, width)
-    groups = backend.empty(2 * experts + 1 if grouped else experts)
+    routes = c.backend.empty(tokens, width)
+    groups = c.backend.empty(2 * experts + 1 if grouped else experts)
     view = _core.RoutingView(
         topk_idx.data_ptr(),
         routes.data_ptr(),
@@ -120,8 +120,8 @@ def _dispatch(
         *_addresses_of_groups(groups, grouped),
         align,
     )
-    backend.begin_plan()
-    pending = core.begin_dispatch(view, topk_weights is not None, drop, in_waves)
+    pending = _begin_dispatch(c, view, topk_weights is not None, drop, in_waves)
+    backend = c.backend
     try:
         size = pending.results
         local = backend.empty(pending.rows, topk)
@@ -138,7 +138,7 @@ def _dispatch(
         routing = Routing(topk_idx, routes, local, source, groups, comm)
         keep = (x, topk_weights, rows, weights, *routing[:-1])
         backend.begin()
-        ticket = core.finish_dispatch(
+        ticket = c.core.finish_dispatch(
             pending,
             _rows(x, topk_weights),
             known_routing(routing, grouped),
@@ -155,6 +155,21 @@ def _dispatch(
     if in_waves and c.event is not None:
         c.event.waves = pending
     return rows, weights, counts, routes, local, source, groups
+
+
+def _begin_dispatch(
+    c: Communicator, view: _core.RoutingView, weighted: bool, drop: bool, in_waves: bool
+) -> _core.PendingDispatch:
+    """Tell the other ranks what goes where; make room for what comes, where the communicator grows."""
+    try:
+        c.backend.begin_plan()
+        return c.core.begin_dispatch(view, weighted, drop and not c.settings.grows, in_waves)
+    except CapacityExceeded as error:  # which all ranks have, with the same number, and nothing was sent
+        if not c.settings.grows:
+            raise
+        c.make_room(error.rows)
+    c.backend.begin_plan()
+    return c.core.begin_dispatch(view, weighted, False, in_waves)
 
 
 def _redispatch(

@@ -24,6 +24,8 @@ _MAX_SMS = 1024
 _MAX_SECONDS = 3e8  # so that moments in nanoseconds fit 64 bits
 START_SECONDS = 300.0  # that ranks wait for each other at start-up where nothing is said
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
+_FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
+ANY_TOKENS = 2**16  # that a rank may send then, although most go nowhere
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Settings:
     link_gbps: float | None = None
     routing: RoutingMode = "auto"
     ranks_per_node: int | None = None
+    grows: bool = False  # max_tokens was not known: it and capacity are those of now
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -63,7 +66,7 @@ class Settings:
         self._check_place(num_sms)
         if not isinstance(self.routing, str) or self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {_shown(self.routing)}")
-        return replace(
+        checked = replace(
             self,
             num_experts=experts,
             hidden=_int("hidden", self.hidden, 1, 2**24),
@@ -77,6 +80,22 @@ class Settings:
             link_gbps=None if self.link_gbps is None else _positive("link_gbps", self.link_gbps, "GB/s"),
             ranks_per_node=node_size(self.ranks_per_node),
         )
+        return checked.with_room(size) if self.grows else checked
+
+    def with_room(self, size: int, rows: int = 1, tokens: int = 1) -> Settings:
+        """The same for a communicator whose slots hold so many rows, and more, and ranks send so many tokens.
+
+        Every rank comes to the same, from the same numbers.
+
+        Raises:
+            ValueError: a slot cannot hold so many.
+        """
+        capacity = self.capacity or _FIRST_ROWS
+        while capacity < rows:
+            capacity *= 2
+        # Tokens that go somewhere are at most as many as all ranks can receive.
+        tokens = min(max(tokens, size * capacity, self.max_tokens), _MAX_ROWS // size)
+        return replace(self, max_tokens=tokens, capacity=_int("capacity", capacity, 1, _MAX_ROWS))
 
     def _check_place(self, num_sms: int | None) -> None:
         if self.device.type not in ("cpu", "cuda"):

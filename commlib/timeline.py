@@ -57,12 +57,13 @@ class Timeline:
 
     def __init__(self, ep: ExpertParallel) -> None:
         self._ep = ep
-        self._backend = ep._backend
+        self._backend = ep._comm.backend
+        self._trace: list[tuple[str, Span]] = []
         self._notes: list[tuple[str, str, Span]] = []
         self.intervals: list[Interval] = []
 
     def __enter__(self) -> Timeline:
-        self._backend.trace = []
+        self._backend.trace = self._trace = []
         self._zero = 0.0
         if isinstance(self._backend, CudaBackend):
             self._backend.zero.record(torch.cuda.current_stream(self._backend.device))
@@ -71,11 +72,11 @@ class Timeline:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        trace, self._backend.trace = self._backend.trace or [], None
+        self._ep._comm.backend.trace = None  # of a larger heap, perhaps
         if error[0] is not None:
             return
         self._ep.synchronize()
-        notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in trace)]
+        notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in self._trace)]
         for lane, name, span in notes:
             begin, end = span()
             self.intervals.append(Interval(lane, name, begin - self._zero, end - self._zero))

@@ -89,13 +89,16 @@ bool interrupted(bool signalled) {
   return Interrupt::ask();
 }
 
-void set_error(const char* type, const char* text, const Failure* failure = nullptr) {
+template <class... Arguments>
+void set_error(const char* type, const Arguments&... arguments) {
   const python::WayBack::InPython here;
   const py::object cls = py::module_::import("commlib.errors").attr(type);
-  const py::object error = failure ? cls(text, failure->rank, failure->peers(), name_of(failure->record.op),
-                                         name_of(failure->record.phase), failure->record.epoch)
-                                   : cls(text);
-  PyErr_SetObject(cls.ptr(), error.ptr());
+  PyErr_SetObject(cls.ptr(), cls(arguments...).ptr());
+}
+
+void set_timeout_error(const char* text, const Failure& failure) {
+  set_error("PeerTimeout", text, failure.rank, failure.peers(), name_of(failure.record.op),
+            name_of(failure.record.phase), failure.record.epoch);
 }
 
 const char* error_type(Cause cause) {
@@ -115,12 +118,12 @@ void translate(std::exception_ptr p) {
     if (p) std::rethrow_exception(p);
   } catch (const CommFailure& e) {
     if (e.failure.record.cause == Cause::interrupted && Interrupt::restore()) return;
-    const bool peer = std::string(error_type(e.failure.record.cause)) == "PeerTimeout";
-    set_error(error_type(e.failure.record.cause), e.what(), peer ? &e.failure : nullptr);
+    const std::string type = error_type(e.failure.record.cause);
+    type == "PeerTimeout" ? set_timeout_error(e.what(), e.failure) : set_error(type.c_str(), e.what());
   } catch (const Interrupted&) {
     if (!Interrupt::restore()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CapacityError& e) {
-    set_error("CapacityExceeded", e.what());
+    set_error("CapacityExceeded", e.what(), e.rank, e.rows);
   } catch (const SlotError& e) {
     set_error("HandleError", e.what());
   }
@@ -310,6 +313,7 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)
       .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
+      .def("has_exited", &Communicator::has_exited)
       .def_property_readonly("network_memory",
                              [](const Communicator& c) { return c.network() ? c.network()->bytes() : 0; })
       .def_property_readonly("network_sent",

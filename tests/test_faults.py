@@ -87,7 +87,8 @@ def test_all_missing_ranks_are_named(device):
     error = failures(rank_main, 4, device)[0]
     assert isinstance(error, commlib.PeerTimeout)
     assert error.peers == [1, 2, 3]
-    assert "phase counts" in str(error) and "has not made a call yet" in str(error)
+    assert error.phase in ("counts", "call")  # one warp of a GPU waits for those, another for these
+    assert "has not made a call yet" in str(error)
 
 
 def test_a_different_order_of_calls_is_an_error_that_says_who_called_what(device):

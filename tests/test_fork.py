@@ -31,7 +31,7 @@ ENDS = {
     "close": lambda ep: ep.close(),
     "with": lambda ep: ep.__exit__(None, None, None),
     "destroy": lambda ep: vars(ep).clear(),
-    "give up": lambda ep: ep._core.give_up("not for a child to say"),
+    "give up": lambda ep: ep._comm.core.give_up("not for a child to say"),
 }
 
 
@@ -110,7 +110,7 @@ def test_results_in_the_heap_may_go_in_a_child(in_processes):
                 return torch.equal(rows, torch.ones_like(rows))
 
             said = in_child(drop)
-            used = ep._core.slots_in_use
+            used = ep._comm.core.slots_in_use
             return said, used, torch.equal(ep.combine(d.x, d.handle), 2 * X)
 
     assert in_processes(main, 2) == [(True, 1, True)] * 2

@@ -86,7 +86,7 @@ def behind_another_thread(ep, d):
     try:
         ep.combine(d.x, d.handle)
     finally:
-        ep._core.give_up("the test is over")
+        ep._comm.core.give_up("the test is over")
         other.join()
 
 

@@ -1,7 +1,7 @@
 """Mixture-of-experts modules over :class:`commlib.ExpertParallel`, and what training needs around them."""
 
 from .checkpoint import full_state_dict
-from .experts import Experts, expert_parameters, shared_parameters
+from .experts import Experts, ShardedExperts, expert_parameters, shared_parameters
 from .gradients import clip_grad_norm_, sync_gradients
 from .grouped import grouped_mm
 from .moe import MoEAux, MoELayer
@@ -13,6 +13,7 @@ __all__ = [
     "MoEAux",
     "MoELayer",
     "Routing",
+    "ShardedExperts",
     "TopKRouter",
     "clip_grad_norm_",
     "expert_parameters",

@@ -90,7 +90,7 @@ def describe(name: str, t: Tensor, shard: Shard | None = None) -> str:
     """A line for a tensor, the same on all ranks of a shard, each of which has rows for other experts."""
     sizes = list(map(str, t.shape))
     if shard is not None and sizes:
-        sizes[0] = f"{shard.total} on {shard.ep.size} ranks"
+        sizes[0] = f"{shard.total} on {shard.ranks.size} ranks"
     return f"{name} [{', '.join(sizes)}] {str(t.dtype).removeprefix('torch.')}"
 
 

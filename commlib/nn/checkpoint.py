@@ -24,7 +24,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     default group call it.
 
     Args:
-        module: with :class:`Experts` somewhere in it; under DDP, after FSDP2, or plain.
+        module: with :class:`ShardedExperts` somewhere in it; under DDP, after FSDP2, or plain.
 
     Returns:
         Names as in ``module.state_dict()``; empty on all ranks but the first.

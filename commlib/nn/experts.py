@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from commlib import ExpertParallel
 
 
-class Experts(nn.Module):
-    """Feed-forward networks ``(silu(x @ w1) * (x @ w3)) @ w2`` (SwiGLU), stacked.
+class ShardedExperts(nn.Module):
+    """The experts of one rank, whatever they compute: each of its own parameters has a row for each expert.
 
-    ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
-
-    Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
-    PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
-    and everything drawn later are the same however many ranks share them.
+    What trains or saves the model (DDP, :func:`commlib.nn.fully_shard_experts`, clipping, checkpoints) knows
+    by this class that other ranks hold other experts. :class:`Experts` is the one that comes with commlib.
 
     Where other ranks hold other experts, the state dict says each parameter as what it is, a part of
     ``[num_experts, ...]``: a DTensor, ``Shard(0)`` over the ranks (docs/training.md). It needs
@@ -34,39 +31,11 @@ class Experts(nn.Module):
 
     Attributes:
         shard: where these experts are among all; None: no other rank holds any.
-        reads_local: of a subclass: whether it reads each parameter by :meth:`local`.
-
-    Args:
-        hidden, ffn_hidden: sizes.
-        first, count: which experts these are.
-        ep: the communicator whose other ranks hold the other experts; None: there are none.
-        dtype, device: of the parameters.
+        reads_local: of a subclass: whether its forward reads each parameter by :meth:`local`.
     """
 
     reads_local: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        hidden: int,
-        ffn_hidden: int,
-        first: int,
-        count: int,
-        *,
-        ep: ExpertParallel | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.first = first
-        self.shard = None if ep is None or ep.size == 1 else Shard(ep, first, count)
-
-        def stack(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
-
-        self.w1 = stack(hidden, ffn_hidden)
-        self.w3 = stack(hidden, ffn_hidden)
-        self.w2 = stack(ffn_hidden, hidden)
-        self.reset_parameters()
+    shard: Shard | None = None
 
     @property
     def gradient_divisor(self) -> int:
@@ -76,34 +45,6 @@ class Experts(nn.Module):
         it the number of ranks; then they are those of the ranks' mean loss, as all other parameters'.
         """
         return 1 if self.shard is None else self.shard.gradient_divisor
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`."""
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        generator = torch.Generator(device="cpu")
-        for i in range(self.w1.shape[0]):
-            generator.manual_seed(seed + self.first + i)
-            for w in (self.w1, self.w3, self.w2):
-                # Drawn on the CPU in float32, so that device and dtype do not change the values.
-                drawn = torch.empty(w.shape[1:], dtype=torch.float32, device="cpu")
-                bound = w.shape[1] ** -0.5
-                w[i].copy_(drawn.uniform_(-bound, bound, generator=generator))
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Apply each expert to its rows.
-
-        Args:
-            x: ``[M, hidden]``, rows of expert i at ``offsets[i]:offsets[i + 1]``.
-            offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
-
-        Returns:
-            ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
-        """
-        self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
-        w1, w3, w2 = (self.local(w) for w in (self.w1, self.w3, self.w2))
-        gate = F.silu(grouped_mm(x, w1, offsets))
-        return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
 
     def local(self, w: Any) -> Tensor:
         """A parameter of these experts, as their forward is to read it.
@@ -117,10 +58,6 @@ class Experts(nn.Module):
             return w
         local = w.to_local() if shard.as_dtensors else w
         return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
-
-    def extra_repr(self) -> str:
-        count, hidden, ffn_hidden = self.w1.shape
-        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -146,7 +83,7 @@ class Experts(nn.Module):
         super().__setstate__(state)
         self._adopt_all()
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ShardedExperts:
         super()._apply(fn, recurse)
         self._adopt_all()
         return self
@@ -212,8 +149,80 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
 
-def all_experts(module: nn.Module) -> list[Experts]:
-    """All :class:`Experts` in ``module``.
+class Experts(ShardedExperts):
+    """Feed-forward networks ``(silu(x @ w1) * (x @ w3)) @ w2`` (SwiGLU), stacked.
+
+    ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
+
+    Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
+    PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
+    and everything drawn later are the same however many ranks share them.
+
+    Args:
+        hidden, ffn_hidden: sizes.
+        first, count: which experts these are.
+        ep: the communicator whose other ranks hold the other experts; None: there are none.
+        dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        ffn_hidden: int,
+        first: int,
+        count: int,
+        *,
+        ep: ExpertParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.shard = None if ep is None or ep.size == 1 else Shard(ep, first, count, ep.settings.num_experts)
+
+        def stack(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
+
+        self.w1 = stack(hidden, ffn_hidden)
+        self.w3 = stack(hidden, ffn_hidden)
+        self.w2 = stack(ffn_hidden, hidden)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        generator = torch.Generator(device="cpu")
+        for i in range(self.w1.shape[0]):
+            generator.manual_seed(seed + self.first + i)
+            for w in (self.w1, self.w3, self.w2):
+                # Drawn on the CPU in float32, so that device and dtype do not change the values.
+                drawn = torch.empty(w.shape[1:], dtype=torch.float32, device="cpu")
+                bound = w.shape[1] ** -0.5
+                w[i].copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            x: ``[M, hidden]``, rows of expert i at ``offsets[i]:offsets[i + 1]``.
+            offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
+
+        Returns:
+            ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
+        """
+        self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
+        w1, w3, w2 = (self.local(w) for w in (self.w1, self.w3, self.w2))
+        gate = F.silu(grouped_mm(x, w1, offsets))
+        return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
+
+    def extra_repr(self) -> str:
+        count, hidden, ffn_hidden = self.w1.shape
+        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
+
+
+def all_experts(module: nn.Module) -> list[ShardedExperts]:
+    """All :class:`ShardedExperts` in ``module``.
 
     Raises:
         ValueError: it has none.
@@ -223,7 +232,7 @@ def all_experts(module: nn.Module) -> list[Experts]:
         raise TypeError(
             f"give the model itself, not its parameters or anything else: got {type(module).__name__}"
         )
-    found = [part for part in module.modules() if isinstance(part, Experts)]
+    found = [part for part in module.modules() if isinstance(part, ShardedExperts)]
     if not found:
         raise ValueError(
             f"{type(module).__name__} holds no commlib.nn.Experts (as a MoELayer does): torch's own function "
@@ -233,13 +242,13 @@ def all_experts(module: nn.Module) -> list[Experts]:
 
 
 def expert_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of all :class:`Experts` in ``module``: different on every rank.
+    """Parameters of all :class:`ShardedExperts` in ``module``: different on every rank.
 
     Their gradients already hold the tokens of all ranks: never all-reduce them. Where the loss to
     minimise is the mean of the R ranks' losses, divide them by R, or let :func:`sync_gradients` do so.
     """
     for part in module.modules():
-        if isinstance(part, Experts):
+        if isinstance(part, ShardedExperts):
             yield from part.parameters()
 
 

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from commlib.group import Group, gather_in, gather_numbers, let_go
 
 from .agreement import Agreement, describe, number_of
-from .shards import Shard, is_dtensor
+from .shards import Ranks, Shard, is_dtensor
 
 if TYPE_CHECKING:
-    from commlib import ExpertParallel
-
-    from .experts import Experts
+    from .experts import ShardedExperts
 
 
 class _DividedGradient(torch.autograd.Function):
@@ -85,7 +83,7 @@ class ShardedGradient(Tensor):
         places: dict[Any, list[int]] = defaultdict(list)
         for i, tensor in enumerate(tensors):
             if isinstance(tensor, cls):
-                places[tensor.shard.ep].append(i)
+                places[tensor.shard.ranks].append(i)
         for mine in places.values():
             local = torch.stack([norms[i] for i in mine])
             everywhere = norm_over_ranks(local, ord, tensors[mine[0]].shard)
@@ -95,8 +93,8 @@ class ShardedGradient(Tensor):
 
     @classmethod
     def _any_infinity(cls, tensors: Any, found: Tensor, *_: Any, **__: Any) -> None:
-        for shard in {t.shard.ep: t.shard for t in tensors if isinstance(t, cls)}.values():
-            found.copy_(gather_numbers(shard.ep.group, found.reshape(1)).amax().reshape(found.shape))
+        for shard in {t.shard.ranks: t.shard for t in tensors if isinstance(t, cls)}.values():
+            found.copy_(gather_numbers(shard.ranks.group, found.reshape(1)).amax().reshape(found.shape))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
@@ -138,7 +136,7 @@ class _Marker:
 
 def norm_over_ranks(norms: Tensor, order: float, shard: Shard) -> Tensor:
     """Norms over all ranks, from those of each rank: the same bits on every rank."""
-    gathered = gather_numbers(shard.ep.group, norms.reshape(-1))
+    gathered = gather_numbers(shard.ranks.group, norms.reshape(-1))
     return torch.linalg.vector_norm(gathered, order, dim=0).reshape(norms.shape)
 
 
@@ -152,7 +150,7 @@ def clip_grad_norm_(
     a DTensor; this takes those of FSDP2 as well, and gathers once for each communicator. All ranks call it.
 
     Args:
-        module: with :class:`Experts` somewhere in it.
+        module: with :class:`ShardedExperts` somewhere in it.
         max_norm, norm_type, error_if_nonfinite: as torch's.
 
     Returns:
@@ -214,7 +212,7 @@ def _parts_of(module: nn.Module) -> list[_Part]:
     for experts in all_experts(module):
         shard = experts.shard
         if shard is not None and not shard.as_dtensors:
-            groups |= {id(p): (*_process_groups(p), shard.ep.group) for p in experts.parameters()}
+            groups |= {id(p): (*_process_groups(p), shard.ranks.group) for p in experts.parameters()}
     alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for p in dict.fromkeys(module.parameters()):
         alike[groups.get(id(p), _process_groups(p)), p.device].append(p)
@@ -271,7 +269,7 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
     it once for each step, on all ranks of ``dp_group``, after the last backward.
 
     Args:
-        module: with :class:`Experts` somewhere in it.
+        module: with :class:`ShardedExperts` somewhere in it.
         dp_group: the ranks that train the model together; None: torch.distributed's default group. The
             ranks of a communicator are all in it.
 
@@ -307,7 +305,7 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
         parameters = [p for p in part.parameters() if id(p) not in done]  # modules may share some
         done |= {id(p) for p in parameters}
         shard = part.shard
-        divisor = 1 if shard is None else shard.ep.size // shard.gradient_divisor
+        divisor = 1 if shard is None else shard.ranks.size // shard.gradient_divisor
         for p in parameters:
             if p.grad is not None and divisor > 1:
                 p.grad.div_(divisor)
@@ -365,29 +363,30 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
 
 # By communicator and the group's name: the ranks that hold the same experts. Weak as in TorchGroup.
 _Groups: TypeAlias = "weakref.WeakValueDictionary[str, dist.ProcessGroup]"
-_groups: weakref.WeakKeyDictionary[ExpertParallel, _Groups] = weakref.WeakKeyDictionary()
+_groups: weakref.WeakKeyDictionary[Ranks, _Groups] = weakref.WeakKeyDictionary()
 
 
-def _replicas(experts: Experts, dp_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _replicas(experts: ShardedExperts, dp_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks of the group that hold the same experts, as a group; None: all of them do."""
     shard = experts.shard
     if shard is None:
         return dp_group
-    known = _groups.setdefault(shard.ep, weakref.WeakValueDictionary())
+    known = _groups.setdefault(shard.ranks, weakref.WeakValueDictionary())
     whole = dist.group.WORLD if dp_group is None else dp_group
     assert whole is not None
     replicas = known.get(whole.group_name)
     if replicas is None:
         places: list[Any] = [None] * dist.get_world_size(dp_group)
-        ep = shard.ep
-        dist.all_gather_object(places, (dist.get_rank(), ep.rank, ep.size), group=dp_group)
-        held = [sum(rank == place for _, place, _ in places) for rank in range(ep.size)]
-        if any(size != ep.size for _, _, size in places) or len(set(held)) != 1 or 0 in held:
+        ranks = shard.ranks
+        dist.all_gather_object(places, (dist.get_rank(), ranks.rank, ranks.size), group=dp_group)
+        held = [sum(rank == place for _, place, _ in places) for rank in range(ranks.size)]
+        if any(size != ranks.size for _, _, size in places) or len(set(held)) != 1 or 0 in held:
             raise ValueError(
-                f"dp_group has {len(places)} ranks, which hold the parts 0 to {ep.size - 1} of the experts "
-                f"{held} times: it must hold each as often, so that all ranks of a communicator are in it"
+                f"dp_group has {len(places)} ranks, which hold the parts 0 to {ranks.size - 1} of the "
+                f"experts {held} times: it must hold each as often, so that all ranks of a communicator are "
+                "in it"
             )
-        mine = [rank for rank, place, _ in places if place == ep.rank]
+        mine = [rank for rank, place, _ in places if place == ranks.rank]
         replicas = dist.new_group(mine, use_local_synchronization=True)
         known[whole.group_name] = replicas
     return replicas

@@ -172,8 +172,8 @@ class MoELayer(nn.Module):
         if any(p.requires_grad for p in self.experts.parameters()):
             raise ValueError(
                 f"fully_shard has experts {shard} among its ignored_params: then their gradients are sums "
-                f"over the losses of {shard.ep.size} ranks, where all others are means, and ranks that hold "
-                "the same experts do not average them. Leave ignored_params out, and call "
+                f"over the losses of {shard.ranks.size} ranks, where all others are means, and ranks that "
+                "hold the same experts do not average them. Leave ignored_params out, and call "
                 "commlib.nn.fully_shard_experts(model, mesh) before fully_shard"
             )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from commlib.group import let_go, process_group_of
+from commlib.group import Group, let_go, process_group_of
 from commlib.topology import experts_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from commlib import ExpertParallel
 
 
 def is_dtensor(value: Any) -> bool:
@@ -34,26 +32,34 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+class Ranks(Protocol):
+    """What :class:`commlib.ExpertParallel` says of its ranks."""
+
+    group: Group
+    rank: int
+    size: int
+    device: torch.device
+
+
 class Shard:
     """Where the experts of one rank are among those of all ranks.
 
     Attributes:
-        ep: the communicator.
+        ranks: those that hold all experts.
         first, count: the experts of this rank.
         total: of all ranks.
         fsdp_prepared: whether FSDP2 may spread the parameters over ranks that hold the same experts.
-        as_dtensors: whether the parameters are DTensors over the ranks of ``ep`` themselves.
+        as_dtensors: whether the parameters are DTensors over these ranks themselves.
         gradient_divisor: what the gradients of the parameters are divided by; see Experts.
     """
 
-    def __init__(self, ep: ExpertParallel, first: int, count: int) -> None:
-        self.ep, self.first, self.count = ep, first, count
-        self.total: int = ep.settings.num_experts
+    def __init__(self, ranks: Ranks, first: int, count: int, total: int) -> None:
+        self.ranks, self.first, self.count, self.total = ranks, first, count, total
         self.fsdp_prepared = self.as_dtensors = False
         self.gradient_divisor = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
-        copied = Shard(self.ep, self.first, self.count)
+        copied = Shard(self.ranks, self.first, self.count, self.total)
         copied.__dict__.update(self.__dict__)
         return copied
 
@@ -66,20 +72,20 @@ class Shard:
     @property
     def even(self) -> bool:
         """Whether all ranks hold as many, which are then the rows that DTensor gives them."""
-        return self.total % self.ep.size == 0
+        return self.total % self.ranks.size == 0
 
     def mesh(self) -> DeviceMesh | None:
-        """The ranks of ``ep`` as a DeviceMesh; None where torch.distributed does not know them."""
+        """The ranks as a DeviceMesh; None where torch.distributed does not know them."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        group = process_group_of(self.ep.group)
+        group = process_group_of(self.ranks.group)
         if group is None:
             return None
-        given = getattr(self.ep.group, "mesh", None)
+        given = getattr(self.ranks.group, "mesh", None)
         if given is not None:
             return given
         # Made each time: it keeps the process group, which we must not do (see TorchGroup).
-        return DeviceMesh.from_group(group, self.ep.device.type)
+        return DeviceMesh.from_group(group, self.ranks.device.type)
 
     def to_state_dict(self, t: Tensor) -> Tensor:
         """A tensor that has a row for each expert here, as part of one that has a row for each of all."""
@@ -150,8 +156,8 @@ def gathered(t: Any, first: bool) -> Tensor | None:
         if local.spread:
             rows = _part(rows, shard.count, mesh, ways)
             rows = rows.full_tensor()
-        counts = [len(experts_of(rank, shard.ep.size, shard.total)) for rank in range(shard.ep.size)]
-        return _all_blocks(rows, counts, process_group_of(shard.ep.group), first)
+        counts = [len(experts_of(rank, shard.ranks.size, shard.total)) for rank in range(shard.ranks.size)]
+        return _all_blocks(rows, counts, process_group_of(shard.ranks.group), first)
     if mesh.ndim == 1 and ways[0].is_shard(0) and t.shape[0] % mesh.size() == 0:
         return _all_blocks(local, [t.shape[0] // mesh.size()] * mesh.size(), mesh.get_group(), first)
     return t.full_tensor()

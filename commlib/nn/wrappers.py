@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commlib.group import process_group_of, refuse_in_child
 
 from .agreement import Agreement
-from .experts import Experts, all_experts
+from .experts import Experts, ShardedExperts, all_experts
 from .shards import Shard, owner_of
 
 
@@ -40,7 +40,7 @@ register_module_module_registration_hook(_on_registration)
 def _leave_out(ddp: Any, model: nn.Module) -> None:
     """Make a DistributedDataParallel that is under construction leave experts alone."""
     # Experts may have more than their own: what parametrizations train, buffers such as masks.
-    parts = [m for m in model.modules() if isinstance(m, Experts) and m.shard is not None]
+    parts = [m for m in model.modules() if isinstance(m, ShardedExperts) and m.shard is not None]
     theirs = {id(t) for part in parts for t in chain(part.parameters(), part.buffers())}
     theirs |= {id(p) for p in model.parameters() if owner_of(p) is not None}
     # Modules that share parameters have a shard each; and what is wrapped may be a list of parameters.
@@ -63,7 +63,7 @@ def _leave_out(ddp: Any, model: nn.Module) -> None:
             p._ddp_ignored = True  # type: ignore[attr-defined]
     ddp._module_parameters = [p for p in ddp._module_parameters if id(p) not in theirs]
     for shard in shards:
-        shard.gradient_divisor = shard.ep.size
+        shard.gradient_divisor = shard.ranks.size
 
 
 def _names_ddp_asks_for(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -80,7 +80,7 @@ def _names_ddp_asks_for(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
     """What leaves experts alone must average all else over the ranks that the experts are spread over."""
     ranks = dist.get_process_group_ranks(group)
-    known = process_group_of(shard.ep.group)
+    known = process_group_of(shard.ranks.group)
     theirs = None if known is None else dist.get_process_group_ranks(known)
     if theirs != ranks:
         raise ValueError(
@@ -91,7 +91,7 @@ def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
         )
 
 
-def _check_divides(part: Experts) -> None:
+def _check_divides(part: ShardedExperts) -> None:
     """Raise where nothing would divide the gradients of some parameters: they would stay sums over ranks."""
     if part.reads_local:
         return
@@ -117,7 +117,7 @@ def _is_fsdp1(module: nn.Module) -> bool:
 def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
     left_alone = {id(p) for p in getattr(fsdp, "_ignored_params", ())}
     for part in model.modules():
-        if not isinstance(part, Experts) or part.shard is None:
+        if not isinstance(part, ShardedExperts) or part.shard is None:
             continue
         # What it does not leave alone it has taken away by now.
         mine = [p for p in part._parameters.values() if p is not None]
@@ -130,7 +130,7 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
             )
         _check_same_ranks(part.shard, fsdp.process_group)
         _check_divides(part)
-        part.shard.gradient_divisor = part.shard.ep.size
+        part.shard.gradient_divisor = part.shard.ranks.size
 
 
 def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any) -> nn.Module:
@@ -154,7 +154,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
     DTensors over ``mesh``, and ``torch.distributed.checkpoint`` still saves and loads all experts.
 
     Args:
-        module: with :class:`Experts` somewhere in it.
+        module: with :class:`ShardedExperts` somewhere in it.
         mesh: of ranks that hold the same experts; one dimension, or two for hybrid sharding.
         options: of ``torch.distributed.fsdp.fully_shard``.
 
@@ -190,7 +190,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
             shard.fsdp_prepared = True
             if _can_be_dtensors(part, shard):
                 _make_dtensors(part, shard, made)
-            shard.gradient_divisor = shard.ep.size
+            shard.gradient_divisor = shard.ranks.size
         fully_shard(part, mesh=mesh, **options)
     return module
 
@@ -201,13 +201,13 @@ _MESH_ADVICE = (
 )
 
 
-def _can_be_dtensors(part: Experts, shard: Shard) -> bool:
+def _can_be_dtensors(part: ShardedExperts, shard: Shard) -> bool:
     own = {id(p) for p in part._parameters.values()}  # and not those of a parametrization
     plain = all(id(p) in own for p in part.parameters())
-    return plain and shard.even and getattr(shard.ep.group, "mesh", None) is not None
+    return plain and shard.even and getattr(shard.ranks.group, "mesh", None) is not None
 
 
-def _check_placement(part: Experts, shard: Shard, place: Callable[[nn.Parameter], Any] | None) -> None:
+def _check_placement(part: ShardedExperts, shard: Shard, place: Callable[[nn.Parameter], Any] | None) -> None:
     """Raise where a state dict could not say which part of an expert is here, but only which experts are."""
     if place is None or _can_be_dtensors(part, shard):
         return
@@ -221,7 +221,7 @@ def _check_placement(part: Experts, shard: Shard, place: Callable[[nn.Parameter]
             )
 
 
-def _make_dtensors(part: Experts, shard: Shard, made: dict[int, tuple[Any, nn.Parameter]]) -> None:
+def _make_dtensors(part: ShardedExperts, shard: Shard, made: dict[int, tuple[Any, nn.Parameter]]) -> None:
     """Say the parameters as DTensors over the communicator's ranks.
 
     Args:

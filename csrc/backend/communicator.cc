@@ -172,8 +172,9 @@ void Communicator::check_out(const std::byte* out) const {
 
 void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
   throw CapacityError("rank " + std::to_string(rank) + " would receive " + std::to_string(rows) +
-                      " rows, and capacity is " + std::to_string(config_.capacity) +
-                      "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"");
+                          " rows, and capacity is " + std::to_string(config_.capacity) +
+                          "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"",
+                      rank, rows);
 }
 
 void Communicator::drain_or_give_up(const std::string& why) {

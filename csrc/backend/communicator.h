@@ -198,6 +198,9 @@ class Communicator {
   int slots_in_use();
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() = 0;
+
+  // Whether the process of a rank of this node is gone; false once this communicator is closed.
+  virtual bool has_exited(int rank) = 0;
   // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
   virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.

@@ -31,7 +31,9 @@ class CommFailure : public std::runtime_error {
 // More rows than capacity, on the rank named. Every rank raises it, and may go on.
 class CapacityError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  CapacityError(const std::string& text, int64_t rank, int64_t rows)
+      : std::runtime_error(text), rank(rank), rows(rows) {}
+  int64_t rank, rows;
 };
 
 // A slot, handle or buffer used in a way that its state does not allow.

@@ -126,6 +126,11 @@ int64_t CpuCommunicator::touched_bytes() {
   return region_ ? static_cast<int64_t>(region_->touched_bytes()) : 0;
 }
 
+bool CpuCommunicator::has_exited(int rank) {
+  std::lock_guard<std::timed_mutex> issue(issue_mutex_);
+  return processes_ && processes_->has_exited(rank);
+}
+
 // Threads that wait for an operation may still be on their way out of the pool, so the pool itself stays. The
 // heap stays as long as tensors lie in it.
 void CpuCommunicator::has_closed() {

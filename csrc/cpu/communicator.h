@@ -30,6 +30,7 @@ class CpuCommunicator final : public Communicator {
   void synchronize() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override;
+  bool has_exited(int rank) override;
 
   // Memory for so many rows, that goes back to the communicator's pool of buffers with its last owner.
   std::shared_ptr<void> new_rows(int64_t rows);

@@ -41,6 +41,7 @@ class CudaCommunicator final : public Communicator {
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
+  bool has_exited(int rank) override { return processes_ && processes_->has_exited(rank); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
   // What the kernels have told the host so far, for those who look into one that hangs.
   const HostState& host_state() const { return *host_; }

@@ -101,7 +101,11 @@ def blamed(error: BaseException) -> tuple[int, ...]:
     """The ranks that an error names as its cause."""
     if peers := getattr(error, "peers", None):
         return tuple(peers)
-    for pattern in (r"for ranks? (\d+(?:, \d+)*)", r"but rank (\d+) called", r"rank (\d+) could not start"):
+    for pattern in (
+        r"for ranks? (\d+(?:, \d+)*)",
+        r"but rank (\d+) called",
+        r"rank (\d+) could not (?:start|take)",
+    ):
         if said := re.search(pattern, str(error)):
             return tuple(map(int, said[1].split(", ")))
     return ()

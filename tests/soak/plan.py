@@ -46,6 +46,7 @@ class Plan:
     dtype: str
     slots: int
     sms: int
+    grows: bool  # max_tokens is not known, and there is room for one row at first
     steps: tuple[str, ...]
     faults: tuple[Fault, ...]
     leave: str
@@ -90,6 +91,7 @@ class Plan:
         return (
             f"{self.ranks} ranks, {nodes}, {'+'.join(map(str, self.tokens))} tokens, top-{self.topk} of "
             f"{self.experts}, {self.hidden} {self.dtype}, {self.slots} slots, {self.sms} threads, "
+            f"{'growing, ' if self.grows else ''}"
             f"{' '.join(self.steps)}, {self.leave}: {faults}"
         )
 
@@ -118,6 +120,7 @@ def draw(seed: int, kinds: list[str]) -> Plan:
         dtype=g.choice(list(DTYPES)),
         slots=g.randint(4, 8),
         sms=g.randint(1, 2),
+        grows=random.Random(f"{seed} grows").random() < 0.25,  # apart: what other seeds have drawn stays
         steps=tuple(steps),
         faults=faults,
         leave=g.choice(LEAVES),

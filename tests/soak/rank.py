@@ -129,10 +129,10 @@ class Rank:
         self._happen([fault for fault in self.faults if fault.step == START])
         store = connect_to_store(self.place)
         worlds = plan.worlds()
+        sizes = {"max_tokens": None, "capacity": 1} if plan.grows else {"capacity": plan.capacity(worlds)}
         self.ep = commlib.ExpertParallel(
             StoreGroup(store, self.rank, plan.ranks),
-            **worlds[0].config() | {"timeout": plan.start_timeout},
-            capacity=plan.capacity(worlds),
+            **worlds[0].config() | sizes | {"timeout": plan.start_timeout},
             slots=plan.slots,
             num_sms=plan.sms,
             routing=plan.routing,

@@ -184,8 +184,9 @@ class Step:
         self.idx = torch.full_like(self.idx, -1)
         self.idx[:, 0] = 0
         self.weights = self.world.topk_weights[self.rank]  # no call like that of the fault "other_call"
-        capacity = self.ep.settings.capacity_on(self.ep.size)
         tokens = [len(x) for x in self.world.x]
+        grows = self.ep.settings.grows
+        capacity = sum(tokens) if grows else self.ep.settings.capacity_on(self.ep.size)
         if sum(tokens) > capacity:
             with pytest.raises(commlib.CapacityExceeded, match=f"would receive {sum(tokens)} rows"):
                 self.ep.dispatch(self.x, self.idx, self.weights)

@@ -257,6 +257,7 @@ class Buffer(LowLatency):
         if topk_idx is None:
             return self.group_size, layouts.ranks_as_ids(layout.is_token_in_rank)
         layouts.check_topk_idx(topk_idx, experts)
+        layouts.check_topk(topk_idx.shape[1], experts)
         require(len(topk_idx) == tokens, f"topk_idx has {len(topk_idx)} tokens, but x has {tokens}")
         check_weights("topk_weights", topk_weights, tuple(topk_idx.shape))
         layouts.check_agreement(layout, topk_idx)
@@ -282,7 +283,8 @@ class Buffer(LowLatency):
         work.add(d.event)
         came = d.handle.num_rows
         if worst and came > worst:
-            raise CapacityExceeded(f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}")
+            text = f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}"
+            raise CapacityExceeded(text, self.rank, came)
         rows = worst or came
         tensors = self._handle_tensors(layout, shared, d.source, rows, work)
         route = Route(d.handle, rows)
@@ -313,8 +315,7 @@ class Buffer(LowLatency):
             torch.cumsum(counts, 0, dtype=torch.int32, out=prefix)
             begins.copy_((prefix[:, self.rank] - counts[:, self.rank]).view(-1, 1))
 
-        work.then(add_up, prefix)
-        work.then(lambda: None, begins)
+        work.then(add_up, prefix, begins, shared)
         mask = layout.is_token_in_rank
         sent = layout.num_tokens_per_rank.view(-1, 1).clone()
         src = work.settled(source[:, 1], rows, fill=-1, dtype=torch.int32)

@@ -13,7 +13,6 @@ from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
 from commlib.group import Group, ThreadGroup
 
-_MAX_TOKENS = 16384  # that one rank sends in one call, where nobody says
 _NARROW_SMS = 2  # for rows of some words
 
 
@@ -23,7 +22,7 @@ class _Key(NamedTuple):
     width: int  # elements of a row
     dtype: torch.dtype
     device: torch.device
-    max_tokens: int
+    max_tokens: int | None  # None: it grows
 
 
 class Communicators:
@@ -52,7 +51,7 @@ class Communicators:
         max_tokens: int | None = None,
     ) -> ExpertParallel:
         """The communicator for rows of so many elements."""
-        key = _Key(experts, topk, width, dtype, device, max_tokens or _MAX_TOKENS)
+        key = _Key(experts, topk, width, dtype, device, max_tokens)
         if key not in self._made:
             self._made[key] = ExpertParallel(self.group, **self._settings(key))
         return self._made[key]
@@ -83,9 +82,9 @@ class Communicators:
         known = handle._ep.settings
         if (known.hidden, known.dtype) == (width, dtype):
             return handle._ep, handle
-        ep = self.of(known.num_experts, known.topk, width, dtype, known.device, known.max_tokens)
-        routing = handle._tensors()._replace(comm=ep._name)
-        return ep, Handle(ep, routing, handle.layout, handle.align)
+        most = None if known.grows else known.max_tokens
+        ep = self.of(known.num_experts, known.topk, width, dtype, known.device, most)
+        return ep, handle.on(ep)
 
     def share(self, numbers: Tensor) -> tuple[Tensor, Event]:
         """``[n]`` int32 of each rank, as ``[ranks, n]`` on every rank once the event has been waited for.

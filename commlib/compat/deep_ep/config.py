@@ -43,19 +43,19 @@ class Config:
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes: the queues' rows from all ranks, with what travels beside a row. commlib sizes itself."""
-        return self._hint(hidden_bytes, num_ranks, self._nvl[1])
+        return _hint(hidden_bytes, num_ranks, num_ranks, self._nvl[1])
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes, the same between nodes; 0 up to 8 ranks."""
-        if num_ranks <= _NODE:
-            return 0
-        return self._hint(hidden_bytes, num_ranks // _NODE, self._rdma[1])
+        nodes = num_ranks // _NODE if num_ranks > _NODE else 0
+        return _hint(hidden_bytes, num_ranks, nodes, self._rdma[1])
 
-    def _hint(self, hidden_bytes: int, num_ranks: int, tokens: int) -> int:
-        require(hidden_bytes > 0, f"hidden_bytes must be positive, got {hidden_bytes}")
-        require(
-            0 < num_ranks < _NODE or num_ranks % _NODE == 0,
-            f"num_ranks must be less than {_NODE} or a multiple of it, got {num_ranks}",
-        )
-        size = num_ranks * tokens * (hidden_bytes + _BYTES_BESIDE_A_ROW)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+def _hint(hidden_bytes: int, num_ranks: int, senders: int, tokens: int) -> int:
+    require(hidden_bytes > 0, f"hidden_bytes must be positive, got {hidden_bytes}")
+    require(
+        0 < num_ranks < _NODE or (num_ranks > 0 and num_ranks % _NODE == 0),
+        f"num_ranks must be less than {_NODE} or a multiple of it, got {num_ranks}",
+    )
+    size = senders * tokens * (hidden_bytes + _BYTES_BESIDE_A_ROW)
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -284,6 +284,7 @@ class ElasticBuffer(Experimental):
         )
         layouts.local_experts(shape.num_experts, self.num_ranks)
         layouts.check_topk_idx(topk_idx, shape.num_experts)
+        layouts.check_topk(topk_idx.shape[1], shape.num_experts)
         require(len(topk_idx) == len(sent), f"topk_idx has {len(topk_idx)} tokens, but x has {len(sent)}")
         require(
             len(sent) <= shape.num_max_tokens_per_rank,

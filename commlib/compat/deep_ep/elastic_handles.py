@@ -58,7 +58,7 @@ def check_stats(stats: Any, experts: int) -> None:
 
 def add_stats(stats: Tensor, counts: Tensor, work: Work) -> None:
     """Tokens of each local expert, when the dispatch is done."""
-    work.then(lambda: stats.add_(counts), stats)
+    work.then(lambda: stats.add_(counts), stats, counts)
 
 
 def made_of(
@@ -81,13 +81,16 @@ def made_of(
         new(*topk_idx.shape),
     )
     exact = new(len(counts)) if shape.do_expand else None
-    work.then(lambda: _fill(d, routing.local, shape, topk, by_rank, metadata), metadata)
-    work.then(lambda: by_expert.copy_(_sums(counts, d.offsets, listed)), by_expert)
-    work.then(lambda: places.copy_(_places(routing.routes, topk_idx, shape.num_experts, ranks)), places)
-    work.then(lambda: None, by_rank)
-    if exact is not None:
-        target = exact
-        work.then(lambda: target.copy_(counts), target)
+
+    def fill() -> None:
+        _fill(d, routing.local, shape, topk, by_rank, metadata)
+        by_expert.copy_(_sums(counts, d.offsets, listed))
+        places.copy_(_places(routing.routes, topk_idx, shape.num_experts, ranks))
+        if exact is not None:
+            exact.copy_(counts)
+
+    read = (d.source, counts, *routing[:-1], *(() if d.offsets is None else (d.offsets,)))
+    work.then(fill, by_rank, by_expert, metadata, places, *(() if exact is None else (exact,)), *read)
     return EPHandle(
         do_expand=shape.do_expand,
         num_experts=shape.num_experts,

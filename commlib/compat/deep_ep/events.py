@@ -23,13 +23,22 @@ class EventHandle:
     once it has been waited for, on either device.
     """
 
+    _events: Sequence[Event] = ()
+    _steps: Sequence[Step] = ()
+    _recorded: torch.cuda.Event | None = None
+
     def __init__(self) -> None:
-        self._events: Sequence[Event] = ()
-        self._steps: Sequence[Step] = ()
         self._lock = threading.Lock()
-        self._recorded: torch.cuda.Event | None = None
         if torch.cuda.is_initialized():  # else no stream has been given anything
             self._recorded = torch.cuda.current_stream().record_event()
+
+    @classmethod
+    def _of(cls, events: Sequence[Event], steps: Sequence[Step]) -> EventHandle:
+        """The end of operations, and of steps to be taken then by whoever waits first."""
+        made = cls.__new__(cls)
+        made._lock = threading.Lock()
+        made._events, made._steps = tuple(events), tuple(steps)
+        return made
 
     def current_stream_wait(self) -> None:
         """Make what the caller does next come after the event: CPU: block; CUDA: the current stream waits.
@@ -137,17 +146,17 @@ class Work:
         self._device, self._stream = device, stream
         self._events: list[Event] = []
         self._steps: list[Step] = []
-        self._written: list[Tensor] = []
+        self._touched: list[Tensor] = []
 
     def add(self, event: Event | None) -> None:
         """An operation; None: one that is done."""
         if event is not None:
             self._events.append(event)
 
-    def then(self, step: Step, writes: Tensor) -> None:
-        """To do when all operations are done, which writes a tensor."""
+    def then(self, step: Step, *touched: Tensor) -> None:
+        """To do when all operations are done, with these tensors."""
         self._steps.append(step)
-        self._written.append(writes)
+        self._touched += touched
 
     def settled(
         self,
@@ -171,14 +180,12 @@ class Work:
             if fill:
                 out.fill_(fill)
         target = out[: len(given)]
-        self.then(lambda: target.copy_(given), out)
+        self.then(lambda: target.copy_(given), out, given)
         return out
 
     def end(self, asynchronous: bool) -> EventOverlap:
         """The call's event; without ``asynchronous`` its results are complete now."""
-        handle = EventHandle()
-        handle._recorded = None
-        handle._events, handle._steps = tuple(self._events), tuple(self._steps)
+        handle = EventHandle._of(self._events, self._steps)
         if not asynchronous:
             handle.current_stream_wait()
             return EventOverlap()
@@ -189,6 +196,6 @@ class Work:
             with torch.cuda.stream(stream):
                 handle.current_stream_wait()
                 handle._recorded = stream.record_event()
-            for tensor in self._written:
+            for tensor in self._touched:
                 tensor.record_stream(stream)
         return EventOverlap(handle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def send_heads(is_token_in_rank: Tensor) -> Tensor:
     return numbers.masked_fill_(~is_token_in_rank, -1)
 
 
-@dataclass
+@dataclass(eq=False)
 class EPHandle:
     """V2's handle. All tensors are int32 and on the rows' device, unless said.
 
@@ -110,8 +110,8 @@ class EPHandle:
     token_metadata_at_forward: Tensor | None = None
     channel_linked_list: Tensor | None = None
 
-    _route: Route | None = None
-    _recv_topk_idx: Tensor | None = None
+    _route: Route | None = field(default=None, init=False, repr=False)
+    _recv_topk_idx: Tensor | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def route_of(handle: Any) -> Route:

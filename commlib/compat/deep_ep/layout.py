@@ -38,7 +38,8 @@ def check_topk_idx(topk_idx: Any, num_experts: int) -> None:
     """Ids that can be dispatched. On a GPU their range is not looked at: the host would have to wait.
 
     Raises:
-        TypeError, Refused: they are not ``[T, K]`` topk_idx_t with K <= 32; an id lies outside [-1, E).
+        TypeError, Refused: they are not ``[T, K]`` topk_idx_t.
+        ValueError: an id lies outside [-1, E).
     """
     if not isinstance(topk_idx, Tensor):
         raise TypeError(f"topk_idx must be a tensor, got {type(topk_idx).__name__}")
@@ -47,12 +48,6 @@ def check_topk_idx(topk_idx: Any, num_experts: int) -> None:
         topk_idx.dtype == topk_idx_t,
         f"topk_idx must be deep_ep.topk_idx_t, {topk_idx_t}, got {topk_idx.dtype}",
     )
-    topk = topk_idx.shape[1]
-    if not 1 <= topk <= min(MAX_TOPK, num_experts):
-        raise ValueError(
-            f"topk_idx has {topk} places for each token; commlib takes 1 to {MAX_TOPK}, and no more than the "
-            f"{num_experts} experts"
-        )
     if topk_idx.is_cuda:
         return
     wrong = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()
@@ -60,6 +55,19 @@ def check_topk_idx(topk_idx: Any, num_experts: int) -> None:
         token, place = wrong[0].tolist()
         raise ValueError(
             f"topk_idx[{token}, {place}] is {topk_idx[token, place].item()}, outside [-1, {num_experts})"
+        )
+
+
+def check_topk(topk: int, num_experts: int) -> None:
+    """Places of a token that can be dispatched.
+
+    Raises:
+        ValueError: more than 32, or than experts, or none.
+    """
+    if not 1 <= topk <= min(MAX_TOPK, num_experts):
+        raise ValueError(
+            f"topk_idx has {topk} places for each token; commlib takes 1 to {MAX_TOPK}, and no more than the "
+            f"{num_experts} experts"
         )
 
 
