@@ -1,1 +1,1 @@
-"""commlib under software that people run: a module for each, which needs that software; imported by name."""
+"""commlib under software of others: one module for each, which imports that software."""
