@@ -140,6 +140,23 @@ def test_layers_that_are_alike_share_a_communicator_and_others_do_not(torch_rank
     assert torch_ranks(main, 2) == [(1, 3, 0)] * 2
 
 
+def test_batches_may_grow(torch_ranks):
+    """Also past what a communicator has room for at first."""
+
+    def main(rank):
+        moe = wired(build(ours(), rank, 2), expert_mesh(2))
+        with torch.no_grad():
+            outs = [moe(titan.batch(rank, length=length)) for length in (12, 2500, 12)]
+        return outs, communicator().stats()["growths"]
+
+    whole = wired(build(moe_config(EXPERTS, LocalTokenDispatcher.Config)), None)
+    for rank, (outs, growths) in enumerate(torch_ranks(main, 2)):
+        assert growths == 1
+        for out in outs:
+            with torch.no_grad():
+                torch.testing.assert_close(out, whole(titan.batch(rank, length=out.shape[1])))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_selective_checkpointing_sends_nothing_again(torch_ranks, compiled):
     """With torchtitan's compilation a communicator is made while the first layer is traced."""
@@ -221,7 +238,7 @@ def test_the_override_takes_bounds_that_are_known():
         return dispatcher.build().num_max_tokens_per_rank
 
     known = dict(num_max_tokens_per_rank=96, hidden_dim=titan.DIM)
-    assert bound(ours()) == 16384
+    assert bound(ours()) is None
     assert bound(ours(num_max_tokens_per_rank=64)) == 64
     for theirs in DeepEPTokenDispatcher.Config, HybridEPTokenDispatcher.Config:
         assert bound(overridden(moe_config(EXPERTS, theirs, **known))) == 96

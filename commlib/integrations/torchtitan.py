@@ -32,11 +32,8 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
     LocalTokenDispatcher,
 )
 
-# Where torchtitan's configuration gives no bound.
-_MAX_TOKENS = 16384
-
 # A process group's name, num_experts, topk, hidden, max_tokens, dtype, device.
-_Key = tuple[str, int, int, int, int, torch.dtype, str]
+_Key = tuple[str, int, int, int, int | None, torch.dtype, str]
 
 # Of process groups that dispatchers have been wired to.
 _groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
@@ -95,7 +92,8 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         """Configuration.
 
         Attributes:
-            num_max_tokens_per_rank: the most tokens that a rank sends in one dispatch; None: 16384.
+            num_max_tokens_per_rank: the most tokens that a rank sends in one dispatch. None: not known; the
+                communicator grows with them.
         """
 
         num_max_tokens_per_rank: int | None = None
@@ -105,7 +103,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         bound = config.num_max_tokens_per_rank
         if bound is not None and bound < 1:
             raise ValueError(f"num_max_tokens_per_rank must be positive, got {bound}")
-        self.num_max_tokens_per_rank = _MAX_TOKENS if bound is None else bound
+        self.num_max_tokens_per_rank = bound
         self._group = ""
 
     def wire_meshes(self, *, ep_mesh: DeviceMesh | None) -> None:
@@ -158,12 +156,13 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
             return LocalTokenDispatcher.dispatch(
                 self, x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E
             )
-        if x_TD.shape[0] > self.num_max_tokens_per_rank:
+        bound = self.num_max_tokens_per_rank
+        if bound is not None and x_TD.shape[0] > bound:
             raise ValueError(
-                f"{x_TD.shape[0]} tokens in one dispatch, but num_max_tokens_per_rank is "
-                f"{self.num_max_tokens_per_rank}: set it in the override, as in docs/torchtitan.md"
+                f"{x_TD.shape[0]} tokens in one dispatch, but num_max_tokens_per_rank is {bound}: give the "
+                "override a larger one, as in docs/torchtitan.md"
             )
-        sizes = (self.num_experts, self.top_k, x_TD.shape[1], self.num_max_tokens_per_rank)
+        sizes = (self.num_experts, self.top_k, x_TD.shape[1], bound)
         key = (self._group, *sizes, x_TD.dtype, str(x_TD.device))
         _connect(key)
         ep = _communicators[key]
@@ -204,7 +203,7 @@ def token_dispatcher(
     Args:
         cfg: the layer's own configuration.
         num_max_tokens_per_rank: the most tokens that a rank sends in one dispatch. None: ``cfg``'s, if it has
-            one, else 16384.
+            one.
 
     Raises:
         ValueError: the layer's experts are quantised, or its dispatch is to be captured in a CUDA graph.
