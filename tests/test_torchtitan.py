@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.config import OverrideConfig, apply_overrides
 from torchtitan.config.override import parse_cli_imports
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.distributed.utils import get_spmd_context
 from torchtitan.models.common.token_dispatcher import (
     DeepEPTokenDispatcher,
     HybridEPTokenDispatcher,
@@ -194,8 +195,9 @@ def test_with_torchtitans_own_parallelize(torch_ranks, backend, tp):
     ranks = 2 * tp
 
     def main(rank):
-        moe, context = titan.parallelized(ours(), ranks, tp, backend)
-        with context():
+        dims = titan.dimensions(ranks, ep=ranks, tp=tp, backend=backend)
+        moe = titan.parallelized(ours(), dims)
+        with get_spmd_context(parallel_dims=dims)():
             out, gradients = step(moe, titan.batch(rank))
         return out, {name: titan.local(gradients[name]) for name in gradients if "w1" in name}
 
@@ -206,6 +208,21 @@ def test_with_torchtitans_own_parallelize(torch_ranks, backend, tp):
     for name in gradients[0]:
         got = torch.cat([found[name] for found in gradients])
         torch.testing.assert_close(got, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_with_torchtitans_fsdp_gradients_are_those_of_its_all_to_all(torch_ranks):
+    """Each two ranks share the experts, and the other two hold the same ones, sharded."""
+
+    def main(rank):
+        dims, said = titan.dimensions(4, ep=2), []
+        for config in lambda: moe_config(EXPERTS), ours:
+            model = titan.Layers([titan.parallelized(config(), dims) for _ in range(2)])
+            out, gradients = step(titan.fully_sharded(model, dims), titan.batch(rank))
+            said.append((out, {name: titan.local(grad) for name, grad in gradients.items()}))
+        return said
+
+    for theirs, mine in torch_ranks(main, 4):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_results_are_the_same_bits_each_time(torch_ranks):

@@ -3,9 +3,11 @@
 import spmd_types as spmd
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import OverrideConfig, apply_overrides
 from torchtitan.distributed import parallel_dims
-from torchtitan.distributed.utils import get_spmd_context, set_spmd_backend
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
@@ -64,6 +66,8 @@ def wired(moe, mesh):
 
 
 class Block(nn.Module):
+    moe_enabled = True
+
     def __init__(self, moe):
         super().__init__()
         self.moe = moe
@@ -73,7 +77,10 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """As torchtitan's models are: blocks in ``layers``, by number."""
+    """As torchtitan's models are: blocks in ``layers``, by number, and what it asks for besides."""
+
+    tok_embeddings = norm = lm_head = None
+    enable_weight_tying = False
 
     def __init__(self, moes):
         super().__init__()
@@ -93,11 +100,8 @@ def compile_as_torchtitan(model, backend):
         layer.compile(backend=backend, fullgraph=True)
 
 
-def parallelized(config, ranks, tp, backend):
-    """A layer over all ranks by its own ``parallelize``, and the context to run it in.
-
-    All ranks share the experts, each ``tp`` of them the sequences.
-    """
+def dimensions(ranks, *, ep, tp=1, backend="partial_dtensor"):
+    """torchtitan's meshes over the ranks: each ``ep`` of them share experts, each ``tp`` sequences."""
     parallel_dims.device_type = "cpu"  # torchtitan takes CUDA where there is no accelerator
     set_spmd_backend(backend)
     dims = parallel_dims.ParallelDims(
@@ -106,16 +110,38 @@ def parallelized(config, ranks, tp, backend):
         cp=1,
         tp=tp,
         pp=1,
-        ep=ranks,
+        ep=ep,
         world_size=ranks,
         spmd_backend=backend,
     )
     dims.build_mesh()
+    return dims
+
+
+def parallelized(config, dims):
+    """A layer over the ranks by its own ``parallelize``."""
     sharded = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
-    set_moe_sharding_config(config, enable_ep=True, enable_sp=tp > 1, expert_param_layout=sharded)
+    set_moe_sharding_config(config, enable_ep=True, enable_sp=dims.tp > 1, expert_param_layout=sharded)
     moe = build(config)
     moe.parallelize(dims)
-    return moe, get_spmd_context(parallel_dims=dims)
+    return moe
+
+
+def fully_sharded(model, dims):
+    """torchtitan's FSDP: experts over the ranks that hold the same ones, all else over all ranks."""
+    exact = dict(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    apply_fsdp_to_decoder(
+        model,
+        dims.get_mesh("fsdp"),
+        **exact,
+        pp_enabled=False,
+        ep_degree=dims.ep,
+        edp_mesh=dims.get_mesh("efsdp"),
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return model
 
 
 def local(tensor):
