@@ -9,6 +9,7 @@ activation checkpointing to save what commlib's operations return, so that backw
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,12 +33,14 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
     LocalTokenDispatcher,
 )
 
-# A process group's name, num_experts, topk, hidden, max_tokens, dtype, device.
-_Key = tuple[str, int, int, int, int | None, torch.dtype, str]
+# A process group's number, num_experts, topk, hidden, max_tokens, dtype, device: constants to a compiler.
+_Key = tuple[int, int, int, int, int | None, torch.dtype, str]
 
-# Of process groups that dispatchers have been wired to.
-_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
 _communicators: dict[_Key, ExpertParallel] = {}
+# Of process groups that dispatchers have been wired to. Their names may come again after they have gone.
+_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_groups: weakref.WeakValueDictionary[int, dist.ProcessGroup] = weakref.WeakValueDictionary()
+_next_number = itertools.count()
 
 
 @torch.compiler.assume_constant_result
@@ -45,12 +48,12 @@ def _connect(key: _Key) -> None:
     """Make the communicator of this key, if there is none: layers that are alike share it.
 
     Its ranks make it together, in the first dispatch of this key, since only rows tell hidden and dtype.
-    Under torch.compile that is while the first such layer is traced.
+    Under torch.compile that is while the first such layer is traced. It goes with the process group.
     """
     if key in _communicators:
         return
-    name, num_experts, topk, hidden, max_tokens, dtype, device = key
-    group = _groups[name]
+    number, num_experts, topk, hidden, max_tokens, dtype, device = key
+    group = _groups[number]
     _communicators[key] = ExpertParallel(
         group,
         num_experts=num_experts,
@@ -104,7 +107,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         if bound is not None and bound < 1:
             raise ValueError(f"num_max_tokens_per_rank must be positive, got {bound}")
         self.num_max_tokens_per_rank = bound
-        self._group = ""
+        self._group = -1
 
     def wire_meshes(self, *, ep_mesh: DeviceMesh | None) -> None:
         """Take the mesh over whose ranks experts are spread; None: this rank has all.
@@ -126,8 +129,10 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         """Note the process group. The communicator follows in the first dispatch."""
         assert self.ep_mesh is not None
         group = self.ep_mesh.get_group()
-        self._group = group.group_name
-        _groups[self._group] = group
+        if group not in _numbers:
+            _numbers[group] = next(_next_number)
+            _groups[_numbers[group]] = group
+        self._group = _numbers[group]
 
     def dispatch(
         self,
