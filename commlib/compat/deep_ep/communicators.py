@@ -96,7 +96,7 @@ class Communicators:
         ranks, width, device = self.group.size, len(numbers), numbers.device
         key = _Key(ranks, 1, width, torch.float32, device, ranks)
         ep = self.of(*key)
-        rows = numbers.to(torch.int32).view(torch.float32).repeat(ranks, 1)
+        rows = numbers.to(torch.int32).repeat(ranks, 1).view(torch.float32)
         if key not in self._everyones:
             everyone = torch.arange(ranks, device=device).view(-1, 1)
             self._everyones[key] = ep.dispatch(rows, everyone).handle
