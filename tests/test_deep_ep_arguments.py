@@ -134,8 +134,16 @@ def test_calls_with_a_handle_refuse():
                 Refused,
                 lambda: buffer.dispatch(x[:4], handle),
             ),
-            ("handle must be what dispatch returned", TypeError, lambda: buffer.dispatch(x, tuple(handle))),
-            ("handle must be what dispatch returned", TypeError, lambda: buffer.combine(y, None)),
+            (
+                "handle must be the DispatchHandle that dispatch returned",
+                TypeError,
+                lambda: buffer.dispatch(x, tuple(handle)),
+            ),
+            (
+                "handle must be the DispatchHandle that dispatch returned",
+                TypeError,
+                lambda: buffer.combine(y, None),
+            ),
             ("x must have a row for each of the", Refused, lambda: buffer.combine(y[:-1], handle)),
             ("x must be a tensor, got tuple", TypeError, lambda: buffer.combine((y, y), handle)),
             ("x must be bfloat16", Refused, lambda: buffer.combine(y.double(), handle)),

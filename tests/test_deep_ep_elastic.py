@@ -408,7 +408,7 @@ def test_calls_with_a_handle_refuse_what_contradicts_it():
         }.items():
             with pytest.raises(Refused, match=text):
                 buffer.dispatch(**(dict(x=x, handle=handle) | wrong))
-        with pytest.raises(TypeError, match="must be the EPHandle that dispatch returned, got tuple"):
+        with pytest.raises(TypeError, match=r"must be the EPHandle that dispatch returned, .* got tuple"):
             buffer.dispatch(x, handle=(1, 2))
         y = rows_for(world, rank)
         with pytest.raises(Refused, match="x must have a row for each of the"):

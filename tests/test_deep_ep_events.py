@@ -8,6 +8,7 @@ from deep_ep_reference import laid_out, made, on_ranks, rows_for, top_k
 from reference import expected_rank_layout, make_world
 
 import commlib
+import commlib.compat.deep_ep as deep_ep
 from commlib.compat.deep_ep import Buffer, EventHandle, EventOverlap, Refused, utils
 
 
@@ -135,6 +136,34 @@ def test_later_calls_come_after_an_asynchronous_dispatch(device):
             assert torch.equal(wide, expected_rank_layout(world, rank).x.float())
             assert torch.equal(out, (x.float() * copies.view(-1, 1)).bfloat16())
             assert torch.equal(back, world.topk_weights[rank].cpu().masked_fill(ids < 0, 0))
+
+
+@pytest.mark.parametrize("kind", [deep_ep.Buffer, deep_ep.ElasticBuffer])
+def test_a_handle_waits_for_its_dispatch_before_another_communicator_uses_it(kind):
+    world = world_of([3, 4])
+
+    class Watched:
+        def __init__(self, event):
+            self.event, self.waits = event, 0
+
+        def current_stream_wait(self):
+            self.waits += 1
+            self.event.current_stream_wait()
+
+    def call(buffer, rank):
+        x = (world.x[rank].to(torch.float8_e4m3fn), world.x[rank][:, :1].float())
+        if kind is deep_ep.Buffer:
+            args = laid_out(buffer, world, rank) | top_k(world, rank)
+            handle = buffer.dispatch(x, **args, async_finish=True)[4]
+        else:
+            rest = dict(num_experts=4, num_max_tokens_per_rank=8, async_with_compute_stream=True)
+            handle = buffer.dispatch(x, **top_k(world, rank), **rest)[3]
+        watched = handle._route.event = Watched(handle._route.event)
+        out = [buffer.combine(rows_for(world, rank), handle)[0] for _ in range(2)]
+        assert torch.equal(*out)
+        return watched.waits
+
+    assert on_ranks(world, call, kind) == [1, 1]
 
 
 def test_inputs_may_go_before_the_event(device):

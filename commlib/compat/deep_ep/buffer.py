@@ -18,7 +18,7 @@ from commlib.compat.deep_ep.config import Config
 from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from commlib.compat.deep_ep.groups import group_of
-from commlib.compat.deep_ep.handles import DispatchHandle, Route, send_heads
+from commlib.compat.deep_ep.handles import DispatchHandle, Route, route_of, send_heads
 from commlib.compat.deep_ep.layout import Layout
 from commlib.compat.deep_ep.low_latency import LowLatency
 from commlib.compat.deep_ep.rows import Rows
@@ -227,7 +227,9 @@ class Buffer(LowLatency):
                 topk_idx is None and topk_weights is None,
                 "with a handle, topk_idx and topk_weights must be None",
             )
-            return self._dispatch_along(DispatchHandle.route_of(handle), parcel, previous_event, async_finish)
+            return self._dispatch_along(
+                route_of(handle, DispatchHandle), parcel, previous_event, async_finish
+            )
         given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
         if any(one is None for one in given):
             raise Refused(
@@ -367,7 +369,7 @@ class Buffer(LowLatency):
         """
         _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
         _check_config(config)
-        route = DispatchHandle.route_of(handle)
+        route = route_of(handle, DispatchHandle)
         check_y(x, route.rows)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from commlib.compat.deep_ep.communicators import Communicators
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
-from commlib.compat.deep_ep.rows import SUMMED
+from commlib.compat.deep_ep.rows import SUMMED, dense_rows
 from commlib.dispatched import Handle, combine_places
 
 
@@ -81,10 +81,10 @@ def sum_rows(
     wide = (wide or len(biases) > 1) and x.dtype != torch.float32
     bias = None
     if biases:
-        bias = biases[0].float() if wide else biases[0]
+        bias = dense_rows(biases[0].float() if wide else biases[0])
         for other in biases[1:]:
             bias = bias + other
-    y = x.float() if wide else x
+    y = dense_rows(x.float() if wide else x)
     ep, known = runtime.along(handle, y.shape[1], y.dtype)
     back = None
     if values is None:

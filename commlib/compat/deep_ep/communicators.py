@@ -13,7 +13,7 @@ from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
 from commlib.group import Group, ThreadGroup
 
-_NARROW_SMS = 2  # for rows of some words
+_NARROW_BYTES, _NARROW_SMS = 4096, 2  # rows of less are counts and weights, which need few SMs
 
 
 class _Key(NamedTuple):
@@ -50,7 +50,7 @@ class Communicators:
         device: torch.device,
         max_tokens: int | None = None,
     ) -> ExpertParallel:
-        """The communicator for rows of so many elements."""
+        """The communicator for rows of so many elements; without ``max_tokens`` of a rank it grows."""
         key = _Key(experts, topk, width, dtype, device, max_tokens)
         if key not in self._made:
             self._made[key] = ExpertParallel(self.group, **self._settings(key))
@@ -59,7 +59,8 @@ class Communicators:
     def _settings(self, key: _Key) -> dict[str, Any]:
         num_sms = None
         if key.device.type == "cuda":
-            num_sms = self._num_sms() if key.width * key.dtype.itemsize > 1024 else _NARROW_SMS
+            narrow = key.width * key.dtype.itemsize < _NARROW_BYTES
+            num_sms = _NARROW_SMS if narrow else self._num_sms()
             if isinstance(self.group, ThreadGroup):  # ranks that share the GPU
                 num_sms = max(1, num_sms // self.group.size)
         return {
@@ -95,7 +96,7 @@ class Communicators:
         ranks, width, device = self.group.size, len(numbers), numbers.device
         key = _Key(ranks, 1, width, torch.float32, device, ranks)
         ep = self.of(*key)
-        rows = numbers.to(torch.int32).view(torch.float32).repeat(ranks, 1)
+        rows = numbers.to(torch.int32).repeat(ranks, 1).view(torch.float32)
         if key not in self._everyones:
             everyone = torch.arange(ranks, device=device).view(-1, 1)
             self._everyones[key] = ep.dispatch(rows, everyone).handle

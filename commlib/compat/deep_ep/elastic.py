@@ -18,7 +18,7 @@ from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from commlib.compat.deep_ep.experimental import Experimental
 from commlib.compat.deep_ep.groups import group_of
-from commlib.compat.deep_ep.handles import EPHandle, Route
+from commlib.compat.deep_ep.handles import EPHandle, Route, route_of
 from commlib.compat.deep_ep.rows import Rows
 
 _UNIT = 2 << 20  # bytes: DeepEP's buffers are a multiple of this
@@ -305,7 +305,8 @@ class ElasticBuffer(Experimental):
     ) -> tuple[EPHandle, tuple[Rows, Tensor | None, Tensor]]:
         sent = parcel.sent
         sizes = (shape.num_experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device)
-        ep = self._runtime().of(*sizes, shape.num_max_tokens_per_rank)
+        known = self.num_max_tokens_per_rank  # a call may say more, and another one again
+        ep = self._runtime().of(*sizes, known if shape.num_max_tokens_per_rank <= known else None)
         layout: Literal["rank", "expert"] = "expert" if shape.do_expand else "rank"
         align = shape.expert_alignment if shape.do_expand else 1
         d = ep.dispatch(sent, ids, weights, layout=layout, align=align, async_op=asynchronous)
@@ -320,7 +321,7 @@ class ElasticBuffer(Experimental):
         self, handle: EPHandle, parcel: parcels.Parcel, weights: Tensor | None, work: Work, asynchronous: bool
     ) -> tuple[Rows, Tensor | None, Tensor]:
         sent = parcel.sent
-        ep, known = self._runtime().along(EPHandle.route_of(handle).ready(), sent.shape[1], sent.dtype)
+        ep, known = self._runtime().along(route_of(handle, EPHandle).ready(), sent.shape[1], sent.dtype)
         d = ep.dispatch(sent, None, weights, handle=known, async_op=asynchronous)
         work.add(d.event)
         return parcel.unpack(d.x, work, None), d.topk_weights, d.tokens_per_expert
@@ -360,7 +361,7 @@ class ElasticBuffer(Experimental):
         """
         _check_previous(previous_event, allocate_on_comm_stream)
         self._check_qps(num_qps)
-        route = EPHandle.route_of(handle)
+        route = route_of(handle, EPHandle)
         check_y(x, route.rows)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:

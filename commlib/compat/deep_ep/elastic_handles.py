@@ -9,7 +9,7 @@ from torch import Tensor
 
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
-from commlib.compat.deep_ep.handles import EPHandle
+from commlib.compat.deep_ep.handles import EPHandle, route_of
 from commlib.compat.deep_ep.layout import rounded_up
 from commlib.dispatched import Dispatched
 
@@ -29,7 +29,7 @@ def checked_shape(handle: Any, given: dict[str, Any], tokens: int) -> Shape:
     Raises:
         TypeError, Refused: it is no handle, or the call says something else.
     """
-    route = EPHandle.route_of(handle)
+    route = route_of(handle, EPHandle)
     shape = Shape(*(getattr(handle, name) for name in Shape._fields))
     for name, value in given.items():
         known = getattr(shape, name)

@@ -65,6 +65,7 @@ class EventOverlap:
     Attributes:
         event: the handle.
         extra_tensors: kept as long as this is.
+        hook_after_wait: what the next wait calls.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class EventOverlap:
     ) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
-        self._hook: Step | None = None
+        self.hook_after_wait: Step | None = None
         self._release = False
 
     def current_stream_wait(self, release_handle: bool = False) -> Any:
@@ -88,7 +89,7 @@ class EventOverlap:
             require(False, "there is no event to wait for: the call that returned this was not asynchronous")
             return None
         self.event.current_stream_wait()
-        hook, self._hook = self._hook, None
+        hook, self.hook_after_wait = self.hook_after_wait, None
         result = None if hook is None else hook()
         if release_handle:
             self.event = None
@@ -104,8 +105,8 @@ class EventOverlap:
         Raises:
             Refused: one has been registered already.
         """
-        require(self._hook is None, "a hook is registered already, and has not been called yet")
-        self._hook = hook_after_wait
+        require(self.hook_after_wait is None, "a hook is registered already, and has not been called yet")
+        self.hook_after_wait = hook_after_wait
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
         self._release = release_handle

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commlib.compat.deep_ep.errors import require
+from commlib.compat.deep_ep.errors import Refused
 from commlib.compat.deep_ep.events import EventHandle
 from commlib.dispatched import Handle
 
@@ -41,28 +41,14 @@ class DispatchHandle(tuple):
     * send_head ``[T, R]`` int32: a token's number among those for a rank; -1 where it does not go.
     """
 
-    route: Route
+    _route: Route | None = None
 
     @staticmethod
     def of(tensors: tuple[Tensor, ...], route: Route) -> DispatchHandle:
         """The handle of a dispatch."""
         made = DispatchHandle(tensors)
-        made.route = route
+        made._route = route
         return made
-
-    @staticmethod
-    def route_of(handle: Any) -> Route:
-        """What a caller's handle carries.
-
-        Raises:
-            TypeError: it is not one of this module.
-        """
-        if not isinstance(handle, DispatchHandle):
-            raise TypeError(
-                "handle must be what dispatch returned, the object itself and not a copy, got "
-                f"{type(handle).__name__}"
-            )
-        return handle.route
 
 
 def send_heads(is_token_in_rank: Tensor) -> Tensor:
@@ -113,17 +99,19 @@ class EPHandle:
     _route: Route | None = field(default=None, init=False, repr=False)
     _recv_topk_idx: Tensor | None = field(default=None, init=False, repr=False)
 
-    @staticmethod
-    def route_of(handle: Any) -> Route:
-        """What a caller's handle carries.
 
-        Raises:
-            TypeError, Refused: it is not one that dispatch returned.
-        """
-        if not isinstance(handle, EPHandle):
-            raise TypeError(
-                f"handle must be the EPHandle that dispatch returned, got {type(handle).__name__}"
-            )
-        require(handle._route is not None, "handle was not returned by a dispatch")
-        assert handle._route is not None
-        return handle._route
+def route_of(handle: Any, kind: type[DispatchHandle] | type[EPHandle]) -> Route:
+    """What a caller's handle carries.
+
+    Raises:
+        TypeError: it is not of that kind.
+        Refused: no dispatch has returned it.
+    """
+    if not isinstance(handle, kind):
+        raise TypeError(
+            f"handle must be the {kind.__name__} that dispatch returned, the object itself and not a copy, "
+            f"got {type(handle).__name__}"
+        )
+    if handle._route is None:
+        raise Refused("no dispatch has returned this handle")
+    return handle._route

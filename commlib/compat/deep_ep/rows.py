@@ -44,7 +44,7 @@ def pack(x: Any, column_major_scales: bool = False) -> Parcel:
         return _pack_pair(x[0], x[1], column_major_scales)
     _check_rows("x", x)
     if x.dtype in SUMMED:
-        return Parcel(_dense_rows(x), lambda received, work, rows: work.settled(received, rows))
+        return Parcel(dense_rows(x), lambda received, work, rows: work.settled(received, rows))
     dtype = x.dtype
 
     def unpack(received: Tensor, work: Work, rows: int | None) -> Tensor:
@@ -100,6 +100,6 @@ def _check_rows(name: str, x: Any) -> None:
     )
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """With the elements of a row side by side."""
     return x if x.stride(1) == 1 else x.contiguous()
