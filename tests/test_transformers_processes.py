@@ -65,6 +65,46 @@ def test_distributed_config_gives_the_unsharded_logits_and_gradients(name, sizes
     torch_ranks(main, ranks)
 
 
+def test_a_rank_whose_experts_get_no_rows_does_not_keep_fsdp_waiting(torch_ranks, tmp_path):
+    """FSDP2 reduces the gradients of its experts with those of ranks that hold the same ones."""
+    model = model_of("mixtral", experts=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.abs_()
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+            layer.mlp.gate.weight[:2] = 1.0
+    model.save_pretrained(tmp_path / "whole")
+    batches = [batch(i, tokens=6) for i in range(4)]
+    _, gradients = unsharded(model, batches)
+
+    def main(rank):
+        model = load(tmp_path / "whole", fsdp_size=4, ep_size=2)
+        for _ in range(2):
+            model(input_ids=batches[rank], labels=batches[rank]).loss.backward()
+        grad = whole(model.model.layers[0].mlp.experts.down_proj.grad) * 2
+        assert not grad[2:].any()
+        want = gradients["model.layers.0.mlp.experts.down_proj"]
+        torch.testing.assert_close(grad, want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+    torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("sizes", [dict(tp_size=2, ep_size=2), dict(fsdp_size=2, ep_size=2)], ids=str)
+def test_what_transformers_has_spread_generates(sizes, torch_ranks, tmp_path):
+    """One token at a time: fewer than ranks that share it."""
+    model = saved("qwen3_moe", tmp_path / "whole")
+    prompts = [batch(rank, tokens=5) for rank in range(2)]
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    wanted = [model.generate(ids, **options) for ids in prompts]
+
+    def main(rank):
+        mine = 0 if "tp_size" in sizes else rank
+        got = load(tmp_path / "whole", **sizes).generate(prompts[mine], **options)
+        assert torch.equal(got, wanted[mine])
+
+    torch_ranks(main, 2)
+
+
 def test_what_transformers_has_spread_is_not_spread_again(torch_ranks, tmp_path):
     saved("mixtral", tmp_path / "whole")
 
