@@ -150,3 +150,22 @@ def ranks_as_ids(is_token_in_rank: Tensor) -> Tensor:
 def rounded_up(counts: list[int], alignment: int) -> list[int]:
     """Each to a multiple of ``alignment``."""
     return [-(-n // alignment) * alignment for n in counts]
+
+
+def check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
+    """float32 of a shape, in which None is any positive number.
+
+    Raises:
+        TypeError, Refused: they are not.
+    """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
+    fits = weights.dim() == len(shape) and all(
+        given == wanted or (wanted is None and given > 0)
+        for given, wanted in zip(weights.shape, shape, strict=True)
+    )
+    told = ["topk" if n is None else n for n in shape]
+    require(
+        fits and weights.dtype == torch.float32,
+        f"{name} must be {told} float32, got {list(weights.shape)} {weights.dtype}",
+    )
