@@ -310,6 +310,38 @@ def test_processes_of_torch_distributed(torch_ranks):
         assert (tokens, rows) == (5, sum(want.tokens_per_expert))
 
 
+def test_some_of_the_ranks_make_a_group(torch_ranks):
+    def main(rank):
+        import torch.distributed as dist
+
+        group = dist.new_group([0, 2])
+        if rank == 1:
+            return None
+        buffer, mine = Buffer(group, explicitly_destroy=True), rank // 2
+        got = buffer.dispatch(WORLD.x[mine], **laid_out(buffer, WORLD, mine), **top_k(WORLD, mine))
+        buffer.destroy()
+        return buffer.rank, got[0].float().tolist()
+
+    first, nothing, second = torch_ranks(main, 3)
+    assert nothing is None
+    for rank, got in enumerate((first, second)):
+        assert got == (rank, expected_rank_layout(WORLD, rank).x.float().tolist())
+
+
+def test_buffers_may_be_dropped_without_destroying_them():
+    def rank_main(rank):
+        for _ in range(5):
+            buffer = Buffer(None)
+            got = buffer.dispatch(WORLD.x[rank], **laid_out(buffer, WORLD, rank), **top_k(WORLD, rank))
+            sums = buffer.combine(got[0], got[4], got[2])[0]
+            del buffer
+        return got[0], sums
+
+    for rank, (x, sums) in enumerate(commlib.run_ranks(rank_main, 2)):
+        assert torch.equal(x, expected_rank_layout(WORLD, rank).x)
+        assert sums.shape == (5, 8)
+
+
 MPI = """
 import torch
 from mpi4py import MPI

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from deep_ep_reference import laid_out, made, on_ranks, rows_for, top_k
+from deep_ep_reference import expected_sums, laid_out, made, on_ranks, rows_for, top_k
 from reference import expected_rank_layout, make_world
 
 import commlib
@@ -136,6 +136,48 @@ def test_later_calls_come_after_an_asynchronous_dispatch(device):
             assert torch.equal(wide, expected_rank_layout(world, rank).x.float())
             assert torch.equal(out, (x.float() * copies.view(-1, 1)).bfloat16())
             assert torch.equal(back, world.topk_weights[rank].cpu().masked_fill(ids < 0, 0))
+
+
+def test_tensors_are_not_read_before_the_previous_event(device):
+    """Their values come when it is waited for."""
+    world = world_of([5, 7], device)
+
+    def later(*pairs):
+        """Zeros that become values, and the event of that."""
+        targets = [torch.zeros_like(value) for value in pairs]
+        steps = [lambda t=t, v=v: t.copy_(v) for t, v in zip(targets, pairs, strict=True)]
+        return (*targets, EventHandle._of((), steps))
+
+    def call(buffer, rank):
+        x, ids, weights = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        late_ids, event = later(ids)
+        per_rank, _, per_expert, mask, _ = buffer.get_dispatch_layout(late_ids, 4, event)
+        rows, scales = x.to(torch.float8_e4m3fn), x[:, :1].float()
+        *late, event = later(per_rank, per_expert, mask, rows, scales, ids, weights)
+        got, *_, handle, _ = buffer.dispatch(
+            (late[3], late[4]), None, late[0], None, late[2], late[1], late[5], late[6], previous_event=event
+        )
+        y, bias, event = later(rows_for(world, rank).float(), torch.ones_like(x).float())
+        if device == "cuda":
+            y, bias, event = later(rows_for(world, rank), torch.ones_like(x))
+        sums, *_ = buffer.combine(y, handle, bias=(bias, bias), previous_event=event)
+        with made(deep_ep.ElasticBuffer, num_max_tokens_per_rank=8) as elastic:
+            *late, event = later(x, ids, weights)
+            rest = dict(num_experts=4, previous_event=event, allocate_on_comm_stream=True)
+            (second, _, back, handle, _) = elastic.dispatch(late[0], late[1], late[2], **rest)
+            y, values, event = later(rows_for(world, rank), back)
+            rest = dict(previous_event_before_epilogue=event)
+            other_sums, back, _ = elastic.combine(y, handle, values, **rest)
+        return got, sums, second, other_sums, back
+
+    for rank, ((rows, scales), sums, second, other_sums, back) in enumerate(on_ranks(world, call)):
+        want = expected_rank_layout(world, rank).x
+        assert torch.equal(rows.float().cpu(), want.to(torch.float8_e4m3fn).float())
+        assert torch.equal(scales.cpu(), want[:, :1].float())
+        assert torch.equal(second.cpu(), want)
+        total = expected_sums(world, rank, lambda r: rows_for(world, r))
+        assert torch.equal(sums.float().cpu(), total + 2) and torch.equal(other_sums.float().cpu(), total)
+        assert torch.equal(back, world.topk_weights[rank].masked_fill(world.topk_idx[rank] < 0, 0))
 
 
 @pytest.mark.parametrize("kind", [deep_ep.Buffer, deep_ep.ElasticBuffer])
