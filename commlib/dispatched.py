@@ -41,6 +41,14 @@ class Handle:
         """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
         return self._tensors().source.shape[0]
 
+    def counts(self) -> list[int]:
+        """Tokens of each local expert, before padding, on the host.
+
+        They are known as soon as dispatch has returned. On a GPU ``Dispatched.tokens_per_expert`` of an
+        asynchronous dispatch is not: it comes with the rows.
+        """
+        return self._tensors().groups[: self._ep.num_local_experts].tolist()
+
     def on(self, ep: ExpertParallel) -> Handle:
         """The same routing for rows of another dtype or width, on another communicator.
 

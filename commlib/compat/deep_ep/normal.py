@@ -84,7 +84,7 @@ def dispatch(
     else:
         recv_idx = work.settled(d.topk_idx, rows, fill=-1)
         recv_weights = work.settled(d.topk_weights, rows)
-        each = [] if worst else d.tokens_per_expert.tolist()
+        each = [] if worst else d.handle.counts()
     event = work.end(async_finish)
     route.follows(event)
     handle = DispatchHandle.of(tensors, route)
