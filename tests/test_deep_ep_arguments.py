@@ -328,13 +328,16 @@ def test_some_of_the_ranks_make_a_group(torch_ranks):
         assert got == (rank, expected_rank_layout(WORLD, rank).x.float().tolist())
 
 
-def test_buffers_may_be_dropped_without_destroying_them():
+def test_buffers_may_be_dropped_and_their_handles_used_with_others():
     def rank_main(rank):
         for _ in range(5):
             buffer = Buffer(None)
             got = buffer.dispatch(WORLD.x[rank], **laid_out(buffer, WORLD, rank), **top_k(WORLD, rank))
-            sums = buffer.combine(got[0], got[4], got[2])[0]
             del buffer
+            other = Buffer(None)  # as where a larger one is made, with calls of the other under way
+            sums = other.combine(got[0], got[4], got[2])[0]
+            again = other.dispatch(WORLD.x[rank].float(), got[4])[0]
+        assert torch.equal(again, got[0].float())
         return got[0], sums
 
     for rank, (x, sums) in enumerate(commlib.run_ranks(rank_main, 2)):

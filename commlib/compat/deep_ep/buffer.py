@@ -286,9 +286,10 @@ class Buffer(LowLatency):
         routing = route.ready()
         came = routing.num_rows
         work = Work(x.device, lambda: runtime.stream(x.device))
-        combined, weights = sum_rows(runtime, routing, x[:came], biases, work)[0], None
+        combined, _ = sum_rows(runtime, routing, x[:came], biases, work, async_finish)
+        weights = None
         if topk_weights is not None:
-            weights, _ = sum_rows(runtime, routing, topk_weights[:came], (), work)
+            weights, _ = sum_rows(runtime, routing, topk_weights[:came], (), work, async_finish)
         return combined, weights, work.end(async_finish)
 
     def internode_dispatch(

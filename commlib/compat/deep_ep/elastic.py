@@ -315,7 +315,9 @@ class ElasticBuffer(Experimental):
         routing = route.ready()
         work = Work(x.device, lambda: runtime.stream(x.device))
         wide = handle.do_expand and not self.allow_multiple_reduction
-        combined, weights = sum_rows(runtime, routing, x, biases, work, wide, topk_weights)
+        combined, weights = sum_rows(
+            runtime, routing, x, biases, work, async_with_compute_stream, wide, topk_weights
+        )
         return combined, weights, work.end(async_with_compute_stream)
 
     def _before(self, event: Any, later: Any, allocate_on_comm_stream: bool, num_qps: int) -> Communicators:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commlib.compat.deep_ep.errors import require
+from commlib.compat.deep_ep.errors import Refused, require
 from commlib.event import Event
 
 Step = Callable[[], Any]
@@ -86,8 +86,7 @@ class EventOverlap:
             Refused: there is no event: the call was not asynchronous.
         """
         if self.event is None:
-            require(False, "there is no event to wait for: the call that returned this was not asynchronous")
-            return None
+            raise Refused("there is no event to wait for: the call that returned this was not asynchronous")
         self.event.current_stream_wait()
         hook, self.hook_after_wait = self.hook_after_wait, None
         result = None if hook is None else hook()
