@@ -35,6 +35,10 @@ setup: $(VENV)/extension  ## virtual environment, dependencies, extension
 test: setup  ## all tests
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
 
+.PHONY: test-hf-all
+test-hf-all: setup  ## every transformers model with experts, tiny, spread over two ranks; about two minutes
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/hf_all.py
+
 RUNS ?= 200
 soak: setup  ## random faults in random runs, RUNS=200; SEED=n JOBS=n repeat and speed it up
 	$(BIN)/python tests/soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))

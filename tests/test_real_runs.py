@@ -144,3 +144,24 @@ def test_a_transformers_trainer_trains_the_unsharded_model(launch, tmp_path):
     for name, want in model.state_dict().items():
         assert torch.equal(saved[name], result["weights"][name])
         assert (result["weights"][name] - want).norm() < 1e-4 * want.norm(), name
+
+
+def test_a_spread_transformers_model_is_trained_saved_and_resumed_by_our_trainer(launch, tmp_path):
+    """Three ranks as one would, and from their checkpoint in the middle, two ranks go on in the same way."""
+    program = str(ROOT / "tests/programs/hf_moe_trainer.py")
+
+    def run(name, ranks, *checkpoint):
+        arguments = [str(tmp_path / name), str(6 // ranks), *checkpoint]
+        done = launch(program, ranks, "torchrun", 240, arguments, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return load_file(tmp_path / name / "model.safetensors"), torch.load(tmp_path / name / "logs.pt")
+
+    wanted, wanted_logs = run("one", 1)
+    for name, ranks, *checkpoint in (("three", 3), ("two", 2, str(tmp_path / "three" / "checkpoint-2"))):
+        weights, logs = run(name, ranks, *checkpoint)
+        for got, want in zip(logs, wanted_logs, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert got[key] == pytest.approx(want[key], rel=1e-3)
+        assert weights.keys() == wanted.keys() and any("experts.4." in key for key in weights)
+        for key, want in wanted.items():
+            assert (weights[key] - want).norm() < 1e-3 * want.norm(), key

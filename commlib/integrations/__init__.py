@@ -1,0 +1,1 @@
+"""commlib under software of others: one module for each, which imports that software."""

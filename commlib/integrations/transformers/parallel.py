@@ -1,0 +1,228 @@
+"""Spread the experts of a loaded transformers model over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.distributed.utils import gather_full_state_dict
+
+from commlib.bootstrap import resolve_device
+from commlib.conversation import gather
+from commlib.group import Group, resolve_group
+from commlib.nn import ShardedExperts, full_state_dict
+from commlib.nn.shards import Shard, is_dtensor
+from commlib.settings import START_SECONDS
+from commlib.topology import experts_of
+
+from .exchange import Exchange, parameters_replaced
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+@dataclass(eq=False)
+class ModelRanks:
+    """The ranks over which a model's experts are spread."""
+
+    group: Group
+    rank: int
+    size: int
+    device: torch.device
+
+
+class ParallelExperts(ShardedExperts):
+    """The experts of a transformers model, some of which are here: a base class beside the model's own."""
+
+    reads_local = True
+    exchange: Exchange
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self._adopt_all()
+        local = {name: self.local(p) for name, p in self._parameters.items() if p is not None}
+        changed = {name: t for name, t in local.items() if t is not self._parameters[name]}
+        with parameters_replaced(self, changed):
+            return self.exchange(super().forward, hidden_states, top_k_index, top_k_weights)
+
+
+def parallelize(model: _Model, group: Any = None) -> _Model:
+    """Keep this rank's experts of a loaded model, and reach those of the other ranks by commlib.
+
+    The model is changed where it is. It computes what it did, for the tokens of this rank: all ranks call it
+    together, each with a batch of its own, of any size. Train it as docs/training.md has it (DDP, FSDP2 by
+    ``commlib.nn.fully_shard_experts``, ``sync_gradients``). ``generate`` goes on, on all ranks, until the
+    last has ended (``synced_gpus``), and ``save_pretrained``, on all ranks, writes the whole model.
+
+    The number of experts need not be a multiple of the number of ranks. Each rank has to have the memory for
+    the whole model: ``from_pretrained`` with a ``DistributedConfig`` loads parts.
+
+    Args:
+        model: on the device where it is to run, the same on all ranks.
+        group: as :class:`commlib.ExpertParallel` takes it; None: all ranks.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: it is no model of transformers.
+        ValueError: it has no experts, or not such as can be spread: quantised, tied, spread already, with
+            parameters that all experts share, or fewer than ranks; or ranks have different models. On all
+            ranks, and nothing has changed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"parallelize takes a model of transformers, got {type(model).__name__}")
+    known = resolve_group(group)
+    with known.converse(START_SECONDS) as talk:
+        found = _experts_in(model, known.size)
+        lines = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+        _check_same(gather(talk, "models", lines))
+    device = resolve_device(next(model.parameters()).device, known)
+    ranks = ModelRanks(known, known.rank, known.size, device)
+    for module in found:
+        _keep_own(module, ranks, known if group is None else group)
+    for method in (generate, save_pretrained):
+        setattr(model, method.__name__, MethodType(method, model))
+    return model
+
+
+def gather_state_dict(model: PreTrainedModel) -> dict[str, Any]:
+    """The state dict of the unsharded model, with transformers' names, on the CPU of the first rank.
+
+    All ranks call it; the others get an empty one. ``model.save_pretrained(path)``, on all ranks, writes it
+    as the hub has it (one tensor for each expert), for ``from_pretrained``.
+
+    Args:
+        model: from :func:`parallelize`, or loaded with a ``DistributedConfig``.
+
+    Raises:
+        RuntimeError: torch.distributed does not know the ranks.
+    """
+    if any(isinstance(part, ShardedExperts) for part in model.modules()):
+        return full_state_dict(model)
+    return gather_full_state_dict(model)
+
+
+# -- what is checked -----------------------------------------------------------------------------------------
+
+
+def _experts_in(model: PreTrainedModel, size: int) -> list[Any]:
+    """The modules to spread.
+
+    Raises:
+        ValueError: there are none, or some cannot be.
+    """
+    name = type(model).__name__
+    if any(isinstance(part, ShardedExperts) for part in model.modules()):
+        raise ValueError(f"the experts of this {name} have been spread already")
+    if any(is_dtensor(p) for p in model.parameters()):
+        raise ValueError(
+            f"this {name} has been spread by transformers or FSDP2 already: pass "
+            'DistributedConfig(ep_size=..., ep_implementation="commlib") to from_pretrained instead'
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError(f"this {name} is quantised: load it in bfloat16, float16 or float32")
+    # What transformers' use_experts_implementation has decorated takes and returns what Exchange does.
+    found = {path: part for path, part in model.named_modules() if hasattr(part, "_is_expert_parallel")}
+    if not found:
+        raise ValueError(
+            f"{name} has no experts that commlib knows how to spread: those that transformers decorates with "
+            "use_experts_implementation, as in Mixtral, Qwen3-MoE, DeepSeek-V3 or GPT-OSS"
+        )
+    seen: dict[int, str] = {}
+    for path, part in found.items():
+        _check_rows(path, part, size)
+        for p in part.parameters():
+            if seen.setdefault(id(p), path) != path:
+                raise ValueError(f"{path} and {seen[id(p)]} have a parameter in common (tied experts)")
+    return list(found.values())
+
+
+def _check_rows(path: str, part: Any, size: int) -> None:
+    total = part.num_experts
+    if total < size:
+        raise ValueError(f"{path} has {total} experts, fewer than there are ranks, {size}")
+    for name, t in (*part.named_parameters(), *part.named_buffers()):
+        own = name in part._parameters
+        if not own or t.shape[:1] != (total,):
+            raise ValueError(
+                f"{path}.{name} {list(t.shape)} is not one of the experts' own parameters, with a row for "
+                f"each of {total}: experts that share something cannot be spread"
+            )
+        if not t.is_floating_point() or t.is_meta:
+            what = "has no memory (meta device)" if t.is_meta else f"is {t.dtype}"
+            raise ValueError(f"{path}.{name} {what}: load the model in bfloat16, float16 or float32")
+
+
+def _check_same(lines: list[list[str]]) -> None:
+    for rank, theirs in enumerate(lines):
+        if theirs != lines[0]:
+            a, b = next(
+                ((x, y) for x, y in zip(lines[0], theirs, strict=False) if x != y),
+                (f"{len(lines[0])} parameters", f"{len(theirs)}"),
+            )
+            raise ValueError(f"ranks have different models: rank 0 has {a}, rank {rank} has {b}")
+
+
+# -- what is changed -----------------------------------------------------------------------------------------
+
+
+_classes: dict[type, type] = {}
+
+
+def _parallel_class(cls: type) -> type:
+    if cls not in _classes:
+        _classes[cls] = type(
+            f"Parallel{cls.__name__}", (ParallelExperts, cls), {"__module__": cls.__module__}
+        )
+    return _classes[cls]
+
+
+def _keep_own(module: Any, ranks: ModelRanks, group: Any) -> None:
+    total = module.num_experts
+    mine = experts_of(ranks.rank, ranks.size, total)
+    module.__class__ = _parallel_class(type(module))
+    module.exchange = Exchange(group, total)
+    module.num_experts = len(mine)
+    if ranks.size > 1:
+        module.shard = Shard(ranks, mine.start, len(mine), total)
+    for name, whole in list(module._parameters.items()):
+        rows = whole.detach()[mine.start : mine.stop].clone()  # and not a view, which keeps all
+        module.register_parameter(name, nn.Parameter(rows, whole.requires_grad))
+
+
+def generate(self: Any, *args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
+    """As the model's own; all ranks go on until the last has ended, for its tokens need their experts."""
+    if synced_gpus is None and dist.is_initialized():
+        synced_gpus = dist.get_world_size() > 1
+    return type(self).generate(self, *args, synced_gpus=synced_gpus, **kwargs)
+
+
+def save_pretrained(
+    self: Any, save_directory: Any, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
+) -> None:
+    """As the model's own, which all ranks call; the first writes all experts, and then all go on."""
+    given = state_dict is not None
+    if not given:
+        _await_all(self, "save the model", _WHO_SAVES)
+        state_dict = gather_state_dict(self)
+    type(self).save_pretrained(self, save_directory, *args, state_dict=state_dict, **kwargs)
+    if not given and dist.is_initialized():
+        dist.barrier()
+
+
+_WHO_SAVES = (
+    "All ranks call save_pretrained: commlib.integrations.transformers.Trainer sees to it, where "
+    "transformers' calls it on the first alone"
+)
+
+
+def _await_all(model: nn.Module, task: str, advice: str) -> None:
+    shards = [part.shard for part in model.modules() if isinstance(part, ParallelExperts)]
+    if shards[0] is not None:
+        with shards[0].ranks.group.converse(START_SECONDS) as talk:
+            talk.task, talk.advice = task, advice
+            gather(talk, task, None)
