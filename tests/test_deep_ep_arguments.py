@@ -39,6 +39,11 @@ DISPATCH = {
     "num_experts must be a positive multiple of the 2 ranks, got 5": dict(num_tokens_per_expert=int32(5)),
     r"is_token_in_rank must be \[5, 2\] bool, got \[4, 2\]": dict(is_token_in_rank=torch.zeros(4, 2).bool()),
     r"is_token_in_rank must be \[5, 2\] bool, got \[5, 2\] torch.int32": dict(is_token_in_rank=int32(5, 2)),
+    "num_tokens_per_rank must be on cpu, as x is, got meta": dict(
+        num_tokens_per_rank=torch.zeros(2, dtype=torch.int32, device="meta")
+    ),
+    "topk_idx must be on cpu, as x is, got meta": dict(topk_idx=torch.zeros(5, 2).long().to("meta")),
+    "topk_weights must be on cpu, as x is, got meta": dict(topk_weights=torch.zeros(5, 2, device="meta")),
     "topk_idx and topk_weights are needed both": dict(topk_weights=None),
     r"topk_idx must be \[tokens, topk\], got \[5\]": dict(topk_idx=ids(5)),
     "topk_idx must be deep_ep.topk_idx_t, torch.int64, got torch.int32": dict(topk_idx=int32(5, 2)),

@@ -239,7 +239,7 @@ class Buffer(LowLatency):
             at_least("expert_alignment", expert_alignment, 1),
             at_least("num_worst_tokens", num_worst_tokens, 0),
         )
-        routed = normal.routed(self.group_size, layout, topk_idx, topk_weights, len(parcel.sent))
+        routed = normal.routed(self.group_size, layout, topk_idx, topk_weights, parcel.sent)
         with_top_k = topk_idx is not None
         require(not num_worst_tokens or with_top_k, "num_worst_tokens needs topk_idx and topk_weights")
         return normal.dispatch(runtime, parcel, layout, routed, topk_weights, sizes, async_finish)

@@ -246,12 +246,13 @@ class ElasticBuffer(Experimental):
         }
         known = self.num_max_tokens_per_rank
         if handle is None:
-            shape, ids = sending.checked(given, known, self.num_ranks, topk_idx, len(parcel.sent))
+            shape, ids = sending.checked(given, known, self.num_ranks, topk_idx, parcel.sent)
         else:
             require(topk_idx is None, "topk_idx must be None with a handle, which has it")
             require(not do_cpu_sync, "do_cpu_sync cannot be True with a handle")
             shape, ids = handles.checked_shape(handle, given, len(parcel.sent)), handle.topk_idx
         if topk_weights is not None:
+            layouts.check_beside(parcel.sent, topk_weights=topk_weights)
             layouts.check_weights("topk_weights", topk_weights, tuple(ids.shape))
         handles.check_stats(cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks)
         work = Work(parcel.sent.device, lambda: runtime.stream(parcel.sent.device))
@@ -264,9 +265,10 @@ class ElasticBuffer(Experimental):
             arrived = sending.dispatch_along(*call, route_of(handle, EPHandle))
         if cumulative_local_expert_recv_stats is not None:
             handles.add_stats(cumulative_local_expert_recv_stats, arrived.counts, work)
+        idx = None if handle._recv_topk_idx is None else work.copied(handle._recv_topk_idx)
         event = work.end(async_with_compute_stream)
         route_of(handle, EPHandle).follows(event)
-        return arrived.x, handle._recv_topk_idx, arrived.weights, handle, event
+        return arrived.x, idx, arrived.weights, handle, event
 
     @outside_autograd
     def combine(

@@ -24,7 +24,7 @@ class Arrived(NamedTuple):
 
 
 def checked(
-    given: dict[str, Any], known: int, ranks: int, topk_idx: Tensor | None, tokens: int
+    given: dict[str, Any], known: int, ranks: int, topk_idx: Tensor | None, x: Tensor
 ) -> tuple[handles.Shape, Tensor]:
     """The shape of a dispatch without a handle, and its ids.
 
@@ -33,7 +33,7 @@ def checked(
         known: num_max_tokens_per_rank of the buffer.
         ranks: how many.
         topk_idx: as given.
-        tokens: of x.
+        x: rows as they are sent.
 
     Raises:
         TypeError, ValueError: arguments that are missing, or do not fit each other.
@@ -48,6 +48,8 @@ def checked(
         at_least("expert_alignment", 1 if alignment is None else alignment, 1),
         bool(given["do_expand"]),
     )
+    tokens = len(x)
+    layouts.check_beside(x, topk_idx=topk_idx)
     layouts.local_experts(shape.num_experts, ranks)
     layouts.check_topk_idx(topk_idx, shape.num_experts)
     layouts.check_topk(topk_idx.shape[1], shape.num_experts)

@@ -183,6 +183,12 @@ class Work:
         self.then(lambda: target.copy_(given), out, given)
         return out
 
+    def copied(self, given: Tensor) -> Tensor:
+        """A copy of what an operation writes, for a caller who may change it."""
+        out = torch.empty_like(given)
+        self.then(lambda: out.copy_(given), out, given)
+        return out
+
     def end(self, asynchronous: bool) -> EventOverlap:
         """The call's event; without ``asynchronous`` its results are complete now."""
         handle = EventHandle._of(self._events, self._steps)

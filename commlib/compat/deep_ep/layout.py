@@ -84,15 +84,26 @@ def find_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> Layout:
     return Layout(mask.sum(0, dtype=torch.int32), counts[:num_experts].clone(), mask)
 
 
-def check_layout(layout: Layout, tokens: int, ranks: int) -> int:
+def check_beside(x: Tensor, **tensors: Any) -> None:
+    """Tensors on the device of the rows.
+
+    Raises:
+        TypeError, Refused: one is no tensor, or elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        require(tensor.device == x.device, f"{name} must be on {x.device}, as x is, got {tensor.device}")
+
+
+def check_layout(layout: Layout, x: Tensor, ranks: int) -> int:
     """The number of experts that a caller's layout is of.
 
     Raises:
-        TypeError, Refused: tensors of the wrong kind, shape or dtype.
+        TypeError, Refused: tensors of the wrong kind, device, shape or dtype.
     """
-    for name, tensor in layout._asdict().items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_beside(x, **layout._asdict())
+    tokens = len(x)
     per_rank, per_expert, mask = layout
     require(
         per_rank.shape == (ranks,) and per_rank.dtype == torch.int32,

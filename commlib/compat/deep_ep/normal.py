@@ -17,23 +17,24 @@ from commlib.errors import CapacityExceeded
 
 
 def routed(
-    ranks: int, layout: Layout, topk_idx: Tensor | None, topk_weights: Tensor | None, tokens: int
+    ranks: int, layout: Layout, topk_idx: Tensor | None, topk_weights: Tensor | None, x: Tensor
 ) -> tuple[int, Tensor]:
     """How many experts the ids are of that route the tokens, and the ids: the caller's, or ranks.
 
     Raises:
         TypeError, ValueError: see :mod:`commlib.compat.deep_ep.layout`.
     """
-    experts = layouts.check_layout(layout, tokens, ranks)
+    experts = layouts.check_layout(layout, x, ranks)
     require(
         (topk_idx is None) == (topk_weights is None),
         "topk_idx and topk_weights are needed both, or neither",
     )
     if topk_idx is None:
         return ranks, layouts.ranks_as_ids(layout.is_token_in_rank)
+    layouts.check_beside(x, topk_idx=topk_idx, topk_weights=topk_weights)
     layouts.check_topk_idx(topk_idx, experts)
     layouts.check_topk(topk_idx.shape[1], experts)
-    require(len(topk_idx) == tokens, f"topk_idx has {len(topk_idx)} tokens, but x has {tokens}")
+    require(len(topk_idx) == len(x), f"topk_idx has {len(topk_idx)} tokens, but x has {len(x)}")
     layouts.check_weights("topk_weights", topk_weights, tuple(topk_idx.shape))
     layouts.check_agreement(layout, topk_idx)
     return experts, topk_idx
