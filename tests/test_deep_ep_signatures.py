@@ -45,7 +45,8 @@ SIGNATURES = {
     "Buffer.clean_low_latency_buffer": "num_max_dispatch_tokens_per_rank, hidden, num_experts",
     "Buffer.low_latency_dispatch": (
         "x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, "
-        "cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, "
+        "cumulative_local_expert_recv_stats=None, "
+        "dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, "
         "async_finish=False, return_recv_hook=False"
     ),
     "Buffer.low_latency_combine": (
