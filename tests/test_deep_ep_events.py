@@ -1,5 +1,6 @@
 """Events of commlib.compat.deep_ep."""
 
+import contextlib
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from reference import expected_rank_layout, make_world
 import commlib
 import commlib.compat.deep_ep as deep_ep
 from commlib.compat.deep_ep import Buffer, EventHandle, EventOverlap, Refused, utils
+from commlib.compat.deep_ep.events import Work
 
 
 def world_of(tokens, device="cpu"):
@@ -309,3 +311,59 @@ def test_there_is_no_stream_without_a_gpu(monkeypatch):
             buffer.get_comm_stream()
 
     on_ranks(world_of([1]), call)
+
+
+class NotedStream:
+    """What is asked of a CUDA stream, and of its events, in order."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for the event of {event}")
+
+
+class NotedTensor:
+    def __init__(self, log):
+        self.log = log
+
+    def record_stream(self, stream):
+        self.log.append(f"a tensor is {stream.name}'s, too")
+
+
+def test_on_a_gpu_results_are_finished_on_a_stream_whoever_waits(monkeypatch):
+    """With streams that only note: no GPU is needed to see the order."""
+    log = []
+    users, ours = NotedStream("the user's", log), NotedStream("ours", log)
+    current = [users]
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    work = Work(torch.device("cuda", 0), lambda: ours)
+    work.then(lambda: log.append(f"a step on {current[-1].name}"), NotedTensor(log))
+    overlap = work.end(True)
+    assert log == [
+        "ours waits for the user's",
+        "a step on ours",
+        "ours records",
+        "a tensor is ours's, too",
+    ]
+    overlap.current_stream_wait()
+    assert log[4:] == ["the user's waits for the event of ours"]
+    work.then(lambda: None, NotedTensor(log))
+    del log[:]
+    assert work.end(False).event is None  # on the user's own stream, in order
+    assert log == ["a step on the user's"]
