@@ -41,6 +41,14 @@ class Handle:
         """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
         return self._tensors().source.shape[0]
 
+    def counts(self) -> list[int]:
+        """Tokens of each local expert, before padding, on the host.
+
+        They are known as soon as dispatch has returned. On a GPU ``Dispatched.tokens_per_expert`` of an
+        asynchronous dispatch is not: it comes with the rows.
+        """
+        return self._tensors().groups[: self._ep.num_local_experts].tolist()
+
     def on(self, ep: ExpertParallel) -> Handle:
         """The same routing for rows of another dtype or width, on another communicator.
 
@@ -174,12 +182,12 @@ class Dispatched(Generic[Array]):
 
 
 def combine_places(
-    handle: Handle, y: Tensor, values: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Event]:
+    handle: Handle, y: Tensor, values: Tensor, bias: Tensor | None = None, async_op: bool = False
+) -> tuple[Tensor, Tensor, Event | None]:
     """Sum rows as :meth:`commlib.ExpertParallel.combine`, and bring a value of each place back to its token.
 
     The adjoint of a dispatch with weights, in one operation: gradients of its ``x`` and ``topk_weights``
-    from those of its results. Asynchronous and not differentiable.
+    from those of its results. Not differentiable.
 
     Args:
         handle: of the dispatch; its communicator does it.
@@ -187,13 +195,15 @@ def combine_places(
         values: layout "rank": ``[N, topk]``, of which each place comes from the rank that owns its expert,
             and the others are not read; "expert": ``[M]``. float32 (float64 for float64 rows).
         bias: ``[T, hidden]``, added once.
+        async_op: return at once.
 
     Returns:
-        ``[T, hidden]``; ``[T, topk]``, 0 where an id is -1; the event after which they may be used.
+        ``[T, hidden]``; ``[T, topk]``, 0 where an id is -1; the event after which they may be used, None
+        without ``async_op``.
 
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device.
         HandleError, PeerTimeout: as combine.
     """
-    out, back = ops.combine(y, None, bias, values.contiguous(), *handle._arguments(), True)
-    return out, back, handle._ep._take_event(None)
+    out, back = ops.combine(y, None, bias, values.contiguous(), *handle._arguments(), async_op)
+    return out, back, handle._ep._take_event(None) if async_op else None

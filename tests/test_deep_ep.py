@@ -215,6 +215,26 @@ def test_rows_of_any_type_are_dispatched(device, dtype):
         same(x, torch.stack([rows[src][token] for src, token in source]))
 
 
+def test_rows_may_lie_in_any_way(device):
+    world = make_world([5, 3], 4, 2, 16, device=device, **BF16)
+
+    def call(buffer, rank):
+        x, args = world.x[rank], laid_out(buffer, world, rank) | top_k(world, rank)
+        columns = x.t().contiguous().t()
+        apart = torch.cat([x, x], 1)[:, :16]
+        found = [buffer.dispatch(rows, **args)[0] for rows in (columns, apart, columns.int(), apart.int())]
+        handle = buffer.dispatch(x, **args)[4]
+        y = rows_for(world, rank)
+        bias = torch.zeros_like(columns)
+        return found, buffer.combine(y.t().contiguous().t(), handle, bias=bias)[0]
+
+    for rank, (found, sums) in enumerate(on_ranks(world, call)):
+        want = expected_rank_layout(world, rank).x
+        for got, dtype in zip(found, [torch.bfloat16, torch.bfloat16, torch.int32, torch.int32], strict=True):
+            same(got, want.to(dtype))
+        same(sums, expected_sums(world, rank, lambda r: rows_for(world, r)).bfloat16())
+
+
 def test_several_handles_are_good_for_rows_of_any_kind(device):
     there = [make_world([6, 9], 4, 2, 16, holes=0.2, seed=s, device=device, **BF16) for s in range(3)]
 
@@ -344,7 +364,9 @@ def test_inference_mode(device):
         same(sums, (world.x[rank].cpu().float() * copies).bfloat16())
 
 
-def test_between_nodes_the_calls_are_the_same():
+@pytest.mark.parametrize("node", ["2", "1"])
+def test_between_nodes_the_calls_are_the_same(monkeypatch, node):
+    monkeypatch.setenv("COMMLIB_NODE_SIZE", node)
     world = make_world([4, 6], 4, 2, 8, **BF16)
 
     def call(buffer, rank):

@@ -39,6 +39,11 @@ DISPATCH = {
     "num_experts must be a positive multiple of the 2 ranks, got 5": dict(num_tokens_per_expert=int32(5)),
     r"is_token_in_rank must be \[5, 2\] bool, got \[4, 2\]": dict(is_token_in_rank=torch.zeros(4, 2).bool()),
     r"is_token_in_rank must be \[5, 2\] bool, got \[5, 2\] torch.int32": dict(is_token_in_rank=int32(5, 2)),
+    "num_tokens_per_rank must be on cpu, as x is, got meta": dict(
+        num_tokens_per_rank=torch.zeros(2, dtype=torch.int32, device="meta")
+    ),
+    "topk_idx must be on cpu, as x is, got meta": dict(topk_idx=torch.zeros(5, 2).long().to("meta")),
+    "topk_weights must be on cpu, as x is, got meta": dict(topk_weights=torch.zeros(5, 2, device="meta")),
     "topk_idx and topk_weights are needed both": dict(topk_weights=None),
     r"topk_idx must be \[tokens, topk\], got \[5\]": dict(topk_idx=ids(5)),
     "topk_idx must be deep_ep.topk_idx_t, torch.int64, got torch.int32": dict(topk_idx=int32(5, 2)),
@@ -308,6 +313,41 @@ def test_processes_of_torch_distributed(torch_ranks):
         want = expected_rank_layout(WORLD, rank)
         assert x == want.x.float().tolist()
         assert (tokens, rows) == (5, sum(want.tokens_per_expert))
+
+
+def test_some_of_the_ranks_make_a_group(torch_ranks):
+    def main(rank):
+        import torch.distributed as dist
+
+        group = dist.new_group([0, 2])
+        if rank == 1:
+            return None
+        buffer, mine = Buffer(group, explicitly_destroy=True), rank // 2
+        got = buffer.dispatch(WORLD.x[mine], **laid_out(buffer, WORLD, mine), **top_k(WORLD, mine))
+        buffer.destroy()
+        return buffer.rank, got[0].float().tolist()
+
+    first, nothing, second = torch_ranks(main, 3)
+    assert nothing is None
+    for rank, got in enumerate((first, second)):
+        assert got == (rank, expected_rank_layout(WORLD, rank).x.float().tolist())
+
+
+def test_buffers_may_be_dropped_and_their_handles_used_with_others():
+    def rank_main(rank):
+        for _ in range(5):
+            buffer = Buffer(None)
+            got = buffer.dispatch(WORLD.x[rank], **laid_out(buffer, WORLD, rank), **top_k(WORLD, rank))
+            del buffer
+            other = Buffer(None)  # as where a larger one is made, with calls of the other under way
+            sums = other.combine(got[0], got[4], got[2])[0]
+            again = other.dispatch(WORLD.x[rank].float(), got[4])[0]
+        assert torch.equal(again, got[0].float())
+        return got[0], sums
+
+    for rank, (x, sums) in enumerate(commlib.run_ranks(rank_main, 2)):
+        assert torch.equal(x, expected_rank_layout(WORLD, rank).x)
+        assert sums.shape == (5, 8)
 
 
 MPI = """

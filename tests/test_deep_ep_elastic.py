@@ -217,7 +217,9 @@ def test_a_handle_sends_other_rows_the_same_way(device, asynchronous, expand):
             got, idx, w, same_handle, event = buffer.dispatch(x, topk_weights=weights, handle=handle, **rest)
             finish((event,), asynchronous)
             assert same_handle is handle
-            found.append((got, idx, w))
+            found.append((got, None if idx is None else idx.clone(), w))
+            if idx is not None:
+                idx.fill_(77)  # the caller's own
         return found
 
     for rank, (twice, pair, once) in enumerate(run(world, call)):
@@ -375,6 +377,8 @@ REFUSED = {
         cumulative_local_expert_recv_stats=torch.zeros(4, dtype=torch.int32)
     ),
     "must be deep_ep.topk_idx_t": dict(topk_idx=torch.zeros(5, 2, dtype=torch.int32)),
+    "topk_idx must be on cpu, as x is, got meta": dict(topk_idx=torch.zeros(5, 2).long().to("meta")),
+    "topk_weights must be on cpu, as x is, got meta": dict(topk_weights=torch.zeros(5, 2, device="meta")),
     "topk_idx has 3 tokens, but x has 5": dict(topk_idx=torch.zeros(3, 2, dtype=torch.int64)),
     r"topk_weights must be \[5, 2\] float32, got \[5, 3\]": dict(topk_weights=torch.zeros(5, 3)),
 }

@@ -1,15 +1,17 @@
 """Events of commlib.compat.deep_ep."""
 
+import contextlib
 import threading
 
 import pytest
 import torch
-from deep_ep_reference import laid_out, made, on_ranks, rows_for, top_k
+from deep_ep_reference import expected_sums, laid_out, made, on_ranks, rows_for, top_k
 from reference import expected_rank_layout, make_world
 
 import commlib
 import commlib.compat.deep_ep as deep_ep
 from commlib.compat.deep_ep import Buffer, EventHandle, EventOverlap, Refused, utils
+from commlib.compat.deep_ep.events import Work
 
 
 def world_of(tokens, device="cpu"):
@@ -136,6 +138,48 @@ def test_later_calls_come_after_an_asynchronous_dispatch(device):
             assert torch.equal(wide, expected_rank_layout(world, rank).x.float())
             assert torch.equal(out, (x.float() * copies.view(-1, 1)).bfloat16())
             assert torch.equal(back, world.topk_weights[rank].cpu().masked_fill(ids < 0, 0))
+
+
+def test_tensors_are_not_read_before_the_previous_event(device):
+    """Their values come when it is waited for."""
+    world = world_of([5, 7], device)
+
+    def later(*pairs):
+        """Zeros that become values, and the event of that."""
+        targets = [torch.zeros_like(value) for value in pairs]
+        steps = [lambda t=t, v=v: t.copy_(v) for t, v in zip(targets, pairs, strict=True)]
+        return (*targets, EventHandle._of((), steps))
+
+    def call(buffer, rank):
+        x, ids, weights = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        late_ids, event = later(ids)
+        per_rank, _, per_expert, mask, _ = buffer.get_dispatch_layout(late_ids, 4, event)
+        rows, scales = x.to(torch.float8_e4m3fn), x[:, :1].float()
+        *late, event = later(per_rank, per_expert, mask, rows, scales, ids, weights)
+        got, *_, handle, _ = buffer.dispatch(
+            (late[3], late[4]), None, late[0], None, late[2], late[1], late[5], late[6], previous_event=event
+        )
+        y, bias, event = later(rows_for(world, rank).float(), torch.ones_like(x).float())
+        if device == "cuda":
+            y, bias, event = later(rows_for(world, rank), torch.ones_like(x))
+        sums, *_ = buffer.combine(y, handle, bias=(bias, bias), previous_event=event)
+        with made(deep_ep.ElasticBuffer, num_max_tokens_per_rank=8) as elastic:
+            *late, event = later(x, ids, weights)
+            rest = dict(num_experts=4, previous_event=event, allocate_on_comm_stream=True)
+            (second, _, back, handle, _) = elastic.dispatch(late[0], late[1], late[2], **rest)
+            y, values, event = later(rows_for(world, rank), back)
+            rest = dict(previous_event_before_epilogue=event)
+            other_sums, back, _ = elastic.combine(y, handle, values, **rest)
+        return got, sums, second, other_sums, back
+
+    for rank, ((rows, scales), sums, second, other_sums, back) in enumerate(on_ranks(world, call)):
+        want = expected_rank_layout(world, rank).x
+        assert torch.equal(rows.float().cpu(), want.to(torch.float8_e4m3fn).float())
+        assert torch.equal(scales.cpu(), want[:, :1].float())
+        assert torch.equal(second.cpu(), want)
+        total = expected_sums(world, rank, lambda r: rows_for(world, r))
+        assert torch.equal(sums.float().cpu(), total + 2) and torch.equal(other_sums.float().cpu(), total)
+        assert torch.equal(back, world.topk_weights[rank].masked_fill(world.topk_idx[rank] < 0, 0))
 
 
 @pytest.mark.parametrize("kind", [deep_ep.Buffer, deep_ep.ElasticBuffer])
@@ -267,3 +311,59 @@ def test_there_is_no_stream_without_a_gpu(monkeypatch):
             buffer.get_comm_stream()
 
     on_ranks(world_of([1]), call)
+
+
+class NotedStream:
+    """What is asked of a CUDA stream, and of its events, in order."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for the event of {event}")
+
+
+class NotedTensor:
+    def __init__(self, log):
+        self.log = log
+
+    def record_stream(self, stream):
+        self.log.append(f"a tensor is {stream.name}'s, too")
+
+
+def test_on_a_gpu_results_are_finished_on_a_stream_whoever_waits(monkeypatch):
+    """With streams that only note: no GPU is needed to see the order."""
+    log = []
+    users, ours = NotedStream("the user's", log), NotedStream("ours", log)
+    current = [users]
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    work = Work(torch.device("cuda", 0), lambda: ours)
+    work.then(lambda: log.append(f"a step on {current[-1].name}"), NotedTensor(log))
+    overlap = work.end(True)
+    assert log == [
+        "ours waits for the user's",
+        "a step on ours",
+        "ours records",
+        "a tensor is ours's, too",
+    ]
+    overlap.current_stream_wait()
+    assert log[4:] == ["the user's waits for the event of ours"]
+    work.then(lambda: None, NotedTensor(log))
+    del log[:]
+    assert work.end(False).event is None  # on the user's own stream, in order
+    assert log == ["a step on the user's"]

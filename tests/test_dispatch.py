@@ -211,3 +211,20 @@ def test_overflow_is_an_error_on_every_rank_and_the_next_call_works(device):
     for rank, out in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
         ranks = {e // 2 for e in world.topk_idx[rank][0].tolist()}
         torch.testing.assert_close(out, len(ranks) * world.x[rank][:1])
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("async_op", [False, True])
+def test_a_handle_knows_its_counts_at_once(device, layout, async_op):
+    world = make_world([9, 14], 5, 2, 8, device=device)
+    options = {"align": 4} if layout == "expert" else {}
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            d = ep.dispatch(world.x[rank], world.topk_idx[rank], layout=layout, async_op=async_op, **options)
+            counts = d.handle.counts()
+            d.finish()
+            return counts
+
+    for rank, counts in enumerate(commlib.run_ranks(rank_main, 2, device=device)):
+        assert counts == expected_rank_layout(world, rank).tokens_per_expert

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commlib import cuda
 from commlib.compat.deep_ep import layout as layouts
+from commlib.compat.deep_ep import normal
 from commlib.compat.deep_ep import rows as parcels
 from commlib.compat.deep_ep.combining import biases_of, check_y, sum_rows
 from commlib.compat.deep_ep.communicators import Communicators
@@ -18,11 +19,10 @@ from commlib.compat.deep_ep.config import Config
 from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from commlib.compat.deep_ep.groups import group_of
-from commlib.compat.deep_ep.handles import DispatchHandle, Route, route_of, send_heads
+from commlib.compat.deep_ep.handles import DispatchHandle, route_of
 from commlib.compat.deep_ep.layout import Layout
 from commlib.compat.deep_ep.low_latency import LowLatency
 from commlib.compat.deep_ep.rows import Rows
-from commlib.errors import CapacityExceeded
 
 _RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for which DeepEP has tuned configs
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -167,9 +167,9 @@ class Buffer(LowLatency):
             ``[E]`` int32, is_token_in_rank ``[T, R]`` bool, event.
         """
         _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
+        wait_for(previous_event)
         layouts.local_experts(num_experts, self.group_size)
         layouts.check_topk_idx(topk_idx, num_experts)
-        wait_for(previous_event)
         found = layouts.find_layout(topk_idx, num_experts, self.group_size)
         event = EventOverlap(EventHandle() if async_finish else None)
         return found.num_tokens_per_rank, None, found.num_tokens_per_expert, found.is_token_in_rank, event
@@ -221,15 +221,14 @@ class Buffer(LowLatency):
         """
         _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
         _check_config(config)
+        runtime = self._runtime()
+        wait_for(previous_event)
         parcel = parcels.pack(x)
         if handle is not None:
-            require(
-                topk_idx is None and topk_weights is None,
-                "with a handle, topk_idx and topk_weights must be None",
-            )
-            return self._dispatch_along(
-                route_of(handle, DispatchHandle), parcel, previous_event, async_finish
-            )
+            without = topk_idx is None and topk_weights is None
+            require(without, "with a handle, topk_idx and topk_weights must be None")
+            route = route_of(handle, DispatchHandle)
+            return normal.dispatch_along(runtime, route, parcel, async_finish)
         given = (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
         if any(one is None for one in given):
             raise Refused(
@@ -240,102 +239,10 @@ class Buffer(LowLatency):
             at_least("expert_alignment", expert_alignment, 1),
             at_least("num_worst_tokens", num_worst_tokens, 0),
         )
-        experts = layouts.check_layout(layout, len(parcel.sent), self.group_size)
-        ids = self._ids(layout, topk_idx, topk_weights, experts, len(parcel.sent))
-        require(
-            not num_worst_tokens or topk_idx is not None, "num_worst_tokens needs topk_idx and topk_weights"
-        )
-        wait_for(previous_event)
-        return self._dispatch(parcel, layout, ids, topk_weights, sizes, async_finish)
-
-    def _ids(
-        self, layout: Layout, topk_idx: Tensor | None, topk_weights: Tensor | None, experts: int, tokens: int
-    ) -> tuple[int, Tensor]:
-        """How many experts the ids are of that route the tokens, and the ids: the caller's, or ranks."""
-        require(
-            (topk_idx is None) == (topk_weights is None),
-            "topk_idx and topk_weights are needed both, or neither",
-        )
-        if topk_idx is None:
-            return self.group_size, layouts.ranks_as_ids(layout.is_token_in_rank)
-        layouts.check_topk_idx(topk_idx, experts)
-        layouts.check_topk(topk_idx.shape[1], experts)
-        require(len(topk_idx) == tokens, f"topk_idx has {len(topk_idx)} tokens, but x has {tokens}")
-        check_weights("topk_weights", topk_weights, tuple(topk_idx.shape))
-        layouts.check_agreement(layout, topk_idx)
-        return experts, topk_idx
-
-    def _dispatch(
-        self,
-        parcel: parcels.Parcel,
-        layout: Layout,
-        routed: tuple[int, Tensor],
-        weights: Tensor | None,
-        sizes: tuple[int, int],
-        async_finish: bool,
-    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], tuple, EventOverlap]:
-        runtime, sent, (alignment, worst) = self._runtime(), parcel.sent, sizes
-        work = Work(sent.device, lambda: runtime.stream(sent.device))
-        counts = torch.cat([layout.num_tokens_per_rank, layout.num_tokens_per_expert])
-        shared, told = runtime.share(counts)
-        work.add(told)
-        experts, ids = routed
-        ep = runtime.of(experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device)
-        d = ep.dispatch(sent, ids, weights, async_op=async_finish)
-        work.add(d.event)
-        came = d.handle.num_rows
-        if worst and came > worst:
-            text = f"rank {self.rank} received {came} rows, but num_worst_tokens is {worst}"
-            raise CapacityExceeded(text, self.rank, came)
-        rows = worst or came
-        tensors = self._handle_tensors(layout, shared, d.source, rows, work)
-        route = Route(d.handle, rows)
-        recv_x = parcel.unpack(d.x, work, rows)
-        recv_idx = recv_weights = None
-        if weights is None:
-            told.wait()
-            each = shared[:, self.group_size :].sum(0).view(self.group_size, -1)[self.rank].tolist()
-        else:
-            recv_idx = work.settled(d.topk_idx, rows, fill=-1)
-            recv_weights = work.settled(d.topk_weights, rows)
-            each = [] if worst else d.tokens_per_expert.tolist()
-        event = work.end(async_finish)
-        route.event = event.event
-        handle = DispatchHandle.of(tensors, route)
-        return recv_x, recv_idx, recv_weights, layouts.rounded_up(each, alignment), handle, event
-
-    def _handle_tensors(
-        self, layout: Layout, shared: Tensor, source: Tensor, rows: int, work: Work
-    ) -> tuple[Tensor, ...]:
-        """See :class:`DispatchHandle`. ``shared``: ``[R, R + E]``, each rank's counts by rank and expert."""
-        ranks, here = self.group_size, shared.device
-        prefix = torch.empty(ranks, ranks, dtype=torch.int32, device=here)
-        begins = torch.empty(ranks, 1, dtype=torch.int32, device=here)
-
-        def add_up() -> None:
-            counts = shared[:, :ranks]
-            torch.cumsum(counts, 0, dtype=torch.int32, out=prefix)
-            begins.copy_((prefix[:, self.rank] - counts[:, self.rank]).view(-1, 1))
-
-        work.then(add_up, prefix, begins, shared)
-        mask = layout.is_token_in_rank
-        sent = layout.num_tokens_per_rank.view(-1, 1).clone()
-        src = work.settled(source[:, 1], rows, fill=-1, dtype=torch.int32)
-        return prefix, sent, begins, src, mask, send_heads(mask)
-
-    def _dispatch_along(
-        self, route: Route, parcel: parcels.Parcel, previous_event: Any, async_finish: bool
-    ) -> tuple[Rows, None, None, None, None, EventOverlap]:
-        runtime, sent = self._runtime(), parcel.sent
-        tokens = route.handle.num_tokens
-        require(len(sent) == tokens, f"x has {len(sent)} tokens, but the handle's dispatch had {tokens}")
-        wait_for(previous_event)
-        ep, handle = runtime.along(route.ready(), sent.shape[1], sent.dtype)
-        work = Work(sent.device, lambda: runtime.stream(sent.device))
-        d = ep.dispatch(sent, handle=handle, async_op=async_finish)
-        work.add(d.event)
-        recv_x = parcel.unpack(d.x, work, route.rows)
-        return recv_x, None, None, None, None, work.end(async_finish)
+        routed = normal.routed(self.group_size, layout, topk_idx, topk_weights, parcel.sent)
+        with_top_k = topk_idx is not None
+        require(not num_worst_tokens or with_top_k, "num_worst_tokens needs topk_idx and topk_weights")
+        return normal.dispatch(runtime, parcel, layout, routed, topk_weights, sizes, async_finish)
 
     @outside_autograd
     def combine(
@@ -369,19 +276,20 @@ class Buffer(LowLatency):
         """
         _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
         _check_config(config)
+        runtime = self._runtime()
+        wait_for(previous_event)
         route = route_of(handle, DispatchHandle)
         check_y(x, route.rows)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:
-            check_weights("topk_weights", topk_weights, (route.rows, None))
-        runtime = self._runtime()
-        wait_for(previous_event)
+            layouts.check_weights("topk_weights", topk_weights, (route.rows, None))
         routing = route.ready()
         came = routing.num_rows
         work = Work(x.device, lambda: runtime.stream(x.device))
-        combined, weights = sum_rows(runtime, routing, x[:came], biases, work)[0], None
+        combined, _ = sum_rows(runtime, routing, x[:came], biases, work, async_finish)
+        weights = None
         if topk_weights is not None:
-            weights, _ = sum_rows(runtime, routing, topk_weights[:came], (), work)
+            weights, _ = sum_rows(runtime, routing, topk_weights[:came], (), work, async_finish)
         return combined, weights, work.end(async_finish)
 
     def internode_dispatch(
@@ -426,25 +334,6 @@ class Buffer(LowLatency):
         if self.runtime is None:
             raise Refused("the buffer has been destroyed")
         return self.runtime
-
-
-def check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
-    """float32 of a shape, in which None is any positive number.
-
-    Raises:
-        TypeError, Refused: they are not.
-    """
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
-    fits = weights.dim() == len(shape) and all(
-        given == wanted or (wanted is None and given > 0)
-        for given, wanted in zip(weights.shape, shape, strict=True)
-    )
-    told = ["topk" if n is None else n for n in shape]
-    require(
-        fits and weights.dtype == torch.float32,
-        f"{name} must be {told} float32, got {list(weights.shape)} {weights.dtype}",
-    )
 
 
 def _check_allocation(previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool) -> None:

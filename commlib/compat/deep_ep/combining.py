@@ -60,6 +60,7 @@ def sum_rows(
     x: Tensor,
     biases: tuple[Tensor, ...],
     work: Work,
+    asynchronous: bool,
     wide: bool = False,
     values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +71,8 @@ def sum_rows(
         handle: of the dispatch, which is done.
         x: ``[rows, H]`` as the handle's layout has them.
         biases: up to two ``[T, H]``.
-        work: to which the operation is added, which is asynchronous.
+        work: to which the operation is added.
+        asynchronous: return at once.
         wide: rows travel as float32, so that a rank's own sums are not rounded.
         values: of places, see :func:`commlib.dispatched.combine_places`.
 
@@ -87,9 +89,12 @@ def sum_rows(
     y = dense_rows(x.float() if wide else x)
     ep, known = runtime.along(handle, y.shape[1], y.dtype)
     back = None
-    if values is None:
+    if values is not None:
+        out, back, event = combine_places(known, y, values, bias, asynchronous)
+        work.add(event)
+    elif asynchronous:
         out, event = ep.combine(y, known, bias=bias, async_op=True)
+        work.add(event)
     else:
-        out, back, event = combine_places(known, y, values, bias)
-    work.add(event)
+        out = ep.combine(y, known, bias=bias)
     return work.settled(out, dtype=x.dtype), back

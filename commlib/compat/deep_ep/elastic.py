@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from commlib import cuda
+from commlib.compat.deep_ep import elastic_dispatch as sending
 from commlib.compat.deep_ep import elastic_handles as handles
 from commlib.compat.deep_ep import layout as layouts
 from commlib.compat.deep_ep import rows as parcels
-from commlib.compat.deep_ep.buffer import Buffer, check_weights, outside_autograd
+from commlib.compat.deep_ep.buffer import Buffer, outside_autograd
 from commlib.compat.deep_ep.combining import biases_of, check_y, sum_rows
 from commlib.compat.deep_ep.communicators import Communicators
 from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from commlib.compat.deep_ep.experimental import Experimental
 from commlib.compat.deep_ep.groups import group_of
-from commlib.compat.deep_ep.handles import EPHandle, Route, route_of
+from commlib.compat.deep_ep.handles import EPHandle, route_of
 from commlib.compat.deep_ep.rows import Rows
 
 _UNIT = 2 << 20  # bytes: DeepEP's buffers are a multiple of this
@@ -232,8 +233,9 @@ class ElasticBuffer(Experimental):
         Raises:
             Refused, ValueError, TypeError, commlib.PeerTimeout: as :meth:`Buffer.dispatch`.
         """
-        _check_previous(previous_event, allocate_on_comm_stream)
-        self._check_qps(num_qps)
+        runtime = self._before(
+            previous_event, previous_event_before_epilogue, allocate_on_comm_stream, num_qps
+        )
         require(not do_zero_padding or do_expand, "do_zero_padding needs do_expand")
         parcel = parcels.pack(x, use_tma_aligned_col_major_sf)
         given = {
@@ -242,89 +244,31 @@ class ElasticBuffer(Experimental):
             "expert_alignment": expert_alignment,
             "do_expand": do_expand,
         }
+        known = self.num_max_tokens_per_rank
         if handle is None:
-            shape, ids = self._checked(given, parcel.sent, topk_idx)
+            shape, ids = sending.checked(given, known, self.num_ranks, topk_idx, parcel.sent)
         else:
             require(topk_idx is None, "topk_idx must be None with a handle, which has it")
             require(not do_cpu_sync, "do_cpu_sync cannot be True with a handle")
             shape, ids = handles.checked_shape(handle, given, len(parcel.sent)), handle.topk_idx
         if topk_weights is not None:
-            check_weights("topk_weights", topk_weights, tuple(ids.shape))
+            layouts.check_beside(parcel.sent, topk_weights=topk_weights)
+            layouts.check_weights("topk_weights", topk_weights, tuple(ids.shape))
         handles.check_stats(cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks)
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
-        runtime = self._runtime()
         work = Work(parcel.sent.device, lambda: runtime.stream(parcel.sent.device))
-        call = (parcel, topk_weights, work, async_with_compute_stream)
+        call = (runtime, parcel, topk_weights, work, async_with_compute_stream)
         if handle is None:
-            handle, arrived = self._dispatch(*call, shape, ids, num_sms, do_handle_copy)
+            sms = num_sms or self.get_theoretical_num_sms(shape.num_experts, ids.shape[1])
+            most = known if shape.num_max_tokens_per_rank <= known else None  # a call may say more
+            handle, arrived = sending.dispatch(*call, shape, ids, most, sms, do_handle_copy)
         else:
-            arrived = self._dispatch_along(handle, *call)
+            arrived = sending.dispatch_along(*call, route_of(handle, EPHandle))
         if cumulative_local_expert_recv_stats is not None:
-            handles.add_stats(cumulative_local_expert_recv_stats, arrived[2], work)
+            handles.add_stats(cumulative_local_expert_recv_stats, arrived.counts, work)
+        idx = None if handle._recv_topk_idx is None else work.copied(handle._recv_topk_idx)
         event = work.end(async_with_compute_stream)
-        if handle._route is not None and handle._route.event is None:
-            handle._route.event = event.event
-        return arrived[0], handle._recv_topk_idx, arrived[1], handle, event
-
-    def _checked(
-        self, given: dict[str, Any], sent: Tensor, topk_idx: Tensor | None
-    ) -> tuple[handles.Shape, Tensor]:
-        require(topk_idx is not None, "without a handle, topk_idx is needed")
-        require(given["num_experts"] is not None, "without a handle, num_experts is needed")
-        assert topk_idx is not None
-        most = given["num_max_tokens_per_rank"]
-        shape = handles.Shape(
-            at_least("num_experts", given["num_experts"], 1),
-            at_least("num_max_tokens_per_rank", self.num_max_tokens_per_rank if most is None else most, 1),
-            at_least(
-                "expert_alignment", 1 if given["expert_alignment"] is None else given["expert_alignment"], 1
-            ),
-            bool(given["do_expand"]),
-        )
-        layouts.local_experts(shape.num_experts, self.num_ranks)
-        layouts.check_topk_idx(topk_idx, shape.num_experts)
-        layouts.check_topk(topk_idx.shape[1], shape.num_experts)
-        require(len(topk_idx) == len(sent), f"topk_idx has {len(topk_idx)} tokens, but x has {len(sent)}")
-        require(
-            len(sent) <= shape.num_max_tokens_per_rank,
-            f"x has {len(sent)} tokens, but num_max_tokens_per_rank is {shape.num_max_tokens_per_rank}",
-        )
-        return shape, topk_idx
-
-    def _dispatch(
-        self,
-        parcel: parcels.Parcel,
-        weights: Tensor | None,
-        work: Work,
-        asynchronous: bool,
-        shape: handles.Shape,
-        ids: Tensor,
-        num_sms: int,
-        copy: bool,
-    ) -> tuple[EPHandle, tuple[Rows, Tensor | None, Tensor]]:
-        sent = parcel.sent
-        sizes = (shape.num_experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device)
-        known = self.num_max_tokens_per_rank  # a call may say more, and another one again
-        ep = self._runtime().of(*sizes, known if shape.num_max_tokens_per_rank <= known else None)
-        layout: Literal["rank", "expert"] = "expert" if shape.do_expand else "rank"
-        align = shape.expert_alignment if shape.do_expand else 1
-        d = ep.dispatch(sent, ids, weights, layout=layout, align=align, async_op=asynchronous)
-        work.add(d.event)
-        num_sms = num_sms or self.get_theoretical_num_sms(shape.num_experts, ids.shape[1])
-        made = handles.made_of(d, shape, ids.clone() if copy else ids, num_sms, self.num_ranks, work)
-        made._route = Route(d.handle, d.handle.num_rows)
-        made._recv_topk_idx = d.topk_idx
-        return made, (parcel.unpack(d.x, work, None), d.topk_weights, d.tokens_per_expert)
-
-    def _dispatch_along(
-        self, handle: EPHandle, parcel: parcels.Parcel, weights: Tensor | None, work: Work, asynchronous: bool
-    ) -> tuple[Rows, Tensor | None, Tensor]:
-        sent = parcel.sent
-        ep, known = self._runtime().along(route_of(handle, EPHandle).ready(), sent.shape[1], sent.dtype)
-        d = ep.dispatch(sent, None, weights, handle=known, async_op=asynchronous)
-        work.add(d.event)
-        return parcel.unpack(d.x, work, None), d.topk_weights, d.tokens_per_expert
+        route_of(handle, EPHandle).follows(event)
+        return arrived.x, idx, arrived.weights, handle, event
 
     @outside_autograd
     def combine(
@@ -359,41 +303,39 @@ class ElasticBuffer(Experimental):
         Raises:
             Refused, ValueError, TypeError, commlib.PeerTimeout: as :meth:`Buffer.combine`.
         """
-        _check_previous(previous_event, allocate_on_comm_stream)
-        self._check_qps(num_qps)
+        runtime = self._before(
+            previous_event, previous_event_before_epilogue, allocate_on_comm_stream, num_qps
+        )
         route = route_of(handle, EPHandle)
         check_y(x, route.rows)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:
             topk = handle.topk_idx.shape[1]
-            check_weights(
+            layouts.check_weights(
                 "topk_weights", topk_weights, (route.rows,) if handle.do_expand else (route.rows, topk)
             )
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
-        runtime, routing = self._runtime(), route.ready()
+        routing = route.ready()
         work = Work(x.device, lambda: runtime.stream(x.device))
         wide = handle.do_expand and not self.allow_multiple_reduction
-        combined, weights = sum_rows(runtime, routing, x, biases, work, wide, topk_weights)
+        combined, weights = sum_rows(
+            runtime, routing, x, biases, work, async_with_compute_stream, wide, topk_weights
+        )
         return combined, weights, work.end(async_with_compute_stream)
 
-    def _check_qps(self, num_qps: int) -> None:
-        require(
-            num_qps <= self.num_allocated_qps,
-            f"num_qps is {num_qps}, but {self.num_allocated_qps} are allocated",
-        )
+    def _before(self, event: Any, later: Any, allocate_on_comm_stream: bool, num_qps: int) -> Communicators:
+        """What both calls begin with: from here on their tensors may be read."""
+        known = self.num_allocated_qps
+        require(event is None or allocate_on_comm_stream, "previous_event needs allocate_on_comm_stream=True")
+        require(num_qps <= known, f"num_qps is {num_qps}, but {known} are allocated")
+        runtime = self._runtime()
+        wait_for(event)
+        wait_for(later)
+        return runtime
 
     def _runtime(self) -> Communicators:
         if self.runtime is None:
             raise Refused("the buffer has been destroyed")
         return self.runtime
-
-
-def _check_previous(previous_event: Any, allocate_on_comm_stream: bool) -> None:
-    require(
-        previous_event is None or allocate_on_comm_stream,
-        "previous_event needs allocate_on_comm_stream=True",
-    )
 
 
 def _buffer_bytes(ranks: int, tokens: int, hidden: int, topk: int) -> int:

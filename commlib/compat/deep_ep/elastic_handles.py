@@ -67,7 +67,7 @@ def made_of(
     """The handle of a dispatch, complete when it is."""
     routing = d.handle._tensors()
     counts = d.tokens_per_expert
-    listed = rounded_up(counts.tolist(), shape.expert_alignment)
+    listed = rounded_up(d.handle.counts(), shape.expert_alignment)
     unique = len(routing.local)
     topk = topk_idx.shape[1]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commlib.compat.deep_ep.errors import require
+from commlib.compat.deep_ep.errors import Refused, require
 from commlib.event import Event
 
 Step = Callable[[], Any]
@@ -86,8 +86,7 @@ class EventOverlap:
             Refused: there is no event: the call was not asynchronous.
         """
         if self.event is None:
-            require(False, "there is no event to wait for: the call that returned this was not asynchronous")
-            return None
+            raise Refused("there is no event to wait for: the call that returned this was not asynchronous")
         self.event.current_stream_wait()
         hook, self.hook_after_wait = self.hook_after_wait, None
         result = None if hook is None else hook()
@@ -182,6 +181,12 @@ class Work:
                 out.fill_(fill)
         target = out[: len(given)]
         self.then(lambda: target.copy_(given), out, given)
+        return out
+
+    def copied(self, given: Tensor) -> Tensor:
+        """A copy of what an operation writes, for a caller who may change it."""
+        out = torch.empty_like(given)
+        self.then(lambda: out.copy_(given), out, given)
         return out
 
     def end(self, asynchronous: bool) -> EventOverlap:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from commlib.compat.deep_ep.errors import Refused
-from commlib.compat.deep_ep.events import EventHandle
+from commlib.compat.deep_ep.events import EventHandle, EventOverlap
 from commlib.dispatched import Handle
 
 
@@ -18,8 +18,13 @@ class Route:
     """What later calls need of a dispatch."""
 
     handle: Handle
-    rows: int  # that recv_x has: those that came, and with num_worst_tokens filling
+    rows: int  # that recv_x has: those that came, and what num_worst_tokens adds
     event: EventHandle | None = None  # of the dispatch
+
+    def follows(self, event: EventOverlap) -> None:
+        """The dispatch is done after this event, if it is asynchronous."""
+        if event.event is not None:
+            self.event = event.event
 
     def ready(self) -> Handle:
         """The handle, once its dispatch is done: another communicator would not wait for it."""

@@ -84,15 +84,26 @@ def find_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> Layout:
     return Layout(mask.sum(0, dtype=torch.int32), counts[:num_experts].clone(), mask)
 
 
-def check_layout(layout: Layout, tokens: int, ranks: int) -> int:
+def check_beside(x: Tensor, **tensors: Any) -> None:
+    """Tensors on the device of the rows.
+
+    Raises:
+        TypeError, Refused: one is no tensor, or elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        require(tensor.device == x.device, f"{name} must be on {x.device}, as x is, got {tensor.device}")
+
+
+def check_layout(layout: Layout, x: Tensor, ranks: int) -> int:
     """The number of experts that a caller's layout is of.
 
     Raises:
-        TypeError, Refused: tensors of the wrong kind, shape or dtype.
+        TypeError, Refused: tensors of the wrong kind, device, shape or dtype.
     """
-    for name, tensor in layout._asdict().items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_beside(x, **layout._asdict())
+    tokens = len(x)
     per_rank, per_expert, mask = layout
     require(
         per_rank.shape == (ranks,) and per_rank.dtype == torch.int32,
@@ -150,3 +161,22 @@ def ranks_as_ids(is_token_in_rank: Tensor) -> Tensor:
 def rounded_up(counts: list[int], alignment: int) -> list[int]:
     """Each to a multiple of ``alignment``."""
     return [-(-n // alignment) * alignment for n in counts]
+
+
+def check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
+    """float32 of a shape, in which None is any positive number.
+
+    Raises:
+        TypeError, Refused: they are not.
+    """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weights).__name__}")
+    fits = weights.dim() == len(shape) and all(
+        given == wanted or (wanted is None and given > 0)
+        for given, wanted in zip(weights.shape, shape, strict=True)
+    )
+    told = ["topk" if n is None else n for n in shape]
+    require(
+        fits and weights.dtype == torch.float32,
+        f"{name} must be {told} float32, got {list(weights.shape)} {weights.dtype}",
+    )
