@@ -1,11 +1,13 @@
 """Mixture-of-experts modules over :class:`commlib.ExpertParallel`, and what training needs around them."""
 
+from .balance import update_bias
 from .checkpoint import full_state_dict
 from .experts import Experts, expert_parameters, shared_parameters
 from .gradients import clip_grad_norm_, sync_gradients
 from .grouped import grouped_mm
+from .losses import Scores, load_balance_loss, z_loss
 from .moe import MoEAux, MoELayer
-from .router import Routing, TopKRouter, load_balance_loss
+from .router import Routing, TopKRouter
 from .wrappers import fully_shard_experts
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "MoEAux",
     "MoELayer",
     "Routing",
+    "Scores",
     "TopKRouter",
     "clip_grad_norm_",
     "expert_parameters",
@@ -22,4 +25,6 @@ __all__ = [
     "load_balance_loss",
     "shared_parameters",
     "sync_gradients",
+    "update_bias",
+    "z_loss",
 ]

@@ -14,7 +14,8 @@ from commlib.overlap import Steps, run_experts
 
 from .experts import Experts
 from .grouped import autocast_dtype
-from .router import Routing, TopKRouter, count_tokens
+from .losses import count_tokens
+from .router import Routing, TopKRouter
 
 if TYPE_CHECKING:
     from commlib import ExpertParallel
