@@ -8,10 +8,12 @@ from .grouped import grouped_mm
 from .losses import Scores, load_balance_loss, z_loss
 from .moe import MoEAux, MoELayer
 from .router import Routing, TopKRouter
+from .variants import GptOssExperts
 from .wrappers import fully_shard_experts
 
 __all__ = [
     "Experts",
+    "GptOssExperts",
     "MoEAux",
     "MoELayer",
     "Routing",

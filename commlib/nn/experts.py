@@ -23,6 +23,18 @@ class Experts(nn.Module):
 
     ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
 
+    Another network is a subclass that says its parameters by :meth:`shapes` and what it does with them by
+    :meth:`compute`; all that this class does for training goes for it, too::
+
+        class GeluExperts(Experts):
+            def shapes(self, hidden, ffn_hidden):
+                return {"w1": (hidden, ffn_hidden), "b1": (ffn_hidden,), "w2": (ffn_hidden, hidden)}
+
+            def compute(self, x, offsets, w1, b1, w2):
+                return grouped_mm(F.gelu(grouped_mm(x, w1, offsets, b1)), w2, offsets)
+
+        MoELayer(..., experts=GeluExperts)
+
     Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
     PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
     and everything drawn later are the same however many ranks share them.
@@ -33,8 +45,11 @@ class Experts(nn.Module):
     experts, or the local ones.
 
     Attributes:
+        first, count, hidden, ffn_hidden: as given.
+        weight_names: of the parameters of :meth:`shapes`.
         shard: where these experts are among all; None: no other rank holds any.
-        reads_local: of a subclass: whether it reads each parameter by :meth:`local`.
+        reads_local: of a subclass with a ``forward`` of its own, or parameters beside those of
+            :meth:`shapes`: whether it reads each parameter by :meth:`local`.
 
     Args:
         hidden, ffn_hidden: sizes.
@@ -57,16 +72,31 @@ class Experts(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.count, self.hidden, self.ffn_hidden = first, count, hidden, ffn_hidden
         self.shard = None if ep is None or ep.size == 1 else Shard(ep, first, count)
-
-        def stack(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, rows, columns, dtype=dtype, device=device))
-
-        self.w1 = stack(hidden, ffn_hidden)
-        self.w3 = stack(hidden, ffn_hidden)
-        self.w2 = stack(ffn_hidden, hidden)
+        shapes = self.shapes(hidden, ffn_hidden)
+        self.weight_names = tuple(shapes)
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(count, *shape, dtype=dtype, device=device)))
         self.reset_parameters()
+
+    def shapes(self, hidden: int, ffn_hidden: int) -> dict[str, tuple[int, ...]]:
+        """One expert's parameters, by name; the constructor asks for them."""
+        return {"w1": (hidden, ffn_hidden), "w3": (hidden, ffn_hidden), "w2": (ffn_hidden, hidden)}
+
+    def compute(self, x: Tensor, offsets: Tensor, **weights: Tensor) -> Tensor:
+        """What each expert makes of its rows.
+
+        Args:
+            x, offsets: as :meth:`forward` takes them.
+            weights: the parameters of :meth:`shapes`, ``[count, ...]``: to be used as they are given, and not
+                read from ``self``.
+
+        Returns:
+            ``[M, hidden]``. What it makes of padding, rows of zeros, is not used.
+        """
+        gate = F.silu(grouped_mm(x, weights["w1"], offsets))
+        return grouped_mm(gate * grouped_mm(x, weights["w3"], offsets), weights["w2"], offsets)
 
     @property
     def gradient_divisor(self) -> int:
@@ -79,16 +109,22 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`."""
+        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`.
+
+        Inputs are an expert's rows of a matrix. What has one dimension, or none, becomes zero.
+        """
         seed = int(torch.randint(2**62, (), device="cpu"))
         generator = torch.Generator(device="cpu")
-        for i in range(self.w1.shape[0]):
+        weights = [getattr(self, name) for name in self.weight_names]
+        for i in range(len(weights[0])):
             generator.manual_seed(seed + self.first + i)
-            for w in (self.w1, self.w3, self.w2):
+            for w in weights:
                 # Drawn on the CPU in float32, so that device and dtype do not change the values.
-                drawn = torch.empty(w.shape[1:], dtype=torch.float32, device="cpu")
-                bound = w.shape[1] ** -0.5
-                w[i].copy_(drawn.uniform_(-bound, bound, generator=generator))
+                drawn = torch.zeros(w.shape[1:], dtype=torch.float32, device="cpu")
+                if drawn.dim() > 1:
+                    bound = drawn.shape[0] ** -0.5
+                    drawn.uniform_(-bound, bound, generator=generator)
+                w[i].copy_(drawn)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Apply each expert to its rows.
@@ -98,19 +134,19 @@ class Experts(nn.Module):
             offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
 
         Returns:
-            ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`; rows of zeros stay zero.
+            ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`.
         """
         self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
-        w1, w3, w2 = (self.local(w) for w in (self.w1, self.w3, self.w2))
-        gate = F.silu(grouped_mm(x, w1, offsets))
-        return grouped_mm(gate * grouped_mm(x, w3, offsets), w2, offsets)
+        weights = {name: self.local(getattr(self, name)) for name in self.weight_names}
+        return self.compute(x, offsets, **weights)
 
     def local(self, w: Any) -> Tensor:
         """A parameter of these experts, as their forward is to read it.
 
         It has the rows of this rank's experts, also where FSDP2 lends a DTensor, and divides the gradient by
-        :attr:`gradient_divisor`. A subclass with parameters or a forward of its own reads all parameters by
-        it, and says so by ``reads_local = True``; else what would set a divisor refuses it.
+        :attr:`gradient_divisor`. :meth:`compute` is given it. A subclass with a forward of its own, or
+        parameters beside those of :meth:`shapes`, reads all parameters by it, and says so by
+        ``reads_local = True``; else what would set a divisor refuses it.
         """
         shard = self.shard
         if shard is None:
@@ -119,8 +155,9 @@ class Experts(nn.Module):
         return local if shard.gradient_divisor == 1 else divided_gradient(local, shard.gradient_divisor)
 
     def extra_repr(self) -> str:
-        count, hidden, ffn_hidden = self.w1.shape
-        return f"first={self.first}, {count=}, {hidden=}, {ffn_hidden=}, dtype={self.w1.dtype}"
+        dtype = next((p.dtype for p in self.parameters()), None)
+        sizes = f"hidden={self.hidden}, ffn_hidden={self.ffn_hidden}"
+        return f"first={self.first}, count={self.count}, {sizes}, dtype={dtype}"
 
     # -- inside --------------------------------------------------------------------------------------------
 
