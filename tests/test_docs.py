@@ -69,25 +69,46 @@ def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
     assert done.stdout.count("torch.Size([100, 1024])") == 4 + 4 + 4 + 1
 
 
-def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
-    text = (ROOT / "docs/training.md").read_text()
+def run_page(page, place):
+    """Write a page's programs, run its commands; what each printed."""
+    text = (ROOT / "docs" / page).read_text()
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         name = program.splitlines()[0].removeprefix("# ")
-        (tmp_path / name).write_text(program)
+        (place / name).write_text(program)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    assert len(commands) == 3
     said = []
-    for command in commands:
+    for command in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        said += [float(loss) for loss in re.findall(r"^loss ([\d.]+)", done.stdout, re.MULTILINE)]
-    assert len(said) == 10
-    assert said[-1] < said[4] < said[0]  # the second program goes on where the first one ended
+        said.append(done.stdout)
+    return said
+
+
+def numbers(text, name):
+    """What a program printed as ``name 1.25``, line by line."""
+    return [float(value) for value in re.findall(rf"^{name} ([\d.]+)", text, re.MULTILINE)]
+
+
+def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    said = run_page("training.md", tmp_path)
+    assert len(said) == 3
+    losses = [loss for text in said for loss in numbers(text, "loss")]
+    assert len(losses) == 10
+    assert losses[-1] < losses[4] < losses[0]  # the second program goes on where the first one ended
     weights = torch.load(tmp_path / "model.pt")
     assert weights["moe.experts.w1"].shape == (10, 64, 128)
+
+
+def test_the_layer_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    trained, converted = run_page("layer.md", tmp_path)
+    losses, fullest = numbers(trained, "loss"), numbers(trained, "fullest")
+    assert len(losses) == len(fullest) == 60
+    assert losses[-1] < 0.7 * losses[0]
+    assert max(fullest[-10:]) < 0.7 * fullest[0]  # the bias balances
+    assert numbers(converted, "largest difference")[0] < 1e-5
+    assert "the same after two ways: True" in converted
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Mixture-of-experts modules over :class:`commlib.ExpertParallel`, and what training needs around them."""
 
+from . import convert
 from .balance import update_bias
 from .checkpoint import full_state_dict
 from .experts import Experts, expert_parameters, shared_parameters
@@ -20,6 +21,7 @@ __all__ = [
     "Scores",
     "TopKRouter",
     "clip_grad_norm_",
+    "convert",
     "expert_parameters",
     "full_state_dict",
     "fully_shard_experts",
