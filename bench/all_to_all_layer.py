@@ -116,25 +116,31 @@ class AllToAllLayer(nn.Module):
         counts = count_tokens(topk_idx, self.exchange.size * self.local_experts)
         counts = counts.view(self.exchange.size, self.local_experts)
         arriving = self.exchange.counts(counts)
-        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        offsets = self._offsets(arriving)
+        # The host waits once, for all that it has to know.
+        known = torch.cat([counts.sum(1), arriving.sum(1), offsets[-1:]]).tolist()
+        sent, received, padded = known[: len(counts)], known[len(counts) : -1], known[-1]
         rows = _AllToAll.apply(x[order // topk_idx.shape[1]], self.exchange, sent, received)
-        place, offsets = self._places(arriving)
-        grouped = rows.new_zeros(int(offsets[-1]), rows.shape[1]).index_copy(0, place, rows)
+        place = self._places(arriving, offsets, sum(received))
+        grouped = rows.new_zeros(padded, rows.shape[1]).index_copy(0, place, rows)
         y = self.experts(grouped, offsets)[place]
         y = _AllToAll.apply(y, self.exchange, received, sent)
         y = y.new_empty(y.shape).index_copy(0, order, y).view(*topk_idx.shape, -1)
         return torch.bmm(topk_weights.unsqueeze(1), y.to(topk_weights.dtype)).squeeze(1).to(x.dtype)
 
-    def _places(self, arriving: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each row that came goes, grouped by expert; and where each expert's rows begin.
+    def _offsets(self, arriving: Tensor) -> Tensor:
+        """Where each expert's rows begin, and the last one's end: ``[L + 1]``.
 
         Args:
             arriving: ``[R, L]``, rows from each rank for each expert, which come in that order.
         """
-        ends = (arriving.sum(0) + self.align - 1).div(self.align, rounding_mode="floor").mul(self.align)
-        offsets = F.pad(ends.cumsum(0), (1, 0))
+        padded = (arriving.sum(0) + self.align - 1).div(self.align, rounding_mode="floor").mul(self.align)
+        return F.pad(padded.cumsum(0), (1, 0))
+
+    def _places(self, arriving: Tensor, offsets: Tensor, received: int) -> Tensor:
+        """Where each of the rows that came goes, grouped by expert."""
         begins = (offsets[:-1] + arriving.cumsum(0) - arriving).flatten()
         blocks = arriving.flatten()
         came_at = blocks.cumsum(0) - blocks
-        rows = torch.arange(int(blocks.sum()), device=blocks.device)
-        return rows + (begins - came_at).repeat_interleave(blocks), offsets
+        moved = (begins - came_at).repeat_interleave(blocks, output_size=received)
+        return torch.arange(received, device=blocks.device) + moved
