@@ -57,6 +57,13 @@ def test_bytes_are_those_of_rows_for_each_rank_and_for_each_expert(measure):
     assert ours < theirs - 2 * counts
 
 
+def test_experts_and_ranks_may_get_no_tokens(measure):
+    few = ["--tokens", "1", "--topk", "1", "--experts", "8"]
+    done, found = measure(PROGRAM, 4, options=[*SMALL, *few])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(found["samples_s"]) == sorted(ALL)
+
+
 def test_what_cannot_run_is_said(measure):
     done, found = measure(PROGRAM, 2, launcher="torchrun")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -147,11 +147,10 @@ def test_they_compile_and_take_arguments_of_their_own():
     assert not torch.allclose(layer(x)[0], want)
 
 
-def test_a_bias_is_added_to_the_rows_of_its_group():
-    offsets = torch.tensor([0, 3, 3, 5])
-    x, w, b = (torch.randn(*size, dtype=torch.float64) for size in ((5, 4), (3, 4, 6), (3, 6)))
-    for t in (x, w, b):
-        t.requires_grad_()
+def test_a_bias_is_added_to_the_rows_of_its_group(device):
+    offsets = torch.tensor([0, 3, 3, 5], device=device)
+    sizes = ((5, 4), (3, 4, 6), (3, 6))
+    x, w, b = (torch.randn(*s, dtype=torch.float64, device=device, requires_grad=True) for s in sizes)
     want = torch.cat([x[:3] @ w[0] + b[0], x[3:] @ w[2] + b[2]])
     got = grouped_mm(x, w, offsets, b)
     torch.testing.assert_close(got, want)
@@ -162,7 +161,7 @@ def test_a_bias_is_added_to_the_rows_of_its_group():
         strict=True,
     ):
         torch.testing.assert_close(a, c)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert grouped_mm(x.float(), w.float(), offsets, b.float()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"bias must be \[3, 6\], got \(3, 4\)"):
         grouped_mm(x, w, offsets, b[:, :4])

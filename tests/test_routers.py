@@ -148,9 +148,9 @@ def test_losses_are_composed():
     assert z_loss(torch.zeros(3, 1)) == 0  # its least value
 
 
-def test_a_router_compiles_with_all_its_options():
-    router = TopKRouter(HIDDEN, EXPERTS, 4, bias=True, **V3)
-    x = tokens()
+def test_a_router_compiles_with_all_its_options(device):
+    router = TopKRouter(HIDDEN, EXPERTS, 4, bias=True, device=device, **V3)
+    x = tokens().to(device)
     want = router(x)
     counted = router.load.clone()
     torch._dynamo.reset()
