@@ -14,7 +14,7 @@ export WERROR ?= $(if $(filter-out 0,$(COMMLIB_WERROR)),-Werror)
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench csrc examples tests setup.py
 
-.PHONY: help setup test soak bench bench-overlap bench-link bench-nodes train lint format cuda-report clean
+.PHONY: help setup test soak bench bench-overlap bench-link bench-layer bench-nodes train lint format cuda-report clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*\.mk://; s/^Makefile://; s/:[^#]*##/:/' | sort
 
@@ -55,6 +55,9 @@ bench-overlap: setup  ## communication beside compute: on cores of their own; on
 bench-link: RANKS = 8
 bench-link: setup  ## what an H800's link leaves, slowed down; how few threads fill it; RANKS=8
 	$(LAUNCH) bench/dispatch_combine.py --preset h800
+
+bench-layer: setup  ## a whole MoE layer over commlib and over all-to-alls; RANKS=4; LAYER_BENCH="--tokens 1024"
+	$(LAUNCH) bench/moe_layer.py $(LAYER_BENCH)
 
 bench-nodes: setup  ## as root: across nodes whose links are limited for real; NODES_BENCH=--small
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/nodes.py $(NODES_BENCH)

@@ -185,8 +185,9 @@ class Layer:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Of two tensors, relative to the norm of the second."""
-    return float((got.float() - want.float()).norm() / want.float().norm())
+    """Of two tensors, relative to the norm of the second, if that is not 0."""
+    off, norm = float((got.float() - want.float()).norm()), float(want.float().norm())
+    return off / norm if norm else off
 
 
 def measure(ranks: Ranks, layer: Layer, plan: LayerPlan, link_gbps: float, num_sms: int) -> LayerResult:

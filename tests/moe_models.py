@@ -14,11 +14,11 @@ EXPERT_NAMES = ("w1", "w3", "w2")
 class Model(nn.Module):
     """Linear, MoELayer, linear. Weights depend on the seed alone, not on the ranks."""
 
-    def __init__(self, experts, ep, *, recompute=None, seed=3, **options):
+    def __init__(self, num_experts, ep, /, *, recompute=None, seed=3, **options):
         super().__init__()
         torch.manual_seed(seed)
         self.before = nn.Linear(HIDDEN, HIDDEN)
-        self.moe = MoELayer(HIDDEN, FFN, experts, TOPK, ep, **options)
+        self.moe = MoELayer(HIDDEN, FFN, num_experts, TOPK, ep, **options)
         self.after = nn.Linear(HIDDEN, HIDDEN)
         self.recompute = recompute  # None, or the kind of checkpoint: "reentrant", "not reentrant"
 
@@ -75,9 +75,9 @@ def train_unsharded(model, optimizer, ranks, steps, max_norm, autocast=None):
     return losses
 
 
-def unsharded_gradients(experts, ranks, **options):
+def unsharded_gradients(num_experts, ranks, /, **options):
     """Of the mean of the ranks' losses, by name."""
-    return gradients_of(Model(experts, None, **options), ranks)
+    return gradients_of(Model(num_experts, None, **options), ranks)
 
 
 def gradients_of(whole, ranks):
@@ -100,7 +100,7 @@ def check_gradients(model, wanted, rows=slice(None)):
 
 def rows_of(model):
     experts = model.moe.experts
-    return slice(experts.first, experts.first + experts.w1.shape[0])
+    return slice(experts.first, experts.first + experts.count)
 
 
 def full(model):

@@ -43,6 +43,7 @@ def checkout(tmp_path_factory):
         ("bench/dispatch_combine.py", 1, [*SMALL, "--warmup", "1"], "dispatch_combine-cpu-r1.json"),
         ("bench/dispatch_combine.py", 2, LINK, "limited_link-cpu-r2.json"),
         ("bench/overlap.py", 1, OVERLAP, "overlap-cpu-r1.png"),
+        ("bench/moe_layer.py", 1, [*SMALL, "--ffn-hidden", "32"], "moe_layer-cpu-r1.json"),
         ("tests/gpu/stages.py", 0, ["--stage", "1", "--budget", "0"], "*-stage1.json"),
     ],
 )

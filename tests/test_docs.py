@@ -86,14 +86,15 @@ def follow(page, place):
     return said
 
 
-def losses(printed):
-    return [float(loss) for loss in re.findall(r"^loss ([\d.]+)", printed, re.MULTILINE)]
+def numbers(printed, name="loss"):
+    """What a program has printed as ``name 1.25``, line by line."""
+    return [float(value) for value in re.findall(rf"^{name} ([\d.]+)", printed, re.MULTILINE)]
 
 
 def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
     printed = follow("training.md", tmp_path)
     assert len(printed) == 3
-    said = losses("".join(printed))
+    said = numbers("".join(printed))
     assert len(said) == 10
     assert said[-1] < said[4] < said[0]  # the second program goes on where the first one ended
     weights = torch.load(tmp_path / "model.pt")
@@ -104,14 +105,32 @@ def test_the_torchtitan_pages_program_trains_alike_with_the_flag_and_without(tmp
     theirs, mine = follow("torchtitan.md", tmp_path)
     assert "AllToAllTokenDispatcher" in theirs
     assert "CommlibTokenDispatcher" in mine
-    assert len(losses(mine)) == 5
-    assert losses(mine) == pytest.approx(losses(theirs), abs=1e-3)
-    assert losses(mine)[-1] < losses(mine)[0]
+    assert len(numbers(mine)) == 5
+    assert numbers(mine) == pytest.approx(numbers(theirs), abs=1e-3)
+    assert numbers(mine)[-1] < numbers(mine)[0]
 
 
 def test_the_megatron_pages_program_runs_as_it_stands(tmp_path):
     (printed,) = follow("megatron.md", tmp_path)
     assert printed.count("output and gradient are right") == 4
+
+
+def test_the_transformers_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    loaded, trained = follow("transformers.md", tmp_path)
+    assert loaded.count("4 experts of 8") == 2
+    assert len(numbers(trained)) == 5 and numbers(trained)[-1] < numbers(trained)[0]
+    assert sorted(re.findall(r"wrote (\d+) tokens", trained)) == ["11", "15", "7"]
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+def test_the_layer_pages_programs_and_commands_run_as_they_stand(tmp_path):
+    trained, converted = follow("layer.md", tmp_path)
+    losses, fullest = numbers(trained), numbers(trained, "fullest")
+    assert len(losses) == len(fullest) == 60
+    assert losses[-1] < 0.7 * losses[0]
+    assert max(fullest[-10:]) < 0.7 * fullest[0]  # the bias balances
+    assert numbers(converted, "largest difference")[0] < 1e-5
+    assert "the same after two ways: True" in converted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .agreement import Agreement, describe
-from .experts import all_experts
+from .sharded import all_experts
 from .shards import gathered, is_dtensor
 
 

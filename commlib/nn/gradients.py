@@ -18,7 +18,7 @@ from .agreement import Agreement, describe, number_of
 from .shards import Ranks, Shard, is_dtensor
 
 if TYPE_CHECKING:
-    from .experts import ShardedExperts
+    from .sharded import ShardedExperts
 
 
 class _DividedGradient(torch.autograd.Function):
@@ -206,7 +206,7 @@ class _Part:
 
 def _parts_of(module: nn.Module) -> list[_Part]:
     """In the same order on every rank, with gradients or without: that depends on the parameters alone."""
-    from .experts import all_experts
+    from .sharded import all_experts
 
     groups: dict[int, tuple[Any, ...]] = {}
     for experts in all_experts(module):
@@ -280,7 +280,7 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
         TypeError: one of the two is something else.
         RuntimeError: torch.distributed has not been initialised.
     """
-    from .experts import all_experts, shared_parameters
+    from .sharded import all_experts, shared_parameters
 
     _check_group(dp_group)
     if not dist.is_initialized():

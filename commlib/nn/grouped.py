@@ -13,8 +13,8 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNEL_BYTES = 16  # torch's kernel asks for row strides of a multiple of this
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply the rows of group ``e`` by ``w[e]``.
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply the rows of group ``e`` by ``w[e]``, and add ``bias[e]``.
 
     Runs :func:`torch.nn.functional.grouped_mm` for bfloat16, float16 and float32 whose rows are a
     multiple of 16 bytes, and a loop over the groups for the rest (float64, odd sizes).
@@ -25,9 +25,10 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         x: ``[M, H]``, rows of group e at ``offsets[e]:offsets[e + 1]``; ``M == offsets[-1]``.
         w: ``[G, H, F]``, same dtype (but for autocast) and device as ``x``.
         offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
+        bias: ``[G, F]``, any float dtype, added in that of the product.
 
     Returns:
-        ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x`` and ``w``.
+        ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x``, ``w`` and ``bias``.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -37,12 +38,17 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         raise ValueError(f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}")
     if offsets.dim() != 1 or offsets.shape[0] != w.shape[0] + 1:
         raise ValueError(f"offsets must be [{w.shape[0] + 1}], got {tuple(offsets.shape)}")
+    if bias is not None and bias.shape != (w.shape[0], w.shape[2]):
+        raise ValueError(f"bias must be [{w.shape[0]}, {w.shape[2]}], got {tuple(bias.shape)}")
     x, w = x.to(autocast_dtype(x)), w.to(autocast_dtype(w))
     if x.dtype != w.dtype:
         raise TypeError(
             f"x is {x.dtype}, w is {w.dtype}: convert one, or run under torch.autocast({x.device.type!r})"
         )
-    return _grouped_mm(x, w, offsets)
+    out = _grouped_mm(x, w, offsets)
+    if bias is None:
+        return out
+    return out + bias.to(out.dtype).repeat_interleave(offsets.diff(), dim=0, output_size=out.shape[0])
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from commlib.overlap import Steps, run_experts
 
 from .experts import Experts
 from .grouped import autocast_dtype
-from .router import Routing, TopKRouter, count_tokens
+from .losses import count_tokens
+from .router import Routing, TopKRouter
 
 if TYPE_CHECKING:
     from commlib import ExpertParallel
@@ -53,6 +54,8 @@ class MoELayer(nn.Module):
         overlap_chunks: tokens go through dispatch, experts and combine in so many chunks, which overlap
             (:func:`commlib.overlap.run_experts`); the same on all ranks. 1: no overlap, and the layer can be
             compiled.
+        experts: makes this rank's experts: :class:`Experts` or a subclass of it, or a function of the same
+            arguments that returns one (``functools.partial`` of a subclass with more arguments).
         shared: module ``[T, hidden] -> [T, hidden]`` that every token goes through, added to the output;
             it runs while the dispatch is under way. Its parameters are the same on every rank.
         dtype: of the experts; ``None``: torch's default. The default router's parameters are float32
@@ -60,7 +63,8 @@ class MoELayer(nn.Module):
         device: of the parameters.
 
     Raises:
-        ValueError: sizes that do not fit ``ep`` or each other.
+        ValueError: sizes that do not fit ``ep`` or each other, or ``experts`` makes others than it is told.
+        TypeError: ``experts`` makes no :class:`Experts`.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class MoELayer(nn.Module):
         *,
         align: int | None = None,
         overlap_chunks: int = 1,
+        experts: Callable[..., Experts] = Experts,
         shared: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -97,9 +102,13 @@ class MoELayer(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             router = TopKRouter(hidden, num_experts, topk, dtype=wide, device=device)
         self.router = router
-        self.experts = Experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
+        if isinstance(experts, nn.Module):
+            kind = type(experts).__name__
+            raise TypeError(f"experts must make a rank's experts, got ready ones: give the class, {kind}")
+        self.experts = experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
+        _check_experts(self.experts, first, count, ep)
         if align is None:
-            align = max(16 // self.experts.w1.element_size(), 1)
+            align = max(16 // dtype.itemsize, 1)
         self.align = align
         self.overlap_chunks = overlap_chunks
         self.shared = shared
@@ -201,6 +210,22 @@ class MoELayer(nn.Module):
         if self.shared is None:
             return out
         return out + (self.shared(rows) if shared is None else shared)
+
+
+def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None) -> None:
+    """Raise unless they are the experts that were asked for."""
+    if not isinstance(made, Experts):
+        raise TypeError(
+            f"experts must make a commlib.nn.Experts, which wrappers, clipping and checkpoints know, made a "
+            f"{type(made).__name__}: make that a subclass, with shapes() and compute()"
+        )
+    spread = ep is not None and ep.size > 1
+    if (made.first, made.count, made.shard is not None) != (first, count, spread):
+        known = "" if made.shard is not None or not spread else ", and does not know of the others (ep)"
+        raise ValueError(
+            f"this rank has {count} experts from number {first} on, {type(made).__name__} was made with "
+            f"{made.count} from {made.first} on{known}: hand all arguments on to Experts"
+        )
 
 
 def _apply_here(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .losses import Scores, count_tokens, load_balance_loss
+
+_TINY = 1e-20  # what DeepSeek-V3 adds to a sum that it divides by
 
 
 class Routing(NamedTuple):
@@ -17,15 +22,48 @@ class Routing(NamedTuple):
     loss: Tensor  # scalar, to be added to the training loss (scaled as you like)
 
 
+def balance(scores: Scores) -> Tensor:
+    """The loss of a router that is given none: :func:`load_balance_loss`."""
+    return load_balance_loss(scores.probs, scores.topk_idx)
+
+
 class TopKRouter(nn.Module):
-    """Linear scores, softmax, the K best experts, their weights made to sum to 1.
+    """Linear scores, and for each token the K best experts: as in most models, by its options.
 
-    Computed in float32 (float64 for float64 tokens).
+    By default as in Mixtral: softmax, the K largest, made to sum to 1. docs/layer.md has the options of
+    other models. Computed in float32 (float64 for float64 tokens).
 
-    With ``topk=1`` the weight stays the expert's probability (as in Switch Transformer): made to
-    sum to 1 it would be the constant 1 and give the router no gradient.
+    ``weight`` is ``[num_experts, hidden]``, ``bias`` ``[num_experts]``, both replicated: average their
+    gradients over ranks.
 
-    ``weight`` is ``[num_experts, hidden]`` and replicated: average its gradient over ranks.
+    Attributes:
+        balance_bias: with that option: a buffer ``[num_experts]`` float32, whatever dtype the module is cast
+            to, the same on every rank.
+        load: how often each expert was chosen in training since the last :func:`commlib.nn.update_bias`:
+            ``[num_experts]`` int64, of this rank's tokens; None: not at all, or without ``balance_bias``. A
+            forward that activation checkpointing does again counts twice, unless it is reentrant.
+
+    Args:
+        hidden, num_experts, topk: sizes H, E and K.
+        scores: of the logits. "softmax" over all experts, or "sigmoid", of each by itself (DeepSeek-V3,
+            arXiv 2412.19437, equation 15).
+        normalise: whether a token's weights are made to sum to 1, which of a softmax over all experts makes
+            that over the chosen ones (GPT-OSS). None: if ``topk > 1``: the weight of a single expert
+            would be the constant 1, and give the router no gradient (Switch Transformer has its probability).
+        scale: factor of the weights, at last (``routed_scaling_factor``).
+        groups: experts are in so many groups of neighbours, of equal sizes.
+        topk_groups: a token chooses among the experts of its best so many groups; None: of all.
+        group_score: what makes a group good: its "best" score (DeepSeek-V2, arXiv 2405.04434, section
+            2.2.2), or the sum of its "best two" (DeepSeek-V3, section 2.1.2).
+        bias: whether the logits have a trained bias (GPT-OSS).
+        balance_bias: whether each expert has a bias that takes part in the choice and not in the weights,
+            and that :func:`commlib.nn.update_bias` moves: balance without an auxiliary loss.
+        loss: ``Scores -> scalar``; None: 0. It is in :attr:`MoEAux.loss`. One's own may sum
+            :func:`load_balance_loss` and :func:`z_loss`.
+        dtype, device: of the parameters.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or an unknown option.
     """
 
     def __init__(
@@ -34,64 +72,117 @@ class TopKRouter(nn.Module):
         num_experts: int,
         topk: int,
         *,
+        scores: Literal["softmax", "sigmoid"] = "softmax",
+        normalise: bool | None = None,
+        scale: float = 1.0,
+        groups: int = 1,
+        topk_groups: int | None = None,
+        group_score: Literal["best", "best two"] = "best",
+        bias: bool = False,
+        balance_bias: bool = False,
+        loss: Callable[[Scores], Tensor] | None = balance,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= topk <= num_experts:
-            raise ValueError(f"topk must be in 1..num_experts={num_experts}, got {topk}")
-        self.num_experts = num_experts
-        self.topk = topk
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype, device=device))
+        topk_groups = groups if topk_groups is None else topk_groups
+        _check_sizes(num_experts, topk, groups, topk_groups)
+        if scores not in ("softmax", "sigmoid"):
+            raise ValueError(f'scores must be "softmax" or "sigmoid", got {scores!r}')
+        if group_score not in ("best", "best two"):
+            raise ValueError(f'group_score must be "best" or "best two", got {group_score!r}')
+        if topk_groups < groups and group_score == "best two" and num_experts // groups < 2:
+            raise ValueError(f'group_score="best two" needs groups of 2 experts, {groups=} leaves 1')
+        self.num_experts, self.topk = num_experts, topk
+        self.scores, self.scale, self.loss = scores, scale, loss
+        self.normalise = topk > 1 if normalise is None else normalise
+        self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
+        options: dict[str, Any] = dict(dtype=dtype, device=device)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, **options))
+        self.bias = nn.Parameter(torch.empty(num_experts, **options)) if bias else None
+        moved = torch.zeros(num_experts, dtype=torch.float32, device=device) if balance_bias else None
+        self.register_buffer("balance_bias", moved)
+        self.balance_bias: Tensor | None
+        # No buffer: DistributedDataParallel would overwrite it with the first rank's.
+        self.load: Tensor | None = None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as :class:`torch.nn.Linear` does."""
+        """Draw the weights anew, as :class:`torch.nn.Linear` does; ``balance_bias`` is zero."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.balance_bias is not None:
+            self.balance_bias.zero_()
+        self.load = None
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, hidden]``, any float dtype; T may be 0."""
         # bfloat16 has 8 bits of mantissa: too few to rank the scores of many experts.
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            probs = F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
-        topk_weights, topk_idx = probs.topk(self.topk, dim=-1)
-        if self.topk > 1:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-        return Routing(topk_idx, topk_weights, load_balance_loss(probs, topk_idx))
+            bias = None if self.bias is None else self.bias.to(wide)
+            logits = F.linear(x.to(wide), self.weight.to(wide), bias)
+        scores = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(-1)
+        topk_idx = self._choose(scores.detach())
+        if self.balance_bias is not None and self.training and torch.is_grad_enabled():
+            self._count(topk_idx)
+        loss = logits.new_zeros(())
+        if self.loss is not None:
+            probs = scores / (scores.sum(-1, keepdim=True) + _TINY) if self.scores == "sigmoid" else scores
+            loss = self.loss(Scores(logits, probs, topk_idx))
+        return Routing(topk_idx, self._weigh(logits, scores, topk_idx), loss)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        if self.balance_bias is not None:
+            scores = scores + self.balance_bias
+        if self.topk_groups < self.groups:
+            grouped = scores.unflatten(-1, (self.groups, -1))
+            counted = 2 if self.group_score == "best two" else 1
+            best = grouped.topk(counted, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
+            out = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores.device)
+            out.scatter_(-1, best, False)
+            scores = grouped.masked_fill(out.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores.topk(self.topk, dim=-1).indices
+
+    def _weigh(self, logits: Tensor, scores: Tensor, topk_idx: Tensor) -> Tensor:
+        weights = scores.gather(-1, topk_idx)
+        if self.normalise and self.scores == "softmax":
+            # The same as dividing by the sum, also where all chosen ones are too small for that.
+            weights = logits.gather(-1, topk_idx).softmax(-1)
+        elif self.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+        return weights if self.scale == 1 else weights * self.scale
+
+    def _count(self, topk_idx: Tensor) -> None:
+        counts = count_tokens(topk_idx, self.num_experts)
+        self.load = counts if self.load is None else self.load.to(counts.device) + counts
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TopKRouter:
+        kept = self.balance_bias
+        super()._apply(fn, recurse)
+        now = self.balance_bias
+        if kept is not None and now is not None and now.dtype != kept.dtype:
+            # bfloat16 would lose the small steps that it is moved by.
+            self.balance_bias = kept.to(now.device)
+        return self
 
     def extra_repr(self) -> str:
-        return f"hidden={self.weight.shape[1]}, num_experts={self.num_experts}, topk={self.topk}"
+        told = f"hidden={self.weight.shape[1]}, num_experts={self.num_experts}, topk={self.topk}"
+        told += f", scores={self.scores}, normalise={self.normalise}, scale={self.scale}"
+        if self.topk_groups < self.groups:
+            told += f", topk_groups={self.topk_groups} of {self.groups} by {self.group_score}"
+        return told + f", bias={self.bias is not None}, balance_bias={self.balance_bias is not None}"
 
 
-def load_balance_loss(probs: Tensor, topk_idx: Tensor) -> Tensor:
-    """Auxiliary loss that is smallest, 1, when all experts get the same share of the tokens.
-
-    ``E * sum_e f_e * P_e`` with f_e the fraction of the choices that fell on expert e and P_e the
-    mean probability given to e: Fedus, Zoph, Shazeer, "Switch Transformers" (JMLR 23, 2022),
-    equation 4 without its factor alpha, and with K choices for each token instead of one. The
-    gradient goes through P alone, f is piecewise constant. It is taken over the tokens given, those
-    of this rank, so ranks add no communication and each balances its own batch.
-
-    Args:
-        probs: ``[T, E]`` float32 or float64, over all experts.
-        topk_idx: ``[T, K]``, the experts chosen, or -1.
-
-    Returns:
-        Scalar, dtype of ``probs``; 0 with no tokens.
-    """
-    tokens, num_experts = probs.shape
-    choices = max(tokens * topk_idx.shape[1], 1)
-    fraction = count_tokens(topk_idx, num_experts) / choices
-    probability = probs.sum(0) / max(tokens, 1)
-    return num_experts * (fraction * probability).sum()
-
-
-def count_tokens(topk_idx: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen: ``[num_experts]`` int64; -1 counts for none."""
-    # scatter_add_ and not bincount: its shape does not depend on data, so torch.compile traces it.
-    # Empty places (-1) are counted in one place more, which is cut off.
-    places = torch.where(topk_idx < 0, num_experts, topk_idx).flatten().long()
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_idx.device)
-    return counts.scatter_add_(0, places, torch.ones_like(places))[:num_experts]
+def _check_sizes(num_experts: int, topk: int, groups: int, topk_groups: int) -> None:
+    if not 1 <= topk <= num_experts:
+        raise ValueError(f"topk must be in 1..num_experts={num_experts}, got {topk}")
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"num_experts={num_experts} do not divide into groups={groups}")
+    if not 1 <= topk_groups <= groups:
+        raise ValueError(f"topk_groups must be in 1..groups={groups}, got {topk_groups}")
+    if topk > (available := topk_groups * num_experts // groups):
+        raise ValueError(f"topk={topk} experts are more than the {available} of topk_groups={topk_groups}")

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from commlib.group import process_group_of, refuse_in_child
 
 from .agreement import Agreement
-from .experts import Experts, ShardedExperts, all_experts
+from .experts import Experts
+from .sharded import ShardedExperts, all_experts
 from .shards import Shard, owner_of
 
 
@@ -96,16 +97,17 @@ def _check_divides(part: ShardedExperts) -> None:
     if part.reads_local:
         return
     # Parametrizations, pruning and weight_norm put a weight together from others.
-    feeds = re.compile(r"(parametrizations\.)?w[123]([._].*)?")
+    names = "|".join(map(re.escape, part.weight_names))
+    feeds = re.compile(rf"(parametrizations\.)?({names})([._].*)?")
     more = [name for name, p in part.named_parameters() if p.requires_grad and not feeds.fullmatch(name)]
     its_own = type(part).forward is not Experts.forward
     if more or its_own:
         what = f"parameters of their own ({', '.join(more)})" if more else "a forward of their own"
         raise ValueError(
             f"{type(part).__name__} {part.shard} has {what}, whose gradients would be sums over all ranks, "
-            "where those of all other parameters are means. Read every parameter p by self.local(p), and set "
-            "reads_local = True in the class; or train without a wrapper, with "
-            "commlib.nn.sync_gradients(model)"
+            "where those of all other parameters are means. Give the class shapes() and compute(); or read "
+            "every parameter p by self.local(p), and set reads_local = True in it; or train without a "
+            "wrapper, with commlib.nn.sync_gradients(model)"
         )
 
 

@@ -110,6 +110,12 @@ STEPS = (
     tests("overlap", 40),
     tests("autocast", 75),
     tests("gradients", 45),
+    tests("growth", 40),
+    *(
+        tests(f"deep_ep{part}", 60)
+        for part in ("", "_elastic", "_arguments", "_events", "_callers", "_programs")
+    ),
+    tests("transformers", 60),
     tests("moe_layer", 50),  # whatever it does to the GPU, the others are done
     # 3. Figures.
     figures("gpu-r4", 3, 150, "gpu", "--ranks", "4", "--budget", "130"),

@@ -1,0 +1,38 @@
+"""Experts of models that are not SwiGLU alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .experts import Experts
+from .grouped import grouped_mm
+
+
+class GptOssExperts(Experts):
+    """GPT-OSS's: SwiGLU with biases, its halves clamped, its gate steeper, and 1 added to the other half.
+
+    With ``g = min(x @ w1 + b1, limit)`` and ``u = clamp(x @ w3 + b3, -limit, limit)``:
+    ``((u + 1) * g * sigmoid(alpha * g)) @ w2 + b2``, as OpenAI's gpt-oss computes it (``swiglu`` of its
+    ``torch/model.py``), and transformers' ``GptOssExperts``.
+
+    Args:
+        args, options: as of :class:`Experts`.
+        alpha, limit: the constants.
+    """
+
+    def __init__(self, *args: Any, alpha: float = 1.702, limit: float = 7.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.alpha, self.limit = alpha, limit
+
+    def shapes(self, hidden: int, ffn_hidden: int) -> dict[str, tuple[int, ...]]:
+        biases = {"b1": (ffn_hidden,), "b3": (ffn_hidden,), "b2": (hidden,)}
+        return super().shapes(hidden, ffn_hidden) | biases
+
+    def compute(self, x: Tensor, offsets: Tensor, **weights: Tensor) -> Tensor:
+        gate = grouped_mm(x, weights["w1"], offsets, weights["b1"]).clamp(max=self.limit)
+        up = grouped_mm(x, weights["w3"], offsets, weights["b3"]).clamp(-self.limit, self.limit)
+        inner = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+        return grouped_mm(inner, weights["w2"], offsets, weights["b2"])
