@@ -110,7 +110,7 @@ STEPS = (
     tests("overlap", 40),
     tests("autocast", 75),
     tests("gradients", 45),
-    tests("growth", 40),
+    *(tests(name, 40) for name in ("growth", "routers", "own_experts")),
     *(
         tests(f"deep_ep{part}", 60)
         for part in ("", "_elastic", "_arguments", "_events", "_callers", "_programs")
