@@ -43,6 +43,10 @@ class Backend(ABC):
         """Of results given back and kept for the next ones."""
         return 0
 
+    def go_on_from(self, before: Backend) -> None:
+        """Take the place of one of the same rank: who traces that one traces this one, from the same zero."""
+        self.trace = before.trace
+
     def close(self) -> None:
         """Finish what is under way and tell the other ranks."""
         self.core.close()
@@ -132,6 +136,11 @@ class CudaBackend(Backend):
         self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
         self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
+
+    def go_on_from(self, before: Backend) -> None:
+        super().go_on_from(before)
+        assert isinstance(before, CudaBackend)
+        self.zero = before.zero
 
     def close(self) -> None:
         try:

@@ -101,7 +101,7 @@ class Communicator:
         except BaseException as error:
             before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}")
             raise
-        self.backend.trace = before.trace
+        self.backend.go_on_from(before)
         self.settings = settings
         self.count(growths=1)
         before.close()  # when all have the new one: closing may wait for ranks that are late
