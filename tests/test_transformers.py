@@ -1,6 +1,9 @@
 """Models of transformers whose experts are spread over in-process ranks compute what unsharded ones do."""
 
 import copy
+import importlib
+import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -190,6 +193,21 @@ def test_models_that_cannot_be_spread_are_refused():
     with torch.device("meta"):
         empty = model_of("mixtral")
     refused(empty, r"has no memory \(meta device\)")
+
+
+@pytest.mark.parametrize(
+    "version, text", [("5.23.1", "is installed, but commlib is tested with"), (None, "is not installed: pip")]
+)
+def test_importing_it_says_which_transformers_it_is_tested_with(version, text, monkeypatch):
+    def found(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    monkeypatch.delitem(sys.modules, "commlib.integrations.transformers")
+    with pytest.raises(ImportError, match=rf"transformers .*{text}.*transformers>=5\.24,<5\.25"):
+        importlib.import_module("commlib.integrations.transformers")
 
 
 def test_a_second_time_is_refused():

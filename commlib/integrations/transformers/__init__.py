@@ -13,29 +13,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-try:
-    import transformers
-    from transformers.distributed.expert_parallel import EPImplementationInterface
-except ImportError as error:
-    raise ImportError(
-        "commlib.integrations.transformers needs transformers 5.24, whose expert parallelism can be given an "
-        f"implementation of others (pip install commlib-ep[transformers]): {error}"
-    ) from error
+from commlib.integrations.versions import require
 
-from .exchange import CommlibEP
-from .parallel import gather_state_dict, parallelize
+require("transformers", "5.24", "5.25")
+
+from transformers.distributed.expert_parallel import EPImplementationInterface  # noqa: E402
+
+from .exchange import CommlibEP  # noqa: E402
+from .parallel import gather_state_dict, parallelize  # noqa: E402
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-__all__ = ["TESTED", "CommlibEP", "Trainer", "gather_state_dict", "parallelize"]
-
-TESTED = ("5.24",)  # major and minor numbers of transformers
-
-if ".".join(transformers.__version__.split(".")[:2]) not in TESTED:
-    transformers.logging.get_logger(__name__).warning(
-        f"commlib is tested with transformers {', '.join(TESTED)}, this is {transformers.__version__}"
-    )
+__all__ = ["CommlibEP", "Trainer", "gather_state_dict", "parallelize"]
 
 EPImplementationInterface.register("commlib", CommlibEP)
 
