@@ -1,5 +1,8 @@
 """Models of transformers over processes: transformers' own loading, DDP, saving, generation."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ import commlib
 from commlib.integrations.transformers import gather_state_dict, parallelize
 from commlib.nn import clip_grad_norm_
 
+ROOT = Path(__file__).parent.parent
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -236,3 +240,30 @@ def test_fsdp2_after_parallelize(torch_ranks):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item(), msg=at)
 
     torch_ranks(main, 4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_example_counts_all_tokens_by_expert_and_layer(name, launch, tmp_path):
+    """And its loss falls. Each of 2 ranks has 4 texts of 128 tokens, for 2 experts each."""
+    arguments = [
+        "--model",
+        name,
+        "--steps",
+        "8",
+        "--layers",
+        "2",
+        "--experts",
+        "5",
+        "--plot",
+        str(tmp_path / "map.png"),
+    ]
+    done = launch(str(ROOT / "examples/hf_moe.py"), 2, "torchrun", 120, arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", done.stdout + done.stderr)]
+    assert losses[1] < losses[0]
+    rows = [line for line in done.stdout.splitlines() if re.match(r"\s+\d ", line)]
+    assert len(rows) == 2
+    for row in rows:
+        counts = [int(n) for n in re.findall(r"\d+", row)][1:]
+        assert len(counts) == 5 and sum(counts) == 2 * 4 * 128 * 2
+    assert (tmp_path / "map.png").stat().st_size > 1000
