@@ -83,7 +83,7 @@ def parallelize(model: _Model, group: Any = None) -> _Model:
     device = resolve_device(next(model.parameters()).device, known)
     ranks = ModelRanks(known, known.rank, known.size, device)
     for module in found:
-        _keep_own(module, ranks, known if group is None else group)
+        _keep_own(module, ranks)
     for method in (generate, save_pretrained):
         setattr(model, method.__name__, MethodType(method, model))
     return model
@@ -181,11 +181,11 @@ def _parallel_class(cls: type) -> type:
     return _classes[cls]
 
 
-def _keep_own(module: Any, ranks: ModelRanks, group: Any) -> None:
+def _keep_own(module: Any, ranks: ModelRanks) -> None:
     total = module.num_experts
     mine = experts_of(ranks.rank, ranks.size, total)
     module.__class__ = _parallel_class(type(module))
-    module.exchange = Exchange(group, total)
+    module.exchange = Exchange(ranks.group, total)  # which keeps no process group
     module.num_experts = len(mine)
     if ranks.size > 1:
         module.shard = Shard(ranks, mine.start, len(mine), total)
