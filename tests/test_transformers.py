@@ -139,6 +139,19 @@ def test_a_compiled_model(name):
     torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_in_process_ranks_generate_texts_of_different_lengths():
+    model = model_of("qwen3_moe")
+    options = dict(do_sample=False, pad_token_id=0)
+    limits = [2, 9, 5]
+    wanted = [model.generate(batch(i, tokens=4), max_new_tokens=n, **options) for i, n in enumerate(limits)]
+
+    def main(rank, model):
+        return parallelize(model).generate(batch(rank, tokens=4), max_new_tokens=limits[rank], **options)
+
+    for got, want in zip(on_ranks(model, main), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_what_is_trained_stays_what_it_was():
     model = model_of("gpt_oss")
     model.model.layers[0].mlp.experts.requires_grad_(False)

@@ -1,5 +1,6 @@
 """Models of transformers over processes: transformers' own loading, DDP, saving, generation."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -152,9 +153,7 @@ def test_saving_on_one_rank_says_who_did_not_come(torch_ranks, tmp_path, monkeyp
     def main(rank):
         model = parallelize(model_of("mixtral"))
         if rank == 0:
-            with pytest.raises(
-                commlib.PeerTimeout, match=r"rank 1 did not come .* All ranks call save_pretr"
-            ):
+            with pytest.raises(commlib.PeerTimeout, match=r"rank 1 did not come .* group call save_pretr"):
                 model.save_pretrained(tmp_path / "saved")
         dist.barrier()
 
@@ -267,3 +266,59 @@ def test_the_example_counts_all_tokens_by_expert_and_layer(name, launch, tmp_pat
         counts = [int(n) for n in re.findall(r"\d+", row)][1:]
         assert len(counts) == 5 and sum(counts) == 2 * 4 * 128 * 2
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before", "after a call"])
+def test_a_copy_of_a_model_has_weights_of_its_own_and_the_same_ranks(called, torch_ranks):
+    model = model_of("mixtral", experts=5)
+    double = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in double.parameters():
+            p.mul_(2)
+    wanted = [[m(batch(rank)).logits for m in (model, double)] for rank in range(2)]
+
+    def main(rank):
+        spread = parallelize(copy.deepcopy(model))
+        if called:
+            spread(batch(rank))
+        other = copy.deepcopy(spread)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(2)
+        return [m(batch(rank)).logits.detach() for m in (spread, other)]
+
+    for got, want in zip(torch_ranks(main, 2), wanted, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_state_dict_of_parts_is_not_saved_as_the_model(torch_ranks, tmp_path):
+    """accelerator.get_state_dict(model) is one."""
+    model = model_of("mixtral", experts=5)
+
+    def main(rank):
+        spread = parallelize(copy.deepcopy(model))
+        with pytest.raises(ValueError, match=r"is one rank's part: leave state_dict out"):
+            spread.save_pretrained(tmp_path / str(rank), state_dict=spread.state_dict())
+        whole = gather_state_dict(spread)
+        if rank == 0:
+            spread.save_pretrained(tmp_path / "whole", state_dict=whole)
+
+    torch_ranks(main, 2)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
+def test_ranks_that_are_not_all_there_are_generate_by_themselves(torch_ranks):
+    """The others have no model, and are not asked whether they have ended."""
+    model = model_of("mixtral")
+    options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    wanted = [model.generate(batch(i, tokens=4), **options) for i in range(2)]
+
+    def main(rank):
+        group = dist.new_group([1, 2])
+        if rank == 0:
+            return
+        got = parallelize(model, group).generate(batch(rank - 1, tokens=4), **options)
+        assert torch.equal(got, wanted[rank - 1])
+
+    torch_ranks(main, 3)

@@ -75,6 +75,9 @@ class Exchange:
             y = _forward_of_nothing(experts_forward, d.x, index, weights)
         return ep.combine(y.to(d.x.dtype), d.handle)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        return Exchange(self.group, self.num_experts)  # a copy of a model has the same ranks
+
     def _communicator(self, rows: Tensor, topk: int) -> ExpertParallel:
         ep = self._ep
         if ep is not None:

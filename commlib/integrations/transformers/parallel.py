@@ -14,9 +14,9 @@ from transformers.distributed.utils import gather_full_state_dict
 
 from commlib.bootstrap import resolve_device
 from commlib.conversation import gather
-from commlib.group import Group, resolve_group
+from commlib.group import Group, TorchGroup, gather_numbers, resolve_group
 from commlib.nn import ShardedExperts, full_state_dict
-from commlib.nn.shards import Shard, is_dtensor
+from commlib.nn.shards import Ranks, Shard, is_dtensor
 from commlib.settings import START_SECONDS
 from commlib.topology import experts_of
 
@@ -84,7 +84,7 @@ def parallelize(model: _Model, group: Any = None) -> _Model:
     ranks = ModelRanks(known, known.rank, known.size, device)
     for module in found:
         _keep_own(module, ranks)
-    for method in (generate, save_pretrained):
+    for method in (generate, _has_unfinished_sequences, save_pretrained):
         setattr(model, method.__name__, MethodType(method, model))
     return model
 
@@ -196,9 +196,18 @@ def _keep_own(module: Any, ranks: ModelRanks) -> None:
 
 def generate(self: Any, *args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
     """As the model's own; all ranks go on until the last has ended, for its tokens need their experts."""
-    if synced_gpus is None and dist.is_initialized():
-        synced_gpus = dist.get_world_size() > 1
+    if synced_gpus is None:
+        synced_gpus = _ranks_of(self) is not None
     return type(self).generate(self, *args, synced_gpus=synced_gpus, **kwargs)
+
+
+def _has_unfinished_sequences(self: Any, this_peer_finished: bool, synced_gpus: bool, device: Any) -> bool:
+    """Of ``generate``: whether any rank that shares the experts has; transformers would ask all there are."""
+    ranks = _ranks_of(self) if synced_gpus else None
+    if ranks is None:
+        return not this_peer_finished
+    finished = torch.tensor([int(this_peer_finished)], device=device)
+    return not bool(gather_numbers(ranks.group, finished).all())
 
 
 def save_pretrained(
@@ -206,23 +215,40 @@ def save_pretrained(
 ) -> None:
     """As the model's own, which all ranks call; the first writes all experts, and then all go on."""
     given = state_dict is not None
-    if not given:
-        _await_all(self, "save the model", _WHO_SAVES)
+    if state_dict is not None:
+        _check_whole(state_dict)
+    else:
+        _await_all("save the model", _WHO_SAVES)
         state_dict = gather_state_dict(self)
     type(self).save_pretrained(self, save_directory, *args, state_dict=state_dict, **kwargs)
     if not given and dist.is_initialized():
         dist.barrier()
 
 
+def _check_whole(state_dict: dict[str, Any]) -> None:
+    parts = next((name for name, value in state_dict.items() if is_dtensor(value)), None)
+    if parts is not None:
+        raise ValueError(
+            f"state_dict[{parts!r}] is one rank's part: leave state_dict out (model.save_pretrained(path), "
+            "on all ranks), or pass what gather_state_dict(model) returns"
+        )
+
+
 _WHO_SAVES = (
-    "All ranks call save_pretrained: commlib.integrations.transformers.Trainer sees to it, where "
-    "transformers' calls it on the first alone"
+    "All ranks of torch.distributed's default group call save_pretrained: "
+    "commlib.integrations.transformers.Trainer sees to it, where transformers' calls it on the first alone"
 )
 
 
-def _await_all(model: nn.Module, task: str, advice: str) -> None:
-    shards = [part.shard for part in model.modules() if isinstance(part, ParallelExperts)]
-    if shards[0] is not None:
-        with shards[0].ranks.group.converse(START_SECONDS) as talk:
+def _await_all(task: str, advice: str) -> None:
+    """Return when all ranks have come, or raise PeerTimeout with who has not: before torch waits for them."""
+    if dist.is_initialized():
+        with TorchGroup(None).converse(START_SECONDS) as talk:
             talk.task, talk.advice = task, advice
             gather(talk, task, None)
+
+
+def _ranks_of(model: nn.Module) -> Ranks | None:
+    """Those that share its experts; None: it is alone."""
+    shard = next(part.shard for part in model.modules() if isinstance(part, ParallelExperts))
+    return None if shard is None else shard.ranks
