@@ -235,6 +235,28 @@ def test_rows_may_lie_in_any_way(device):
         same(sums, expected_sums(world, rank, lambda r: rows_for(world, r)).bfloat16())
 
 
+@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("tokens", [[0, 4], [1, 0], [4, 3]])
+def test_columns_of_scales_may_lie_apart_where_there_are_few(device, columns, tokens):
+    """PyTorch calls a tensor without tokens, or with one column, contiguous whatever its strides are."""
+    world = make_world(tokens, 2, topk=2, hidden=32, holes=0, device=device, **BF16)
+
+    def pair(rank):
+        scales = torch.rand(tokens[rank], columns, generator=torch.Generator().manual_seed(rank))
+        apart = torch.zeros(columns, 8, device=device)[:, : tokens[rank]].t().copy_(scales)
+        return world.x[rank].to(torch.float8_e4m3fn), apart
+
+    def call(buffer, rank):
+        words = torch.zeros(tokens[rank], 8, dtype=torch.int64, device=device)[:, ::4]
+        args = dict(**laid_out(buffer, world, rank), **top_k(world, rank))
+        return buffer.dispatch(pair(rank), **args)[0], buffer.dispatch(words, **args)[0]
+
+    for (rows, scales), words in on_ranks(world, call):  # each token goes to both ranks
+        assert words.shape == (sum(tokens), 2)
+        same(bytes_of(rows), torch.cat([bytes_of(pair(rank)[0]) for rank in range(2)]))
+        same(scales, torch.cat([pair(rank)[1] for rank in range(2)]))
+
+
 def test_several_handles_are_good_for_rows_of_any_kind(device):
     there = [make_world([6, 9], 4, 2, 16, holes=0.2, seed=s, device=device, **BF16) for s in range(3)]
 

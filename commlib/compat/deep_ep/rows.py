@@ -50,7 +50,7 @@ def pack(x: Any, column_major_scales: bool = False) -> Parcel:
     def unpack(received: Tensor, work: Work, rows: int | None) -> Tensor:
         return work.settled(received.view(dtype), rows)
 
-    return Parcel(x.contiguous().view(_WORD), unpack)
+    return Parcel(dense_rows(x.contiguous()).view(_WORD), unpack)
 
 
 def _pack_pair(x: Any, scales: Any, column_major: bool) -> Parcel:
@@ -67,7 +67,7 @@ def _pack_pair(x: Any, scales: Any, column_major: bool) -> Parcel:
     end = hidden + 4 * scales.shape[1]
     row = torch.empty(tokens, -(-end // _UNIT) * _UNIT, dtype=torch.uint8, device=x.device)
     row[:, :hidden] = x.view(torch.uint8)
-    row[:, hidden:end] = scales.contiguous().view(torch.uint8)
+    row[:, hidden:end] = dense_rows(scales.contiguous()).view(torch.uint8)
     row[:, end:] = 0
     dtypes = (x.dtype, scales.dtype)
 
@@ -101,5 +101,7 @@ def _check_rows(name: str, x: Any) -> None:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    """With the elements of a row side by side. A clone, since ``contiguous`` leaves strides as they are where
+    there is no second element that they lead to.
+    """
+    return x if x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
