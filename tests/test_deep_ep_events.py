@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from deep_ep_reference import expected_sums, laid_out, made, on_ranks, rows_for, top_k
+from deep_ep_reference import expected_prefix, expected_sums, laid_out, made, on_ranks, rows_for, top_k
 from reference import expected_rank_layout, make_world
 
 import commlib
@@ -112,6 +112,51 @@ def test_results_are_complete_after_the_event_whoever_waits(device):
         for rows, scales in found:
             assert torch.equal(rows, want.to(torch.float8_e4m3fn).float())
             assert torch.equal(scales, want[:, :3].float())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_wait_may_be_in_another_inference_mode_than_the_call(device, inside):
+    """The mode is one of a thread, and another thread may wait."""
+    world = world_of([30, 20], device)
+
+    def call(buffer, rank):
+        args = laid_out(buffer, world, rank) | top_k(world, rank)
+        with torch.inference_mode(inside):
+            rows, *_, handle, event = buffer.dispatch(world.x[rank], **args, async_finish=True)
+        with torch.inference_mode(not inside):
+            event.current_stream_wait()
+        with torch.inference_mode(inside):
+            sums, weights, event = buffer.combine(
+                rows, handle, bias=(world.x[rank],) * 2, topk_weights=None, async_finish=True
+            )
+        with torch.inference_mode(not inside):
+            event.current_stream_wait()
+        return handle[0].clone(), buffer.combine(rows, handle, bias=(world.x[rank],) * 2)[0], sums
+
+    for prefix, want, sums in on_ranks(world, call):
+        assert torch.equal(sums, want)
+        assert torch.equal(prefix.cpu(), expected_prefix(world))
+
+
+def test_what_fails_after_an_event_is_not_forgotten():
+    """A second wait must not say that results are complete."""
+    done = []
+
+    def step():
+        done.append(len(done))
+        if len(done) < 3:
+            raise RuntimeError("not yet")
+
+    work = Work(torch.device("cpu"), lambda: pytest.fail("no stream on the CPU"))
+    work.then(step)
+    work.then(lambda: done.append("last"))
+    event = work.end(True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not yet"):
+            event.current_stream_wait()
+    event.current_stream_wait()
+    event.current_stream_wait()
+    assert done == [0, 1, 2, "last"]
 
 
 def test_later_calls_come_after_an_asynchronous_dispatch(device):

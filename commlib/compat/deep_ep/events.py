@@ -25,6 +25,7 @@ class EventHandle:
 
     _events: Sequence[Event] = ()
     _steps: Sequence[Step] = ()
+    _inference = False  # whether the call was made in inference mode, as its results are of that
     _recorded: torch.cuda.Event | None = None
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class EventHandle:
         made = cls.__new__(cls)
         made._lock = threading.Lock()
         made._events, made._steps = tuple(events), tuple(steps)
+        made._inference = torch.is_inference_mode_enabled()
         return made
 
     def current_stream_wait(self) -> None:
@@ -48,10 +50,10 @@ class EventHandle:
         """
         for event in self._events:
             event.wait()
-        with self._lock, torch.no_grad():
-            steps, self._steps = self._steps, ()
-            for step in steps:
-                step()
+        with self._lock, torch.inference_mode(self._inference), torch.no_grad():
+            while self._steps:
+                self._steps[0]()
+                self._steps = self._steps[1:]  # one that raised is left for the next wait
         if self._recorded is not None:
             torch.cuda.current_stream().wait_event(self._recorded)
 
