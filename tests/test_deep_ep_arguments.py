@@ -77,6 +77,7 @@ DISPATCH = {
 OTHERWISE = {
     "x must be a tensor, got str": (TypeError, dict(x="rows")),
     "expert_alignment must be an int, got 1.5": (TypeError, dict(expert_alignment=1.5)),
+    "async_finish must be True or False, got 'yes'": (TypeError, dict(async_finish="yes")),
     "config must be a Config of this module, got dict": (TypeError, dict(config={})),
     "num_tokens_per_expert must be a tensor, got list": (TypeError, dict(num_tokens_per_expert=[1, 2])),
     "topk_idx must be a tensor, got list": (TypeError, dict(topk_idx=[[0, 1]])),

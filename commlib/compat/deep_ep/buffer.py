@@ -336,7 +336,9 @@ class Buffer(LowLatency):
         return self.runtime
 
 
-def _check_allocation(previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+def _check_allocation(previous_event: Any, async_finish: Any, allocate_on_comm_stream: bool) -> None:
+    if not isinstance(async_finish, bool):
+        raise TypeError(f"async_finish must be True or False, got {async_finish!r}")
     require(
         not allocate_on_comm_stream or (previous_event is not None and async_finish),
         "allocate_on_comm_stream needs previous_event and async_finish",
