@@ -126,7 +126,7 @@ def test_the_wait_may_be_in_another_inference_mode_than_the_call(device, inside)
         with torch.inference_mode(not inside):
             event.current_stream_wait()
         with torch.inference_mode(inside):
-            sums, weights, event = buffer.combine(
+            sums, _, event = buffer.combine(
                 rows, handle, bias=(world.x[rank],) * 2, topk_weights=None, async_finish=True
             )
         with torch.inference_mode(not inside):
