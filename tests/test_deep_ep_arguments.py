@@ -70,6 +70,9 @@ DISPATCH = {
     "the scales, must be float32 or int32, got torch.float64": dict(
         x=(torch.zeros(5, 16).to(torch.float8_e4m3fn), torch.zeros(5, 1, dtype=torch.float64))
     ),
+    r"x\[1\] must be on cpu, as x is, got meta": dict(
+        x=(torch.zeros(5, 16).to(torch.float8_e4m3fn), torch.zeros(5, 1, device="meta"))
+    ),
     r"the scales, must be \[5, S\], got \[4, 1\]": dict(
         x=(torch.zeros(5, 16).to(torch.float8_e4m3fn), torch.zeros(4, 1))
     ),
@@ -157,6 +160,13 @@ def test_calls_with_a_handle_refuse():
             ("bias must be a tensor or a pair", TypeError, lambda: buffer.combine(y, handle, bias=1.0)),
             (r"bias must be \[5, 8\]", Refused, lambda: buffer.combine(y, handle, bias=x[:4])),
             ("bias must be .* torch.bfloat16", Refused, lambda: buffer.combine(y, handle, bias=x.float())),
+            ("x must be on cpu, as .*, got meta", Refused, lambda: buffer.combine(y.to("meta"), handle)),
+            ("bias must be on cpu", Refused, lambda: buffer.combine(y, handle, bias=(x, x.to("meta")))),
+            (
+                "topk_weights must be on cpu",
+                Refused,
+                lambda: buffer.combine(y, handle, torch.zeros(len(y), 2, device="meta")),
+            ),
             ("topk_weights must be", Refused, lambda: buffer.combine(y, handle, torch.zeros(len(y) + 1, 2))),
             (
                 "topk_weights must be",

@@ -376,6 +376,9 @@ REFUSED = {
     r"\[2\] int32, got \[4\] torch.int32": dict(
         cumulative_local_expert_recv_stats=torch.zeros(4, dtype=torch.int32)
     ),
+    "cumulative_local_expert_recv_stats must be on cpu, as x is, got meta": dict(
+        cumulative_local_expert_recv_stats=torch.zeros(2, dtype=torch.int32, device="meta")
+    ),
     "must be deep_ep.topk_idx_t": dict(topk_idx=torch.zeros(5, 2, dtype=torch.int32)),
     "topk_idx must be on cpu, as x is, got meta": dict(topk_idx=torch.zeros(5, 2).long().to("meta")),
     "topk_weights must be on cpu, as x is, got meta": dict(topk_weights=torch.zeros(5, 2, device="meta")),
@@ -419,6 +422,13 @@ def test_calls_with_a_handle_refuse_what_contradicts_it():
             buffer.combine(y[:-1], handle)
         with pytest.raises(Refused, match=r"topk_weights must be \[\d+, 2\] float32"):
             buffer.combine(y, handle, torch.zeros(len(y)))
+        for which, elsewhere in {
+            "x": (y.to("meta"), handle, torch.zeros(len(y), 2, device="meta")),
+            "topk_weights": (y, handle, torch.zeros(len(y), 2, device="meta")),
+            "bias": (y, handle, None, x.to("meta")),
+        }.items():
+            with pytest.raises(Refused, match=f"{which} must be on cpu, as .*, got meta"):
+                buffer.combine(*elsewhere)
 
     run(world, call)
 

@@ -279,9 +279,10 @@ class Buffer(LowLatency):
         runtime = self._runtime()
         wait_for(previous_event)
         route = route_of(handle, DispatchHandle)
-        check_y(x, route.rows)
+        check_y(x, route)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:
+            layouts.check_beside(x, topk_weights=topk_weights)
             layouts.check_weights("topk_weights", topk_weights, (route.rows, None))
         routing = route.ready()
         came = routing.num_rows

@@ -10,22 +10,28 @@ from torch import Tensor
 from commlib.compat.deep_ep.communicators import Communicators
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
+from commlib.compat.deep_ep.handles import Route
+from commlib.compat.deep_ep.layout import check_beside
 from commlib.compat.deep_ep.rows import SUMMED, dense_rows
 from commlib.dispatched import Handle, combine_places
 
 
-def check_y(x: Any, rows: int) -> None:
+def check_y(x: Any, route: Route) -> None:
     """Rows that combine takes.
 
     Raises:
-        TypeError, Refused: x is not ``[rows, H]`` bfloat16; on the CPU also float16 or float32.
+        TypeError, Refused: x is not ``[rows, H]`` bfloat16, where the dispatch was; on the CPU also float16
+            or float32.
     """
+    rows = route.rows
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     require(
         x.dim() == 2 and len(x) == rows,
         f"x must have a row for each of the {rows} of the handle's dispatch, got {list(x.shape)}",
     )
+    here = route.handle._ep.settings.device.type
+    require(x.device.type == here, f"x must be on {here}, as the dispatch was, got {x.device}")
     require(
         x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype in SUMMED),
         f"x must be bfloat16 (on the CPU also float16 or float32), got {x.dtype} on {x.device.type}",
@@ -47,6 +53,7 @@ def biases_of(bias: Any, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
             raise TypeError(f"bias must be a tensor or a pair of tensors, got {type(one).__name__}")
     biases = tuple(one for one in given if one is not None)
     for one in biases:
+        check_beside(x, bias=one)
         require(
             one.shape == (tokens, x.shape[1]) and one.dtype == x.dtype,
             f"bias must be [{tokens}, {x.shape[1]}] {x.dtype}, got {list(one.shape)} {one.dtype}",

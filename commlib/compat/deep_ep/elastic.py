@@ -254,7 +254,8 @@ class ElasticBuffer(Experimental):
         if topk_weights is not None:
             layouts.check_beside(parcel.sent, topk_weights=topk_weights)
             layouts.check_weights("topk_weights", topk_weights, tuple(ids.shape))
-        handles.check_stats(cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks)
+        stats, local = cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks
+        handles.check_stats(stats, local, parcel.sent)
         work = Work(parcel.sent.device, lambda: runtime.stream(parcel.sent.device))
         call = (runtime, parcel, topk_weights, work, async_with_compute_stream)
         if handle is None:
@@ -263,8 +264,8 @@ class ElasticBuffer(Experimental):
             handle, arrived = sending.dispatch(*call, shape, ids, most, sms, do_handle_copy)
         else:
             arrived = sending.dispatch_along(*call, route_of(handle, EPHandle))
-        if cumulative_local_expert_recv_stats is not None:
-            handles.add_stats(cumulative_local_expert_recv_stats, arrived.counts, work)
+        if stats is not None:
+            handles.add_stats(stats, arrived.counts, work)
         idx = None if handle._recv_topk_idx is None else work.copied(handle._recv_topk_idx)
         event = work.end(async_with_compute_stream)
         route_of(handle, EPHandle).follows(event)
@@ -307,9 +308,10 @@ class ElasticBuffer(Experimental):
             previous_event, previous_event_before_epilogue, allocate_on_comm_stream, num_qps
         )
         route = route_of(handle, EPHandle)
-        check_y(x, route.rows)
+        check_y(x, route)
         biases = biases_of(bias, x, route.handle.num_tokens)
         if topk_weights is not None:
+            layouts.check_beside(x, topk_weights=topk_weights)
             topk = handle.topk_idx.shape[1]
             layouts.check_weights(
                 "topk_weights", topk_weights, (route.rows,) if handle.do_expand else (route.rows, topk)

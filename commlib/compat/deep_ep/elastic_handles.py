@@ -10,7 +10,7 @@ from torch import Tensor
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
 from commlib.compat.deep_ep.handles import EPHandle, route_of
-from commlib.compat.deep_ep.layout import rounded_up
+from commlib.compat.deep_ep.layout import check_beside, rounded_up
 from commlib.dispatched import Dispatched
 
 
@@ -39,17 +39,16 @@ def checked_shape(handle: Any, given: dict[str, Any], tokens: int) -> Shape:
     return shape
 
 
-def check_stats(stats: Any, experts: int) -> None:
+def check_stats(stats: Any, experts: int, x: Tensor) -> None:
     """Counts to add to.
 
     Raises:
-        TypeError, Refused: they are not ``[L]`` int32.
+        TypeError, Refused: they are not ``[L]`` int32, on the device of the rows.
     """
     if stats is None:
         return
     name = "cumulative_local_expert_recv_stats"
-    if not isinstance(stats, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(stats).__name__}")
+    check_beside(x, **{name: stats})
     require(
         stats.shape == (experts,) and stats.dtype == torch.int32,
         f"{name} must be [{experts}] int32, got {list(stats.shape)} {stats.dtype}",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
+from commlib.compat.deep_ep.layout import check_beside
 
 SUMMED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of rows that combine takes
 _WORD = torch.bfloat16  # of rows that are only copied
@@ -55,8 +56,7 @@ def pack(x: Any, column_major_scales: bool = False) -> Parcel:
 
 def _pack_pair(x: Any, scales: Any, column_major: bool) -> Parcel:
     _check_rows("x[0]", x)
-    if not isinstance(scales, Tensor):
-        raise TypeError(f"x[1], the scales, must be a tensor, got {type(scales).__name__}")
+    check_beside(x, **{"x[1]": scales})
     require(x.element_size() == 1, f"x[0] with scales must have elements of one byte (e4m3), got {x.dtype}")
     require(scales.dtype in _SCALES, f"x[1], the scales, must be float32 or int32, got {scales.dtype}")
     tokens, hidden = x.shape
