@@ -411,6 +411,9 @@ assert deep_ep is module and deep_ep.__version__ == "2.1.0"
 assert importlib.util.find_spec("deep_ep") is not None
 from commlib.compat.deep_ep import Buffer as ours
 assert Buffer is ours
+from deep_ep.buffer import Buffer  # where DeepEP 1 has it
+assert Buffer is ours
+assert install() is module  # still
 """,
         tmp_path,
     )

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 
 _HERE = "commlib.compat.deep_ep"
-_MODULES = ("", ".utils")  # what code for DeepEP imports
+_MODULES = ("", ".buffer", ".utils")  # what code for DeepEP imports
 
 
 def install() -> ModuleType:
