@@ -1,5 +1,7 @@
 """commlib.compat.deep_ep.ElasticBuffer against a plain PyTorch reference."""
 
+import threading
+
 import pytest
 import torch
 from deep_ep_reference import (
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import expected_expert_layout, expected_rank_layout, make_world
 
+import commlib
 from commlib.compat.deep_ep import ElasticBuffer, EventHandle, Refused
 
 MOST = 16  # tokens of a rank
@@ -38,8 +41,10 @@ def expanded(world, rank, alignment):
     return want, torch.tensor(want.offsets[:-1])
 
 
+@pytest.mark.parametrize("alignment", [1, 4, 128])
+@pytest.mark.parametrize("expand", [False, True])
 @relaxed
-@given(worlds(), st.booleans(), st.booleans(), st.sampled_from([1, 4, 128]))
+@given(world=worlds(), asynchronous=st.booleans())
 def test_dispatch_gives_rows_by_rank_or_by_expert(device, world, expand, asynchronous, alignment):
     there = world.to(device)
 
@@ -67,8 +72,10 @@ def test_dispatch_gives_rows_by_rank_or_by_expert(device, world, expand, asynchr
         assert handle.num_recv_tokens_per_expert_list == counts
 
 
+@pytest.mark.parametrize("alignment", [1, 4])  # not drawn: that would be few worlds of each, of no tokens
+@pytest.mark.parametrize("expand", [False, True])
 @relaxed
-@given(worlds(), st.booleans(), st.sampled_from([1, 4]))
+@given(world=worlds())
 def test_the_handle_says_what_came_from_where(device, world, expand, alignment):
     there = world.to(device)
 
@@ -431,6 +438,23 @@ def test_calls_with_a_handle_refuse_what_contradicts_it():
                 buffer.combine(*elsewhere)
 
     run(world, call)
+
+
+@pytest.mark.parametrize("seconds", [(1, 0), (0, 1)])
+def test_the_larger_timeout_is_how_long_a_rank_waits(seconds):
+    world, given_up = make_world([1, 1], 4, **BF16), threading.Event()
+
+    def call(buffer, rank):
+        if rank == 1:
+            assert given_up.wait(60)
+            return
+        try:
+            with pytest.raises(commlib.PeerTimeout, match="rank 1 did not come within 1 s"):
+                buffer.dispatch(world.x[rank], world.topk_idx[rank], num_experts=4)
+        finally:
+            given_up.set()
+
+    run(world, call, num_cpu_timeout_secs=seconds[0], num_gpu_timeout_secs=seconds[1])
 
 
 def test_construction_refuses():
