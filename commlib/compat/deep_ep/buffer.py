@@ -22,6 +22,7 @@ from commlib.compat.deep_ep.groups import group_of
 from commlib.compat.deep_ep.handles import DispatchHandle, route_of
 from commlib.compat.deep_ep.layout import Layout
 from commlib.compat.deep_ep.low_latency import LowLatency
+from commlib.compat.deep_ep.owner import Owner
 from commlib.compat.deep_ep.rows import Rows
 
 _RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for which DeepEP has tuned configs
@@ -39,7 +40,7 @@ def outside_autograd(call: Call) -> Call:
     return inner  # type: ignore[return-value]
 
 
-class Buffer(LowLatency):
+class Buffer(Owner, LowLatency):
     """Dispatch and combine with DeepEP's calls. Nothing is allocated before the first one.
 
     Args:
@@ -85,18 +86,7 @@ class Buffer(LowLatency):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self.runtime: Communicators | None = Communicators(ranks, lambda: Buffer.num_sms)
-
-    def destroy(self) -> None:
-        """Finish what is under way and close the communicators. Twice is fine.
-
-        Raises:
-            Refused: the buffer was made without explicitly_destroy.
-        """
-        require(self.explicitly_destroy, "destroy needs a buffer made with explicitly_destroy=True")
-        runtime, self.runtime = self.runtime, None
-        if runtime is not None:
-            runtime.close()
+        self.runtime = Communicators(ranks, lambda: Buffer.num_sms)
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -136,15 +126,6 @@ class Buffer(LowLatency):
     def get_combine_config(num_ranks: int) -> Config:
         """As :meth:`get_dispatch_config`."""
         return Buffer.get_dispatch_config(num_ranks)
-
-    def get_comm_stream(self) -> torch.cuda.Stream:
-        """A stream of the buffer: what results are finished on. CUDA only.
-
-        Raises:
-            RuntimeError: there is no GPU.
-        """
-        cuda.require()
-        return self._runtime().stream(torch.device("cuda", torch.cuda.current_device()))
 
     @outside_autograd
     def get_dispatch_layout(
@@ -330,11 +311,6 @@ class Buffer(LowLatency):
         require(config is not None, "internode_combine needs a config")
         rest = (config, previous_event, async_finish, allocate_on_comm_stream)
         return self.combine(x, handle, topk_weights, bias, *rest)  # type: ignore[arg-type]
-
-    def _runtime(self) -> Communicators:
-        if self.runtime is None:
-            raise Refused("the buffer has been destroyed")
-        return self.runtime
 
 
 def _check_allocation(previous_event: Any, async_finish: Any, allocate_on_comm_stream: bool) -> None:

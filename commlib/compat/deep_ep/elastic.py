@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commlib import cuda
 from commlib.compat.deep_ep import elastic_dispatch as sending
 from commlib.compat.deep_ep import elastic_handles as handles
 from commlib.compat.deep_ep import layout as layouts
@@ -15,11 +14,12 @@ from commlib.compat.deep_ep import rows as parcels
 from commlib.compat.deep_ep.buffer import Buffer, outside_autograd
 from commlib.compat.deep_ep.combining import biases_of, check_y, sum_rows
 from commlib.compat.deep_ep.communicators import Communicators
-from commlib.compat.deep_ep.errors import Refused, at_least, not_yet, require
+from commlib.compat.deep_ep.errors import at_least, not_yet, require
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from commlib.compat.deep_ep.experimental import Experimental
 from commlib.compat.deep_ep.groups import group_of
 from commlib.compat.deep_ep.handles import EPHandle, route_of
+from commlib.compat.deep_ep.owner import Owner
 from commlib.compat.deep_ep.rows import Rows
 
 _UNIT = 2 << 20  # bytes: DeepEP's buffers are a multiple of this
@@ -28,7 +28,7 @@ _QPS = {True: 129, False: 17}  # that DeepEP allocates, by allow_hybrid_mode
 _LEAST_SMS = 4
 
 
-class ElasticBuffer(Experimental):
+class ElasticBuffer(Owner, Experimental):
     """Dispatch and combine with the calls of DeepEP's second interface.
 
     Args:
@@ -99,21 +99,10 @@ class ElasticBuffer(Experimental):
         self.num_allocated_qps = num_allocated_qps or _QPS[bool(allow_hybrid_mode)]
         self.explicitly_destroy = explicitly_destroy
         timeout = float(max(num_cpu_timeout_secs, num_gpu_timeout_secs))
-        self.runtime: Communicators | None = Communicators(ranks, lambda: Buffer.num_sms, timeout)
+        self.runtime = Communicators(ranks, lambda: Buffer.num_sms, timeout)
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
-
-    def destroy(self) -> None:
-        """Finish what is under way and close the communicators. Twice is fine.
-
-        Raises:
-            Refused: the buffer was made without explicitly_destroy.
-        """
-        require(self.explicitly_destroy, "destroy needs a buffer made with explicitly_destroy=True")
-        runtime, self.runtime = self.runtime, None
-        if runtime is not None:
-            runtime.close()
 
     @staticmethod
     def get_buffer_size_hint(
@@ -132,15 +121,6 @@ class ElasticBuffer(Experimental):
     def capture() -> EventHandle:
         """An event of what the current stream has been given so far."""
         return EventHandle()
-
-    def get_comm_stream(self) -> torch.cuda.Stream:
-        """A stream of the buffer: what results are finished on. CUDA only.
-
-        Raises:
-            RuntimeError: there is no GPU.
-        """
-        cuda.require()
-        return self._runtime().stream(torch.device("cuda", torch.cuda.current_device()))
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """(RDMA ranks, NVLink ranks): 1 and all, since commlib itself finds what lies between ranks."""
@@ -333,11 +313,6 @@ class ElasticBuffer(Experimental):
         wait_for(event)
         wait_for(later)
         return runtime
-
-    def _runtime(self) -> Communicators:
-        if self.runtime is None:
-            raise Refused("the buffer has been destroyed")
-        return self.runtime
 
 
 def _buffer_bytes(ranks: int, tokens: int, hidden: int, topk: int) -> int:
