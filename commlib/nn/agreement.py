@@ -76,8 +76,8 @@ class Agreement:
                 return f"rank {rank} cannot take part, and nothing has been sent: {why}"
         first = everywhere[0][1]
         other = next(i for i, (_, lines) in enumerate(everywhere) if lines != first)
-        difference = _difference(ranks[0], first, ranks[other], everywhere[other][1])
-        return f"{self.wrong}: {difference}. Nothing of it has been sent. {self.advice}"
+        found = difference(ranks[0], first, ranks[other], everywhere[other][1])
+        return f"{self.wrong}: {found}. Nothing of it has been sent. {self.advice}"
 
 
 def _device_for(group: dist.ProcessGroup) -> torch.device:
@@ -100,7 +100,8 @@ def number_of(lines: list[str]) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _difference(rank: int, lines: list[str], other: int, others: list[str]) -> str:
+def difference(rank: int, lines: list[str], other: int, others: list[str]) -> str:
+    """The first one between what two ranks say."""
     here, there = set(lines), set(others)
     only = next((line for line in lines if line not in there), None)
     only_other = next((line for line in others if line not in here), None)

@@ -16,6 +16,7 @@ from commlib.bootstrap import resolve_device
 from commlib.conversation import gather
 from commlib.group import Group, TorchGroup, gather_numbers, resolve_group
 from commlib.nn import ShardedExperts, full_state_dict
+from commlib.nn.agreement import describe, difference
 from commlib.nn.shards import Ranks, Shard, is_dtensor
 from commlib.settings import START_SECONDS
 from commlib.topology import experts_of
@@ -78,7 +79,7 @@ def parallelize(model: _Model, group: Any = None) -> _Model:
     known = resolve_group(group)
     with known.converse(START_SECONDS) as talk:
         found = _experts_in(model, known.size)
-        lines = [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+        lines = [describe(name, p) for name, p in model.named_parameters()]
         _check_same(gather(talk, "models", lines))
     device = resolve_device(next(model.parameters()).device, known)
     ranks = ModelRanks(known, known.rank, known.size, device)
@@ -160,11 +161,7 @@ def _check_rows(path: str, part: Any, size: int) -> None:
 def _check_same(lines: list[list[str]]) -> None:
     for rank, theirs in enumerate(lines):
         if theirs != lines[0]:
-            a, b = next(
-                ((x, y) for x, y in zip(lines[0], theirs, strict=False) if x != y),
-                (f"{len(lines[0])} parameters", f"{len(theirs)}"),
-            )
-            raise ValueError(f"ranks have different models: rank 0 has {a}, rank {rank} has {b}")
+            raise ValueError(f"ranks have different models: {difference(0, lines[0], rank, theirs)}")
 
 
 # -- what is changed -----------------------------------------------------------------------------------------
