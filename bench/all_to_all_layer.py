@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from baselines import RowTypes
 from torch import Tensor, nn
 
 from commlib.nn import Experts, Routing
@@ -66,7 +67,7 @@ class MpiExchange(Exchange):
     def __init__(self, comm: Any) -> None:
         super().__init__(comm.rank, comm.size)
         self._comm = comm
-        self._row_types: dict[int, Any] = {}
+        self._row_type = RowTypes()
 
     def _move(self, source: Tensor, into: Tensor, rows: list[int], into_rows: list[int]) -> None:
         row = self._row_type(source.stride(0) * source.element_size())
@@ -74,13 +75,6 @@ class MpiExchange(Exchange):
             [source.view(torch.uint8).numpy(), rows, row],
             [into.view(torch.uint8).numpy(), into_rows, row],
         )
-
-    def _row_type(self, num_bytes: int) -> Any:
-        if num_bytes not in self._row_types:
-            from mpi4py import MPI
-
-            self._row_types[num_bytes] = MPI.BYTE.Create_contiguous(num_bytes).Commit()
-        return self._row_types[num_bytes]
 
 
 class _AllToAll(torch.autograd.Function):

@@ -210,13 +210,27 @@ class PlainGlooBaseline(GlooBaseline):
         return out.index_add_(0, self._plan.tokens, back.float()).to(y.dtype)
 
 
+class RowTypes:
+    """MPI's datatypes for rows: where an element is a row, no count can outgrow an int32."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Any] = {}
+
+    def __call__(self, num_bytes: int) -> Any:
+        if num_bytes not in self._made:
+            from mpi4py import MPI
+
+            self._made[num_bytes] = MPI.BYTE.Create_contiguous(num_bytes).Commit()
+        return self._made[num_bytes]
+
+
 class MpiBaseline(AllToAllBaseline):
     """mpi4py's `Ialltoallv`; one element is a row, so that no count can outgrow an int32."""
 
     def __init__(self, comm: Any, **shape: Any) -> None:
         super().__init__(rank=comm.rank, ranks=comm.size, **shape)
         self._comm = comm
-        self._row_types: dict[int, Any] = {}
+        self._row_type = RowTypes()
 
     def _exchange_counts(self, counts: Tensor) -> list[int]:
         received = torch.empty_like(counts)
@@ -229,10 +243,3 @@ class MpiBaseline(AllToAllBaseline):
             [source.view(torch.uint8).numpy(), rows, row],
             [into.view(torch.uint8).numpy(), into_rows, row],
         )
-
-    def _row_type(self, num_bytes: int) -> Any:
-        if num_bytes not in self._row_types:
-            from mpi4py import MPI
-
-            self._row_types[num_bytes] = MPI.BYTE.Create_contiguous(num_bytes).Commit()
-        return self._row_types[num_bytes]
