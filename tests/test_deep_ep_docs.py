@@ -1,13 +1,13 @@
 """docs/deepep.md: its programs run, and it speaks of every argument."""
 
 import inspect
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_docs import follow
 
 import commlib.compat.deep_ep as deep_ep
 
@@ -56,17 +56,10 @@ def test_the_page_speaks_of_nothing_else():
 
 
 def test_the_pages_programs_and_commands_run_as_they_stand(tmp_path):
-    programs = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(programs) == 3
-    for program in programs:
-        (tmp_path / program.splitlines()[0].removeprefix("# ")).write_text(program)
-    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    shell = ["bash", "-ec", commands]
-    done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("of 4: as it should be") == 4
-    assert done.stdout.count("of 2: as it should be") == 2
+    threads, processes = follow("deepep.md", tmp_path)
+    assert len(list(tmp_path.glob("*.py"))) == 3
+    assert threads.count("of 4: as it should be") == 4
+    assert processes.count("of 2: as it should be") == 2
 
 
 def test_either_line_of_the_page_makes_the_switch(tmp_path):
