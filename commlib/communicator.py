@@ -78,8 +78,9 @@ class Communicator:
     def make_room(self, rows: int, tokens: int = 1) -> None:
         """Take a larger heap where slots hold fewer rows, or ranks may send fewer tokens.
 
-        Every rank calls it at the same operation with the same numbers. What was issued is finished first.
-        Routings stay good: rows keep their numbers. So do tensors in the old heap, which they keep.
+        Every rank calls it at the same operation with the same numbers. What was issued before goes on in the
+        old heap, and is done when this returns. Routings stay good: rows keep their numbers. So do tensors in
+        the old heap, which they keep.
 
         Raises:
             ValueError: the communicator was made for so many rows, and does not grow; or for too many.

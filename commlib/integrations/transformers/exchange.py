@@ -131,13 +131,8 @@ class CommlibEP(EPImplementation):
         if self.tp_mesh.size() == 1:
             return self.exchange(self.experts_forward, *tensors)
         part = self.exchange(self.experts_forward, *(_own_rows(t, self.tp_mesh) for t in tensors))
-        rows = DTensor.from_local(
-            part,
-            self.tp_mesh,
-            [Shard(0)],
-            shape=hidden_states.shape,
-            stride=hidden_states.contiguous().stride(),
-        )
+        shape = hidden_states.shape
+        rows = DTensor.from_local(part, self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1))
         return rows.full_tensor()
 
 
