@@ -37,7 +37,7 @@ test: setup  ## all tests
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
 
 .PHONY: test-hf-all
-test-hf-all: setup  ## every transformers model with experts, tiny, spread over two ranks; about two minutes
+test-hf-all: setup  ## every transformers model with experts, tiny, spread over two ranks; about a minute
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/hf_all.py
 
 RUNS ?= 200
