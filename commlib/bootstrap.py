@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,20 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     return backend, topology
 
 
-def reconnect(group: Group, settings: Settings, core: _core.Communicator) -> Backend:
+def reconnect(
+    group: Group, started: str, counts: Iterator[int], settings: Settings, core: _core.Communicator
+) -> Backend:
     """A backend for other settings, of ranks that have one; every rank calls it at the same operation.
 
+    Other communicators of the group may do so meanwhile, in other threads, and in another order on each rank.
+
     Args:
+        started: the name of the conversation in which they started; "" where the group knows no names.
+        counts: how often they have done this.
         core: that one's, which knows whose processes are gone.
     """
-    with group.converse(settings.timeout) as talk:
+    name = started and f"{started}/grown/{next(counts)}"
+    with group.converse(settings.timeout, name) as talk:
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
         talk.watch = core.has_exited
         try:

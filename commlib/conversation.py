@@ -48,8 +48,15 @@ class Group(ABC):
         """Return when every rank has called it."""
         self.allgather(b"")
 
-    def converse(self, seconds: float) -> Conversation:
-        """A conversation of this group, which ends after so many seconds if the group can see to it."""
+    def converse(self, seconds: float, name: str = "") -> Conversation:
+        """A conversation of this group, which ends after so many seconds if the group can see to it.
+
+        Where ranks find what is posted by its name, those with names go on beside others, in any order.
+
+        Args:
+            seconds: until gathers raise PeerTimeout.
+            name: without blanks, and of one conversation alone; "": the next one on each rank.
+        """
         return _Plain(self, seconds)
 
 
@@ -65,6 +72,7 @@ class Conversation(Group):
     Attributes:
         task, advice: what errors say of what this is for, and of what to do where ranks do not come.
         watch: says whether a rank's process is gone; None: nobody knows.
+        name: the same on all ranks, and of no other conversation; "" over a group that only gathers.
     """
 
     task = "start"
@@ -73,6 +81,7 @@ class Conversation(Group):
         "time"
     )
     watch: Callable[[int], bool] | None = None
+    name = ""
 
     def __init__(self, group: Group, seconds: float) -> None:
         self.group, self.seconds = group, seconds
@@ -233,8 +242,8 @@ class PostingGroup(Group):
         with self.converse(_PATIENCE) as conversation:
             return conversation.allgather(data)
 
-    def converse(self, seconds: float) -> Conversation:
-        return _Posted(self, seconds)
+    def converse(self, seconds: float, name: str = "") -> Conversation:
+        return _Posted(self, seconds, name)
 
     @abstractmethod
     def open(self, seconds: float) -> int:
@@ -266,16 +275,21 @@ class _Posted(Conversation):
 
     group: PostingGroup
 
-    def __init__(self, group: PostingGroup, seconds: float) -> None:
+    def __init__(self, group: PostingGroup, seconds: float, name: str) -> None:
         super().__init__(group, seconds)
         self._step = 0
-        self._number = group.open(self.left)
         self._skipped = ""
+        self._found: Sequence[str] = ()
+        self._numbered = not name
+        if name:
+            self.name = name
+            return
+        self.name = str(group.open(self.left))
         # A rank that never came to a conversation finds that the others gave up waiting for it. If they try
         # again, then in the next one.
         while group.rank in self._ending().get("missing", ()):
             self._skipped = f". Before that, {self._ending()['why']}"
-            self._number = group.open(self.left)
+            self.name = str(group.open(self.left))
 
     def allgather(self, data: bytes) -> list[bytes]:
         keys = self._keys(self._step)
@@ -290,8 +304,12 @@ class _Posted(Conversation):
                 break
             self._raise_if_hopeless(missing)
             self.group.pause(time.monotonic() - began, self.left)
-        self.group.drop(self.group.found)
-        self.group.found = keys
+        if self._numbered:
+            self.group.drop(self.group.found)
+            self.group.found = keys
+        else:  # others of the group may be under way, whose keys some still look for
+            self.group.drop(self._found)
+            self._found = keys
         self._step += 1
         return said
 
@@ -324,7 +342,7 @@ class _Posted(Conversation):
 
     @property
     def _ended(self) -> str:
-        return f"{self._number}/ended"
+        return f"{self.name}/ended"
 
     def _ending(self) -> dict[str, Any]:
         """How the conversation has ended, if it has: why, and because of which ranks that were missing."""
@@ -338,4 +356,4 @@ class _Posted(Conversation):
             return {"why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
 
     def _keys(self, step: int) -> list[str]:
-        return [f"{self._number}/{step}/{rank}" for rank in range(self.size)]
+        return [f"{self.name}/{step}/{rank}" for rank in range(self.size)]

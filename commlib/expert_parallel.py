@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -118,7 +119,7 @@ class ExpertParallel:
             )
             settings = asked.checked(self.size)
             backend, self.topology = connect(talk, settings)
-        anew = partial(reconnect, self.group)
+        anew = partial(reconnect, self.group, talk.name, itertools.count())
         self._comm = Communicator(self.rank, self.size, settings, backend, anew)
         self._name = self._comm.name()
         self._sizes = (self._comm.width, self._comm.experts)

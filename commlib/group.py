@@ -243,7 +243,7 @@ class ThreadGroup(PostingGroup):
     def __init__(self, board: _Board, rank: int, device: str, run_ahead: bool) -> None:
         self._board = board
         self._conversations = 0
-        self._seen = -1  # changes of the board
+        self._seen = threading.local()  # changes of the board: communicators may grow in several threads
         self.run_ahead = run_ahead  # see run_ranks
         self.rank, self.size, self.device = rank, board.size, device
         self.communicators: weakref.WeakSet[Any] = weakref.WeakSet()  # of this rank
@@ -267,8 +267,9 @@ class ThreadGroup(PostingGroup):
     def pause(self, waited: float, left: float) -> None:
         board = self._board
         with board.changed:
-            board.changed.wait_for(lambda: board.changes != self._seen, left)
-            self._seen = board.changes
+            seen = getattr(self._seen, "changes", -1)
+            board.changed.wait_for(lambda: board.changes != seen, left)
+            self._seen.changes = board.changes
 
     def drop(self, keys: Sequence[str]) -> None:
         if keys:

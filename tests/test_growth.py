@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -244,3 +245,43 @@ def test_the_error_says_how_many_rows_there_would_be():
     errors = on_ranks(rank_main, world)
     for error in (*errors, pickle.loads(pickle.dumps(errors[0])), copy.copy(errors[0])):
         assert error.rows == max(want) and want[error.receiver] == max(want)
+
+
+def grow_in_threads(rank, turns=6):
+    """Two communicators at once, each in a thread of its own; ranks come to them in another order."""
+    world = make_world([40, 40], num_experts=4, hidden=8, topk=1, holes=0.0, dtype=torch.float32)
+    said = []
+
+    def use(ep, number, turn):
+        turn.wait()
+        try:
+            rows = torch.full((40, 8), 10.0 * rank + number)
+            said.append((number, sorted(set(ep.dispatch(rows, world.topk_idx[rank]).x[:, 0].tolist()))))
+        except BaseException as error:
+            said.append((number, str(error)))
+
+    for _ in range(turns):
+        turn = threading.Barrier(2)
+        with growing(world, timeout=10.0) as first, growing(world, timeout=10.0) as second:
+            order = [(first, 0, turn), (second, 1, turn)]
+            threads = [threading.Thread(target=use, args=a) for a in (order if rank else reversed(order))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert [ep.stats()["growths"] for ep in (first, second)] == [1, 1]
+    return sorted(said)
+
+
+IN_THREADS = sorted(6 * [(0, [0.0, 10.0]), (1, [1.0, 11.0])])
+
+
+def test_two_that_grow_in_threads_of_a_process_do_not_meet_each_other(torch_ranks):
+    """Rows of one went to the other, and nobody noticed: ranks numbered growths in the order they came."""
+    for said in torch_ranks(grow_in_threads, 2):
+        assert said == IN_THREADS
+
+
+def test_two_that_grow_in_threads_beside_threads_that_are_ranks():
+    for said in commlib.run_ranks(grow_in_threads, 2):
+        assert said == IN_THREADS
