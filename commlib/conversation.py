@@ -297,13 +297,16 @@ class _Posted(Conversation):
         began = time.monotonic()
         said: list[Any] = [NOTHING] * self.size
         said[self.rank] = data
-        while True:
-            said = [self.group.find(keys[r]) if what is NOTHING else what for r, what in enumerate(said)]
-            missing = [rank for rank, what in enumerate(said) if what is NOTHING]
-            if not missing:
-                break
-            self._raise_if_hopeless(missing)
-            self.group.pause(time.monotonic() - began, self.left)
+        missing = self._look(keys, said)
+        while missing:
+            ended, hopeless = self._has_ended(missing), self._is_hopeless(missing)
+            # Those that are gone by now may have posted before they went: only another look can tell.
+            before, missing = missing, self._look(keys, said)
+            if missing == before:
+                if error := ended or hopeless:
+                    self.over = ended is not None
+                    raise error
+                self.group.pause(time.monotonic() - began, self.left)
         if self._numbered:
             self.group.drop(self.group.found)
             self.group.found = keys
@@ -313,29 +316,38 @@ class _Posted(Conversation):
         self._step += 1
         return said
 
+    def _look(self, keys: list[str], said: list[Any]) -> list[int]:
+        """Find what has not been found yet, and say of which ranks there is nothing."""
+        said[:] = [self.group.find(keys[r]) if what is NOTHING else what for r, what in enumerate(said)]
+        return [rank for rank, what in enumerate(said) if what is NOTHING]
+
     def hear(self) -> None:
-        self._raise_if_ended(())
+        if error := self._has_ended(()):
+            self.over = True
+            raise error
 
     def tell(self, why: str, missing: Sequence[int]) -> None:
         self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
 
-    def _raise_if_ended(self, missing: Sequence[int]) -> None:
+    def _has_ended(self, missing: Sequence[int]) -> CommError | None:
+        """The error of one that waits for these ranks when another has ended it, or one of them is gone."""
         ending = self._ending()
         why = ending.get("why") or self.group.why_gone(missing)
-        if why is not None:
-            self.over = True
-            if ending.get("missing"):
-                raise self._timeout(why, ending["missing"])
-            raise CommError(why + self._skipped)
+        if why is None:
+            return None
+        if ending.get("missing"):
+            return self._timeout(why, ending["missing"])
+        return CommError(why + self._skipped)
 
-    def _raise_if_hopeless(self, missing: list[int]) -> None:
-        self._raise_if_ended(missing)
+    def _is_hopeless(self, missing: list[int]) -> PeerTimeout | None:
+        """The error of one that has waited long enough, or for processes that are gone."""
         if self.left == 0:
             names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
             text = f"{names} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
-            raise self._timeout(text, missing)
+            return self._timeout(text, missing)
         if gone := [rank for rank in missing if self.watch and self.watch(rank)]:
-            raise self._timeout(exited(gone), gone)
+            return self._timeout(exited(gone), gone)
+        return None
 
     def _timeout(self, text: str, peers: list[int]) -> PeerTimeout:
         return PeerTimeout(text, self.rank, peers, "start-up", "gather", 0)

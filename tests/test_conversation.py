@@ -170,6 +170,35 @@ def test_the_timeout_bounds_start_up_unless_told_otherwise(world):
     assert isinstance(error, commlib.PeerTimeout) and "within 0.2 s" in str(error)
 
 
+@pytest.mark.parametrize("asked", ["has_left", "has_exited"])
+def test_one_that_comes_and_goes_between_two_looks_has_come(asked):
+    looked, gone = threading.Event(), threading.Event()
+
+    def main(group):
+        if group.rank == 0:
+            assert looked.wait(LONG)
+            group.barrier()
+            group.leave("gone")
+            gone.set()
+            return
+
+        def after_it_has_gone(ranks):
+            looked.set()
+            assert gone.wait(LONG)
+            return type(group).why_gone(group, ranks)
+
+        with group.converse(LONG) as talk:
+            if asked == "has_left":
+                group.why_gone = after_it_has_gone
+            else:
+                group.why_gone = lambda ranks: None
+                talk.watch = lambda rank: after_it_has_gone([rank]) is not None
+            talk.barrier()
+            assert gone.is_set() and not talk.over
+
+    assert on_ranks(ThreadGroup.world(2), main) == [None, None]
+
+
 def test_a_rank_that_returns_early_is_no_riddle():
     def rank_main(rank):
         return rank if rank == 1 else construct(None)
