@@ -52,6 +52,7 @@ class Communicator:
         self._open: list[Backend] = []  # the one in use, for who outlives this object
         self._use(backend)
         self._reconnect = reconnect
+        self._closed = False
         self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
@@ -73,6 +74,7 @@ class Communicator:
 
     def close(self) -> None:
         """Finish what is under way and tell the other ranks."""
+        self._closed = True
         self.backend.close()
 
     def make_room(self, rows: int, tokens: int = 1) -> None:
@@ -84,7 +86,7 @@ class Communicator:
 
         Raises:
             ValueError: the communicator was made for so many rows, and does not grow; or for too many.
-            CommError: as at start-up.
+            CommError: as at start-up; or it was closed meanwhile.
         """
         settings = self.settings
         if rows <= settings.capacity_on(self.size) and tokens <= settings.max_tokens:
@@ -106,6 +108,9 @@ class Communicator:
         self.settings = settings
         self.count(growths=1)
         before.close()  # when all have the new one: closing may wait for ranks that are late
+        if self._closed:  # by a signal handler, which knew the old one only
+            self.close()
+            raise CommError(f"rank {self.rank} has closed this communicator while it took a larger heap")
 
     def name(self) -> Tensor:
         """A tensor that names it to ops, which take no Python objects, and that keeps it.

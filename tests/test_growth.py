@@ -247,6 +247,27 @@ def test_the_error_says_how_many_rows_there_would_be():
         assert error.rows == max(want) and want[error.receiver] == max(want)
 
 
+def test_one_that_is_closed_while_it_grows_is_closed():
+    """By a signal handler, say, which knows the heap of before only."""
+    world = make_world([6], num_experts=4, holes=0.0)
+
+    def rank_main(rank):
+        ep = growing(world)
+        reconnect = ep._comm._reconnect
+
+        def closed_meanwhile(*arguments):
+            ep.close()
+            return reconnect(*arguments)
+
+        ep._comm._reconnect = closed_meanwhile
+        with pytest.raises(commlib.CommError, match="closed this communicator while it took a larger heap"):
+            ep.dispatch(world.x[0], world.topk_idx[0])
+        with pytest.raises(commlib.CommError, match="closed"):
+            ep.dispatch(world.x[0][:1], world.topk_idx[0][:1])
+
+    on_ranks(rank_main, world)
+
+
 def grow_in_threads(rank, turns=6):
     """Two communicators at once, each in a thread of its own; ranks come to them in another order."""
     world = make_world([40, 40], num_experts=4, hidden=8, topk=1, holes=0.0, dtype=torch.float32)
