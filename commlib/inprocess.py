@@ -62,6 +62,7 @@ def run_ranks(
     begun = torch.cuda.current_stream(where).record_event() if where.type == "cuda" else None
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
+    remake_torch_threads()
 
     def rank_main(rank: int) -> None:
         set_current_group(groups[rank])
@@ -88,6 +89,15 @@ def run_ranks(
     if failures:
         raise _root(failures)
     return results
+
+
+def remake_torch_threads() -> None:
+    """Let torch make its pool of threads again where a fork has lost it.
+
+    It does so when a thread first needs the pool, and of several threads that need it at once some find none:
+    "pool INTERNAL ASSERT FAILED at ATen/ParallelOpenMP.cpp" (torch 2.13).
+    """
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _stop(groups: list[ThreadGroup], threads: list[threading.Thread], why: str) -> None:

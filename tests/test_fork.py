@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import sys
+import threading
 import time
 
 import pytest
@@ -137,12 +138,28 @@ def test_a_child_that_exits_by_itself_ends_nothing(in_processes):
 
 def signal_free_exit():
     import atexit
-    import threading
 
     atexit._run_exitfuncs()
     threading._shutdown()
     sys.stdout.flush()
     os._exit(0)
+
+
+def test_ranks_that_are_threads_of_a_child_use_torch_at_once():
+    """Without remake_torch_threads three of four such children fail."""
+    x, ranks = torch.ones(1000, 1000), 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # not as torch has it by itself, or new threads do not care
+
+    def child():
+        together = threading.Barrier(ranks)
+        return commlib.run_ranks(lambda rank: (together.wait(), (x + rank).mean().item())[1], ranks)
+
+    try:
+        for _ in range(10):
+            assert in_child(child) == [1.0 + rank for rank in range(ranks)]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_child_may_make_its_own(in_processes):
