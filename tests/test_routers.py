@@ -166,16 +166,34 @@ def test_a_router_compiles_with_all_its_options(device):
         (dict(topk=17), r"topk must be in 1\.\.num_experts=16, got 17"),
         (dict(groups=3), "num_experts=16 do not divide into groups=3"),
         (dict(groups=4, topk_groups=5), r"topk_groups must be in 1\.\.groups=4, got 5"),
-        (dict(groups=4, topk_groups=0), r"topk_groups must be in 1\.\.groups=4, got 0"),
+        (dict(groups=4, topk_groups=0), "topk_groups must be at least 1, got 0"),
+        (dict(groups=0), "groups must be at least 1, got 0"),
+        (dict(hidden=0), "hidden must be at least 1, got 0"),
         (dict(topk=9, groups=4, topk_groups=2), "topk=9 experts are more than the 8 of topk_groups=2"),
         (dict(groups=16, topk_groups=4, group_score="best two"), "needs groups of 2 experts"),
         (dict(scores="softplus"), "scores must be .* got 'softplus'"),
         (dict(group_score="mean"), "group_score must be .* got 'mean'"),
+        (dict(scale=float("nan")), "scale must be positive and finite, got nan"),
+        (dict(scale=-1), "scale must be positive and finite, got -1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        TopKRouter(HIDDEN, EXPERTS, **{"topk": 4} | options)
+        TopKRouter(**dict(hidden=HIDDEN, num_experts=EXPERTS, topk=4) | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(topk=True), "topk must be an int, got True"),
+        (dict(num_experts=16.0), r"num_experts must be an int, got 16\.0"),
+        (dict(scale="1"), "scale must be a number, got '1'"),
+        (dict(loss=3), "loss must be callable or None, got 3"),
+    ],
+)
+def test_options_of_other_types_are_refused(options, text):
+    with pytest.raises(TypeError, match=text):
+        TopKRouter(**dict(hidden=HIDDEN, num_experts=EXPERTS, topk=4) | options)
 
 
 # -- the bias of balance -------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from commlib.checks import as_int
 
 from .losses import Scores, count_tokens, load_balance_loss
 
@@ -63,7 +67,8 @@ class TopKRouter(nn.Module):
         dtype, device: of the parameters.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an unknown option.
+        ValueError: sizes that do not fit each other, an unknown option, or a scale that is not positive.
+        TypeError: sizes that are no ints, a scale that is no number, or a loss that cannot be called.
     """
 
     def __init__(
@@ -85,8 +90,13 @@ class TopKRouter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        topk_groups = groups if topk_groups is None else topk_groups
+        hidden, num_experts = _size("hidden", hidden), _size("num_experts", num_experts)
+        topk, groups = _size("topk", topk), _size("groups", groups)
+        topk_groups = groups if topk_groups is None else _size("topk_groups", topk_groups)
         _check_sizes(num_experts, topk, groups, topk_groups)
+        _check_scale(scale)
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be callable or None, got {loss!r}")
         if scores not in ("softmax", "sigmoid"):
             raise ValueError(f'scores must be "softmax" or "sigmoid", got {scores!r}')
         if group_score not in ("best", "best two"):
@@ -177,12 +187,26 @@ class TopKRouter(nn.Module):
         return told + f", bias={self.bias is not None}, balance_bias={self.balance_bias is not None}"
 
 
+def _size(name: str, value: Any) -> int:
+    size = as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
+
+
+def _check_scale(scale: Any) -> None:
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not 0 < float(scale) < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
 def _check_sizes(num_experts: int, topk: int, groups: int, topk_groups: int) -> None:
-    if not 1 <= topk <= num_experts:
+    if topk > num_experts:
         raise ValueError(f"topk must be in 1..num_experts={num_experts}, got {topk}")
-    if groups < 1 or num_experts % groups:
+    if num_experts % groups:
         raise ValueError(f"num_experts={num_experts} do not divide into groups={groups}")
-    if not 1 <= topk_groups <= groups:
+    if topk_groups > groups:
         raise ValueError(f"topk_groups must be in 1..groups={groups}, got {topk_groups}")
     if topk > (available := topk_groups * num_experts // groups):
         raise ValueError(f"topk={topk} experts are more than the {available} of topk_groups={topk_groups}")
