@@ -97,7 +97,10 @@ class Step:
         self.scales = torch.tensor([expert_scale(e) for e in experts] or [0.0], dtype=torch.float64)
         # Exact, and rows of another step are not taken for this one's.
         self.scale = 2.0 ** shared.randint(0, 3)
-        self.weighted = shared.random() < 0.7
+        # The fault "other_call" must differ from all calls of steps: it has no weights, and overflow="drop",
+        # which means nothing where the communicator grows.
+        differs = plan.grows and any(fault.kind == "other_call" for fault in plan.faults)
+        self.weighted = shared.random() < 0.7 or differs
         self.grouped = own.random() < 0.5
         self.x = self.world.x[rank] * self.scale
         self.idx = self.world.topk_idx[rank]
