@@ -6,6 +6,7 @@ nobody else stands between a tensor's address and the core.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -80,13 +81,14 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def as_int(name: str, value: Any) -> int:
-    """An int, also where it is NumPy's; not a bool."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+def as_int(name: str, value: Any, least: float = -math.inf) -> int:
+    """An int that is not less, also where it is NumPy's; not a bool."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    return operator.index(value)
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def check_align(c: Communicator, align: int) -> None:

@@ -297,16 +297,13 @@ class _Posted(Conversation):
         began = time.monotonic()
         said: list[Any] = [NOTHING] * self.size
         said[self.rank] = data
-        missing = self._look(keys, said)
-        while missing:
-            ended, hopeless = self._has_ended(missing), self._is_hopeless(missing)
-            # Those that are gone by now may have posted before they went: only another look can tell.
-            before, missing = missing, self._look(keys, said)
-            if missing == before:
-                if error := ended or hopeless:
-                    self.over = ended is not None
-                    raise error
+        while missing := self._look(keys, said):
+            ended, hopeless = self._error_if_ended(missing), self._error_if_hopeless(missing)
+            if not (error := ended or hopeless):
                 self.group.pause(time.monotonic() - began, self.left)
+            elif self._look(keys, said) == missing:  # who is gone may have posted before it went
+                self.over = ended is not None
+                raise error
         if self._numbered:
             self.group.drop(self.group.found)
             self.group.found = keys
@@ -322,15 +319,15 @@ class _Posted(Conversation):
         return [rank for rank, what in enumerate(said) if what is NOTHING]
 
     def hear(self) -> None:
-        if error := self._has_ended(()):
+        if error := self._error_if_ended(()):
             self.over = True
             raise error
 
     def tell(self, why: str, missing: Sequence[int]) -> None:
         self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
 
-    def _has_ended(self, missing: Sequence[int]) -> CommError | None:
-        """The error of one that waits for these ranks when another has ended it, or one of them is gone."""
+    def _error_if_ended(self, missing: Sequence[int]) -> CommError | None:
+        """Where another rank has ended it, or one of these is gone, that it waits for."""
         ending = self._ending()
         why = ending.get("why") or self.group.why_gone(missing)
         if why is None:
@@ -339,8 +336,8 @@ class _Posted(Conversation):
             return self._timeout(why, ending["missing"])
         return CommError(why + self._skipped)
 
-    def _is_hopeless(self, missing: list[int]) -> PeerTimeout | None:
-        """The error of one that has waited long enough, or for processes that are gone."""
+    def _error_if_hopeless(self, missing: list[int]) -> PeerTimeout | None:
+        """Where it has waited for these ranks long enough, or their processes are gone."""
         if self.left == 0:
             names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
             text = f"{names} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"

@@ -90,9 +90,9 @@ class TopKRouter(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        hidden, num_experts = _size("hidden", hidden), _size("num_experts", num_experts)
-        topk, groups = _size("topk", topk), _size("groups", groups)
-        topk_groups = groups if topk_groups is None else _size("topk_groups", topk_groups)
+        hidden, num_experts = as_int("hidden", hidden, 1), as_int("num_experts", num_experts, 1)
+        topk, groups = as_int("topk", topk, 1), as_int("groups", groups, 1)
+        topk_groups = groups if topk_groups is None else as_int("topk_groups", topk_groups, 1)
         _check_sizes(num_experts, topk, groups, topk_groups)
         _check_scale(scale)
         if loss is not None and not callable(loss):
@@ -185,13 +185,6 @@ class TopKRouter(nn.Module):
         if self.topk_groups < self.groups:
             told += f", topk_groups={self.topk_groups} of {self.groups} by {self.group_score}"
         return told + f", bias={self.bias is not None}, balance_bias={self.balance_bias is not None}"
-
-
-def _size(name: str, value: Any) -> int:
-    size = as_int(name, value)
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
-    return size
 
 
 def _check_scale(scale: Any) -> None:
