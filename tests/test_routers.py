@@ -1,5 +1,8 @@
 """TopKRouter chooses and weighs as models' own routers do, and its bias balances the load over ranks."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -175,11 +178,24 @@ def test_a_router_compiles_with_all_its_options(device):
         (dict(group_score="mean"), "group_score must be .* got 'mean'"),
         (dict(scale=float("nan")), "scale must be positive and finite, got nan"),
         (dict(scale=-1), "scale must be positive and finite, got -1"),
+        (dict(scale=10**400), "scale must be positive and finite, got inf"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         TopKRouter(**dict(hidden=HIDDEN, num_experts=EXPERTS, topk=4) | options)
+
+
+@pytest.mark.parametrize("scale", [Fraction(5, 2), np.float32(2.5), 10**30])
+def test_any_number_is_a_scale(scale):
+    torch.manual_seed(0)
+    plain = TopKRouter(HIDDEN, EXPERTS, 4)
+    router = TopKRouter(HIDDEN, EXPERTS, 4, scale=scale)
+    router.load_state_dict(plain.state_dict())
+    want = plain(tokens()).topk_weights * float(scale)
+    torch._dynamo.reset()
+    for route in (router, torch.compile(router, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(route(tokens()).topk_weights, want)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,6 @@ class TopKRouter(nn.Module):
         topk, groups = as_int("topk", topk, 1), as_int("groups", groups, 1)
         topk_groups = groups if topk_groups is None else as_int("topk_groups", topk_groups, 1)
         _check_sizes(num_experts, topk, groups, topk_groups)
-        _check_scale(scale)
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be callable or None, got {loss!r}")
         if scores not in ("softmax", "sigmoid"):
@@ -104,7 +103,7 @@ class TopKRouter(nn.Module):
         if topk_groups < groups and group_score == "best two" and num_experts // groups < 2:
             raise ValueError(f'group_score="best two" needs groups of 2 experts, {groups=} leaves 1')
         self.num_experts, self.topk = num_experts, topk
-        self.scores, self.scale, self.loss = scores, scale, loss
+        self.scores, self.scale, self.loss = scores, _checked_scale(scale), loss
         self.normalise = topk > 1 if normalise is None else normalise
         self.groups, self.topk_groups, self.group_score = groups, topk_groups, group_score
         options: dict[str, Any] = dict(dtype=dtype, device=device)
@@ -187,11 +186,16 @@ class TopKRouter(nn.Module):
         return told + f", bias={self.bias is not None}, balance_bias={self.balance_bias is not None}"
 
 
-def _check_scale(scale: Any) -> None:
+def _checked_scale(scale: Any) -> float:
     if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number, got {scale!r}")
-    if not 0 < float(scale) < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    try:
+        number = float(scale)  # of NumPy, or a Fraction: what a tensor takes, and torch.compile
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {number:g}")
+    return number
 
 
 def _check_sizes(num_experts: int, topk: int, groups: int, topk_groups: int) -> None:
