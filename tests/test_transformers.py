@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import commlib
-from commlib.integrations.transformers import gather_state_dict, parallelize
+from commlib.integrations.transformers import gather_state_dict, parallel, parallelize
 from commlib.nn import ShardedExperts, expert_parameters
 
 RANKS = 3
@@ -242,13 +242,17 @@ def test_ranks_with_different_models_are_refused_on_all():
     commlib.run_ranks(main, 2)
 
 
-def test_a_model_that_one_rank_refuses_is_refused_on_all():
-    models = [model_of("mixtral"), model_of("mixtral")]
+@pytest.mark.parametrize("wrong", ["is quantised", "takes a model of transformers, got Linear"])
+def test_a_model_that_one_rank_refuses_is_refused_on_all(wrong, monkeypatch):
+    monkeypatch.setattr(parallel, "START_SECONDS", 20.0)  # what is told needs no deadline
+    models = [model_of("mixtral"), nn.Linear(2, 2) if "Linear" in wrong else model_of("mixtral")]
     models[1].is_quantized = True
 
     def main(rank):
-        with pytest.raises((ValueError, commlib.CommError), match="is quantised"):
+        told = (TypeError, ValueError) if rank == 1 else commlib.CommError
+        with pytest.raises(told, match=wrong) as caught:
             parallelize(models[rank])
+        assert not isinstance(caught.value, commlib.PeerTimeout)
 
     commlib.run_ranks(main, 2)
 
@@ -259,6 +263,10 @@ def test_without_torch_distributed_nothing_is_saved_in_parts(tmp_path):
         for call in (lambda: gather_state_dict(model), lambda: model.save_pretrained(tmp_path / "saved")):
             with pytest.raises(RuntimeError, match=r"torch\.distributed does not know the ranks"):
                 call()
+        with pytest.raises(
+            ValueError, match=r"experts\.gate_up_proj'\] is one rank's part: leave state_dict"
+        ):
+            model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
 
     on_ranks(model_of("mixtral"), main)
     assert not (tmp_path / "saved").exists()

@@ -69,15 +69,14 @@ def parallelize(model: _Model, group: Any = None) -> _Model:
         ``model``.
 
     Raises:
-        TypeError: it is no model of transformers.
-        ValueError: it has no experts, or not such as can be spread: quantised, tied, spread already, with
-            parameters that all experts share, or fewer than ranks; or ranks have different models. On all
-            ranks, and nothing has changed.
+        TypeError, ValueError: it is no model of transformers; it has no experts, or not such as can be
+            spread: quantised, tied, spread already, with parameters that all experts share, or fewer than
+            ranks; or ranks have different models. Nothing has changed, on any rank.
+        CommError: another rank's model cannot be spread, and why; or that rank does not come.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"parallelize takes a model of transformers, got {type(model).__name__}")
     known = resolve_group(group)
     with known.converse(START_SECONDS) as talk:
+        talk.task, talk.advice = "spread the model", "Do all ranks call parallelize at this place?"
         found = _experts_in(model, known.size)
         lines = [describe(name, p) for name, p in model.named_parameters()]
         _check_same(gather(talk, "models", lines))
@@ -110,13 +109,16 @@ def gather_state_dict(model: PreTrainedModel) -> dict[str, Any]:
 # -- what is checked -----------------------------------------------------------------------------------------
 
 
-def _experts_in(model: PreTrainedModel, size: int) -> list[Any]:
+def _experts_in(model: Any, size: int) -> list[Any]:
     """The modules to spread.
 
     Raises:
+        TypeError: it is no model of transformers.
         ValueError: there are none, or some cannot be.
     """
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"parallelize takes a model of transformers, got {name}")
     if any(isinstance(part, ShardedExperts) for part in model.modules()):
         raise ValueError(f"the experts of this {name} have been spread already")
     if any(is_dtensor(p) for p in model.parameters()):
@@ -213,7 +215,7 @@ def save_pretrained(
     """As the model's own, which all ranks call; the first writes all experts, and then all go on."""
     given = state_dict is not None
     if state_dict is not None:
-        _check_whole(state_dict)
+        _check_whole(self, state_dict)
     else:
         _await_all("save the model", _WHO_SAVES)
         state_dict = gather_state_dict(self)
@@ -222,8 +224,22 @@ def save_pretrained(
         dist.barrier()
 
 
-def _check_whole(state_dict: dict[str, Any]) -> None:
-    parts = next((name for name, value in state_dict.items() if is_dtensor(value)), None)
+def _check_whole(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Parts are DTensors where torch.distributed knows the ranks, else tensors with fewer experts."""
+    totals = {
+        f"{path}.{name}": part.shard.total
+        for path, part in model.named_modules()
+        if isinstance(part, ParallelExperts) and part.shard is not None
+        for name in part._parameters
+    }
+    parts = next(
+        (
+            name
+            for name, value in state_dict.items()
+            if is_dtensor(value) or (name in totals and len(value) != totals[name])
+        ),
+        None,
+    )
     if parts is not None:
         raise ValueError(
             f"state_dict[{parts!r}] is one rank's part: leave state_dict out (model.save_pretrained(path), "
