@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from baselines import RowTypes
 from torch import Tensor, nn
 
-from commlib.nn import Experts, Routing
+from commlib.nn import Experts, RouterOutput
 from commlib.nn.losses import count_tokens
 
 
@@ -98,7 +98,7 @@ class AllToAllLayer(nn.Module):
     """
 
     def __init__(
-        self, router: Callable[[Tensor], Routing], experts: Experts, exchange: Exchange, align: int
+        self, router: Callable[[Tensor], RouterOutput], experts: Experts, exchange: Exchange, align: int
     ) -> None:
         super().__init__()
         self.router, self.experts, self.exchange, self.align = router, experts, exchange, align

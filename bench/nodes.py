@@ -32,7 +32,7 @@ from netns_mpi import mpirun
 from node_systems import BARE, DIRECT, EACH, GLOO, HIERARCHICAL, MPI, Meeting
 from report import RESULTS, show, table, write_json
 
-from commlib.model import Routing
+from commlib.model import UniformRouting
 
 ITEM_BYTES = 2  # bf16
 SMALL = {"nodes": [2], "gbit": [1.0], "tokens": 64, "hidden": 512, "iters": 2, "warmup": 1}
@@ -129,7 +129,7 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def expected_rows(args: argparse.Namespace, nodes: int) -> dict[str, float]:
     """Rows that a token sends on average, its own node included, by the model's closed form."""
-    routing = Routing(args.experts, args.topk, nodes * args.ranks_per_node, nodes)
+    routing = UniformRouting(args.experts, args.topk, nodes * args.ranks_per_node, nodes)
     return {"per_node": routing.unique_nodes, "per_rank": routing.unique_ranks}
 
 

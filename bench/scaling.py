@@ -21,7 +21,7 @@ from rich.table import Table
 
 import commlib
 from commlib import ExpertParallel
-from commlib.model import Routing
+from commlib.model import UniformRouting
 
 HEADER, CHUNK_HEADER, CHUNK, MAILBOX, WORD = 24, 64, 60 << 10, 640, 8
 RING_BUDGET, LEAST_CHUNKS, MOST_CHUNKS = 64 << 20, 2, 32
@@ -59,7 +59,7 @@ class Case:
 
     def frames(self) -> float:
         """Expected rows to each other node."""
-        shares = Routing(self.experts, self.topk, self.ranks, self.nodes).node_share
+        shares = UniformRouting(self.experts, self.topk, self.ranks, self.nodes).node_share
         return self.tokens * sum(shares) / len(shares)
 
     def sent(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from commlib.event import Event
 
 if TYPE_CHECKING:
     from commlib.communicator import Communicator
-    from commlib.ops import Routing
+    from commlib.ops import RoutePlan
     from commlib.settings import Settings
 
 Layout = Literal["rank", "expert"]
@@ -150,7 +150,7 @@ def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
 
 
 def check_redispatch(
-    c: Communicator, x: Tensor, topk_weights: Tensor | None, routing: Routing, grouped: bool
+    c: Communicator, x: Tensor, topk_weights: Tensor | None, routing: RoutePlan, grouped: bool
 ) -> None:
     """Of a dispatch with a handle, or of a combine's gradient."""
     _check_routing(c, routing, grouped)
@@ -168,7 +168,7 @@ def check_combine(
     weights: Tensor | None,
     bias: Tensor | None,
     weight_grads: Tensor | None,
-    routing: Routing,
+    routing: RoutePlan,
     grouped: bool,
 ) -> None:
     """Of combine, or of a dispatch's gradient."""
@@ -227,7 +227,7 @@ def _check_dense(
         raise ValueError(f"{name} must be contiguous, but its strides are {tensor.stride()}")
 
 
-def _check_routing(c: Communicator, r: Routing, grouped: bool) -> None:
+def _check_routing(c: Communicator, r: RoutePlan, grouped: bool) -> None:
     """Sizes fit each other; what the numbers in them say is the core's to check."""
     topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
     sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
@@ -241,7 +241,7 @@ def _check_routing(c: Communicator, r: Routing, grouped: bool) -> None:
             _check_device("the routing", tensor, c.settings.device)
 
 
-def _misfit(r: Routing, sizes: Sequence[int]) -> str:
+def _misfit(r: RoutePlan, sizes: Sequence[int]) -> str:
     given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in zip(r._fields, r, strict=True))
     return (
         f"not the routing of a dispatch of this communicator and layout: contiguous int64 with {sizes} "

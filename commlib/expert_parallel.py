@@ -207,9 +207,9 @@ class ExpertParallel:
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.dispatch(x, idx, w, *rest, zero_copy, async_op, in_waves)
 
-            def routing_of(outputs: tuple) -> ops.Routing:
+            def routing_of(outputs: tuple) -> ops.RoutePlan:
                 routes, local, source, groups = outputs[3:]
-                return ops.Routing(idx, routes, local, source, groups, self._name)
+                return ops.RoutePlan(idx, routes, local, source, groups, self._name)
         else:
             known, arguments = handle._tensors(), handle._arguments()
             groups = self._copied(known.groups)
@@ -217,7 +217,7 @@ class ExpertParallel:
             def issue(x: Tensor, w: Tensor | None) -> tuple:
                 return ops.redispatch(x, w, *arguments, zero_copy, async_op)
 
-            def routing_of(outputs: tuple) -> ops.Routing:
+            def routing_of(outputs: tuple) -> ops.RoutePlan:
                 return known
 
         part = None

@@ -19,7 +19,7 @@ from commlib.communicator import Communicator, communicator_of, refuse_forward_m
 from commlib.errors import CapacityExceeded
 
 
-class Routing(NamedTuple):
+class RoutePlan(NamedTuple):
     """What a dispatch found out, as tensors: all that later operations on the same routing need.
 
     Nobody else holds those that are read again: ids, routes, groups, and local with layout="expert".
@@ -74,9 +74,9 @@ def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
     return _core.Rows(x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights))
 
 
-def known_routing(r: Routing, grouped: bool) -> _core.RoutingView:
+def known_routing(r: RoutePlan, grouped: bool) -> _core.RoutePlan:
     """The view of a routing that a dispatch has found."""
-    return _core.RoutingView(
+    return _core.RoutePlan(
         r.topk_idx.data_ptr(),
         r.routes.data_ptr(),
         r.routes.shape[0],
@@ -111,7 +111,7 @@ def _dispatch(
     tokens, topk = topk_idx.shape
     routes = c.backend.empty(tokens, width)
     groups = c.backend.empty(2 * experts + 1 if grouped else experts)
-    view = _core.RoutingView(
+    view = _core.RoutePlan(
         topk_idx.data_ptr(),
         routes.data_ptr(),
         tokens,
@@ -135,7 +135,7 @@ def _dispatch(
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
         )
-        routing = Routing(topk_idx, routes, local, source, groups, comm)
+        routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
         keep = (x, topk_weights, rows, weights, *routing[:-1])
         backend.begin()
         ticket = c.core.finish_dispatch(
@@ -158,7 +158,7 @@ def _dispatch(
 
 
 def _begin_dispatch(
-    c: Communicator, view: _core.RoutingView, weighted: bool, drop: bool, in_waves: bool
+    c: Communicator, view: _core.RoutePlan, weighted: bool, drop: bool, in_waves: bool
 ) -> _core.PendingDispatch:
     """Tell the other ranks what goes where; make room for what comes, where the communicator grows."""
     try:
@@ -186,7 +186,7 @@ def _redispatch(
     async_op: bool,
 ) -> tuple[Tensor, Tensor]:
     c = communicator_of(comm)
-    routing = Routing(topk_idx, routes, local, source, groups, comm)
+    routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
     checks.check_redispatch(c, x, topk_weights, routing, grouped)
     size = source.shape[0]
     weights = c.new_weights(topk_weights, size, grouped)
@@ -223,7 +223,7 @@ def _combine(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     c = communicator_of(comm)
-    routing = Routing(topk_idx, routes, local, source, groups, comm)
+    routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
     checks.check_combine(c, y, weights, bias, weight_grads, routing, grouped)
     if out is None:
         out = c.new_rows(routes.shape[0])
@@ -396,7 +396,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    routing, weighted = saved[: len(Routing._fields)], saved[len(Routing._fields) :]
+    routing, weighted = saved[: len(RoutePlan._fields)], saved[len(RoutePlan._fields) :]
     weights = g_out_weights if ctx.has_weight_grads else None
     rows, g_weight_grads = combine_adjoint(routing, ctx.grouped, g_out, weights)
     gy, gw = gradients_of_rows(rows, *weighted)

@@ -103,11 +103,11 @@ def start_dispatch(
     issue: Callable[..., tuple],
     x: Tensor,
     weights: Tensor | None,
-    routing_of: Callable[[tuple], ops.Routing],
+    routing_of: Callable[[tuple], ops.RoutePlan],
     grouped: bool,
 ) -> tuple[Split, tuple]:
     """The first node of a dispatch: ``issue(x, weights)`` runs the op, ``routing_of`` finds its routing."""
-    routing: list[ops.Routing] = []
+    routing: list[ops.RoutePlan] = []
 
     def adjoint(grads: Sequence[Tensor], async_op: bool) -> Gradients:
         g_weights = None if weights is None else grads[1]
@@ -125,7 +125,7 @@ def start_combine(
     y: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
-    routing: ops.Routing,
+    routing: ops.RoutePlan,
     grouped: bool,
 ) -> tuple[Split, Tensor]:
     """The first node of a combine: ``issue(y, weights, bias)`` runs the op."""

@@ -19,7 +19,7 @@ from commlib.model import (
     Compute,
     Config,
     Hardware,
-    Routing,
+    UniformRouting,
     default_num_sms,
     find_hardware,
     predict,
@@ -42,7 +42,7 @@ def machine(**values) -> Hardware:
     return Hardware("round", **(base | values))
 
 
-def chosen_experts(routing: Routing, tokens: int) -> np.ndarray:
+def chosen_experts(routing: UniformRouting, tokens: int) -> np.ndarray:
     """[tokens, E] bool: what tokens with uniform scores choose."""
     scores = np.random.default_rng(0).random((tokens, routing.experts))
     if routing.node_limit is not None:
@@ -57,14 +57,14 @@ def chosen_experts(routing: Routing, tokens: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "routing",
     [
-        Routing(256, 8, 8),
-        Routing(64, 8, 64),
-        Routing(10, 3, 4),  # ranks own 2, 3, 2, 3
-        Routing(5, 2, 8),  # some own none
-        Routing(30, 6, 8, nodes=4),
-        Routing(256, 8, 64, nodes=8, node_limit=4),
-        Routing(24, 5, 12, nodes=4, node_limit=2),
-        Routing(20, 4, 8, nodes=4, node_limit=1),  # uneven within a node
+        UniformRouting(256, 8, 8),
+        UniformRouting(64, 8, 64),
+        UniformRouting(10, 3, 4),  # ranks own 2, 3, 2, 3
+        UniformRouting(5, 2, 8),  # some own none
+        UniformRouting(30, 6, 8, nodes=4),
+        UniformRouting(256, 8, 64, nodes=8, node_limit=4),
+        UniformRouting(24, 5, 12, nodes=4, node_limit=2),
+        UniformRouting(20, 4, 8, nodes=4, node_limit=1),  # uneven within a node
     ],
     ids=repr,
 )
@@ -84,20 +84,20 @@ def test_closed_form_agrees_with_simulation(routing):
 
 def test_placement_is_that_of_the_library():
     for experts, ranks in ((10, 4), (5, 8), (256, 8), (7, 3)):
-        routing = Routing(experts, 1, ranks)
+        routing = UniformRouting(experts, 1, ranks)
         owned = [(r + 1) * experts // ranks - r * experts // ranks for r in range(ranks)]
         assert [routing.experts_on(r) for r in range(ranks)] == owned and sum(owned) == experts
 
 
 def test_known_expectations():
     # 2 of 4 experts on 2 ranks: one of the 6 pairs misses a rank.
-    assert Routing(4, 2, 2).rank_share == pytest.approx((5 / 6, 5 / 6))
-    assert Routing(8, 8, 4).rank_share == (1.0,) * 4  # K = E
-    assert Routing(8, 2, 1).unique_ranks == 1.0  # R = 1
-    assert Routing(8, 1, 4).unique_ranks == pytest.approx(1.0)
-    assert Routing(32, 4, 8, nodes=4, node_limit=1).unique_nodes == pytest.approx(1.0)
+    assert UniformRouting(4, 2, 2).rank_share == pytest.approx((5 / 6, 5 / 6))
+    assert UniformRouting(8, 8, 4).rank_share == (1.0,) * 4  # K = E
+    assert UniformRouting(8, 2, 1).unique_ranks == 1.0  # R = 1
+    assert UniformRouting(8, 1, 4).unique_ranks == pytest.approx(1.0)
+    assert UniformRouting(32, 4, 8, nodes=4, node_limit=1).unique_nodes == pytest.approx(1.0)
     # DESIGN.md and issue 4: at R = 8, K = 8, K rows are 1.5 times the unique ones.
-    assert 8 / Routing(256, 8, 8).unique_ranks == pytest.approx(1.5, abs=0.02)
+    assert 8 / UniformRouting(256, 8, 8).unique_ranks == pytest.approx(1.5, abs=0.02)
 
 
 def test_a_limit_of_all_nodes_limits_nothing():
@@ -268,11 +268,14 @@ def test_names_of_devices():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Routing(8, 9, 2), r"topk must be in \[1, 8\], got 9"),
-        (lambda: Routing(0, 1, 2), "experts must be at least 1, got 0"),
-        (lambda: Routing(8, 2, 6, nodes=4), "4 nodes for 6 ranks"),
-        (lambda: Routing(9, 2, 4, nodes=2, node_limit=1), "equally many experts on each node, got 9 on 2"),
-        (lambda: Routing(8, 5, 4, nodes=2, node_limit=1), "leaves 4 experts, topk is 5"),
+        (lambda: UniformRouting(8, 9, 2), r"topk must be in \[1, 8\], got 9"),
+        (lambda: UniformRouting(0, 1, 2), "experts must be at least 1, got 0"),
+        (lambda: UniformRouting(8, 2, 6, nodes=4), "4 nodes for 6 ranks"),
+        (
+            lambda: UniformRouting(9, 2, 4, nodes=2, node_limit=1),
+            "equally many experts on each node, got 9 on 2",
+        ),
+        (lambda: UniformRouting(8, 5, 4, nodes=2, node_limit=1), "leaves 4 experts, topk is 5"),
         (lambda: Config(0, 1, 1, 1, 1), "ranks must be at least 1, got 0"),
         (lambda: Config(8, 1, 1, 1, 8, "int4"), "dispatch_dtype must be one of .* got 'int4'"),
         (lambda: Config(8, 1, 1, 1, 8, ranks_per_node=3), "ranks_per_node=3 does not divide ranks=8"),
@@ -297,7 +300,7 @@ def test_errors_name_the_value(make, says):
 
 def test_wrong_types_are_named():
     with pytest.raises(TypeError, match=r"topk must be an int, got 2\.0"):
-        Routing(8, 2.0, 2)
+        UniformRouting(8, 2.0, 2)
     with pytest.raises(TypeError, match="flops must be a number, got 'many'"):
         Compute("many", 0.5)
 

@@ -11,7 +11,7 @@ from commlib.model.hardware import Hardware
 from commlib.model.prediction import Config, Operation, Prediction, Traffic, predict
 from commlib.model.presets import DOCUMENTED, FITTED, PRESETS, Assumptions, find_hardware, preset
 from commlib.model.proposal import Compute, Proposal, default_num_sms, propose, saturating_sms
-from commlib.model.routing import Routing
+from commlib.model.routing import UniformRouting
 
 __all__ = [
     "DOCUMENTED",
@@ -24,8 +24,8 @@ __all__ = [
     "Operation",
     "Prediction",
     "Proposal",
-    "Routing",
     "Traffic",
+    "UniformRouting",
     "default_num_sms",
     "find_hardware",
     "predict",

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from commlib.model.checks import check_int, check_number
 from commlib.model.hardware import Hardware
-from commlib.model.routing import Routing
+from commlib.model.routing import UniformRouting
 
 # Bytes of a row of `hidden` elements. fp8 has one fp32 scale for each 128 elements, as DeepEP's.
 ROW_BYTES: dict[str, Callable[[int], int]] = {
@@ -28,12 +28,12 @@ class Config:
         ranks: R.
         tokens: T, on each rank.
         hidden: elements of a row.
-        topk, experts: K and E; see Routing.
+        topk, experts: K and E; see UniformRouting.
         dispatch_dtype, combine_dtype: a key of ROW_BYTES.
         ranks_per_node: L; None: all ranks are on one node.
         ranks_per_device: ranks that share a GPU (in-process ranks) or a host's memory (the CPU backend);
             nothing between them crosses a link. More than 1 needs a single node.
-        node_limit: see Routing.
+        node_limit: see UniformRouting.
         direct: rows go straight to the ranks of other nodes (latency mode), not through a gateway.
         dedup: a row goes once to a rank that owns several of its experts; False: once for each expert.
         imbalance: rows of the busiest rank over the mean, at least 1, beside what uneven ownership does.
@@ -85,8 +85,8 @@ class Config:
         return self.ranks // self.node_size
 
     @cached_property
-    def routing(self) -> Routing:
-        return Routing(self.experts, self.topk, self.ranks, self.nodes, self.node_limit)
+    def routing(self) -> UniformRouting:
+        return UniformRouting(self.experts, self.topk, self.ranks, self.nodes, self.node_limit)
 
     @property
     def row_bytes(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from commlib.model.checks import check_int
 
 
 @dataclass(frozen=True)
-class Routing:
+class UniformRouting:
     """Expectations for tokens that choose ``topk`` different experts, every choice equally likely.
 
     Rank r owns the experts ``[r*E//R, (r+1)*E//R)``, as everywhere in commlib; a node is ``ranks // nodes``

@@ -8,7 +8,7 @@ from .gradients import clip_grad_norm_, sync_gradients
 from .grouped import grouped_mm
 from .losses import Scores, load_balance_loss, z_loss
 from .moe import MoEAux, MoELayer
-from .router import Routing, TopKRouter
+from .router import RouterOutput, TopKRouter
 from .sharded import ShardedExperts, expert_parameters, shared_parameters
 from .variants import GptOssExperts
 from .wrappers import fully_shard_experts
@@ -18,7 +18,7 @@ __all__ = [
     "GptOssExperts",
     "MoEAux",
     "MoELayer",
-    "Routing",
+    "RouterOutput",
     "Scores",
     "ShardedExperts",
     "TopKRouter",

@@ -15,7 +15,7 @@ from commlib.overlap import Steps, run_experts
 from .experts import Experts
 from .grouped import autocast_dtype
 from .losses import count_tokens
-from .router import Routing, TopKRouter
+from .router import RouterOutput, TopKRouter
 
 if TYPE_CHECKING:
     from commlib import ExpertParallel
@@ -48,7 +48,7 @@ class MoELayer(nn.Module):
         topk: experts per token.
         ep: the communicator, which layers may share; ``None``: all experts here and no
             communication, plain PyTorch, the layer to compare with.
-        router: module or callable ``x [T, H] -> Routing``; ``None``: :class:`TopKRouter`.
+        router: module or callable ``x [T, H] -> RouterOutput``; ``None``: :class:`TopKRouter`.
         align: each expert's rows are padded to a multiple of this. ``None``: 16 bytes' worth of
             elements, which CUDA's grouped matmul needs for the weights' gradient.
         overlap_chunks: tokens go through dispatch, experts and combine in so many chunks, which overlap
@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
         num_experts: int,
         topk: int,
         ep: ExpertParallel | None,
-        router: Callable[[Tensor], Routing] | None = None,
+        router: Callable[[Tensor], RouterOutput] | None = None,
         *,
         align: int | None = None,
         overlap_chunks: int = 1,

@@ -18,7 +18,7 @@ from .losses import Scores, count_tokens, load_balance_loss
 _TINY = 1e-20  # what DeepSeek-V3 adds to a sum that it divides by
 
 
-class Routing(NamedTuple):
+class RouterOutput(NamedTuple):
     """What a router returns for T tokens: any callable that returns such a triple is a router."""
 
     topk_idx: Tensor  # [T, K] int64, global expert ids; -1 leaves a place empty
@@ -127,7 +127,7 @@ class TopKRouter(nn.Module):
             self.balance_bias.zero_()
         self.load = None
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor) -> RouterOutput:
         """Route ``x`` ``[T, hidden]``, any float dtype; T may be 0."""
         # bfloat16 has 8 bits of mantissa: too few to rank the scores of many experts.
         with torch.autocast(x.device.type, enabled=False):
@@ -142,7 +142,7 @@ class TopKRouter(nn.Module):
         if self.loss is not None:
             probs = scores / (scores.sum(-1, keepdim=True) + _TINY) if self.scores == "sigmoid" else scores
             loss = self.loss(Scores(logits, probs, topk_idx))
-        return Routing(topk_idx, self._weigh(logits, scores, topk_idx), loss)
+        return RouterOutput(topk_idx, self._weigh(logits, scores, topk_idx), loss)
 
     def _choose(self, scores: Tensor) -> Tensor:
         if self.balance_bias is not None:
