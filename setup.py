@@ -91,7 +91,7 @@ core = Pybind11Extension(
         + glob("csrc/cpu/*.cc")
         + glob("csrc/heap/*.cc")
         + glob("csrc/net/*.cc")
-        + ["csrc/bindings.cc"]
+        + ["csrc/bindings/core.cc"]
     ),
     include_dirs=["csrc", *UCX_INCLUDE],
     cxx_std=17,
@@ -110,6 +110,7 @@ else:
                 glob("csrc/backend/*.cc")
                 + glob("csrc/heap/*.cc")
                 + ["csrc/net/inspection.cc", "csrc/net/network.cc", "csrc/net/topology.cc"]  # UCX is _core's
+                + ["csrc/bindings/cuda.cc"]
                 + glob("csrc/cuda/*.cc")
                 + glob("csrc/cuda/*.cu")
             ),

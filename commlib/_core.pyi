@@ -1,4 +1,4 @@
-"""The C++ core (csrc/bindings.cc). Arguments named by address take ``tensor.data_ptr()``."""
+"""The C++ core (csrc/bindings/core.cc). Arguments named by address take ``tensor.data_ptr()``."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -22,14 +22,14 @@ class CombineInput:
 class Communicator:
     def address(self) -> tuple[int, int, int, bytes, bytes]: ...
     def begin_dispatch(
-        self, routing: RoutingView, has_weights: bool, drop: bool, in_waves: bool
+        self, routing: RoutePlan, has_weights: bool, drop: bool, in_waves: bool
     ) -> PendingDispatch: ...
     def check_health(self) -> None: ...
     def close(self) -> None: ...
     def combine(
         self,
         input: CombineInput,
-        routing: RoutingView,
+        routing: RoutePlan,
         out: int,
         out_weights: int,
         async_op: bool,
@@ -40,7 +40,7 @@ class Communicator:
         self,
         pending: PendingDispatch,
         rows: Rows,
-        routing: RoutingView,
+        routing: RoutePlan,
         received: Received,
         async_op: bool,
         keep: object,
@@ -50,7 +50,7 @@ class Communicator:
     def lend_slot(self) -> SlotLease: ...
     def note_uses(self, addresses: Sequence[int], stream: int) -> None: ...
     def redispatch(
-        self, rows: Rows, routing: RoutingView, received: Received, async_op: bool, keep: object
+        self, rows: Rows, routing: RoutePlan, received: Received, async_op: bool, keep: object
     ) -> tuple[Ticket | None, SlotLease]: ...
     def set_timeout(self, arg0: float) -> None: ...
     def synchronize(self) -> None: ...
@@ -79,8 +79,8 @@ class Communicator:
 
 class CpuCommunicator(Communicator):
     def __init__(self, config: Config) -> None: ...
-    def bare_pull(self, arg0: RoutingView, arg1: int) -> None: ...
-    def bare_send(self, arg0: Rows, arg1: RoutingView) -> None: ...
+    def bare_pull(self, arg0: RoutePlan, arg1: int) -> None: ...
+    def bare_send(self, arg0: Rows, arg1: RoutePlan) -> None: ...
     def new_rows(self, arg0: int) -> Memory: ...
     @property
     def idle_bytes(self) -> int: ...
@@ -96,11 +96,8 @@ class Config:
     first_epoch: int
     hidden: int
     link_gbps: float
-    node_of: list[int]
-    hierarchical: bool
-    chunk_bytes: int
-    chunks: int
     max_tokens: int
+    net: NetConfig
     num_sms: int
     plan_stream: int
     rank: int
@@ -130,6 +127,12 @@ class Memory:
     def __dlpack__(self, **kwargs: object) -> object: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
+class NetConfig:
+    node_of: list[int]
+    hierarchical: bool
+    chunk_bytes: int
+    chunks: int
+
 class PendingDispatch:
     @property
     def dropped(self) -> int: ...
@@ -143,14 +146,14 @@ class PendingDispatch:
 class Received:
     def __init__(self, rows: int | None, weights: int, topk_idx: int = ..., source: int = ...) -> None: ...
 
-class RoutingView:
+class RoutePlan:
     def __init__(
         self,
         topk_idx: int,
         routes: int,
         tokens: int,
         rows: int = ...,
-        places: int = ...,
+        expand_to: int = ...,
         offsets: int = ...,
         rows_per_expert: int = ...,
         align: int = ...,

@@ -1,4 +1,4 @@
-"""The CUDA backend (csrc/cuda/bindings.cc)."""
+"""The CUDA backend (csrc/bindings/cuda.cc)."""
 
 from commlib._core import Communicator, Config
 

@@ -70,8 +70,8 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     if stream is not None:
         config.share = _share([infos[rank] for rank in near])
     if several:
-        config.node_of = list(topology.node_of)
-        config.hierarchical = (
+        config.net.node_of = list(topology.node_of)
+        config.net.hierarchical = (
             topology.choose(settings.routing, settings.num_experts, settings.topk) == "hierarchical"
         )
         networks = {info["network"] for info in infos}

@@ -25,9 +25,9 @@ class Handle:
     last tensor that views it is gone.
     """
 
-    def __init__(self, ep: ExpertParallel, routing: ops.Routing, layout: Layout, align: int) -> None:
+    def __init__(self, ep: ExpertParallel, routing: ops.RoutePlan, layout: Layout, align: int) -> None:
         self._ep = ep
-        self._routing: ops.Routing | None = routing
+        self._routing: ops.RoutePlan | None = routing
         self.layout = layout
         self.align = align
 
@@ -75,7 +75,7 @@ class Handle:
         """Give the handle up: using it again raises HandleError. Twice is fine."""
         self._routing = None
 
-    def _tensors(self) -> ops.Routing:
+    def _tensors(self) -> ops.RoutePlan:
         if self._routing is None:
             raise HandleError("this handle has been released")
         return self._routing

@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
 constexpr double kHandOverSeconds = 1;
-constexpr int kMaxLanes = 16;  // GPUs have workers enough to fill any link several times over
+constexpr int kMaxQueues = 16;  // GPUs have workers enough to fill any link several times over
 
 }  // namespace
 
@@ -34,20 +34,20 @@ Communicator::Communicator(const Config& config)
 Communicator::~Communicator() = default;
 
 int64_t Communicator::control_bytes() const {
-  const int64_t mail = config_.size * static_cast<int64_t>(sizeof(Mailbox));
+  const int64_t signals = config_.size * static_cast<int64_t>(sizeof(Signals));
   const int64_t counts = 2 * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
-  return align_up(mail + counts, 4096);
+  return align_up(signals + counts, 4096);
 }
 
 // Words say "before the first operation", also where epochs wrap around soon.
 void Communicator::write_first_words(std::byte* control) const {
   const uint64_t before = tagged(config_.first_epoch - 1, 0);
-  auto* mail = reinterpret_cast<Mailbox*>(control);
+  auto* signals = reinterpret_cast<Signals*>(control);
   for (int s = 0; s < config_.size; ++s) {
-    mail[s].pulled = before;
-    std::fill(std::begin(mail[s].calls), std::end(mail[s].calls), before);
+    signals[s].pulled = before;
+    std::fill(std::begin(signals[s].calls), std::end(signals[s].calls), before);
   }
-  auto* counts = reinterpret_cast<uint64_t*>(mail + config_.size);
+  auto* counts = reinterpret_cast<uint64_t*>(signals + config_.size);
   std::fill_n(counts, 2 * config_.size * count_words(placement_), before);
 }
 
@@ -56,39 +56,45 @@ PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {
   table.rank = config_.rank;
   table.size = config_.size;
   table.count_words = count_words(placement_);
-  table.hops = network_ ? &network_->hops() : nullptr;
+  table.internode = network_ ? &network_->internode() : nullptr;
   for (int p = 0; p < config_.size; ++p) {
     std::byte* heap = heaps[p] ? heaps[p] : network_->control_for(p);
     if (heaps[p]) table.near |= uint64_t{1} << p;
-    table.peer[p] = {reinterpret_cast<Mailbox*>(heap),
-                     reinterpret_cast<uint64_t*>(heap + config_.size * sizeof(Mailbox)),
+    table.peer[p] = {reinterpret_cast<Signals*>(heap),
+                     reinterpret_cast<uint64_t*>(heap + config_.size * sizeof(Signals)),
                      heaps[p] ? heap + control_bytes() : nullptr};
   }
   return table;
 }
 
-void Communicator::connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail) {
+void Communicator::make_network(std::unique_ptr<NetworkMemory> memory) {
+  const NetShape shape{config_.rank, config_.size,      control_bytes(),      count_words(placement_),
+                       config_.topk, layout_.row_bytes, layout_.weight_bytes, config_.spin};
+  network_ = std::make_unique<Network>(shape, config_.net, std::move(memory));
+}
+
+void Communicator::connect_network(const std::vector<PeerAddress>& peers, Signals* signals) {
   if (!network_) return;
   std::vector<std::string> addresses;
-  int lanes = kMaxLanes;
+  int lanes = kMaxQueues;
   for (const PeerAddress& a : peers) {
     addresses.push_back(a.net);
     lanes = std::min(lanes, a.workers);
   }
-  network_->connect(addresses, lanes, mail);
+  network_->connect(addresses, lanes, signals);
   for (int p = 0; p < config_.size; ++p) {
     if (!(network_->topology().near >> p & 1)) workers_[p] = lanes;
   }
 }
 
-void Communicator::tell_far(const Farewell& left) {
+void Communicator::announce_departure_far(const Departure& departure) {
   for (int p = 0; p < peers_.size; ++p) {
     if (peers_.is_near(p)) continue;
-    uint64_t* words = peers_.mail_to(p).left;
-    left.write(words);
+    uint64_t* words = peers_.signals_to(p).departed;
+    departure.write(words);
     const auto offset = reinterpret_cast<std::byte*>(words) - network_->control_for(p);
     network_->post(
-        {PostKind::words, Stream::outward, 0, p, static_cast<uint64_t>(offset), sizeof left.words});
+        {PostKind::words, Direction::outward, 0, p, static_cast<uint64_t>(offset), sizeof departure.words});
   }
 }
 
@@ -143,7 +149,7 @@ void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) 
   }
   gave_up_.store(true, std::memory_order_release);
   end_waits();
-  tell_all(Farewell::of(how, blamed));
+  announce_departure(Departure::of(how, blamed));
   // Who exits at the error is not to be blamed for that by ranks that have not heard why.
   if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
 }
@@ -242,9 +248,9 @@ void Communicator::note_uses(const std::vector<uintptr_t>& addresses, uintptr_t 
   }
 }
 
-Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutingView& routing) {
+Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing) {
   // Rows that lie in a slot already, in their order and unweighted, are pulled from there.
-  const bool plain = !routing.places && !input.weights && input.stride == layout_.row_bytes;
+  const bool plain = !routing.expand_to && !input.weights && input.stride == layout_.row_bytes;
   auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
   if (!lease) return {take_slot(), false, false};
   lease->use();
@@ -262,18 +268,18 @@ std::vector<uint64_t> Communicator::next_arrivals(OpKind op) {
   return expected;
 }
 
-std::vector<uint64_t> Communicator::next_early() {
-  ++waved_;
+std::vector<uint64_t> Communicator::next_wave_arrivals() {
+  ++wave_operations_;
   std::vector<uint64_t> expected;
-  for (int workers : workers_) expected.push_back(waved_ * static_cast<uint64_t>(workers));
+  for (int workers : workers_) expected.push_back(wave_operations_ * static_cast<uint64_t>(workers));
   return expected;
 }
 
-Routing Communicator::routing_of(const RoutingView& view, const uint8_t* owner) const {
+RouterOutput Communicator::router_output_of(const RoutePlan& view, const uint8_t* owner) const {
   return {view.topk_idx, view.tokens, config_.topk, width_, placement_, owner};
 }
 
-SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) const {
+SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) const {
   SendPlan plan{};
   plan.tokens = rows.count;
   plan.topk = config_.topk;
@@ -288,14 +294,14 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutingView& routing) c
   return plan;
 }
 
-DeliverPlan Communicator::deliver_plan(const RoutingView& routing, const Received& received,
-                                       const SlotLease& lease) const {
-  DeliverPlan plan{};
+UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& received,
+                                     const SlotLease& lease) const {
+  UnpackPlan plan{};
   plan.topk = config_.topk;
   plan.slot = lease.slot();
   plan.layout = layout_;
   plan.rows = routing.rows;
-  plan.places = routing.places;
+  plan.expand_to = routing.expand_to;
   plan.offsets = routing.offsets;
   plan.rows_per_expert = routing.rows_per_expert;
   plan.experts = placement_.count(config_.rank);
@@ -306,16 +312,16 @@ DeliverPlan Communicator::deliver_plan(const RoutingView& routing, const Receive
   return plan;
 }
 
-StagePlan Communicator::stage_plan(const CombineInput& input, const RoutingView& routing,
-                                   const CombineSlot& slot) const {
-  StagePlan plan{};
+LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const RoutePlan& routing,
+                                          const CombineSlot& slot) const {
+  LocalSumPlan plan{};
   plan.dtype = config_.dtype;
   plan.hidden = config_.hidden;
   plan.topk = config_.topk;
   plan.rows = routing.rows;
   plan.y = slot.in_place ? nullptr : input.y;
   plan.y_stride = input.stride;
-  plan.places = routing.places;
+  plan.expand_to = routing.expand_to;
   plan.weights = input.weights;
   plan.weight_grads = input.weight_grads;
   plan.layout = layout_;
@@ -323,8 +329,8 @@ StagePlan Communicator::stage_plan(const CombineInput& input, const RoutingView&
   return plan;
 }
 
-PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& routing,
-                                 const StagePlan& stage, std::byte* out, std::byte* out_weights) const {
+PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& routing,
+                                 const LocalSumPlan& stage, std::byte* out, std::byte* out_weights) const {
   PullPlan plan{};
   plan.dtype = config_.dtype;
   plan.hidden = config_.hidden;
@@ -337,7 +343,7 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutingView& r
   plan.bias = input.bias;
   plan.bias_stride = input.bias_stride;
   plan.out_weights = out_weights;
-  if (!stage.places && !stage.weights) plan.own_y = stage.y;
+  if (!stage.expand_to && !stage.weights) plan.own_y = stage.y;
   plan.own_stride = stage.y_stride;
   plan.placement = placement_;
   plan.layout = layout_;

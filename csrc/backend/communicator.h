@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "backend/failure.h"
-#include "backend/home_process.h"
 #include "backend/slots.h"
-#include "backend/waiting.h"
-#include "net/transport.h"
+#include "base/home_process.h"
+#include "base/waiting.h"
+#include "net/net_config.h"
 #include "protocol/combine.h"
 #include "protocol/counts.h"
-#include "protocol/deliver.h"
+#include "protocol/unpack.h"
 #include "protocol/waves.h"
 
 namespace commlib {
@@ -33,14 +33,9 @@ struct Config {
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
   double timeout = 60.0;
-  double link_gbps = 0;  // GB/s of this rank's link, to be emulated; 0: no limit
-  // Across nodes
-  std::vector<int> node_of;             // by rank; empty: all share one
-  bool hierarchical = true;             // one gateway for each node, or each rank its own
-  int64_t chunk_bytes = 0, chunks = 0;  // of rings; 0: what suits
-  TransportFactory make_transport;
-  std::vector<PeerKeys> keys;  // by rank
-  uint32_t first_epoch = 1;    // for tests of the wrap-around
+  double link_gbps = 0;      // GB/s of this rank's link, to be emulated; 0: no limit
+  NetConfig net;             // across nodes
+  uint32_t first_epoch = 1;  // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
   // CPU
   SpinPolicy spin;
@@ -74,13 +69,13 @@ struct Rows {
   const std::byte* weights = nullptr;  // [count][topk]
 };
 
-// Routing that a dispatch found, and that later operations use again.
-struct RoutingView {
+// RouterOutput that a dispatch found, and that later operations use again.
+struct RoutePlan {
   const int64_t* topk_idx = nullptr;  // [tokens][topk]
   int64_t* routes = nullptr;          // [tokens][width]
   int64_t tokens = 0;
   int64_t rows = 0;                    // unique rows received
-  int64_t* places = nullptr;           // [rows][topk], layout="expert" only
+  int64_t* expand_to = nullptr;        // [rows][topk], layout="expert" only
   int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   int64_t* rows_per_expert = nullptr;  // [own experts]
   int64_t align = 1;                   // of groups, in rows; layout="expert" only
@@ -105,7 +100,7 @@ struct PendingDispatch {
   int64_t rows = 0;                  // unique
   int64_t results = 0;               // unique, or grouped with their padding
   int64_t dropped = 0;               // of this rank's (token, rank) pairs
-  uint64_t delivered = 0;            // in waves, CUDA: how far the counter of each wave comes with it
+  uint64_t unpacked = 0;             // in waves, CUDA: how far the counter of each wave comes with it
 
   bool in_waves() const { return call.flags & kCallInWaves; }
 };
@@ -120,19 +115,20 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
-// What a rank leaves with every other when it goes: see Mailbox::left.
-struct Farewell {
+// What a rank leaves with every other when it goes: see Signals::left.
+struct Departure {
   uint64_t words[2];
 
-  static Farewell of(uint32_t how, uint64_t blamed) {
+  static Departure of(uint32_t how, uint64_t blamed) {
     return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
   }
-  void write(uint64_t* left) const {
-    for (int half = 0; half < 2; ++half) __atomic_store_n(&left[half], words[half], __ATOMIC_RELEASE);
+  void write(uint64_t* departed) const {
+    for (int half = 0; half < 2; ++half) __atomic_store_n(&departed[half], words[half], __ATOMIC_RELEASE);
   }
 };
 
 class Network;
+class NetworkMemory;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
 // What keeps alive the memory that an asynchronous operation uses, until it is done. Where a stream orders
@@ -152,17 +148,17 @@ class Communicator {
   // Plans, sends counts and waits for everyone's; fills in routes, rows_per_expert and offsets, on a GPU
   // later than it returns. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
-  // order in which wait_expert may ask for them; needs places, and ranks of one node.
-  virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights,
+  // order in which wait_expert may ask for them; needs expand_to, and ranks of one node.
+  virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights,
                                                           bool drop, bool in_waves) = 0;
-  // Moves the rows. `routing` now has places where the layout wants them. On a CPU the ticket is done already
-  // unless `async`.
-  virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+  // Moves the rows. `routing` now has expand_to where the layout wants them. On a CPU the ticket is done
+  // already unless `async`.
+  virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                                  const Received& received, bool async, Held held = nullptr) = 0;
   // The rows of other tensors along a known routing; `lease` receives the slot where rows stay in it.
-  virtual Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
-                            bool async, std::shared_ptr<SlotLease>* lease, Held held = nullptr) = 0;
-  virtual Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+  virtual Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
+                            std::shared_ptr<SlotLease>* lease, Held held = nullptr) = 0;
+  virtual Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
                          std::byte* out_weights, bool async, Held held = nullptr) = 0;
   virtual void wait(const Ticket& ticket) = 0;
   // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
@@ -216,7 +212,7 @@ class Communicator {
   // The same; before it throws Interrupted, it gives up for this reason.
   void drain_or_give_up(const std::string& why);
   // Leaves a word with every rank: this one is gone.
-  virtual void tell_all(const Farewell& left) = 0;
+  virtual void announce_departure(const Departure& departure) = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
   // Lets operations under way end, for the communicator is of no use any more.
@@ -246,8 +242,9 @@ class Communicator {
   // heaps: by rank; null: on another node.
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
   // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
-  void connect_network(const std::vector<PeerAddress>& peers, Mailbox* mail);
-  void tell_far(const Farewell& left);
+  void make_network(std::unique_ptr<NetworkMemory> memory);
+  void connect_network(const std::vector<PeerAddress>& peers, Signals* signals);
+  void announce_departure_far(const Departure& departure);
 
   void check_usable() const;
   [[noreturn]] void refuse(const std::string& why) const;
@@ -266,18 +263,18 @@ class Communicator {
     bool in_place;
     bool users_rows;  // the slot holds a tensor of the user's
   };
-  CombineSlot combine_slot(const CombineInput& input, const RoutingView& routing);
+  CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
 
   // How far each source's `arrived` counter must have come for the operation about to start: by rank.
   std::vector<uint64_t> next_arrivals(OpKind op);
-  // And its `early` counters, for a dispatch in waves.
-  std::vector<uint64_t> next_early();
-  Routing routing_of(const RoutingView& view, const uint8_t* owner) const;
-  SendPlan send_plan(const Rows& rows, const RoutingView& routing) const;
-  DeliverPlan deliver_plan(const RoutingView& routing, const Received& received,
-                           const SlotLease& lease) const;
-  StagePlan stage_plan(const CombineInput& input, const RoutingView& routing, const CombineSlot& slot) const;
-  PullPlan pull_plan(const CombineInput& input, const RoutingView& routing, const StagePlan& stage,
+  // And its `wave_arrived` counters, for a dispatch in waves.
+  std::vector<uint64_t> next_wave_arrivals();
+  RouterOutput router_output_of(const RoutePlan& view, const uint8_t* owner) const;
+  SendPlan send_plan(const Rows& rows, const RoutePlan& routing) const;
+  UnpackPlan unpack_plan(const RoutePlan& routing, const Received& received, const SlotLease& lease) const;
+  LocalSumPlan local_sum_plan(const CombineInput& input, const RoutePlan& routing,
+                              const CombineSlot& slot) const;
+  PullPlan pull_plan(const CombineInput& input, const RoutePlan& routing, const LocalSumPlan& stage,
                      std::byte* out, std::byte* out_weights) const;
 
   const Config config_;
@@ -301,9 +298,9 @@ class Communicator {
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
   uint64_t epoch_;                // words carry its lower half
   uint32_t dispatches_;
-  uint64_t moves_ = 0;      // operations that moved rows
-  uint64_t far_moves_ = 0;  // of these, those that moved rows here from other nodes
-  uint64_t waved_ = 0;      // those in waves
+  uint64_t moves_ = 0;            // operations that moved rows
+  uint64_t far_moves_ = 0;        // of these, those that moved rows here from other nodes
+  uint64_t wave_operations_ = 0;  // those in waves
 
  private:
   bool is_issuing_here() const {

@@ -28,8 +28,9 @@ std::string call_text(Call call) {
 
 std::string last_words(const FailureRecord& r) {
   if (r.last_call == 0) return "it has not made a call yet";
-  return "rank " + std::to_string(r.peer) + " last called " + call_text(Call::unpack(value_of(r.last_call))) +
-         " (epoch " + std::to_string(tag_of(r.last_call)) + ")";
+  return "rank " + std::to_string(r.peer) + " last called " +
+         call_text(Call::from_bits(value_of(r.last_call))) + " (epoch " +
+         std::to_string(tag_of(r.last_call)) + ")";
 }
 
 // Those that this rank waited for, and that wait themselves.
@@ -46,8 +47,8 @@ std::string waited_text(const FailureRecord& r) {
 }
 
 std::string mismatch_text(const std::string& me, const FailureRecord& r) {
-  return "but rank " + std::to_string(r.peer) + " called " + call_text(Call::unpack(r.their_call)) +
-         " where " + me + " called " + call_text(Call::unpack(r.call)) +
+  return "but rank " + std::to_string(r.peer) + " called " + call_text(Call::from_bits(r.their_call)) +
+         " where " + me + " called " + call_text(Call::from_bits(r.call)) +
          ". All ranks must make the same calls in the same order, all with topk_weights or all without, and "
          "with the same overflow and in_waves";
 }
@@ -73,13 +74,13 @@ std::string describe(const Failure& f) {
       return waited + ", whose process has exited; " + last_words(r);
     case Cause::lost:
       return waited + ", to which the connection was lost (" + f.detail + "); " + last_words(r);
-    case Cause::left: {
-      const std::string teller = "rank " + std::to_string(r.teller);
-      if (r.blamed == bit_of(r.teller))
+    case Cause::departed: {
+      const std::string reporter = "rank " + std::to_string(r.reporter);
+      if (r.blamed == bit_of(r.reporter))
         return waited + "; it closed the communicator or failed; " + last_words(r);
       if (r.blamed == bit_of(f.rank))
-        return me + " came late in " + where + ": " + teller + " has given up on it";
-      return waited + "; " + teller + " gave up on " + (one ? "it" : "them") + " first; " + last_words(r);
+        return me + " came late in " + where + ": " + reporter + " has given up on it";
+      return waited + "; " + reporter + " gave up on " + (one ? "it" : "them") + " first; " + last_words(r);
     }
     case Cause::mismatch:
       return me + " is in " + where + ", " + mismatch_text(me, r);

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "backend/home_process.h"
+#include "base/home_process.h"
 #include "protocol/slot.h"
 
 namespace commlib {

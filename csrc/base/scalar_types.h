@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "protocol/types.h"
+#include "base/host_device.h"
 
 namespace commlib {
 

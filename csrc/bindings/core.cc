@@ -4,11 +4,11 @@
 
 #include <optional>
 
+#include "bindings/dlpack.h"
+#include "bindings/python.h"
 #include "cpu/communicator.h"
-#include "dlpack.h"
 #include "net/network.h"
 #include "net/ucx_transport.h"
-#include "python.h"
 
 namespace py = pybind11;
 
@@ -138,8 +138,8 @@ Key key_of(const std::string& bytes) {
 
 // keys: by rank, what messages to it show, and what those from it must.
 void use_ucx(Config& c, const std::vector<std::pair<std::string, std::string>>& keys, bool loopback) {
-  for (const auto& [shown, expected] : keys) c.keys.push_back({key_of(shown), key_of(expected)});
-  c.make_transport = [size = c.size, options = UcxOptions{c.stream != 0, loopback}] {
+  for (const auto& [shown, expected] : keys) c.net.keys.push_back({key_of(shown), key_of(expected)});
+  c.net.make_transport = [size = c.size, options = UcxOptions{c.stream != 0, loopback}] {
     return make_ucx_transport(size, options);
   };
 }
@@ -154,6 +154,12 @@ void bind_structs(py::module_& m) {
   py::class_<SpinPolicy>(m, "SpinPolicy")
       .def(py::init([](int pauses, int yields) { return SpinPolicy{pauses, yields}; }), py::arg("pauses"),
            py::arg("yields"));
+
+  py::class_<NetConfig>(m, "NetConfig")
+      .def_readwrite("node_of", &NetConfig::node_of)
+      .def_readwrite("hierarchical", &NetConfig::hierarchical)
+      .def_readwrite("chunk_bytes", &NetConfig::chunk_bytes)
+      .def_readwrite("chunks", &NetConfig::chunks);
 
   py::class_<Config>(m, "Config")
       .def(py::init([] {
@@ -173,10 +179,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("num_sms", &Config::num_sms)
       .def_readwrite("timeout", &Config::timeout)
       .def_readwrite("link_gbps", &Config::link_gbps)
-      .def_readwrite("node_of", &Config::node_of)
-      .def_readwrite("hierarchical", &Config::hierarchical)
-      .def_readwrite("chunk_bytes", &Config::chunk_bytes)
-      .def_readwrite("chunks", &Config::chunks)
+      .def_readwrite("net", &Config::net)
       .def("use_ucx", &use_ucx, py::arg("keys"), py::arg("loopback"))
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
@@ -193,15 +196,15 @@ void bind_structs(py::module_& m) {
       }),
       py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"));
 
-  py::class_<RoutingView>(m, "RoutingView")
-      .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address places,
+  py::class_<RoutePlan>(m, "RoutePlan")
+      .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address expand_to,
                        Address offsets, Address rows_per_expert, int64_t align) {
-             return RoutingView{
-                 at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(places),
+             return RoutePlan{
+                 at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(expand_to),
                  at<int64_t>(offsets),  at<int64_t>(rows_per_expert), align};
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
-           py::arg("places") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0,
+           py::arg("expand_to") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0,
            py::arg("align") = 1);
 
   py::class_<Received>(m, "Received")
@@ -262,7 +265,7 @@ void bind_communicator(py::module_& m) {
            py::arg("drop"), py::arg("in_waves"), NoGil())
       .def(
           "finish_dispatch",
-          [](Communicator& c, PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+          [](Communicator& c, PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
              const Received& received, bool async_op, py::object keep) {
             Held held = HeldObject::hold(std::move(keep));
             ReleasedGil released;
@@ -272,7 +275,7 @@ void bind_communicator(py::module_& m) {
           py::arg("keep"))
       .def(
           "redispatch",
-          [](Communicator& c, const Rows& rows, const RoutingView& routing, const Received& received,
+          [](Communicator& c, const Rows& rows, const RoutePlan& routing, const Received& received,
              bool async_op, py::object keep) {
             Held held = HeldObject::hold(std::move(keep));
             std::shared_ptr<SlotLease> lease;
@@ -286,7 +289,7 @@ void bind_communicator(py::module_& m) {
           py::arg("rows"), py::arg("routing"), py::arg("received"), py::arg("async_op"), py::arg("keep"))
       .def(
           "combine",
-          [](Communicator& c, const CombineInput& input, const RoutingView& routing, Address out,
+          [](Communicator& c, const CombineInput& input, const RoutePlan& routing, Address out,
              Address out_weights, bool async_op, py::object keep) {
             Held held = HeldObject::hold(std::move(keep));
             ReleasedGil released;
@@ -332,7 +335,7 @@ void bind_communicator(py::module_& m) {
       .def("bare_send", &CpuCommunicator::bare_send, NoGil())
       .def(
           "bare_pull",
-          [](CpuCommunicator& c, const RoutingView& routing, Address out) {
+          [](CpuCommunicator& c, const RoutePlan& routing, Address out) {
             c.bare_pull(routing, at<std::byte>(out));
           },
           NoGil())

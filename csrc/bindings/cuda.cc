@@ -2,11 +2,11 @@
 // ../bindings.cc.
 #include <pybind11/pybind11.h>
 
+#include "bindings/python.h"
 #include "cuda/communicator.h"
 #include "cuda/driver.h"
 #include "cuda/partition.h"
 #include "cuda/pool.h"
-#include "python.h"
 
 namespace py = pybind11;
 using commlib::Communicator;

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <vector>
 
-#include "backend/home_process.h"
+#include "base/home_process.h"
 
 namespace commlib {
 

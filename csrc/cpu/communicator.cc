@@ -8,15 +8,13 @@ namespace commlib {
 CpuCommunicator::CpuCommunicator(const Config& config)
     : Communicator(config),
       ops_(&vector_ops(config.vector_ops)),
-      link_(config.link_gbps),
+      throttle_(config.link_gbps),
       region_(Region::create(static_cast<size_t>(heap_bytes()))),
       buffers_(std::make_shared<BufferPool>()),
       pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted, config.cores)) {
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
   write_first_words(region_->data());
-  if (!config.node_of.empty()) {
-    network_ = std::make_unique<Network>(config, control_bytes(), host_network_memory(region_->data()));
-  }
+  if (!config.net.node_of.empty()) make_network(host_network_memory(region_->data()));
 }
 
 CpuCommunicator::~CpuCommunicator() {
@@ -44,7 +42,7 @@ void CpuCommunicator::connect(const std::vector<PeerAddress>& peers) {
                                          : nullptr);
     heaps.push_back(near ? regions_.back()->data() : nullptr);
   }
-  connect_network(peers, reinterpret_cast<Mailbox*>(region_->data()));
+  connect_network(peers, reinterpret_cast<Signals*>(region_->data()));
   peers_ = table_of(heaps);
   processes_ = std::make_unique<PeerProcesses>(pids);
 }
@@ -53,24 +51,24 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) c
   auto op = std::make_shared<OpContext>();
   op->peers = &peers_;
   op->ops = ops_;
-  op->link = &link_;
+  op->throttle = &throttle_;
   op->processes = processes_.get();
   op->network = network_.get();
   op->spin = config_.spin;
   op->interrupted = config_.interrupted;
   op->gave_up = &gave_up_;
-  op->wait = {call, epoch};
+  op->id = {call, epoch};
   op->timeout = timeout_.load(std::memory_order_relaxed);
   return op;
 }
 
-void CpuCommunicator::tell_all(const Farewell& left) {
+void CpuCommunicator::announce_departure(const Departure& departure) {
   for (int p = 0; p < peers_.size; ++p) {
     if (!peers_.is_near(p)) continue;
-    left.write(peers_.mail_to(p).left);
-    ring(peers_.mail_to(p).bell);
+    departure.write(peers_.signals_to(p).departed);
+    notify(peers_.signals_to(p).event);
   }
-  if (network_) tell_far(left);
+  if (network_) announce_departure_far(departure);
 }
 
 void CpuCommunicator::raise_failed(OpContext& op) {
@@ -92,8 +90,8 @@ void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
   give_up(why);
 }
 
-template <class Wait>
-void CpuCommunicator::wait_for(Wait wait) {
+template <class OpId>
+void CpuCommunicator::wait_for(OpId wait) {
   check_can_wait();
   try {
     wait();

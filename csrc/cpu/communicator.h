@@ -16,14 +16,14 @@ class CpuCommunicator final : public Communicator {
 
   PeerAddress address() override;
   void connect(const std::vector<PeerAddress>& peers) override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
-  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                          const Received& received, bool async, Held held = nullptr) override;
-  Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
+  Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
                     std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
-  Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                 std::byte* out_weights, bool async, Held held = nullptr) override;
+  Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
+                 bool async, Held held = nullptr) override;
   void wait(const Ticket& ticket) override;
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
@@ -39,22 +39,22 @@ class CpuCommunicator final : public Communicator {
 
   // For benchmarks: one worker's send_rows or pull_rows and nothing else, over the routing of a dispatch
   // whose slots are not in use. The machine's own limit for this routing and these stores.
-  void bare_send(const Rows& rows, const RoutingView& routing);
-  void bare_pull(const RoutingView& routing, std::byte* out);
+  void bare_send(const Rows& rows, const RoutePlan& routing);
+  void bare_pull(const RoutePlan& routing, std::byte* out);
 
  private:
   struct Transfer;
 
   void drain() override { pool_->drain(); }
   void drain_unless_interrupted() override { pool_->drain_unless_interrupted(); }
-  void tell_all(const Farewell& left) override;
+  void announce_departure(const Departure& departure) override;
   void has_closed() override;
 
   // Calls `wait`, and remembers if the user wanted out.
-  template <class Wait>
-  void wait_for(Wait wait);
+  template <class OpId>
+  void wait_for(OpId wait);
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
-  void check_routes(const RoutingView& routing) const;
+  void check_routes(const RoutePlan& routing) const;
   std::shared_ptr<SlotLease> take_writable_slot(Call call);
   void await_writable(const SlotLease& lease, Call call);
   uint32_t announce(Call call);
@@ -69,7 +69,7 @@ class CpuCommunicator final : public Communicator {
   void abandon(OpContext& op, const std::exception_ptr& error);
 
   const VectorOps* ops_;
-  mutable Link link_;
+  mutable Throttle throttle_;
   std::shared_ptr<Region> region_;                // this rank's
   std::vector<std::shared_ptr<Region>> regions_;  // by rank
   std::unique_ptr<PeerProcesses> processes_;

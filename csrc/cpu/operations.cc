@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "cpu/communicator.h"
-#include "protocol/combine_hops.h"
-#include "protocol/dispatch_hops.h"
+#include "protocol/internode/combine.h"
+#include "protocol/internode/dispatch.h"
 
 namespace commlib {
 
@@ -77,9 +77,9 @@ struct CpuCommunicator::Transfer {
   std::shared_ptr<OpContext> op;
   std::shared_ptr<SlotLease> lease;
   SendPlan send{};
-  DeliverPlan deliver{};
+  UnpackPlan unpack{};
   std::vector<uint64_t> arrivals;
-  std::vector<uint64_t> early;           // in waves only
+  std::vector<uint64_t> wave_arrived;    // in waves only
   std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
   // Own copies, for the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
@@ -87,17 +87,17 @@ struct CpuCommunicator::Transfer {
 };
 
 Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, Held held) {
-  t->arrivals = next_arrivals(t->op->wait.call.op);
-  if (t->deliver.places) {
-    const DeliverPlan& d = t->deliver;
+  t->arrivals = next_arrivals(t->op->id.call.op);
+  if (t->unpack.expand_to) {
+    const UnpackPlan& d = t->unpack;
     t->offsets.assign(d.offsets, d.offsets + d.experts + 1);
     t->rows_per_expert.assign(d.rows_per_expert, d.rows_per_expert + d.experts);
-    t->deliver.offsets = t->offsets.data();
-    t->deliver.rows_per_expert = t->rows_per_expert.data();
+    t->unpack.offsets = t->offsets.data();
+    t->unpack.rows_per_expert = t->rows_per_expert.data();
   }
-  if (!t->source_rows.empty()) t->deliver.source_rows = t->source_rows.data();
+  if (!t->source_rows.empty()) t->unpack.source_rows = t->source_rows.data();
   const auto part = [this, t](CpuWorker& w, Job& job) {
-    t->early.empty() ? run_transfer(*t, w) : run_in_waves(*t, w, job);
+    t->wave_arrived.empty() ? run_transfer(*t, w) : run_in_waves(*t, w, job);
   };
   return start(t->op, part, [t] { t->lease.reset(); }, async, std::move(held));
 }
@@ -106,25 +106,25 @@ void CpuCommunicator::run_transfer(Transfer& t, CpuWorker& w) {
   SendPlan send = t.send;
   uint8_t slots[kMaxRanks];
   send.slots = t.slots.empty() ? slots : t.slots.data();
-  if (t.slots.empty() && !collect_calls(w, peers_, t.op->wait.epoch, t.op->wait.call, slots)) return;
-  if (!move_rows(w, send, peers_, t.op->wait, t.arrivals.data())) return;
-  deliver(w, t.deliver);
+  if (t.slots.empty() && !collect_calls(w, peers_, t.op->id.epoch, t.op->id.call, slots)) return;
+  if (!move_rows(w, send, peers_, t.op->id, t.arrivals.data())) return;
+  unpack(w, t.unpack);
   w.flush();
 }
 
 void CpuCommunicator::run_in_waves(Transfer& t, CpuWorker& w, Job& job) {
   SendPlan send = t.send;
   send.slots = t.slots.data();
-  const WavePlan plan{t.waves_of_routes.data(), t.early.data(), t.arrivals.data()};
-  move_in_waves(w, send, t.deliver, plan, peers_, [&](int wave) { pool_->delivered(job, wave); });
+  const WavePlan plan{t.waves_of_routes.data(), t.wave_arrived.data(), t.arrivals.data()};
+  move_in_waves(w, send, t.unpack, plan, peers_, [&](int wave) { pool_->unpacked(job, wave); });
 }
 
-std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingView& routing, bool has_weights,
+std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
                                                                  bool drop, bool in_waves) {
   const Issue issue(*this);
   auto pending = std::make_unique<PendingDispatch>();
   Call call = dispatch_call(has_weights, drop, in_waves);
-  const Routing in = routing_of(routing, owner_.data());
+  const RouterOutput in = router_output_of(routing, owner_.data());
   std::vector<uint32_t> per_rank(config_.size), per_expert(config_.experts);
   const SourceCounts counts{per_rank.data(), per_expert.data()};
   auto planning = context(call, static_cast<uint32_t>(epoch_));
@@ -172,27 +172,26 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutingVi
   return pending;
 }
 
-Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
-                                        const RoutingView& routing, const Received& received, bool async,
-                                        Held held) {
+Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
+                                        const Received& received, bool async, Held held) {
   const Issue issue(*this);
   auto t = std::make_shared<Transfer>();
   t->op = context(pending.call, pending.epoch);
-  t->deliver = deliver_plan(routing, received, *pending.lease);
+  t->unpack = unpack_plan(routing, received, *pending.lease);
   t->lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   t->send = send_plan(rows, routing);
   t->send.ordinals = t->lease->slot().sent_ordinals;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
   if (pending.in_waves()) {
-    t->early = next_early();
+    t->wave_arrived = next_wave_arrivals();
     t->waves_of_routes.resize(rows.count * width_);
   }
   return start_transfer(std::move(t), async, std::move(held));
 }
 
 // Of a caller who brings a routing of its own: other ranks' memory is written and read where it says.
-void CpuCommunicator::check_routes(const RoutingView& routing) const {
+void CpuCommunicator::check_routes(const RoutePlan& routing) const {
   for (int64_t i = 0; i < routing.tokens * width_; ++i) {
     const int64_t route = routing.routes[i];
     if (route == kNoRoute ||
@@ -206,7 +205,7 @@ void CpuCommunicator::check_routes(const RoutingView& routing) const {
   }
 }
 
-Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
+Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutePlan& routing, const Received& received,
                                    bool async, std::shared_ptr<SlotLease>* lease, Held held) {
   const Issue issue(*this);
   check_routes(routing);
@@ -217,11 +216,11 @@ Ticket CpuCommunicator::redispatch(const Rows& rows, const RoutingView& routing,
   call.slot = static_cast<uint8_t>(t->lease->index());
   t->op = context(call, announce(call));
   t->send = send_plan(rows, routing);
-  t->deliver = deliver_plan(routing, received, *t->lease);
+  t->unpack = unpack_plan(routing, received, *t->lease);
   return start_transfer(std::move(t), async, std::move(held));
 }
 
-Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+Ticket CpuCommunicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
                                 std::byte* out_weights, bool async, Held held) {
   const Issue issue(*this);
   check_routes(routing);
@@ -230,35 +229,35 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutingView& ro
   CombineSlot slot = combine_slot(input, routing);
   if (!slot.in_place) await_writable(*slot.lease, call);
   call.slot = static_cast<uint8_t>(slot.lease->index());
-  const StagePlan stage = stage_plan(input, routing, slot);
+  const LocalSumPlan stage = local_sum_plan(input, routing, slot);
   const PullPlan pull = pull_plan(input, routing, stage, out, out_weights);
 
   auto op = context(call, announce(call));
   auto barrier = std::make_shared<WorkerBarrier>(config_.num_sms);
   const auto part = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
                      arrivals = next_arrivals(OpKind::combine)](CpuWorker& w, Job&) {
-    start_pull(w, pull, peers_, op->wait);
-    stage_rows(w, stage, rows_not_staged(w, pull, config_.rank));
+    start_pull(w, pull, peers_, op->id);
+    sum_local_rows(w, stage, rows_pulled_from_y(w, pull, config_.rank));
     arrive(w, peers_);
     PullPlan mine = pull;
     uint8_t slots[kMaxRanks];
     mine.slots = slots;
-    if (!collect_calls(w, peers_, op->wait.epoch, op->wait.call, slots)) return;
+    if (!collect_calls(w, peers_, op->id.epoch, op->id.call, slots)) return;
     if (!await_arrivals(w, peers_, arrivals.data())) return;
-    if (!pull_all(w, mine, peers_, op->wait)) return;
+    if (!pull_all(w, mine, peers_, op->id)) return;
     w.flush();
     if (!barrier->wait(config_.spin, [&](bool) { return another_failed(*op); })) return;
     if (w.index() != 0) return;
-    publish_pulled(w, peers_, op->wait.epoch);
+    publish_pulled(w, peers_, op->id.epoch);
     // Rows of a receive slot are the user's tensor, who may write it as soon as this returns; so may the next
     // operation of this rank, which puts weight gradients beside them.
-    if (users_rows) await_pulled(w, peers_, op->wait.epoch);
+    if (users_rows) await_pulled(w, peers_, op->id.epoch);
   };
   const auto last = [lease = std::move(slot.lease), epoch = epoch_] { lease->pulled_in(epoch); };
   return start(op, part, last, async, std::move(held));
 }
 
-void CpuCommunicator::bare_send(const Rows& rows, const RoutingView& routing) {
+void CpuCommunicator::bare_send(const Rows& rows, const RoutePlan& routing) {
   auto op = context({}, 0);
   CpuWorker w(*op, 0, 1);
   const std::vector<uint8_t> slots(config_.size);
@@ -269,7 +268,7 @@ void CpuCommunicator::bare_send(const Rows& rows, const RoutingView& routing) {
   w.flush();
 }
 
-void CpuCommunicator::bare_pull(const RoutingView& routing, std::byte* out) {
+void CpuCommunicator::bare_pull(const RoutePlan& routing, std::byte* out) {
   auto op = context({}, 0);
   CpuWorker w(*op, 0, 1);
   const std::vector<uint8_t> slots(config_.size);

@@ -40,7 +40,7 @@ WorkerPool::~WorkerPool() {
 
 void WorkerPool::stop() {
   stopping_.store(true, std::memory_order_release);
-  ring(bell_);
+  notify(event_);
   for (std::thread& t : threads_) t.join();
   threads_.clear();
 }
@@ -76,7 +76,7 @@ uint64_t WorkerPool::enqueue(const std::shared_ptr<Job>& job, bool caller_is_wor
     queue_.push_back({job, caller_is_worker_0});
     if (queue_.size() == 1) front_number_.fetch_add(1, std::memory_order_release);
   }
-  ring(bell_);
+  notify(event_);
   return number;
 }
 
@@ -86,7 +86,7 @@ void WorkerPool::run(const std::shared_ptr<Job>& job, const std::function<void()
   const uint64_t number = enqueue(job, true);
   bool out = false;
   const auto is_its_turn = [&] { return front_number_.load(std::memory_order_acquire) >= number; };
-  wait_on(bell_, spin_, is_its_turn, [&](bool signalled) {
+  wait_on(event_, spin_, is_its_turn, [&](bool signalled) {
     if (!out && wants_out(signalled)) {
       out = true;
       interrupted();
@@ -95,14 +95,14 @@ void WorkerPool::run(const std::shared_ptr<Job>& job, const std::function<void()
   });
   run_part(*job, 0);
   // The others end by themselves: who fails, ends their waits. Until then they use the caller's memory.
-  wait_on(bell_, spin_, [&] { return is_done(*job); }, never);
+  wait_on(event_, spin_, [&] { return is_done(*job); }, never);
   if (out) throw Interrupted{};
   if (job->error) std::rethrow_exception(job->error);
 }
 
 template <class Ready>
 void WorkerPool::wait_until(Ready ready) {
-  if (!wait_on(bell_, spin_, ready, [&](bool signalled) { return wants_out(signalled); }))
+  if (!wait_on(event_, spin_, ready, [&](bool signalled) { return wants_out(signalled); }))
     throw Interrupted{};
 }
 
@@ -112,13 +112,13 @@ void WorkerPool::wait(const Job& job) {
 }
 
 void WorkerPool::wait_wave(const Job& job, int wave) {
-  wait_until([&] { return job.delivered[wave].load(std::memory_order_acquire) == workers_ || is_done(job); });
+  wait_until([&] { return job.unpacked[wave].load(std::memory_order_acquire) == workers_ || is_done(job); });
   if (is_done(job) && job.error) std::rethrow_exception(job.error);
 }
 
-void WorkerPool::delivered(Job& job, int wave) {
+void WorkerPool::unpacked(Job& job, int wave) {
   // acq_rel: who sees the last worker's count has seen all others' work.
-  if (job.delivered[wave].fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) ring(bell_);
+  if (job.unpacked[wave].fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) notify(event_);
 }
 
 bool WorkerPool::is_empty() {
@@ -127,7 +127,7 @@ bool WorkerPool::is_empty() {
 }
 
 void WorkerPool::drain() {
-  wait_on(bell_, spin_, [&] { return is_empty(); }, never);
+  wait_on(event_, spin_, [&] { return is_empty(); }, never);
 }
 
 void WorkerPool::drain_unless_interrupted() {
@@ -164,14 +164,14 @@ void WorkerPool::run_part(Job& job, int worker) {
     queue_.pop_front();
     if (!queue_.empty()) front_number_.fetch_add(1, std::memory_order_release);
   }
-  ring(bell_);
+  notify(event_);
 }
 
 void WorkerPool::thread_main(int worker) {
   pin_this_thread(cores_);
   for (uint64_t next = 1;; ++next) {
     wait_on(
-        bell_, spin_,
+        event_, spin_,
         [&] {
           return front_number_.load(std::memory_order_acquire) >= next ||
                  stopping_.load(std::memory_order_acquire);

@@ -10,7 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/bell.h"
+#include "base/event_count.h"
+#include "protocol/control_block.h"
 
 namespace commlib {
 
@@ -27,8 +28,8 @@ struct Job {
 
   std::atomic<int> unfinished{0};  // workers yet to return (acq_rel: the last sees all others' work)
   std::atomic<bool> done{false};   // after `finish` (release), read by waiters (acquire)
-  // A dispatch in waves: workers that have delivered their part of each (release), read by waiters (acquire).
-  std::atomic<int> delivered[kWaves] = {};
+  // A dispatch in waves: workers that have unpacked their part of each (release), read by waiters (acquire).
+  std::atomic<int> unpacked[kWaves] = {};
   std::exception_ptr error;  // written before `done`
   // When worker 0 began and the last worker ended, in seconds of the monotonic clock; written before `done`.
   double begun = 0, ended = 0;
@@ -53,10 +54,10 @@ class WorkerPool {
   void submit(const std::shared_ptr<Job>& job);
   // Waits for a submitted job; rethrows what it threw. Throws Interrupted if the user wants out.
   void wait(const Job& job);
-  // The same until all workers have delivered a wave, or the job is done.
+  // The same until all workers have unpacked a wave, or the job is done.
   void wait_wave(const Job& job, int wave);
-  // A worker of the running job has delivered its part of a wave.
-  void delivered(Job& job, int wave);
+  // A worker of the running job has unpacked its part of a wave.
+  void unpacked(Job& job, int wave);
   // Waits until all submitted jobs are done, however they ended.
   void drain();
   // The same. Throws Interrupted if the user wants out.
@@ -91,7 +92,7 @@ class WorkerPool {
   std::atomic<uint64_t> front_number_{0};
   uint64_t submitted_ = 0;
   std::atomic<bool> stopping_{false};
-  Bell bell_{};
+  EventCount event_{};
 };
 
 // A barrier of the workers of one job. give_up() lets a worker leave when another has failed.
@@ -105,14 +106,14 @@ class WorkerBarrier {
     // Each crossing ends at the next multiple of workers_. acq_rel: all work before it is seen after it.
     const uint32_t ticket = arrived_.fetch_add(1, std::memory_order_acq_rel);
     const uint32_t target = (ticket / workers_ + 1) * workers_;
-    ring(bell_);
-    return wait_on(bell_, spin, [&] { return arrived_.load(std::memory_order_acquire) >= target; }, give_up);
+    notify(event_);
+    return wait_on(event_, spin, [&] { return arrived_.load(std::memory_order_acquire) >= target; }, give_up);
   }
 
  private:
   const uint32_t workers_;
   std::atomic<uint32_t> arrived_{0};
-  Bell bell_{};
+  EventCount event_{};
 };
 
 }  // namespace commlib

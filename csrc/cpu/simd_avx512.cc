@@ -5,8 +5,8 @@
 
 #include <cstring>
 
+#include "base/scalar_types.h"
 #include "cpu/vector_ops.h"
-#include "protocol/scalar_types.h"
 
 // From here on, after all other headers: see vector_kernels.h.
 #if defined(__clang__)

@@ -5,9 +5,9 @@
 
 #include <cstring>
 
+#include "base/scalar_types.h"
 #include "cpu/vector_kernels.h"
 #include "cpu/vector_ops.h"
-#include "protocol/scalar_types.h"
 
 namespace commlib {
 namespace {

@@ -1,9 +1,9 @@
 // Plain C++: any processor, and the reference for the vector paths.
 #include <cstring>
 
+#include "base/scalar_types.h"
 #include "cpu/vector_kernels.h"
 #include "cpu/vector_ops.h"
-#include "protocol/scalar_types.h"
 
 namespace commlib {
 namespace {

@@ -1,20 +1,20 @@
-// The limited link of a rank on the CPU: protocol/link.h over the monotonic clock.
+// The throttle of a rank on the CPU: protocol/throttle.h over the monotonic clock.
 #pragma once
 
 #include <time.h>
 
 #include <atomic>
 
-#include "protocol/link.h"
+#include "protocol/throttle.h"
 
 namespace commlib {
 
-class Link {
+class Throttle {
  public:
-  explicit Link(double gbytes_per_s) : rate_(LinkRate::of(gbytes_per_s)) {}
+  explicit Throttle(double gbytes_per_s) : rate_(ThrottleRate::of(gbytes_per_s)) {}
 
   bool limited() const { return rate_.fs_per_byte != 0; }
-  // Takes the time of `bytes` on the link, after what other workers have taken, and waits for its end. Sleeps
+  // Takes the time of `bytes`, after what other workers have taken, and waits for its end. Sleeps
   // are as coarse as the kernel's timer, so ends that are near are not waited for: the next rows do.
   void pass(int64_t bytes) {
     uint64_t free = free_.load(std::memory_order_relaxed), end;
@@ -36,8 +36,8 @@ class Link {
     return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec);
   }
 
-  const LinkRate rate_;
-  // When the link is through with all that workers have given it. Only a time: orders nothing (relaxed).
+  const ThrottleRate rate_;
+  // When all that workers have passed is through. Only a time: orders nothing (relaxed).
   std::atomic<uint64_t> free_{0};
 };
 

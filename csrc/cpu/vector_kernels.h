@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/scalar_types.h"
 #include "cpu/vector_ops.h"
-#include "protocol/scalar_types.h"
 
 namespace commlib {
 namespace {

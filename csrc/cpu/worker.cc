@@ -13,18 +13,18 @@ void CpuWorker::fail(FailureRecord record, double seconds) {
 }
 
 bool CpuWorker::mismatch(int peer, Call theirs) {
-  fail(mismatch_record(*this, *op_.peers, op_.wait, peer, theirs), 0);
+  fail(mismatch_record(*this, *op_.peers, op_.id, peer, theirs), 0);
   return false;
 }
 
 void CpuWorker::malformed(int peer, Phase phase) {
-  fail(malformed_record(*this, *op_.peers, op_.wait, peer, phase), 0);
+  fail(malformed_record(*this, *op_.peers, op_.id, peer, phase), 0);
 }
 
 bool CpuWorker::may_begin() {
   if (!op_.gave_up->load(std::memory_order_acquire)) return true;
   const uint64_t me = bit_of(op_.peers->rank);
-  fail(new_record(*this, *op_.peers, op_.wait, Cause::broken, me, me, Phase::call), 0);
+  fail(new_record(*this, *op_.peers, op_.id, Cause::broken, me, me, Phase::call), 0);
   return false;
 }
 
@@ -32,17 +32,17 @@ bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool sig
                          FailureRecord* record) {
   const uint64_t me = bit_of(op_.peers->rank);
   const auto because = [&](Cause cause, uint64_t blamed) {
-    *record = new_record(*this, *op_.peers, op_.wait, cause, awaited, blamed, phase);
+    *record = new_record(*this, *op_.peers, op_.id, cause, awaited, blamed, phase);
     return true;
   };
   if (op_.failed.load(std::memory_order_acquire)) return true;
   if (op_.gave_up->load(std::memory_order_acquire)) return because(Cause::broken, me);
-  if (find_cause(*this, *op_.peers, op_.wait, awaited, phase, record)) return true;
+  if (find_cause(*this, *op_.peers, op_.id, awaited, phase, record)) return true;
   if (const uint64_t exited = find_exited(awaited)) return because(Cause::exited, exited);
   if (const uint64_t lost = find_lost(awaited)) return because(Cause::lost, lost);
   if (index_ == 0 && op_.interrupted && op_.interrupted(signalled)) return because(Cause::interrupted, me);
   if (seconds < op_.timeout) return false;
-  *record = timeout_record(*this, *op_.peers, op_.wait, awaited, phase);
+  *record = timeout_record(*this, *op_.peers, op_.id, awaited, phase);
   return true;
 }
 
@@ -55,8 +55,8 @@ uint64_t CpuWorker::find_exited(uint64_t awaited) {
     const int p = lowest_bit(left);
     if (!op_.processes->has_exited(p)) continue;
     uint64_t blamed = 0;
-    const bool did_its_part = !has(awaited, p) && how_left(*this, *op_.peers, p, &blamed) == kClosed &&
-                              has_called(*this, *op_.peers, p, op_.wait.epoch);
+    const bool did_its_part = !has(awaited, p) && how_departed(*this, *op_.peers, p, &blamed) == kClosed &&
+                              has_called(*this, *op_.peers, p, op_.id.epoch);
     if (!did_its_part) exited |= bit_of(p);
   }
   return exited;

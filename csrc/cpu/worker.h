@@ -7,9 +7,9 @@
 #include <cstring>
 #include <mutex>
 
-#include "cpu/bell.h"
-#include "cpu/link.h"
+#include "base/event_count.h"
 #include "cpu/pool.h"
+#include "cpu/throttle.h"
 #include "cpu/vector_ops.h"
 #include "heap/peer_processes.h"
 #include "net/network.h"
@@ -27,9 +27,9 @@ struct OpContext {
   SpinPolicy spin;
   InterruptCheck interrupted;        // asked by worker 0; null where that is not the user's own thread
   const std::atomic<bool>* gave_up;  // this rank's communicator: no operation of it can succeed any more
-  Wait wait;
+  OpId id;
   double timeout;
-  Link* link;
+  Throttle* throttle;
 
   // Set once by the first worker that gives up (release); the others see it at their next nap (acquire).
   std::atomic<bool> failed{false};
@@ -59,7 +59,7 @@ inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, _
 class CpuWorker {
  public:
   static constexpr bool kMetadataWithRows = false;
-  static constexpr bool kHops = true;
+  static constexpr bool kInternode = true;
 
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
@@ -105,21 +105,23 @@ class CpuWorker {
     return ask();
   }
 
-  bool link_limited() const { return op_.link->limited(); }
-  void pass_link(int64_t bytes) { op_.link->pass(bytes); }
+  bool throttled() const { return op_.throttle->limited(); }
+  void pass_throttle(int64_t bytes) { op_.throttle->pass(bytes); }
 
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
   void add(uint64_t* counter, uint64_t n = 1) { __atomic_fetch_add(counter, n, __ATOMIC_RELEASE); }
   uint64_t read(const uint64_t* word) { return load_word(word); }
-  static void say(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
-  static uint64_t glance(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+  static void store_relaxed(uint64_t* word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+  }
+  static uint64_t load_relaxed(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
   static bool replace(uint64_t* word, uint64_t before, uint64_t after) {
     return __atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   }
-  static void wake(Mailbox& mail) { ring(mail.bell); }
+  static void notify(Signals& signals) { commlib::notify(signals.event); }
   void post(const Outbox&, const Post& post) { op_.network->post(post); }
   // Planning is one thread's work here.
-  static void tally(uint32_t* counter, int n) { *counter += static_cast<uint32_t>(n); }
+  static void add_relaxed(uint32_t* counter, int n) { *counter += static_cast<uint32_t>(n); }
   static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
     if (!src) {
       std::memset(dst, 0, static_cast<size_t>(bytes));
@@ -132,14 +134,15 @@ class CpuWorker {
 
   template <class Ready, class Late>
   bool await(Ready ready, int peer, Late late, Phase phase) {
-    return await_on(op_.peers->mail_from(peer).bell, ready, late, phase);
+    return await_on(op_.peers->signals_from(peer).event, ready, late, phase);
   }
   bool await_tag(const uint64_t* word, uint32_t tag, int peer, Phase phase) {
     return await([=] { return tag_of(load_word(word)) == tag; }, peer, [=] { return bit_of(peer); }, phase);
   }
-  bool await_change(const Hops& hops, uint64_t seen, uint64_t ranks) {
+  bool await_change(const Internode& internode, uint64_t seen, uint64_t ranks) {
     return await_on(
-        *hops.bell, [&] { return load_word(hops.news) != seen; }, [=] { return ranks; }, Phase::network);
+        *internode.event, [&] { return load_word(internode.progress) != seen; }, [=] { return ranks; },
+        Phase::network);
   }
   bool mismatch(int peer, Call theirs);
   void malformed(int peer, Phase phase);
@@ -148,23 +151,23 @@ class CpuWorker {
 
  private:
   template <class Ready, class Late>
-  bool await_on(Bell& bell, Ready ready, Late late, Phase phase) {
+  bool await_on(EventCount& event, Ready ready, Late late, Phase phase) {
     if (ready()) return true;
     Waited waited;
     bool told = false;
-    const bool ok = wait_on(bell, op_.spin, ready, [&](bool signalled) {
+    const bool ok = wait_on(event, op_.spin, ready, [&](bool signalled) {
       const uint64_t awaited = late();
       const double seconds = waited.look();
       FailureRecord record{};
       if (awaited == 0) return false;  // it has come meanwhile
       if (!gives_up(awaited, phase, seconds, signalled, &record)) {
-        told |= tell_of_wait(*this, *op_.peers, op_.wait, awaited, seconds >= op_.timeout / 2);
+        told |= announce_wait(*this, *op_.peers, op_.id, awaited, seconds >= op_.timeout / 2);
         return false;
       }
       if (!ready()) fail(record, seconds);  // who left did its part first, and said so after that
       return true;
     });
-    if (told && ok) tell_of_wait(*this, *op_.peers, op_.wait, 0, false);
+    if (told && ok) announce_wait(*this, *op_.peers, op_.id, 0, false);
     return ok;
   }
 

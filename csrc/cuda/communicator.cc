@@ -47,7 +47,7 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   slots_ = std::make_shared<CudaSlotPool>(config.device, region_, region_->data() + control_bytes(), layout_,
                                           config.slots);
   aside_ = side_stream(config.device);
-  plan_stream_ = config.plan_stream && config.node_of.empty()
+  plan_stream_ = config.plan_stream && config.net.node_of.empty()
                      ? reinterpret_cast<cudaStream_t>(config.plan_stream)
                      : shape_.stream;
   near_epoch_ = epoch_;
@@ -61,10 +61,7 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
   make_scratch();
-  if (!config.node_of.empty()) {
-    network_ = std::make_unique<Network>(config, control_bytes(),
-                                         gpu_network_memory(config.device, region_->data()));
-  }
+  if (!config.net.node_of.empty()) make_network(gpu_network_memory(config.device, region_->data()));
 }
 
 // Waits for this rank's kernels only, and until their deadline at most. Frees nothing: see pool.h.
@@ -86,17 +83,17 @@ CudaCommunicator::~CudaCommunicator() {
 void CudaCommunicator::keep_what_others_use() {
   keep_until(memory_, [uses = awaiting_waves_] { return uses->done(); });
   if (visitors_.empty()) return;
-  keep_until(region_, [device = config_.device, mail = reinterpret_cast<Mailbox*>(region_->data()),
+  keep_until(region_, [device = config_.device, signals = reinterpret_cast<Signals*>(region_->data()),
                        aside = aside_, processes = processes_, visitors = visitors_]() mutable {
     const OnDevice guard(device);
-    const auto has_gone = [&](int p) {
-      uint64_t gone = 0;
-      const bool known = cudaMemcpyAsync(&gone, &mail[p].gone, sizeof gone, cudaMemcpyDeviceToHost,
-                                         aside.get()) == cudaSuccess &&
+    const auto has_detached = [&](int p) {
+      uint64_t detached = 0;
+      const bool known = cudaMemcpyAsync(&detached, &signals[p].detached, sizeof detached,
+                                         cudaMemcpyDeviceToHost, aside.get()) == cudaSuccess &&
                          cudaStreamSynchronize(aside.get()) == cudaSuccess;
-      return !known || gone || processes->has_exited(p);  // of a device that is lost nothing is known
+      return !known || detached || processes->has_exited(p);  // of a device that is lost nothing is known
     };
-    visitors.erase(std::remove_if(visitors.begin(), visitors.end(), has_gone), visitors.end());
+    visitors.erase(std::remove_if(visitors.begin(), visitors.end(), has_detached), visitors.end());
     return visitors.empty();
   });
 }
@@ -153,16 +150,16 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
   connect_network(peers, nullptr);
   peers_ = table_of(heaps);
   if (network_) {
-    hops_on_device_ = device_memory(config_.device, sizeof(Hops));
-    put(hops_on_device_.get(), &network_->hops(), sizeof(Hops));
-    peers_.hops = reinterpret_cast<const Hops*>(hops_on_device_.get());
+    internode_on_device_ = device_memory(config_.device, sizeof(Internode));
+    put(internode_on_device_.get(), &network_->internode(), sizeof(Internode));
+    peers_.internode = reinterpret_cast<const Internode*>(internode_on_device_.get());
   }
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
-  left_before_it_exited_.assign(config_.size, false);
+  departed_before_it_exited_.assign(config_.size, false);
   if (!visitors_.empty() || network_) {
     watch_ = std::make_unique<Watch>([this] {
       try {
-        look_for_the_dead();
+        check_processes();
       } catch (const std::exception&) {  // the device is lost: whoever waits for it is told
       }
     });
@@ -174,11 +171,11 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
 OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
   OpParams op{};
   op.peers = peers_;
-  op.wait = {call, epoch};
+  op.id = {call, epoch};
   op.timeout_ns = static_cast<uint64_t>(timeout_.load(std::memory_order_relaxed) * 1e9);
   op.state = state_;
   op.host = host_on_device_;
-  op.link = LinkRate::of(config_.link_gbps);
+  op.throttle = ThrottleRate::of(config_.link_gbps);
   op.ring_bytes = shape_.ring_bytes;
   return op;
 }
@@ -195,29 +192,29 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
 }
 
 // Who left before its process ended did its part in what it took part in: the kernels judge by its word.
-bool CudaCommunicator::has_said_that_it_left(int peer) {
+bool CudaCommunicator::has_announced_departure(int peer) {
   std::lock_guard<std::mutex> lock(look_mutex_);
-  if (left_before_it_exited_[peer]) return true;
+  if (departed_before_it_exited_[peer]) return true;
   const OnDevice guard = on_device();
-  uint64_t left = 0;
-  check(
-      cudaMemcpyAsync(&left, peers_.mail_from(peer).left, sizeof left, cudaMemcpyDeviceToHost, aside_.get()),
-      "cudaMemcpyAsync");
+  uint64_t departed = 0;
+  check(cudaMemcpyAsync(&departed, peers_.signals_from(peer).departed, sizeof departed,
+                        cudaMemcpyDeviceToHost, aside_.get()),
+        "cudaMemcpyAsync");
   check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
-  left_before_it_exited_[peer] = left != 0;
-  return left != 0;
+  departed_before_it_exited_[peer] = departed != 0;
+  return departed != 0;
 }
 
-void CudaCommunicator::look_for_the_dead() {
+void CudaCommunicator::check_processes() {
   if (network_) store_word(&host_->lost, network_->lost_ranks());
   for (int p = 0; p < config_.size; ++p) {
-    if (processes_->has_exited(p) && !has_said_that_it_left(p)) return abort_waits(Cause::exited, p);
+    if (processes_->has_exited(p) && !has_announced_departure(p)) return abort_waits(Cause::exited, p);
   }
 }
 
 // What only the host can see while kernels wait.
-void CudaCommunicator::look_around() {
-  look_for_the_dead();
+void CudaCommunicator::check_peers() {
+  check_processes();
   if (config_.interrupted && config_.interrupted(true)) abort_waits(Cause::interrupted, config_.rank);
 }
 
@@ -239,7 +236,7 @@ void CudaCommunicator::wait_until(const std::function<bool()>& done) {
   HostWait wait(config_.spin);
   while (!done()) {
     if (!wait.pause()) continue;
-    look_around();
+    check_peers();
     if (is_idle() && !done()) {
       throw std::runtime_error("communication kernels have ended without a word: a fault of commlib's");
     }
@@ -286,12 +283,12 @@ void CudaCommunicator::drain_unless_interrupted() {
 }
 
 // By copies beside the kernels, which may be waiting for this very word.
-void CudaCommunicator::tell_all(const Farewell& left) {
+void CudaCommunicator::announce_departure(const Departure& departure) {
   const OnDevice guard = on_device();
   for (int p = 0; p < peers_.size; ++p) {
-    if (peers_.is_near(p)) put(peers_.mail_to(p).left, left.words, sizeof left.words);
+    if (peers_.is_near(p)) put(peers_.signals_to(p).departed, departure.words, sizeof departure.words);
   }
-  if (network_) tell_far(left);
+  if (network_) announce_departure_far(departure);
 }
 
 // On each stream whose kernels tell others of the slot, who then write there.
@@ -310,8 +307,8 @@ void CudaCommunicator::has_closed() {
   watch_.reset();
   if (peers_.size == 0) return;  // it never connected
   const OnDevice guard = on_device();
-  const uint64_t gone = 1;
-  for (int p : visitors_) put(&peers_.mail_to(p).gone, &gone, sizeof gone);
+  const uint64_t detached = 1;
+  for (int p : visitors_) put(&peers_.signals_to(p).detached, &detached, sizeof detached);
   shared_device_.reset();
 }
 

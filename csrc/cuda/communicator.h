@@ -25,14 +25,14 @@ class CudaCommunicator final : public Communicator {
 
   PeerAddress address() override;
   void connect(const std::vector<PeerAddress>& peers) override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutingView& routing, bool has_weights, bool drop,
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
-  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutingView& routing,
+  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                          const Received& received, bool async, Held held = nullptr) override;
-  Ticket redispatch(const Rows& rows, const RoutingView& routing, const Received& received, bool async,
+  Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
                     std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
-  Ticket combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
-                 std::byte* out_weights, bool async, Held held = nullptr) override;
+  Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
+                 bool async, Held held = nullptr) override;
   void wait(const Ticket&) override { synchronize(); }
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
@@ -50,7 +50,7 @@ class CudaCommunicator final : public Communicator {
   void drain() override;
   void drain_unless_interrupted() override;
   void end_waits() override { abort_waits(Cause::broken, config_.rank); }
-  void tell_all(const Farewell& left) override;
+  void announce_departure(const Departure& departure) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 
@@ -58,7 +58,7 @@ class CudaCommunicator final : public Communicator {
   void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
   OpParams params(Call call, uint32_t epoch) const;
-  RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
+  RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutePlan& routing,
                  const Received& received, const SlotLease& lease);
   void launch_in_waves(const RowsOp& rows, PendingDispatch* pending);
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks. wait_for:
@@ -69,9 +69,9 @@ class CudaCommunicator final : public Communicator {
   void keep_near();
   void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
-  void look_for_the_dead();
-  void look_around();
-  bool has_said_that_it_left(int peer);
+  void check_processes();
+  void check_peers();
+  bool has_announced_departure(int peer);
 
   OnDevice on_device() const { return OnDevice(config_.device); }
 
@@ -85,7 +85,7 @@ class CudaCommunicator final : public Communicator {
   std::vector<int> visitors_;                           // ranks of other processes that map region_
   std::shared_ptr<PeerProcesses> processes_;
   Memory memory_;  // owner table, state and scratch
-  Memory hops_on_device_;
+  Memory internode_on_device_;
   std::shared_ptr<HostState> host_;
   HostState* host_on_device_ = nullptr;
   DeviceState* state_ = nullptr;
@@ -94,10 +94,11 @@ class CudaCommunicator final : public Communicator {
   Scratch scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
-  std::vector<bool> left_before_it_exited_;  // by rank; of the watcher's, or whoever waits: see look_mutex_
-  std::mutex look_mutex_;                    // guards left_before_it_exited_
-  Stream aside_;                             // for words to other ranks while kernels run
-  std::unique_ptr<Watch> watch_;             // last: it uses the others
+  std::vector<bool>
+      departed_before_it_exited_;  // by rank; of the watcher's, or whoever waits: see look_mutex_
+  std::mutex look_mutex_;          // guards departed_before_it_exited_
+  Stream aside_;                   // for words to other ranks while kernels run
+  std::unique_ptr<Watch> watch_;   // last: it uses the others
 };
 
 }  // namespace commlib::cuda

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "cuda/worker_rows.cuh"
-#include "protocol/combine_hops.h"
-#include "protocol/dispatch_hops.h"
+#include "protocol/internode/combine.h"
+#include "protocol/internode/dispatch.h"
 
 namespace commlib::cuda {
 
@@ -19,14 +19,14 @@ namespace commlib::cuda {
 __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
   const OpParams& common = op.common;
   if (op.reused && !await_pulled(w, common.peers, op.reuse_epoch)) return;
-  publish_call(w, common.peers, common.wait.epoch, common.wait.call);
+  publish_call(w, common.peers, common.id.epoch, common.id.call);
 }
 
 // Of a fresh dispatch, the plan says what came from whom.
-__device__ inline DeliverPlan deliver_of(const RowsOp& op) {
-  DeliverPlan deliver = op.deliver;
-  deliver.source_rows = op.send.is_fresh() ? op.source_rows : nullptr;
-  return deliver;
+__device__ inline UnpackPlan unpack_plan_of(const RowsOp& op) {
+  UnpackPlan unpack = op.unpack;
+  unpack.source_rows = op.send.is_fresh() ? op.source_rows : nullptr;
+  return unpack;
 }
 
 template <class Worker>
@@ -38,12 +38,12 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
   if (!send.is_fresh()) {
     ok = w.once([&] {
       if (w.index() == 0) announce(w, op);
-      return collect_calls(w, op.common.peers, op.common.wait.epoch, op.common.wait.call, w.slots());
+      return collect_calls(w, op.common.peers, op.common.id.epoch, op.common.id.call, w.slots());
     });
     send.slots = w.slots();
   }
-  ok = ok && move_rows(w, send, op.common.peers, op.common.wait, op.arrivals);
-  if (ok) deliver(w, deliver_of(op));
+  ok = ok && move_rows(w, send, op.common.peers, op.common.id, op.arrivals);
+  if (ok) unpack(w, unpack_plan_of(op));
   w.flush();
 }
 
@@ -51,17 +51,17 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
 __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constant__ WavesOp op) {
   const RowsOp& rows = op.rows;
   WarpWorker w(rows.common);
-  const WavePlan plan{op.waves_of_routes, op.early, rows.arrivals};
+  const WavePlan plan{op.waves_of_routes, op.wave_arrived, rows.arrivals};
   SendPlan send = rows.send;
   send.slots = rows.slots;
-  int delivered = 0;
+  int unpacked = 0;
   const auto tell = [&](int wave) {
-    if (w.lane() == 0) w.add(&rows.common.state->delivered[wave]);
-    delivered = wave + 1;
+    if (w.lane() == 0) w.add(&rows.common.state->unpacked[wave]);
+    unpacked = wave + 1;
   };
-  move_in_waves(w, send, deliver_of(rows), plan, rows.common.peers, tell);
+  move_in_waves(w, send, unpack_plan_of(rows), plan, rows.common.peers, tell);
   w.flush();  // after a failure, copies may still read this block's shared memory, which is another's next
-  while (delivered < kWaves) tell(delivered);
+  while (unpacked < kWaves) tell(unpacked);
 }
 
 // Nobody pulls any more from a slot that is about to be lent. One warp; plan.cuh says why it finds an end.
@@ -81,22 +81,22 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   PullPlan pull = op.pull;
   pull.slots = w.slots();
   if (ok) {
-    if (w.index() == 0) publish_call(w, common.peers, common.wait.epoch, common.wait.call);
-    start_pull(w, pull, common.peers, common.wait);
-    stage_rows(w, op.stage, rows_not_staged(w, op.pull, common.peers.rank));
+    if (w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
+    start_pull(w, pull, common.peers, common.id);
+    sum_local_rows(w, op.stage, rows_pulled_from_y(w, op.pull, common.peers.rank));
     arrive(w, common.peers);
     ok = w.once([&] {
-      return collect_calls(w, common.peers, common.wait.epoch, common.wait.call, w.slots()) &&
+      return collect_calls(w, common.peers, common.id.epoch, common.id.call, w.slots()) &&
              await_arrivals(w, common.peers, op.arrivals);
     });
   }
-  ok = ok && pull_all(w, pull, common.peers, common.wait);
+  ok = ok && pull_all(w, pull, common.peers, common.id);
   w.flush();
   ok = w.grid_barrier(ok);
   if (!ok || w.index() != 0) return;
-  publish_pulled(w, common.peers, common.wait.epoch);
+  publish_pulled(w, common.peers, common.id.epoch);
   // Rows of a receive slot are the user's tensor, who may write it when this kernel is done.
-  if (op.users_rows) await_pulled(w, common.peers, common.wait.epoch);
+  if (op.users_rows) await_pulled(w, common.peers, common.id.epoch);
 }
 
 }  // namespace commlib::cuda

@@ -107,7 +107,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
   prepare(waves_kernel, shape, facts.sms);
   prepare_rows<WarpWorker>(shape, facts.sms);
-  prepare_rows<HopsWorker>(shape, facts.sms);
+  prepare_rows<InternodeWorker>(shape, facts.sms);
   prepare_small(plan_kernel);
   prepare_small(await_kernel);
   return shape;
@@ -119,7 +119,8 @@ void launch_plan(cudaStream_t stream, const PlanOp& op) {
 }
 
 void launch_rows(const LaunchShape& shape, const RowsOp& op) {
-  launch(op.common.peers.hops ? rows_kernel<HopsWorker> : rows_kernel<WarpWorker>, shape, op, "rows_kernel");
+  launch(op.common.peers.internode ? rows_kernel<InternodeWorker> : rows_kernel<WarpWorker>, shape, op,
+         "rows_kernel");
 }
 
 void launch_waves(const LaunchShape& shape, const WavesOp& op) {
@@ -127,9 +128,9 @@ void launch_waves(const LaunchShape& shape, const WavesOp& op) {
 }
 
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {
-  const bool hops = op.common.peers.hops != nullptr;
-  launch(hops ? combine_kernel_of<HopsWorker>(dtype) : combine_kernel_of<WarpWorker>(dtype), shape, op,
-         "combine_kernel");
+  const bool internode = op.common.peers.internode != nullptr;
+  launch(internode ? combine_kernel_of<InternodeWorker>(dtype) : combine_kernel_of<WarpWorker>(dtype), shape,
+         op, "combine_kernel");
 }
 
 void launch_await(cudaStream_t stream, const AwaitOp& op) {

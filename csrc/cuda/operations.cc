@@ -7,9 +7,8 @@
 
 namespace commlib::cuda {
 
-std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingView& routing,
-                                                                  bool has_weights, bool drop,
-                                                                  bool in_waves) {
+std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
+                                                                  bool drop, bool in_waves) {
   const Issue issue(*this);
   const OnDevice guard = on_device();
   check_health();
@@ -25,7 +24,7 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutingV
   PlanOp op{};
   op.common = params(call, pending->epoch);
   op.common.ring_bytes = 0;
-  op.routing = routing_of(routing, owner_on_device_);
+  op.routing = router_output_of(routing, owner_on_device_);
   op.routes = routing.routes;
   op.ordinals = pending->lease->slot().sent_ordinals;
   op.group_firsts = pending->lease->slot().group_firsts;
@@ -75,19 +74,19 @@ void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint32_
   launch_await(stream, op);
 }
 
-RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutingView& routing,
+RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutePlan& routing,
                                  const Received& received, const SlotLease& lease) {
   RowsOp op{};
   op.common = params(call, epoch);
   op.send = send_plan(rows, routing);
-  op.deliver = deliver_plan(routing, received, lease);
+  op.unpack = unpack_plan(routing, received, lease);
   const std::vector<uint64_t> arrivals = next_arrivals(call.op);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   return op;
 }
 
-Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
-                                         const RoutingView& routing, const Received& received, bool, Held) {
+Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
+                                         const Received& received, bool, Held) {
   const Issue issue(*this);
   const OnDevice guard = on_device();
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
@@ -107,9 +106,9 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
 
 void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pending) {
   WavesOp op{rows, {}, scratch_.waves_of_routes};
-  const std::vector<uint64_t> early = next_early();
-  std::copy(early.begin(), early.end(), op.early);
-  pending->delivered = early[config_.rank];
+  const std::vector<uint64_t> wave_arrived = next_wave_arrivals();
+  std::copy(wave_arrived.begin(), wave_arrived.end(), op.wave_arrived);
+  pending->unpacked = wave_arrived[config_.rank];
   launch_waves(shape_, op);
 }
 
@@ -117,14 +116,14 @@ void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pend
 void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket&, int64_t expert,
                                    uintptr_t stream) {
   const OnDevice guard = on_device();
-  const uint64_t* word = &state_->delivered[wave_of(expert, placement_.count(config_.rank))];
+  const uint64_t* word = &state_->unpacked[wave_of(expert, placement_.count(config_.rank))];
   check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
-                                   dispatch.delivered, CU_STREAM_WAIT_VALUE_GEQ),
+                                   dispatch.unpacked, CU_STREAM_WAIT_VALUE_GEQ),
         "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
   awaiting_waves_->note(config_.device, reinterpret_cast<cudaStream_t>(stream));
 }
 
-Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing, const Received& received,
+Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutePlan& routing, const Received& received,
                                     bool, std::shared_ptr<SlotLease>* lease, Held) {
   const Issue issue(*this);
   const OnDevice guard = on_device();
@@ -139,7 +138,7 @@ Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutingView& routing
   return nullptr;
 }
 
-Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& routing, std::byte* out,
+Ticket CudaCommunicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
                                  std::byte* out_weights, bool, Held) {
   const Issue issue(*this);
   const OnDevice guard = on_device();
@@ -150,7 +149,7 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutingView& r
   call.slot = static_cast<uint8_t>(slot.lease->index());
   CombineOp op{};
   op.common = params(call, static_cast<uint32_t>(++epoch_));
-  op.stage = stage_plan(input, routing, slot);
+  op.stage = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.stage, out, out_weights);
   const std::vector<uint64_t> arrivals = next_arrivals(OpKind::combine);
   std::copy(arrivals.begin(), arrivals.end(), op.arrivals);

@@ -10,8 +10,8 @@
 #include "cuda/worker.cuh"
 #include "protocol/combine.h"
 #include "protocol/counts.h"
-#include "protocol/deliver.h"
-#include "protocol/tell.h"
+#include "protocol/notify.h"
+#include "protocol/unpack.h"
 
 namespace commlib::cuda {
 
@@ -105,11 +105,11 @@ __device__ inline int64_t first_bad_index(const PlanShared& s) {
 __device__ inline bool exchange_counts(WarpWorker& w, const PlanOp& op, PlanShared& s, int round) {
   const OpParams& common = op.common;
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
-  if (round == 1 && w.warp() == 0) publish_call(w, common.peers, common.wait.epoch, common.wait.call);
+  if (round == 1 && w.warp() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
   publish_counts(w, common.peers, op.routing.placement, source_counts(op, s), dispatch);
   bool ok = collect_counts(w, common.peers, op.routing.placement, dispatch, counts_result(op, s));
   if (round == 1 && w.warp() == kPlanWarps - 1) {
-    ok = ok && collect_calls(w, common.peers, common.wait.epoch, common.wait.call, s.slots);
+    ok = ok && collect_calls(w, common.peers, common.id.epoch, common.id.call, s.slots);
   }
   return all_warps(w, s, ok);
 }
@@ -161,7 +161,7 @@ __device__ inline void place(WarpWorker& w, const PlanOp& op, PlanShared& s) {
 __device__ inline void drop(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   __syncthreads();  // routes are written by lanes of one token each, and dropped by others
   const int64_t dropped = drop_overflow(w, op.routing, op.routes, source_counts(op, s), op.capacity);
-  if (dropped) w.tally(&s.dropped, static_cast<int>(dropped));
+  if (dropped) w.add_relaxed(&s.dropped, static_cast<int>(dropped));
   __syncthreads();
 }
 

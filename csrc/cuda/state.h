@@ -4,8 +4,8 @@
 
 #include "protocol/combine.h"
 #include "protocol/counts.h"
-#include "protocol/deliver.h"
 #include "protocol/failure.h"
+#include "protocol/unpack.h"
 #include "protocol/waves.h"
 
 namespace commlib::cuda {
@@ -33,10 +33,10 @@ struct DeviceState {
   // broken.
   uint64_t failed;
   // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
-  uint64_t link_free;
-  // delivered[i] grows by the grid's warps with each dispatch in waves, when wave i is in place, or the
+  uint64_t throttle_free;
+  // unpacked[i] grows by the grid's warps with each dispatch in waves, when wave i is in place, or the
   // operation has failed. Added by each warp after its flush (release), never reset; streams wait for it.
-  uint64_t delivered[kWaves];
+  uint64_t unpacked[kWaves];
 };
 
 // Mapped host memory. The host reads what the device has written before a release of the flag beside it.
@@ -77,17 +77,17 @@ struct Scratch {
 // What every kernel is given.
 struct OpParams {
   PeerTable peers;
-  Wait wait;
+  OpId id;
   uint64_t timeout_ns;
   DeviceState* state;
   HostState* host;  // as mapped on the device
-  LinkRate link;
+  ThrottleRate throttle;
   int ring_bytes;  // of shared memory for each warp's copies; 0: the device has no bulk copies
 };
 
 struct PlanOp {
   OpParams common;
-  Routing routing;
+  RouterOutput routing;
   int64_t* routes;
   int32_t* ordinals;         // [tokens][topk]
   int64_t* rows_per_expert;  // [own experts]
@@ -103,8 +103,8 @@ struct PlanOp {
 
 struct RowsOp {
   OpParams common;
-  SendPlan send;        // slots: null
-  DeliverPlan deliver;  // source_rows: null
+  SendPlan send;      // slots: null
+  UnpackPlan unpack;  // source_rows: null
   // Of a fresh dispatch, found by its plan: the slot that each rank lends, and how many rows it sends.
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
@@ -117,13 +117,13 @@ struct RowsOp {
 // A fresh dispatch in waves.
 struct WavesOp {
   RowsOp rows;
-  uint64_t early[kMaxRanks];
+  uint64_t wave_arrived[kMaxRanks];
   uint8_t* waves_of_routes;
 };
 
 struct CombineOp {
   OpParams common;
-  StagePlan stage;
+  LocalSumPlan stage;
   PullPlan pull;
   uint64_t arrivals[kMaxRanks];
   bool users_rows;  // the slot holds a tensor of the user's

@@ -2,8 +2,8 @@
 // the same bits. Compiled with -fmad=false, so that multiply and add stay apart.
 #pragma once
 
+#include "base/scalar_types.h"
 #include "cuda/ptx.cuh"
-#include "protocol/scalar_types.h"
 #include "protocol/worker.h"
 
 namespace commlib::cuda {

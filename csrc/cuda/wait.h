@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "backend/waiting.h"
+#include "base/waiting.h"
 
 namespace commlib::cuda {
 

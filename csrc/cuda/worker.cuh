@@ -75,7 +75,8 @@ struct WaitingLane {
   ptx::store_release_sys(&op.host->failed, 1);
   for (int p = 0; p < op.peers.size; ++p) {
     for (int half = 0; half < 2; ++half) {
-      ptx::store_release_sys(&op.peers.mail_to(p).left[half], tagged_half(kGaveUp, record->blamed, half));
+      ptx::store_release_sys(&op.peers.signals_to(p).departed[half],
+                             tagged_half(kGaveUp, record->blamed, half));
     }
   }  // and the host tells those on other nodes, when it raises
 }
@@ -86,41 +87,42 @@ struct WaitingLane {
   if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
   WaitingLane w{op};
   FailureRecord record{};
-  if (!find_cause(w, op.peers, op.wait, awaited, phase, &record)) {
+  if (!find_cause(w, op.peers, op.id, awaited, phase, &record)) {
     const uint64_t lost = ptx::load_acquire_sys(&op.host->lost) & awaited;
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
     if (!lost && !abort && ptx::globaltimer() - start < op.timeout_ns) return false;
     const Cause cause = lost ? Cause::lost : static_cast<Cause>(tag_of(abort));
     const uint64_t blamed = lost ? lost : bit_of(static_cast<int>(value_of(abort)));
-    record = lost || abort ? new_record(w, op.peers, op.wait, cause, awaited, blamed, phase)
-                           : timeout_record(w, op.peers, op.wait, awaited, phase);
+    record = lost || abort ? new_record(w, op.peers, op.id, cause, awaited, blamed, phase)
+                           : timeout_record(w, op.peers, op.id, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
   return true;
 }
 
-// See tell_of_wait. A function of its own: gives_up has no registers left for it in a plan.
-[[gnu::noinline]] __device__ inline void tell_others(const OpParams& op, uint64_t awaited, uint64_t start) {
+// See announce_wait. A function of its own: gives_up has no registers left for it in a plan.
+[[gnu::noinline]] __device__ inline void announce_wait_of(const OpParams& op, uint64_t awaited,
+                                                          uint64_t start) {
   WaitingLane w{op};
-  tell_of_wait(w, op.peers, op.wait, awaited, ptx::globaltimer() - start >= op.timeout_ns / 2);
+  announce_wait(w, op.peers, op.id, awaited, ptx::globaltimer() - start >= op.timeout_ns / 2);
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
   WaitingLane w{op};
-  FailureRecord record = mismatch_record(w, op.peers, op.wait, peer, theirs);
+  FailureRecord record = mismatch_record(w, op.peers, op.id, peer, theirs);
   fail(op, &record, ptx::globaltimer());
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_malformed(const OpParams& op, int peer, Phase phase) {
   WaitingLane w{op};
-  FailureRecord record = malformed_record(w, op.peers, op.wait, peer, phase);
+  FailureRecord record = malformed_record(w, op.peers, op.id, peer, phase);
   fail(op, &record, ptx::globaltimer());
 }
 
 class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
-  static constexpr bool kHops = false;
+  static constexpr bool kInternode = false;
 
   __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
     lane_ = static_cast<int>(threadIdx.x % kWarpLanes);
@@ -210,14 +212,14 @@ class WarpWorker {
     return all(answer_for_block());
   }
 
-  __device__ bool link_limited() const { return op_.link.fs_per_byte != 0; }
-  __device__ void pass_link(int64_t bytes) const {
+  __device__ bool throttled() const { return op_.throttle.fs_per_byte != 0; }
+  __device__ void pass_throttle(int64_t bytes) const {
     if (lane_ == 0) {
-      uint64_t free = ptx::load_acquire_gpu(&op_.state->link_free), end;
+      uint64_t free = ptx::load_acquire_gpu(&op_.state->throttle_free), end;
       const uint64_t now = ptx::globaltimer();
       for (;;) {
-        end = op_.link.end_of(bytes, now, free);
-        const uint64_t before = ptx::exchange_if_gpu(&op_.state->link_free, free, end);
+        end = op_.throttle.end_of(bytes, now, free);
+        const uint64_t before = ptx::exchange_if_gpu(&op_.state->throttle_free, free, end);
         if (before == free) break;
         free = before;
       }
@@ -229,11 +231,11 @@ class WarpWorker {
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
   __device__ void add(uint64_t* counter, uint64_t n = 1) const { ptx::add_release_sys(counter, n); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
-  __device__ void say(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
-  __device__ uint64_t glance(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
-  __device__ void wake(const Mailbox&) const {}
+  __device__ void store_relaxed(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
+  __device__ uint64_t load_relaxed(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
+  __device__ void notify(const Signals&) const {}
   __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
-  __device__ void tally(uint32_t* counter, int n) const {
+  __device__ void add_relaxed(uint32_t* counter, int n) const {
     ptx::add_relaxed_gpu(counter, static_cast<uint32_t>(n));
   }
   __device__ static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
@@ -250,10 +252,10 @@ class WarpWorker {
     return await([=] { return tag_of(ptx::load_acquire_sys(word)) == tag; }, peer,
                  [=] { return bit_of(peer); }, phase);
   }
-  __device__ bool await_change(const Hops& hops, uint64_t seen, uint64_t ranks) const {
-    const uint64_t* news = hops.news;
-    return all(
-        await([=] { return ptx::load_acquire_sys(news) != seen; }, 0, [=] { return ranks; }, Phase::network));
+  __device__ bool await_change(const Internode& internode, uint64_t seen, uint64_t ranks) const {
+    const uint64_t* progress = internode.progress;
+    return all(await([=] { return ptx::load_acquire_sys(progress) != seen; }, 0, [=] { return ranks; },
+                     Phase::network));
   }
   __device__ bool mismatch(int peer, Call theirs) const {
     fail_by_mismatch(op_, peer, theirs);
@@ -330,7 +332,7 @@ __device__ bool WarpWorker::await(Ready ready, int, Late late, Phase phase) cons
   if (ready()) return true;
   const uint64_t start = ptx::globaltimer();
   const bool ok = await_long(ready, late, phase, start);
-  if (ok && ptx::globaltimer() - start >= kLookNs) tell_others(op_, 0, start);
+  if (ok && ptx::globaltimer() - start >= kLookNs) announce_wait_of(op_, 0, start);
   return ok;
 }
 
@@ -349,7 +351,7 @@ __device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, uint
     const uint64_t awaited = late();
     if (awaited == 0) continue;  // it has come meanwhile
     if (!gives_up(op_, awaited, phase, start, false)) {
-      tell_others(op_, awaited, start);
+      announce_wait_of(op_, awaited, start);
       continue;
     }
     if (ready()) return true;  // who left did its part first, and said so after that
@@ -405,10 +407,10 @@ __device__ inline bool WarpWorker::await_blocks() const {
 }
 
 // Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.
-class HopsWorker : public WarpWorker {
+class InternodeWorker : public WarpWorker {
  public:
   using WarpWorker::WarpWorker;
-  static constexpr bool kHops = true;
+  static constexpr bool kInternode = true;
 };
 
 // Adds rows of T.
@@ -417,7 +419,7 @@ class SumWorker : public Base {
  public:
   using Base::Base;
   __device__ void reduce(DType, std::byte* dst, List<Term> terms, int64_t elements) {
-    this->template sum<T, Base::kHops ? kSumPieces / 2 : kSumPieces>(dst, terms, elements);
+    this->template sum<T, Base::kInternode ? kSumPieces / 2 : kSumPieces>(dst, terms, elements);
   }
 };
 

@@ -4,8 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "backend/communicator.h"
-#include "protocol/channel.h"
+#include "protocol/internode/channel.h"
 
 namespace commlib {
 namespace {
@@ -24,19 +23,19 @@ bool lies_in(uint64_t offset, uint64_t bytes, uint64_t begin, uint64_t size) {
 
 }  // namespace
 
-Inspection::Inspection(const Config& config, uint64_t far)
-    : rank_(config.rank),
-      size_(config.size),
+Inspection::Inspection(const NetShape& shape, std::vector<PeerKeys> keys, uint64_t far)
+    : rank_(shape.rank),
+      size_(shape.size),
       far_(far),
-      count_words_(count_words({config.experts, config.size})),
-      keys_(config.keys) {
+      count_words_(shape.count_words),
+      keys_(std::move(keys)) {
   if (keys_.size() != static_cast<size_t>(size_))
     throw std::invalid_argument("several nodes: a key for each rank is wanted, got " +
                                 std::to_string(keys_.size()) + " for " + std::to_string(size_) + " ranks");
 }
 
-void Inspection::know(const Hops& hops, const LaneState* first_state, int64_t states) {
-  hops_ = &hops;
+void Inspection::know(const Internode& internode, const QueueState* first_state, int64_t states) {
+  internode_ = &internode;
   first_state_ = first_state;
   passed_.assign(static_cast<size_t>(states), 0);
 }
@@ -73,12 +72,12 @@ const char* Inspection::fault_of(const Post& post, uint64_t bytes) const {
 const char* Inspection::fault_of_words(const Post& post) const {
   if (post.bytes == 0 || post.bytes % 8 || post.number % 8) return "words that are not whole";
   const auto from = static_cast<uint64_t>(post.peer), size = static_cast<uint64_t>(size_);
-  constexpr uint64_t first = offsetof(Mailbox, calls);
-  if (lies_in(post.number, post.bytes, from * sizeof(Mailbox) + first, sizeof(Mailbox) - first))
+  constexpr uint64_t first = offsetof(Signals, calls);
+  if (lies_in(post.number, post.bytes, from * sizeof(Signals) + first, sizeof(Signals) - first))
     return nullptr;
   const uint64_t counts_bytes = static_cast<uint64_t>(count_words_) * 8;
   for (uint64_t parity = 0; parity < 2; ++parity) {
-    const uint64_t counts = size * sizeof(Mailbox) + (parity * size + from) * counts_bytes;
+    const uint64_t counts = size * sizeof(Signals) + (parity * size + from) * counts_bytes;
     if (lies_in(post.number, post.bytes, counts, counts_bytes)) return nullptr;
   }
   return "words that are not its own";
@@ -86,46 +85,48 @@ const char* Inspection::fault_of_words(const Post& post) const {
 
 const char* Inspection::fault_of_chunk(const Post& post) const {
   const ChannelEnd* end = find(post, false);
-  const ChannelShape& shape = hops_->shape;
-  if (!end || post.lane >= shape.lanes) return "rows through a channel that there is not";
+  const ChannelShape& shape = internode_->shape;
+  if (!end || post.queue >= shape.queues) return "rows through a channel that there is not";
   if (post.bytes < sizeof(ChunkHeader) || post.bytes > static_cast<uint64_t>(shape.chunk_bytes))
     return "a chunk of a size that there is not";
   // It may lie in the ring only once what lay there has been taken.
-  const uint64_t taken = passed_[lane_index(*end, post.lane)];
+  const uint64_t taken = passed_[queue_index(*end, post.queue)];
   if (post.number < taken || post.number - taken >= static_cast<uint64_t>(shape.chunks))
     return "a chunk where there is no room for it";
-  const uint64_t* word = end->words + shape.place(post.lane, post.number);
+  const uint64_t* word = end->words + shape.position(post.queue, post.number);
   if (__atomic_load_n(word, __ATOMIC_RELAXED) == post.number + 1) return "a chunk for the second time";
   return nullptr;
 }
 
 const char* Inspection::fault_of_taken(const Post& post) const {
   const ChannelEnd* end = find(post, true);
-  if (!end || post.lane >= hops_->shape.lanes || post.bytes != 0) return "an answer through no channel";
-  if (post.number > passed_[lane_index(*end, post.lane)]) return "an answer to chunks that it was not sent";
+  if (!end || post.queue >= internode_->shape.queues || post.bytes != 0)
+    return "an answer through no channel";
+  if (post.number > passed_[queue_index(*end, post.queue)]) return "an answer to chunks that it was not sent";
   return nullptr;
 }
 
 void Inspection::note_sent(const Post& post) {
   if (post.kind == PostKind::words) return;
   const bool chunk = post.kind == PostKind::chunk;
-  passed_[lane_index(*find(post, chunk), post.lane)] = post.number + (chunk ? 1 : 0);
+  passed_[queue_index(*find(post, chunk), post.queue)] = post.number + (chunk ? 1 : 0);
 }
 
 const ChannelEnd* Inspection::find(const Post& post, bool sending) const {
-  const bool outward = post.stream == Stream::outward;
-  if (!outward && post.stream != Stream::homeward) return nullptr;
-  const ChannelEnd* ends = sending ? (outward ? hops_->to_gateway : hops_->to_source)
-                                   : (outward ? hops_->from_source : hops_->from_gateway);
-  const int count = outward == sending ? hops_->gateways : hops_->sources;  // sources get what is outward
+  const bool outward = post.direction == Direction::outward;
+  if (!outward && post.direction != Direction::homeward) return nullptr;
+  const ChannelEnd* ends = sending ? (outward ? internode_->to_gateway : internode_->to_source)
+                                   : (outward ? internode_->from_source : internode_->from_gateway);
+  const int count =
+      outward == sending ? internode_->gateways : internode_->sources;  // sources get what is outward
   for (int i = 0; i < count; ++i) {
     if (ends[i].peer == post.peer) return &ends[i];
   }
   return nullptr;
 }
 
-size_t Inspection::lane_index(const ChannelEnd& end, int lane) const {
-  return static_cast<size_t>(end.lanes - first_state_ + lane);
+size_t Inspection::queue_index(const ChannelEnd& end, int queue) const {
+  return static_cast<size_t>(end.queues - first_state_ + queue);
 }
 
 }  // namespace commlib

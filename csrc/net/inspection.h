@@ -4,20 +4,18 @@
 
 #include <vector>
 
-#include "net/transport.h"
+#include "net/net_config.h"
 
 namespace commlib {
-
-struct Config;
 
 // A rank's channels, as far as checks need to know them. Used by the network's thread alone.
 class Inspection {
  public:
-  // Reads rank, size, experts, keys. `far`: the ranks on other nodes, as a mask. Throws std::invalid_argument
-  // if there are no keys.
-  Inspection(const Config& config, uint64_t far);
-  // hops: stays where it is. Only addresses are compared, so they may be those of a GPU's memory.
-  void know(const Hops& hops, const LaneState* first_state, int64_t states);
+  // keys: by rank. far: the ranks on other nodes, as a mask. Throws std::invalid_argument if there is not a
+  // key for each rank.
+  Inspection(const NetShape& shape, std::vector<PeerKeys> keys, uint64_t far);
+  // internode: stays where it is. Only addresses are compared, so they may be those of a GPU's memory.
+  void know(const Internode& internode, const QueueState* first_state, int64_t states);
 
   Header header_for(const Post& post) const;
   // Whether a header comes from the rank that it names.
@@ -34,15 +32,16 @@ class Inspection {
   const char* fault_of_words(const Post& post) const;
   const char* fault_of_chunk(const Post& post) const;
   const char* fault_of_taken(const Post& post) const;
-  size_t lane_index(const ChannelEnd& end, int lane) const;
+  size_t queue_index(const ChannelEnd& end, int queue) const;
 
   const int rank_, size_;
   const uint64_t far_;
   const int64_t count_words_;  // of one source
   const std::vector<PeerKeys> keys_;
-  const Hops* hops_ = nullptr;
-  const LaneState* first_state_ = nullptr;
-  std::vector<uint64_t> passed_;  // by lane of each end: chunks sent, or those that the sender knows as taken
+  const Internode* internode_ = nullptr;
+  const QueueState* first_state_ = nullptr;
+  std::vector<uint64_t>
+      passed_;  // by queue of each end: chunks sent, or those that the sender knows as taken
 };
 
 }  // namespace commlib

@@ -12,8 +12,6 @@
 #include <new>
 #include <stdexcept>
 
-#include "backend/communicator.h"
-
 namespace commlib {
 namespace {
 
@@ -55,10 +53,9 @@ class HostMemory final : public NetworkMemory {
   std::vector<std::pair<void*, size_t>> mapped_;
 };
 
-FrameLayout largest_frame(const Config& config, const Topology& topology) {
-  const int64_t row = config.hidden * size_of(config.dtype);
-  return FrameLayout::of(topology.served_most, config.topk, config.topk,
-                         config.topk * accumulator_size(config.dtype), row);
+FrameLayout largest_frame(const NetShape& shape, const Topology& topology) {
+  return FrameLayout::of(topology.served_most, shape.topk, shape.topk, shape.topk * shape.weight_bytes,
+                         shape.row_bytes);
 }
 
 int64_t or_else(int64_t asked, int64_t otherwise) { return asked ? asked : otherwise; }
@@ -69,20 +66,20 @@ std::unique_ptr<NetworkMemory> host_network_memory(std::byte* control) {
   return std::make_unique<HostMemory>(control);
 }
 
-Network::Network(const Config& config, int64_t control_bytes, std::unique_ptr<NetworkMemory> memory)
-    : topology_(Topology::of(config)),
-      size_(config.size),
-      control_bytes_(control_bytes),
-      spin_(config.spin),
+Network::Network(const NetShape& shape, const NetConfig& config, std::unique_ptr<NetworkMemory> memory)
+    : topology_(Topology::of(shape.rank, shape.size, config)),
+      size_(shape.size),
+      control_bytes_(shape.control_bytes),
+      spin_(shape.spin),
       memory_(std::move(memory)),
       transport_(config.make_transport()),
-      largest_(largest_frame(config, topology_)),
+      largest_(largest_frame(shape, topology_)),
       asked_chunk_bytes_(config.chunk_bytes),
       asked_chunks_(config.chunks),
-      inspection_(config, ~topology_.near),
-      shadows_(config.size, nullptr),
+      inspection_(shape, config.keys, ~topology_.near),
+      shadows_(shape.size, nullptr),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      why_(config.size) {
+      why_(shape.size) {
   if (wake_ < 0) throw std::runtime_error("eventfd: too many open files? (ulimit -n)");
 }
 
@@ -91,9 +88,9 @@ Network::~Network() {
   ::close(wake_);
 }
 
-void Network::connect(const std::vector<std::string>& addresses, int lanes, Mailbox* mail) {
-  mail_ = mail;
-  make_rings(lanes);
+void Network::connect(const std::vector<std::string>& addresses, int queues, Signals* signals) {
+  signals_ = signals;
+  make_rings(queues);
   std::vector<std::string> far(size_);
   for (int p = 0; p < size_; ++p) {
     if (topology_.near >> p & 1) continue;
@@ -106,70 +103,70 @@ void Network::connect(const std::vector<std::string>& addresses, int lanes, Mail
 
 // Every channel has as many chunks as fit into the memory for all rings of the rank that has most of them:
 // the same on all ranks.
-ChannelShape Network::shape_for(int lanes) const {
+ChannelShape Network::shape_for(int queues) const {
   const auto one_frame = static_cast<int64_t>(sizeof(ChunkHeader)) + largest_.bytes;
   const int64_t chunk = align_up(std::max(or_else(asked_chunk_bytes_, kChunkBytes), one_frame), kRowAlign);
-  const int64_t rings = int64_t{2} * topology_.channels_most * lanes;
+  const int64_t rings = int64_t{2} * topology_.channels_most * queues;
   const int64_t fit = kRingsBytes / std::max<int64_t>(1, rings * chunk);
   auto chunks = static_cast<int32_t>(or_else(asked_chunks_, kLeastChunks));
   while (!asked_chunks_ && chunks < kMostChunks && 2 * chunks <= fit) chunks *= 2;
-  return {chunk, chunks, lanes};
+  return {chunk, chunks, queues};
 }
 
-void Network::make_rings(int lanes) {
-  hops_.shape = shape_for(lanes);
-  const auto& [chunk, chunks, _] = hops_.shape;
+void Network::make_rings(int queues) {
+  internode_.shape = shape_for(queues);
+  const auto& [chunk, chunks, _] = internode_.shape;
   const int64_t ends = 2 * static_cast<int64_t>(topology_.gateways.size() + topology_.sources.size());
-  const int64_t ring_bytes = ends * lanes * chunks * chunk;
-  const int64_t states = ends * lanes * static_cast<int64_t>(sizeof(LaneState));
+  const int64_t ring_bytes = ends * queues * chunks * chunk;
+  const int64_t states = ends * queues * static_cast<int64_t>(sizeof(QueueState));
   // A UCX that was built without CUDA would take a GPU's memory for the host's.
   const auto size = static_cast<size_t>(ring_bytes + 8);  // not nothing where there are no channels
   std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(size) : memory_->words(size);
-  auto* state = reinterpret_cast<LaneState*>(memory_->own(static_cast<size_t>(states + 8)));
-  const int64_t words = 1 + ends * lanes * chunks;
+  auto* state = reinterpret_cast<QueueState*>(memory_->own(static_cast<size_t>(states + 8)));
+  const int64_t words = 1 + ends * queues * chunks;
   auto* word = reinterpret_cast<uint64_t*>(memory_->words(static_cast<size_t>(8 * words)));
   transport_->use_memory(ring, static_cast<size_t>(ring_bytes));
   bytes_ = ring_bytes + states + 8 * words;
   if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(state) + states / 8);
-  hops_.news = word++;
-  hops_.bell = &bell_;
+  internode_.progress = word++;
+  internode_.event = &event_;
 
   make_ends(ring, word, state);
-  inspection_.know(hops_, state, ends * lanes);
+  inspection_.know(internode_, state, ends * queues);
 }
 
-void Network::make_ends(std::byte* ring, uint64_t* word, LaneState* state) {
-  const int64_t rings = int64_t{hops_.shape.lanes} * hops_.shape.chunks;
+void Network::make_ends(std::byte* ring, uint64_t* word, QueueState* state) {
+  const int64_t rings = int64_t{internode_.shape.queues} * internode_.shape.chunks;
   const auto new_end = [&](int peer) {
     const ChannelEnd end{peer, ring, word, state};
-    ring += rings * hops_.shape.chunk_bytes;
+    ring += rings * internode_.shape.chunk_bytes;
     word += rings;
-    state += hops_.shape.lanes;
+    state += internode_.shape.queues;
     return end;
   };
-  hops_.served = topology_.served;
-  hops_.served_most = topology_.served_most;
+  internode_.served = topology_.served;
+  internode_.served_most = topology_.served_most;
   for (const Topology::Peer& g : topology_.gateways) {
-    const int i = hops_.gateways++;
-    hops_.gateway[i] = {g.rank, g.serves};
-    hops_.to_gateway[i] = new_end(g.rank);
-    hops_.from_gateway[i] = new_end(g.rank);
+    const int i = internode_.gateways++;
+    internode_.gateway[i] = {g.rank, g.serves};
+    internode_.to_gateway[i] = new_end(g.rank);
+    internode_.from_gateway[i] = new_end(g.rank);
   }
   for (int s : topology_.sources) {
-    const int i = hops_.sources++;
-    hops_.from_source[i] = new_end(s);
-    hops_.to_source[i] = new_end(s);
+    const int i = internode_.sources++;
+    internode_.from_source[i] = new_end(s);
+    internode_.to_source[i] = new_end(s);
   }
   for (int p = 0; p < size_; ++p) {
-    hops_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
-    hops_.brought_by[p] = static_cast<uint8_t>(topology_.brought_by[p]);
+    internode_.gateway_of[p] = static_cast<uint8_t>(topology_.gateway_of[p]);
+    internode_.brought_by[p] = static_cast<uint8_t>(topology_.brought_by[p]);
   }
 }
 
 void Network::make_outbox(uint64_t* tickets) {
   std::byte* entries = memory_->words(kOutboxSize * sizeof(OutboxEntry));
-  hops_.outbox = {reinterpret_cast<OutboxEntry*>(entries), kOutboxSize, tickets};
-  for (uint64_t i = 0; i < kOutboxSize; ++i) hops_.outbox.entries[i].turn = i;
+  internode_.outbox = {reinterpret_cast<OutboxEntry*>(entries), kOutboxSize, tickets};
+  for (uint64_t i = 0; i < kOutboxSize; ++i) internode_.outbox.entries[i].turn = i;
   bytes_ += static_cast<int64_t>(kOutboxSize * sizeof(OutboxEntry));
 }
 
@@ -209,7 +206,7 @@ bool Network::take_posts() {
 }
 
 bool Network::take_from_outbox() {
-  const Outbox& box = hops_.outbox;
+  const Outbox& box = internode_.outbox;
   bool any = false;
   for (; box.entries; any = true) {
     OutboxEntry& entry = box.entries[taken_ % box.size];
@@ -223,12 +220,12 @@ bool Network::take_from_outbox() {
 }
 
 void Network::send(const Post& post) {
-  const ChannelShape& shape = hops_.shape;
+  const ChannelShape& shape = internode_.shape;
   const std::byte* data = nullptr;
   if (post.kind == PostKind::words) {
     data = shadows_[post.peer] + post.number;
   } else if (post.kind == PostKind::chunk) {
-    data = inspection_.find(post, true)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+    data = inspection_.find(post, true)->ring + shape.position(post.queue, post.number) * shape.chunk_bytes;
   }
   inspection_.note_sent(post);
   messages_.fetch_add(1, std::memory_order_relaxed);
@@ -249,15 +246,15 @@ bool Network::accepts(const void* header, size_t header_bytes, uint64_t bytes, P
 }
 
 std::byte* Network::place_for(const Post& post) {
-  const ChannelShape& shape = hops_.shape;
-  return inspection_.find(post, false)->ring + shape.place(post.lane, post.number) * shape.chunk_bytes;
+  const ChannelShape& shape = internode_.shape;
+  return inspection_.find(post, false)->ring + shape.position(post.queue, post.number) * shape.chunk_bytes;
 }
 
-// First the word, then the news: who has read the news finds the word.
+// First the word, then the progress: who has read the progress finds the word.
 void Network::publish(uint64_t* word, uint64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
-  __atomic_fetch_add(hops_.news, 1, __ATOMIC_RELEASE);
-  ring(bell_);
+  __atomic_fetch_add(internode_.progress, 1, __ATOMIC_RELEASE);
+  notify(event_);
 }
 
 void Network::arrived(const Post& post, const std::byte* words) {
@@ -267,16 +264,16 @@ void Network::arrived(const Post& post, const std::byte* words) {
     } catch (const std::exception& e) {  // not through a transport's C code
       return lost(post.peer, std::string("its words could not be written: ") + e.what());
     }
-    if (mail_) ring(mail_[post.peer].bell);
+    if (signals_) notify(signals_[post.peer].event);
     return;
   }
   const ChannelEnd* end = inspection_.find(post, post.kind == PostKind::taken);
   if (post.kind == PostKind::taken) {
-    uint64_t* word = end->words + hops_.shape.place(post.lane, 0);
+    uint64_t* word = end->words + internode_.shape.position(post.queue, 0);
     // Messages may overtake each other.
     if (post.number > __atomic_load_n(word, __ATOMIC_RELAXED)) publish(word, post.number);
   } else {
-    publish(end->words + hops_.shape.place(post.lane, post.number), post.number + 1);
+    publish(end->words + internode_.shape.position(post.queue, post.number), post.number + 1);
   }
 }
 
@@ -286,9 +283,9 @@ void Network::lost(int peer, const std::string& why) {
     if (why_[peer].empty()) why_[peer] = why;
   }
   lost_.fetch_or(uint64_t{1} << peer, std::memory_order_acq_rel);
-  __atomic_fetch_add(hops_.news, 1, __ATOMIC_RELEASE);
-  ring(bell_);
-  if (mail_) ring(mail_[peer].bell);
+  __atomic_fetch_add(internode_.progress, 1, __ATOMIC_RELEASE);
+  notify(event_);
+  if (signals_) notify(signals_[peer].event);
 }
 
 std::string Network::why_lost(int peer) const {

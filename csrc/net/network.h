@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
-#include "backend/waiting.h"
-#include "cpu/bell.h"
+#include "base/event_count.h"
 #include "net/inspection.h"
+#include "net/net_config.h"
 #include "net/topology.h"
 #include "net/transport.h"
-#include "protocol/channel.h"
+#include "protocol/internode/channel.h"
 
 namespace commlib {
 
@@ -39,16 +39,16 @@ std::unique_ptr<NetworkMemory> host_network_memory(std::byte* control);
 
 class Network final : Receiver {
  public:
-  Network(const Config& config, int64_t control_bytes, std::unique_ptr<NetworkMemory> memory);
+  Network(const NetShape& shape, const NetConfig& config, std::unique_ptr<NetworkMemory> memory);
   ~Network() override;
 
   std::string address() { return transport_->address(); }
-  // By rank, as address() gave them there. lanes: of every channel, on all ranks the same. `mail`: this
+  // By rank, as address() gave them there. queues: of every channel, on all ranks the same. `signals`: this
   // rank's, whose bells are rung for words.
-  void connect(const std::vector<std::string>& addresses, int lanes, Mailbox* mail);
+  void connect(const std::vector<std::string>& addresses, int queues, Signals* signals);
 
   const Topology& topology() const { return topology_; }
-  const Hops& hops() const { return hops_; }  // once connected
+  const Internode& internode() const { return internode_; }  // once connected
   // What this rank writes for a rank on another node: like that rank's control block.
   std::byte* control_for(int peer) const { return shadows_[peer]; }
   // From any thread of the host.
@@ -75,9 +75,9 @@ class Network final : Receiver {
   void arrived(const Post& post, const std::byte* words) override;
   void lost(int peer, const std::string& why) override;
 
-  ChannelShape shape_for(int lanes) const;
-  void make_rings(int lanes);
-  void make_ends(std::byte* ring, uint64_t* word, LaneState* state);
+  ChannelShape shape_for(int queues) const;
+  void make_rings(int queues);
+  void make_ends(std::byte* ring, uint64_t* word, QueueState* state);
   void make_outbox(uint64_t* tickets);
   void publish(uint64_t* word, uint64_t value);
   void run();
@@ -97,10 +97,10 @@ class Network final : Receiver {
   const FrameLayout largest_;  // of frames
   const int64_t asked_chunk_bytes_, asked_chunks_;
   Inspection inspection_;
-  Hops hops_{};
-  Bell bell_{};
+  Internode internode_{};
+  EventCount event_{};
   std::vector<std::byte*> shadows_;  // by rank
-  Mailbox* mail_ = nullptr;
+  Signals* signals_ = nullptr;
   int64_t bytes_ = 0;
 
   uint64_t taken_ = 0;  // from the outbox; the thread's own

@@ -6,7 +6,7 @@
 
 namespace commlib {
 
-struct Config;
+struct NetConfig;
 
 struct Topology {
   uint64_t near;  // the ranks of this rank's node, as a mask
@@ -23,8 +23,7 @@ struct Topology {
   int served_most;              // by any gateway
   int channels_most;            // that any rank has outward, both ends counted; homeward there are as many
 
-  // Reads rank, size, node_of and hierarchical.
-  static Topology of(const Config& config);
+  static Topology of(int rank, int size, const NetConfig& config);
 };
 
 }  // namespace commlib

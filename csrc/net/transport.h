@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "protocol/hops.h"
+#include "protocol/internode/endpoints.h"
 
 namespace commlib {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/bell.h"
+#include "base/event_count.h"
 #include "net/ucx_library.h"
 
 namespace commlib {

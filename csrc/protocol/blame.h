@@ -5,15 +5,15 @@
 // or has left for good says nothing, and one behind a cut link is not heard.
 #pragma once
 
-#include "protocol/tell.h"
+#include "protocol/notify.h"
 
 namespace commlib {
 
 // Whether `peer` has come as far as this operation. A call word is overwritten by that of a later call only.
 template <class Worker>
 COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t epoch) {
-  const uint64_t word = w.read(&peers.mail_from(peer).calls[epoch % kCallRing]);
-  return Call::unpack(value_of(word)).op != OpKind::none && reached(tag_of(word), epoch);
+  const uint64_t word = w.read(&peers.signals_from(peer).calls[epoch % kCallRing]);
+  return Call::from_bits(value_of(word)).op != OpKind::none && reached(tag_of(word), epoch);
 }
 
 // The newest call that `peer` told this rank of, or 0.
@@ -21,9 +21,9 @@ template <class Worker>
 COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
   uint64_t newest = 0;
 #pragma unroll 1
-  for (const uint64_t& word : peers.mail_from(peer).calls) {
+  for (const uint64_t& word : peers.signals_from(peer).calls) {
     const uint64_t v = w.read(&word);
-    const bool said = Call::unpack(value_of(v)).op != OpKind::none;
+    const bool said = Call::from_bits(value_of(v)).op != OpKind::none;
     if (said && (newest == 0 || reached(tag_of(v), tag_of(newest)))) newest = v;
   }
   return newest;
@@ -45,7 +45,7 @@ COMMLIB_HD uint64_t awaited_by(Worker& w, const PeerTable& peers, int p) {
   uint64_t ranks = 0;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
+    const uint64_t word = w.read(&peers.signals_from(p).awaits[half]);
     if (value_of(word) != 0 && !has_called(w, peers, p, tag_of(word) + 1)) ranks |= ranks_of_half(word, half);
   }
   return ranks & peers.all();
@@ -56,7 +56,7 @@ COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
   const int half = peers.rank / 32;
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
-    const uint64_t word = w.read(&peers.mail_from(p).awaits[half]);
+    const uint64_t word = w.read(&peers.signals_from(p).awaits[half]);
     if (p != peers.rank && has(ranks_of_half(word, half), peers.rank)) return true;
   }
   return false;
@@ -64,28 +64,28 @@ COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
 
 // Puts a word about this rank's waits in place of `before`, with all ranks, unless another worker has.
 template <class Worker>
-COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
-  if (!w.replace(&peers.mail_to(peers.rank).awaits[half], before, word)) return;
+COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
+  if (!w.replace(&peers.signals_to(peers.rank).awaits[half], before, word)) return;
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
     if (p == peers.rank) continue;
-    uint64_t* theirs = &peers.mail_to(p).awaits[half];
+    uint64_t* theirs = &peers.signals_to(p).awaits[half];
     w.publish(theirs, word);
-    if (!peers.is_near(p)) ship_words(w, peers, p, theirs, 1);
+    if (!peers.is_near(p)) send_words(w, peers, p, theirs, 1);
   }
 }
 
 // Says that this rank waits for `ranks`, besides those that it has named since its newest call; none: that it
 // waits for nobody. When one wait has ended well, other workers whose waits go on say theirs again.
 template <class Worker>
-COMMLIB_HD void say_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
+COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
   const uint32_t newest = ranks ? tag_of(newest_call(w, peers, peers.rank)) : 0;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const uint64_t before = w.read(&peers.mail_from(peers.rank).awaits[half]);
+    const uint64_t before = w.read(&peers.signals_from(peers.rank).awaits[half]);
     const uint64_t named = ranks && tag_of(before) == newest ? ranks | ranks_of_half(before, half) : ranks;
     const uint64_t word = tagged_half(ranks ? newest : tag_of(before), named, half);
-    if (word != before && (value_of(word) || value_of(before))) say_awaited(w, peers, half, before, word);
+    if (word != before && (value_of(word) || value_of(before))) publish_awaited(w, peers, half, before, word);
   }
 }
 

@@ -7,16 +7,17 @@
 namespace commlib {
 
 // The owner's half: rows of y, weighted and summed over the experts that share a token.
-struct StagePlan {
+struct LocalSumPlan {
   DType dtype;
   int64_t hidden;
   int topk;
   int64_t rows;        // unique rows
   const std::byte* y;  // null: the rows are in the slot already
   int64_t y_stride;
-  const int64_t* places;          // [rows][topk] rows of y, -1: none; null: row n of y is row n
-  const std::byte* weights;       // one for each row of y, or null
-  const std::byte* weight_grads;  // rides back: [rows][topk], or with places one for each row of y; or null
+  const int64_t* expand_to;  // [rows][topk] rows of y, -1: none; null: row n of y is row n
+  const std::byte* weights;  // one for each row of y, or null
+  const std::byte*
+      weight_grads;  // rides back: [rows][topk], or with expand_to one for each row of y; or null
   SlotLayout layout;
   Slot slot;
 };
@@ -44,10 +45,10 @@ struct PullPlan {
 };
 
 template <class Worker>
-COMMLIB_HD void stage_row(Worker& w, const StagePlan& plan, int64_t n) {
+COMMLIB_HD void sum_local_row(Worker& w, const LocalSumPlan& plan, int64_t n) {
   const int64_t wb = plan.layout.weight_bytes;
-  const auto rows = w.template list<Term>(plan.places ? plan.topk : 1, [&](int k) -> Term {
-    const int64_t i = plan.places ? plan.places[n * plan.topk + k] : n;
+  const auto rows = w.template list<Term>(plan.expand_to ? plan.topk : 1, [&](int k) -> Term {
+    const int64_t i = plan.expand_to ? plan.expand_to[n * plan.topk + k] : n;
     if (i < 0) return {nullptr, nullptr};
     return {plan.y + i * plan.y_stride, plan.weights ? plan.weights + i * wb : nullptr};
   });
@@ -66,7 +67,7 @@ COMMLIB_HD int64_t own_row(const PullPlan& plan, int64_t t, int rank, int64_t no
 // This rank's rows for its own tokens, which nobody else pulls, where they are read from y. They lie side by
 // side, for rows are in order of their source: from the row of the first such token to that of the last.
 template <class Worker>
-COMMLIB_HD Span rows_not_staged(Worker& w, const PullPlan& plan, int rank) {
+COMMLIB_HD Span rows_pulled_from_y(Worker& w, const PullPlan& plan, int rank) {
   if (!plan.own_y) return {0, 0};
   int64_t first = INT64_MAX, last = INT64_MAX;
   for (int64_t at = 0; at < plan.tokens && first == INT64_MAX; at += w.lanes()) {
@@ -83,14 +84,14 @@ COMMLIB_HD Span rows_not_staged(Worker& w, const PullPlan& plan, int rank) {
 
 // `skip`: rows that nobody pulls from the slot.
 template <class Worker>
-COMMLIB_HD void stage_rows(Worker& w, const StagePlan& plan, Span skip) {
+COMMLIB_HD void sum_local_rows(Worker& w, const LocalSumPlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
   for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
-    if (plan.y && (n < skip.begin || n >= skip.end)) stage_row(w, plan, n);
+    if (plan.y && (n < skip.begin || n >= skip.end)) sum_local_row(w, plan, n);
     if (!plan.weight_grads) continue;
     for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
       const int64_t i = n * plan.topk + k;
-      const int64_t from = plan.places ? plan.places[i] : i;
+      const int64_t from = plan.expand_to ? plan.expand_to[i] : i;
       w.copy_scalar(plan.slot.weights + i * wb, from < 0 ? nullptr : plan.weight_grads + from * wb, wb);
     }
   }
@@ -138,10 +139,10 @@ template <class Worker>
 COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peers) {
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
-    if (Worker::kHops && !all_near(peers, route, plan.width)) continue;
+    if (Worker::kInternode && !all_near(peers, route, plan.width)) continue;
     const auto rows =
         w.template list<Term>(plan.width + 1, [&](int j) { return near_term(plan, peers, t, j); });
-    pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
+    pass_throttle(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);
   }
@@ -152,15 +153,15 @@ template <class Worker>
 COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     if (!peers.is_near(p)) continue;
-    w.publish(&peers.mail_to(p).pulled, tagged(epoch, 0));
-    w.wake(peers.mail_to(p));
+    w.publish(&peers.signals_to(p).pulled, tagged(epoch, 0));
+    w.notify(peers.signals_to(p));
   }
 }
 
 template <class Worker>
 COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
   return await_ranks(w, peers, peers.near, Phase::slot_reuse,
-                     [&](int p) { return reached(tag_of(w.read(&peers.mail_from(p).pulled)), epoch); });
+                     [&](int p) { return reached(tag_of(w.read(&peers.signals_from(p).pulled)), epoch); });
 }
 
 }  // namespace commlib

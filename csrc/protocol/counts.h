@@ -2,8 +2,8 @@
 // experts. From all counts each rank knows where its own rows begin everywhere.
 #pragma once
 
+#include "protocol/notify.h"
 #include "protocol/plan.h"
-#include "protocol/tell.h"
 
 namespace commlib {
 
@@ -18,13 +18,13 @@ COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placemen
   for (int p = w.index(); p < peers.size; p += w.count()) {
     uint64_t* words = peers.counts(p, peers.rank, dispatch);
     for (int q = w.lane(); q < peers.size; q += w.lanes()) {
-      w.say(&words[q], tagged(dispatch, counts.per_rank[q]));
+      w.store_relaxed(&words[q], tagged(dispatch, counts.per_rank[q]));
     }
     const int64_t first = placement.first_expert(p);
     for (int64_t e = w.lane(); e < placement.count(p); e += w.lanes()) {
-      w.say(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
+      w.store_relaxed(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
     }
-    tell(w, peers, p, words, peers.count_words);
+    notify(w, peers, p, words, peers.count_words);
   }
 }
 
@@ -58,7 +58,7 @@ COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, 
     bool here = true;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      seen[j] = w.glance(word(j < n ? j : 0));
+      seen[j] = w.load_relaxed(word(j < n ? j : 0));
       here = here && tag_of(seen[j]) == dispatch;
     }
     if (!here) {
@@ -109,12 +109,12 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placemen
 template <class Worker>
 COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
-    uint64_t* word = &peers.mail_to(p).calls[epoch % kCallRing];
-    w.publish(word, tagged(epoch, call.pack()));
+    uint64_t* word = &peers.signals_to(p).calls[epoch % kCallRing];
+    w.publish(word, tagged(epoch, call.bits()));
     if (!peers.is_near(p)) {
-      ship_words(w, peers, p, word, 1);
+      send_words(w, peers, p, word, 1);
     } else if (call.op == OpKind::redispatch) {
-      w.wake(peers.mail_to(p));
+      w.notify(peers.signals_to(p));
     }
   }
 }
@@ -125,10 +125,10 @@ template <class Worker>
 COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, uint32_t epoch, Call mine, uint8_t* slots) {
   bool ok = true;
   for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
-    const uint64_t* word = &peers.mail_from(p).calls[epoch % kCallRing];
+    const uint64_t* word = &peers.signals_from(p).calls[epoch % kCallRing];
     ok = w.await_tag(word, epoch, p, Phase::call);
     if (!ok) break;
-    const Call theirs = Call::unpack(value_of(w.read(word)));
+    const Call theirs = Call::from_bits(value_of(w.read(word)));
     if (!theirs.agrees_with(mine)) ok = w.mismatch(p, theirs);
     slots[p] = theirs.slot;
   }

@@ -1,10 +1,10 @@
 // Dispatch: rows go straight from the source's tensor to their final place in the receivers' slots.
 #pragma once
 
-#include "protocol/hops.h"
-#include "protocol/link.h"
+#include "protocol/await.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
+#include "protocol/throttle.h"
 
 namespace commlib {
 
@@ -112,7 +112,7 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
       if (route[j] == kNoRoute || !peers.is_near(rank_of(route[j]))) return nullptr;
       return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
     });
-    pass_link(w, route, plan.width, peers.rank, plan.layout.row_bytes);
+    pass_throttle(w, route, plan.width, peers.rank, plan.layout.row_bytes);
     w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
     for (int j = 0; Worker::kMetadataWithRows && metadata && j < plan.width && route[j] != kNoRoute; ++j) {
       if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
@@ -129,8 +129,8 @@ COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
     if (!peers.is_near(p)) continue;
-    w.add(&peers.mail_to(p).arrived, static_cast<uint64_t>(workers));
-    w.wake(peers.mail_to(p));
+    w.add(&peers.signals_to(p).arrived, static_cast<uint64_t>(workers));
+    w.notify(peers.signals_to(p));
   }
 }
 
@@ -139,7 +139,7 @@ COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
 template <class Worker>
 COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, const uint64_t* expected) {
   return await_ranks(w, peers, peers.all(), Phase::arrival,
-                     [&](int s) { return w.read(&peers.mail_from(s).arrived) >= expected[s]; });
+                     [&](int s) { return w.read(&peers.signals_from(s).arrived) >= expected[s]; });
 }
 
 }  // namespace commlib

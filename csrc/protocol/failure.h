@@ -6,14 +6,24 @@
 
 namespace commlib {
 
-enum class Cause : uint8_t { none, timeout, exited, left, mismatch, interrupted, broken, lost, malformed };
+enum class Cause : uint8_t {
+  none,
+  timeout,
+  exited,
+  departed,
+  mismatch,
+  interrupted,
+  broken,
+  lost,
+  malformed
+};
 
 struct FailureRecord {
   Cause cause;
   OpKind op;
   Phase phase;
-  int32_t peer;    // the first of those blamed
-  int32_t teller;  // left: the rank that said so: it gave up on those blamed, or is itself the one
+  int32_t peer;      // the first of those blamed
+  int32_t reporter;  // departed: the rank that said so: it gave up on those blamed, or is itself the one
   uint32_t epoch;
   uint32_t call;        // what this rank called, packed
   uint32_t their_call;  // mismatch: what `peer` called instead, packed
@@ -23,23 +33,17 @@ struct FailureRecord {
   uint64_t waited_ns;
 };
 
-// One operation, as far as waiting in it is concerned.
-struct Wait {
-  Call call;
-  uint32_t epoch;
-};
-
 // `blamed`: not empty.
 template <class Worker>
-COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const Wait& wait, Cause cause,
+COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const OpId& id, Cause cause,
                                     uint64_t awaited, uint64_t blamed, Phase phase) {
   FailureRecord r{};
   r.cause = cause;
-  r.op = wait.call.op;
+  r.op = id.call.op;
   r.phase = phase;
-  r.peer = r.teller = lowest_bit(blamed);
-  r.epoch = wait.epoch;
-  r.call = wait.call.pack();
+  r.peer = r.reporter = lowest_bit(blamed);
+  r.epoch = id.epoch;
+  r.call = id.call.bits();
   r.awaited = awaited;
   r.blamed = blamed;
   r.last_call = newest_call(w, peers, r.peer);
@@ -47,39 +51,39 @@ COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const Wai
 }
 
 template <class Worker>
-COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
+COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                                         Phase phase) {
-  const uint64_t late = late_ranks(w, peers, wait.epoch, awaited);
+  const uint64_t late = late_ranks(w, peers, id.epoch, awaited);
   uint64_t others = 0;  // that somebody else waits for: they hold up all ranks
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) others |= awaited_by(w, peers, p);
   const uint64_t silent = silent_ranks(w, peers, late | others) & ~bit_of(peers.rank);
-  return new_record(w, peers, wait, Cause::timeout, late, silent ? silent : late, phase);
+  return new_record(w, peers, id, Cause::timeout, late, silent ? silent : late, phase);
 }
 
 template <class Worker>
-COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const Wait& wait, int peer,
+COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const OpId& id, int peer,
                                          Call theirs) {
-  FailureRecord r = new_record(w, peers, wait, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
-  r.their_call = theirs.pack();
+  FailureRecord r = new_record(w, peers, id, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
+  r.their_call = theirs.bits();
   return r;
 }
 
 template <class Worker>
-COMMLIB_HD FailureRecord malformed_record(Worker& w, const PeerTable& peers, const Wait& wait, int peer,
+COMMLIB_HD FailureRecord malformed_record(Worker& w, const PeerTable& peers, const OpId& id, int peer,
                                           Phase phase) {
-  return new_record(w, peers, wait, Cause::malformed, bit_of(peer), bit_of(peer), phase);
+  return new_record(w, peers, id, Cause::malformed, bit_of(peer), bit_of(peer), phase);
 }
 
 // Whether any rank made another call at this place in the order: the cause, whatever else is late for it.
 template <class Worker>
-COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const Wait& wait,
+COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const OpId& id,
                                         FailureRecord* record) {
   for (int p = 0; p < peers.size; ++p) {
-    const uint64_t word = w.read(&peers.mail_from(p).calls[wait.epoch % kCallRing]);
-    const Call theirs = Call::unpack(value_of(word));
-    if (tag_of(word) != wait.epoch || theirs.op == OpKind::none || theirs.agrees_with(wait.call)) continue;
-    *record = mismatch_record(w, peers, wait, p, theirs);
+    const uint64_t word = w.read(&peers.signals_from(p).calls[id.epoch % kCallRing]);
+    const Call theirs = Call::from_bits(value_of(word));
+    if (tag_of(word) != id.epoch || theirs.op == OpKind::none || theirs.agrees_with(id.call)) continue;
+    *record = mismatch_record(w, peers, id, p, theirs);
     return true;
   }
   return false;
@@ -87,10 +91,10 @@ COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const
 
 // How rank p left, or 0; whom it blames.
 template <class Worker>
-COMMLIB_HD uint32_t how_left(Worker& w, const PeerTable& peers, int p, uint64_t* blamed) {
-  const uint64_t low = w.read(&peers.mail_from(p).left[0]);
+COMMLIB_HD uint32_t how_departed(Worker& w, const PeerTable& peers, int p, uint64_t* blamed) {
+  const uint64_t low = w.read(&peers.signals_from(p).departed[0]);
   if (low == 0) return 0;
-  const uint64_t high = w.read(&peers.mail_from(p).left[1]);
+  const uint64_t high = w.read(&peers.signals_from(p).departed[1]);
   *blamed = (ranks_of_half(low, 0) | ranks_of_half(high, 1)) & peers.all();
   return *blamed && tag_of(high) == tag_of(low) ? tag_of(low) : 0;
 }
@@ -98,25 +102,25 @@ COMMLIB_HD uint32_t how_left(Worker& w, const PeerTable& peers, int p, uint64_t*
 // Whether a rank left that this operation needs: one that gave up, whichever it is, or one that closed its
 // communicator before it came here. The awaited ones first: their own word is the best reason.
 template <class Worker>
-COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
-                             Phase phase, FailureRecord* record) {
+COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
+                                 Phase phase, FailureRecord* record) {
   const int first = lowest_bit(awaited);
 #pragma unroll 1
   for (int i = 0; i < peers.size; ++i) {
     const int p = (first + i) % peers.size;
     uint64_t blamed = 0;
-    const uint32_t how = p == peers.rank ? 0 : how_left(w, peers, p, &blamed);
+    const uint32_t how = p == peers.rank ? 0 : how_departed(w, peers, p, &blamed);
     if (how == 0) continue;  // to ask what it called last takes more words
     // What a rank of this node did before it closed is in place; from another node it may still be on its
     // way.
     const auto did_its_part = [&] {
-      return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, wait.epoch);
+      return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, id.epoch);
     };
     if (how == kClosed && did_its_part()) continue;
     // Who gave up on others may not have heard for whom those wait.
     const uint64_t silent = blamed == bit_of(p) ? 0 : silent_ranks(w, peers, blamed);
-    *record = new_record(w, peers, wait, Cause::left, awaited, silent ? silent : blamed, phase);
-    record->teller = p;
+    *record = new_record(w, peers, id, Cause::departed, awaited, silent ? silent : blamed, phase);
+    record->reporter = p;
     return true;
   }
   return false;
@@ -125,22 +129,22 @@ COMMLIB_HD bool someone_left(Worker& w, const PeerTable& peers, const Wait& wait
 // Why a wait cannot end, if other ranks' words say so. `left` is read first: who made another call said so
 // before it gave up (release), so a mismatch is never told as "gave up".
 template <class Worker>
-COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited, Phase phase,
+COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited, Phase phase,
                            FailureRecord* record) {
-  FailureRecord left;
-  const bool gone = someone_left(w, peers, wait, awaited, phase, &left);
-  if (phase != Phase::slot_reuse && someone_calls_otherwise(w, peers, wait, record)) return true;
-  if (gone) *record = left;
-  return gone;
+  FailureRecord departure;
+  const bool departed = someone_departed(w, peers, id, awaited, phase, &departure);
+  if (phase != Phase::slot_reuse && someone_calls_otherwise(w, peers, id, record)) return true;
+  if (departed) *record = departure;
+  return departed;
 }
 
 // What a wait for some ranks does besides, now and then; and when it has ended well, if others may have been
 // told of it: `awaited` is none then. `long_wait`: for half its deadline. Whether others know of it now.
 template <class Worker>
-COMMLIB_HD bool tell_of_wait(Worker& w, const PeerTable& peers, const Wait& wait, uint64_t awaited,
-                             bool long_wait) {
+COMMLIB_HD bool announce_wait(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
+                              bool long_wait) {
   if (awaited && !long_wait && !is_awaited(w, peers)) return false;
-  say_awaited(w, peers, awaited ? late_ranks(w, peers, wait.epoch, awaited) : 0);
+  publish_awaited(w, peers, awaited ? late_ranks(w, peers, id.epoch, awaited) : 0);
   return awaited != 0;
 }
 

@@ -1,24 +1,25 @@
-// How a rank tells another what it has written into the words it has there.
+// How a rank makes another see the words that it has written for it.
 #pragma once
 
-#include "protocol/hops.h"
+#include "protocol/internode/endpoints.h"
 
 namespace commlib {
 
-// A rank on another node gets words [first, first + n) of what is written here for it.
+// Sends words [first, first + n) of what is written here for a rank on another node.
 template <class Worker>
-COMMLIB_HD void ship_words(Worker& w, const PeerTable& peers, int p, const uint64_t* first, int64_t n) {
-  const auto* block = reinterpret_cast<const std::byte*>(peers.peer[p].mail);
+COMMLIB_HD void send_words(Worker& w, const PeerTable& peers, int p, const uint64_t* first, int64_t n) {
+  const auto* block = reinterpret_cast<const std::byte*>(peers.peer[p].signals);
   const auto offset = static_cast<uint64_t>(reinterpret_cast<const std::byte*>(first) - block);
-  w.post(peers.hops->outbox, {PostKind::words, Stream::outward, 0, p, offset, static_cast<uint64_t>(n) * 8});
+  w.post(peers.internode->outbox,
+         {PostKind::words, Direction::outward, 0, p, offset, static_cast<uint64_t>(n) * 8});
 }
 
 // Rank p is to see the words from `first` on, which all lanes have written.
 template <class Worker>
-COMMLIB_HD void tell(Worker& w, const PeerTable& peers, int p, const uint64_t* first, int64_t n) {
-  if (peers.is_near(p)) return w.wake(peers.mail_to(p));
+COMMLIB_HD void notify(Worker& w, const PeerTable& peers, int p, const uint64_t* first, int64_t n) {
+  if (peers.is_near(p)) return w.notify(peers.signals_to(p));
   w.all(true);
-  if (w.lane() == 0) ship_words(w, peers, p, first, n);
+  if (w.lane() == 0) send_words(w, peers, p, first, n);
 }
 
 }  // namespace commlib

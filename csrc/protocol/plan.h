@@ -5,12 +5,14 @@
 // first its ordinal in that part, then, when the sums over parts and ranks are known, the row at its rank.
 #pragma once
 
+#include "base/placement.h"
+#include "base/rank_mask.h"
 #include "protocol/worker.h"
 
 namespace commlib {
 
 // A route names one row of one rank: rank << 32 | row. A token has at most min(topk, ranks) of them, in
-// ascending order of rank; kNoRoute ends the list early. Sums are taken in this order.
+// ascending order of rank; kNoRoute ends the list wave_arrived. Sums are taken in this order.
 constexpr int64_t kNoRoute = -1;
 COMMLIB_HD constexpr int64_t make_route(int rank, int64_t row) {
   return static_cast<int64_t>(rank) << 32 | row;
@@ -18,7 +20,7 @@ COMMLIB_HD constexpr int64_t make_route(int rank, int64_t row) {
 COMMLIB_HD constexpr int rank_of(int64_t route) { return static_cast<int>(route >> 32); }
 COMMLIB_HD constexpr int64_t row_of(int64_t route) { return route & 0xffffffff; }
 
-struct Routing {
+struct RouterOutput {
   const int64_t* topk_idx;  // [tokens][topk] global expert ids, -1: none
   int64_t tokens;
   int topk;
@@ -39,7 +41,7 @@ constexpr int64_t kNoBadId = INT64_MAX;
 // [-1, experts) is taken as -1, and the place of the first such is kept in *bad. Reads several ids before it
 // looks at any, and the owners of all of them: one trip to memory each.
 template <class Worker>
-COMMLIB_HD uint64_t ranks_of_token(Worker& w, const Routing& in, int64_t t, uint32_t* per_expert,
+COMMLIB_HD uint64_t ranks_of_token(Worker& w, const RouterOutput& in, int64_t t, uint32_t* per_expert,
                                    int64_t* bad) {
   constexpr int kAtOnce = 8, kBad = -2;
   uint64_t ranks = 0;
@@ -57,7 +59,7 @@ COMMLIB_HD uint64_t ranks_of_token(Worker& w, const Routing& in, int64_t t, uint
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       if (expert[k] >= 0) {
-        w.tally(&per_expert[expert[k]], 1);
+        w.add_relaxed(&per_expert[expert[k]], 1);
         ranks |= uint64_t{1} << owner[k];
       } else if (expert[k] == kBad && ids - in.topk_idx + k < *bad) {
         *bad = ids - in.topk_idx + k;
@@ -70,7 +72,7 @@ COMMLIB_HD uint64_t ranks_of_token(Worker& w, const Routing& in, int64_t t, uint
 // First pass, over this worker's part of the tokens. Routes hold ordinals within the part. Returns the first
 // index into topk_idx whose id is out of range, or kNoBadId.
 template <class Worker>
-COMMLIB_HD int64_t count_routes(Worker& w, const Routing& in, int64_t* routes, SourceCounts counts) {
+COMMLIB_HD int64_t count_routes(Worker& w, const RouterOutput& in, int64_t* routes, SourceCounts counts) {
   const Span part = w.share(in.tokens);
   int64_t bad = kNoBadId;
   for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
@@ -91,7 +93,7 @@ COMMLIB_HD int64_t count_routes(Worker& w, const Routing& in, int64_t* routes, S
 
 // Second pass: ordinals of the part become rows. base [ranks]: the part's first row at each rank.
 template <class Worker>
-COMMLIB_HD void place_routes(Worker& w, const Routing& in, int64_t* routes, const int64_t* base) {
+COMMLIB_HD void place_routes(Worker& w, const RouterOutput& in, int64_t* routes, const int64_t* base) {
   const Span part = w.share(in.tokens);
   for (int64_t i = part.begin * in.width + w.lane(); i < part.end * in.width; i += w.lanes()) {
     if (routes[i] != kNoRoute) routes[i] += base[rank_of(routes[i])];
@@ -102,7 +104,7 @@ COMMLIB_HD void place_routes(Worker& w, const Routing& in, int64_t* routes, cons
 // [experts]: the first of this worker's part; counts on. Rows that are dropped later are the last of theirs.
 // Reads several ids before it looks at any.
 template <class Worker>
-COMMLIB_HD void number_rows_of_experts(Worker& w, const Routing& in, int32_t* ordinals, uint32_t* next) {
+COMMLIB_HD void number_rows_of_experts(Worker& w, const RouterOutput& in, int32_t* ordinals, uint32_t* next) {
   constexpr int kAtOnce = 4;
   const Span part = w.share(in.tokens);
   const int64_t begin = part.begin * in.topk + w.lane();
@@ -127,7 +129,7 @@ COMMLIB_HD void number_rows_of_experts(Worker& w, const Routing& in, int32_t* or
 // Takes one token's routes that lie at or past `capacity` off, and their experts off the counts; returns how
 // many.
 template <class Worker>
-COMMLIB_HD int drop_token_overflow(Worker& w, const Routing& in, int64_t t, int64_t* route,
+COMMLIB_HD int drop_token_overflow(Worker& w, const RouterOutput& in, int64_t t, int64_t* route,
                                    SourceCounts counts, int64_t capacity) {
   int kept = 0, dropped = 0;
   for (int j = 0; j < in.width && route[j] != kNoRoute; ++j) {
@@ -137,10 +139,10 @@ COMMLIB_HD int drop_token_overflow(Worker& w, const Routing& in, int64_t t, int6
       continue;
     }
     ++dropped;
-    w.tally(&counts.per_rank[p], -1);
+    w.add_relaxed(&counts.per_rank[p], -1);
     for (int64_t i = t * in.topk; i < (t + 1) * in.topk; ++i) {
       const int64_t e = in.topk_idx[i];
-      if (e >= 0 && in.owner[e] == p) w.tally(&counts.per_expert[e], -1);
+      if (e >= 0 && in.owner[e] == p) w.add_relaxed(&counts.per_expert[e], -1);
     }
   }
   for (int j = kept; j < kept + dropped; ++j) route[j] = kNoRoute;
@@ -150,7 +152,7 @@ COMMLIB_HD int drop_token_overflow(Worker& w, const Routing& in, int64_t t, int6
 // After place_routes: drops the rows that lie at or past `capacity`, those of the last tokens of the last
 // ranks. The others stay where they are. Returns how many this lane dropped.
 template <class Worker>
-COMMLIB_HD int64_t drop_overflow(Worker& w, const Routing& in, int64_t* routes, SourceCounts counts,
+COMMLIB_HD int64_t drop_overflow(Worker& w, const RouterOutput& in, int64_t* routes, SourceCounts counts,
                                  int64_t capacity) {
   const Span part = w.share(in.tokens);
   int64_t dropped = 0;

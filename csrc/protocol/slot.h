@@ -2,7 +2,10 @@
 // of one combine while their sources pull them.
 #pragma once
 
-#include "protocol/types.h"
+#include <cstddef>
+#include <cstdint>
+
+#include "base/host_device.h"
 
 namespace commlib {
 

@@ -6,14 +6,14 @@
 
 namespace commlib {
 
-struct DeliverPlan {
+struct UnpackPlan {
   int topk;
   Slot slot;
   SlotLayout layout;
   int64_t rows;                // unique rows received
   const int64_t* source_rows;  // [sources]: how many of them came from each; null: a known routing
   // layout="expert" only:
-  int64_t* places;         // [rows][topk]: grouped rows, to be filled in unless known; null: layout="rank"
+  int64_t* expand_to;      // [rows][topk]: grouped rows, to be filled in unless known; null: layout="rank"
   const int64_t* offsets;  // [experts + 1], of the groups
   const int64_t* rows_per_expert;  // [experts]
   int64_t experts;
@@ -24,19 +24,19 @@ struct DeliverPlan {
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
 };
 
-constexpr int64_t kNoPlace = -2;  // what the source wrote of a row does not fit its counts
+constexpr int64_t kMisplaced = -2;  // what the source wrote of a row does not fit its counts
 
 // The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
 // each source has numbered its own. So a place needs no other row's. -1: another rank's expert. That it lies
 // in its group is checked here, for the numbers are another rank's, and memory of this one depends on them.
-COMMLIB_HD int64_t place_of(const DeliverPlan& plan, int64_t i, int64_t source) {
-  if (!plan.source_rows) return plan.places[i];
+COMMLIB_HD int64_t expanded_row_of(const UnpackPlan& plan, int64_t i, int64_t source) {
+  if (!plan.source_rows) return plan.expand_to[i];
   const int64_t e = plan.slot.experts[i];
   if (e < 0) return -1;
-  if (e >= plan.experts) return kNoPlace;
+  if (e >= plan.experts) return kMisplaced;
   const int64_t first = plan.offsets[e];
   const int64_t to = first + plan.slot.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
-  return to >= first && to < plan.offsets[e + 1] ? to : kNoPlace;
+  return to >= first && to < plan.offsets[e + 1] ? to : kMisplaced;
 }
 
 COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, int64_t token) {
@@ -46,16 +46,16 @@ COMMLIB_HD void write_source(int64_t* out_source, int64_t row, int64_t source, i
 
 // Of unique row n.
 template <class Worker>
-COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, int64_t source) {
+COMMLIB_HD void expand_row_metadata(Worker& w, const UnpackPlan& plan, int64_t n, int64_t source) {
   const int64_t wb = plan.layout.weight_bytes;
   for (int k = 0; k < plan.topk; ++k) {
     const int64_t i = n * plan.topk + k;
-    int64_t to = place_of(plan, i, source);
-    if (to == kNoPlace) {
+    int64_t to = expanded_row_of(plan, i, source);
+    if (to == kMisplaced) {
       w.malformed(static_cast<int>(source), Phase::arrival);
       to = -1;
     }
-    if (plan.source_rows) plan.places[i] = to;
+    if (plan.source_rows) plan.expand_to[i] = to;
     if (to < 0) continue;
     if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);
     if (plan.out_source) write_source(plan.out_source, to, source, plan.slot.tokens[n]);
@@ -63,7 +63,7 @@ COMMLIB_HD void deliver_grouped(Worker& w, const DeliverPlan& plan, int64_t n, i
 }
 
 template <class Weight, class Worker>
-COMMLIB_HD void deliver_ranked(Worker& w, const DeliverPlan& plan, Span part) {
+COMMLIB_HD void copy_row_metadata(Worker& w, const UnpackPlan& plan, Span part) {
   const auto* weights = reinterpret_cast<const Weight*>(plan.slot.weights);
   for (int64_t i = part.begin * plan.topk + w.lane(); i < part.end * plan.topk; i += w.lanes()) {
     if (plan.out_weights) reinterpret_cast<Weight*>(plan.out_weights)[i] = weights[i];
@@ -73,39 +73,39 @@ COMMLIB_HD void deliver_ranked(Worker& w, const DeliverPlan& plan, Span part) {
 
 // Metadata of this worker's unique rows as it lies in the slot -> what the caller asked for.
 template <class Worker>
-COMMLIB_HD void deliver_metadata(Worker& w, const DeliverPlan& plan) {
+COMMLIB_HD void unpack_metadata(Worker& w, const UnpackPlan& plan) {
   if (!plan.source_rows && !plan.out_weights) return;  // a known routing, which has it all but weights
   const Span part = w.share(plan.rows);
   int64_t source = -1, source_end = plan.source_rows ? 0 : plan.rows;
   for (int64_t n = part.begin + w.lane(); n < part.end; n += w.lanes()) {
     while (n >= source_end) source_end += plan.source_rows[++source];
-    if (plan.places) {
-      deliver_grouped(w, plan, n, source);
+    if (plan.expand_to) {
+      expand_row_metadata(w, plan, n, source);
     } else if (plan.out_source) {
       write_source(plan.out_source, n, source, plan.slot.tokens[n]);
     }
   }
-  if (plan.places) return;
+  if (plan.expand_to) return;
   if (plan.layout.weight_bytes == 8) {
-    deliver_ranked<double>(w, plan, part);
+    copy_row_metadata<double>(w, plan, part);
   } else {
-    deliver_ranked<float>(w, plan, part);
+    copy_row_metadata<float>(w, plan, part);
   }
 }
 
-// Unique row n is copied to its places in the groups, or, in layout="rank", once in the order received.
+// Unique row n goes to each of its grouped rows, or, in layout="rank", to one row, in the order received.
 template <class Worker>
-COMMLIB_HD void replicate_row(Worker& w, const DeliverPlan& plan, int64_t n) {
+COMMLIB_HD void unpack_row(Worker& w, const UnpackPlan& plan, int64_t n) {
   const int64_t bytes = plan.layout.row_bytes;
-  const auto to = w.template list<Target>(plan.places ? plan.topk : 1, [&](int k) -> Target {
-    const int64_t place = plan.places ? plan.places[n * plan.topk + k] : n;
+  const auto to = w.template list<Target>(plan.expand_to ? plan.topk : 1, [&](int k) -> Target {
+    const int64_t place = plan.expand_to ? plan.expand_to[n * plan.topk + k] : n;
     return place < 0 ? nullptr : plan.out_rows + place * bytes;
   });
   w.multicast(to, plan.slot.rows + n * bytes, bytes);
 }
 
 template <class Worker>
-COMMLIB_HD void zero_padding_row(Worker& w, const DeliverPlan& plan, int64_t row) {
+COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row) {
   const int64_t wb = plan.layout.weight_bytes;
   w.zero(plan.out_rows + row * plan.layout.row_bytes, plan.layout.row_bytes);
   if (w.lane() != 0) return;
@@ -115,7 +115,7 @@ COMMLIB_HD void zero_padding_row(Worker& w, const DeliverPlan& plan, int64_t row
 
 // Where there are more workers than experts, several share the padding of one group.
 template <class Worker>
-COMMLIB_HD void zero_padding(Worker& w, const DeliverPlan& plan) {
+COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
   const int experts = static_cast<int>(plan.experts);
   if (experts == 0) return;
   const int sharing = w.count() > experts ? w.count() / experts : 1;
@@ -131,18 +131,18 @@ COMMLIB_HD void zero_padding(Worker& w, const DeliverPlan& plan) {
 // Everything but the rows, once the metadata of all of them is there. Each worker has to do with unique rows
 // of its own, here and where it copies them, so workers need not wait for each other.
 template <class Worker>
-COMMLIB_HD void prepare_delivery(Worker& w, const DeliverPlan& plan) {
-  deliver_metadata(w, plan);
-  if (plan.places && plan.out_rows) zero_padding(w, plan);
-  w.all(true);  // its lanes see each other's places
+COMMLIB_HD void prepare_unpacking(Worker& w, const UnpackPlan& plan) {
+  unpack_metadata(w, plan);
+  if (plan.expand_to && plan.out_rows) zero_padding(w, plan);
+  w.all(true);  // its lanes see each other's grouped rows
 }
 
 template <class Worker>
-COMMLIB_HD void deliver(Worker& w, const DeliverPlan& plan) {
-  prepare_delivery(w, plan);
+COMMLIB_HD void unpack(Worker& w, const UnpackPlan& plan) {
+  prepare_unpacking(w, plan);
   if (!plan.out_rows) return;
   const Span part = w.share(plan.rows);
-  for (int64_t n = part.begin; n < part.end; ++n) replicate_row(w, plan, n);
+  for (int64_t n = part.begin; n < part.end; ++n) unpack_row(w, plan, n);
 }
 
 }  // namespace commlib

@@ -1,15 +1,16 @@
-// A dispatch in waves: rows travel and are delivered in the order in which experts may begin, so that a rank
+// A dispatch in waves: rows travel and are unpacked in the order in which experts may begin, so that a rank
 // works on its first experts while rows of its last ones are still under way.
 //
 // The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
-// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its places,
-// those in later waves' groups as well. So once waves 0 to i are delivered, every row of wave i's experts is
-// in place, and nothing has been sent or copied twice. All metadata goes ahead, for places come from it.
-// Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows there.
+// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its
+// expand_to, those in later waves' groups as well. So once waves 0 to i are unpacked, every row of wave i's
+// experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, for expand_to come
+// from it. Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows
+// there.
 #pragma once
 
-#include "protocol/deliver.h"
 #include "protocol/dispatch.h"
+#include "protocol/unpack.h"
 
 namespace commlib {
 
@@ -20,14 +21,14 @@ COMMLIB_HD int wave_of(int64_t local, int64_t count) {
 }
 
 struct WavePlan {
-  uint8_t* of_routes;        // [tokens][width]: written and read by the worker that sends the token
-  const uint64_t* early;     // [ranks]: how far the `early` counters of each source must have come
-  const uint64_t* arrivals;  // [ranks]: how far `arrived` must have, which counts the last wave
+  uint8_t* of_routes;            // [tokens][width]: written and read by the worker that sends the token
+  const uint64_t* wave_arrived;  // [ranks]: how far the `wave_arrived` counters of each source must have come
+  const uint64_t* arrivals;      // [ranks]: how far `arrived` must have, which counts the last wave
 };
 
 // The word that counts arrivals of a wave.
-COMMLIB_HD uint64_t* arrival_word(Mailbox& mail, int wave) {
-  return wave < kWaves - 1 ? &mail.early[wave] : &mail.arrived;
+COMMLIB_HD uint64_t* arrival_word(Signals& signals, int wave) {
+  return wave < kWaves - 1 ? &signals.wave_arrived[wave] : &signals.arrived;
 }
 
 // The wave of the row that token t has at rank p. Experts of other ranks wrap around, or lie past its own.
@@ -77,8 +78,8 @@ COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave) {
   w.flush();
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
-    w.add(arrival_word(peers.mail_to(p), wave));
-    w.wake(peers.mail_to(p));
+    w.add(arrival_word(peers.signals_to(p), wave));
+    w.notify(peers.signals_to(p));
   }
 }
 
@@ -96,10 +97,10 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
       return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
     });
     if (to.count == 0) continue;
-    if (w.link_limited()) {
+    if (w.throttled()) {
       int remote = 0;
       for (int j = 0; j < plan.width; ++j) remote += goes_now(j) && rank_of(route[j]) != peers.rank;
-      w.pass_link(remote * plan.layout.row_bytes);
+      w.pass_throttle(remote * plan.layout.row_bytes);
     }
     w.multicast(to, plan.x + at->token * plan.x_stride, plan.layout.row_bytes);
     ++sent;
@@ -112,23 +113,23 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
 // Whether every source's part of a wave is in place; await_wave waits until it is.
 template <class Worker>
 COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
-  const uint64_t* expected = wave < kWaves - 1 ? plan.early : plan.arrivals;
+  const uint64_t* expected = wave < kWaves - 1 ? plan.wave_arrived : plan.arrivals;
   bool ok = true;
   for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
-    ok = w.read(arrival_word(peers.mail_from(s), wave)) >= expected[s];
+    ok = w.read(arrival_word(peers.signals_from(s), wave)) >= expected[s];
   }
   return w.all(ok);
 }
 
 template <class Worker>
 COMMLIB_HD bool await_wave(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
-  const uint64_t* expected = wave < kWaves - 1 ? plan.early : plan.arrivals;
+  const uint64_t* expected = wave < kWaves - 1 ? plan.wave_arrived : plan.arrivals;
   return await_ranks(w, peers, peers.all(), Phase::arrival,
-                     [&](int s) { return w.read(arrival_word(peers.mail_from(s), wave)) >= expected[s]; });
+                     [&](int s) { return w.read(arrival_word(peers.signals_from(s), wave)) >= expected[s]; });
 }
 
 // The wave of unique row n, from its experts; those of other ranks are -1, which is past all others.
-COMMLIB_HD int wave_of_row(const DeliverPlan& plan, int64_t n) {
+COMMLIB_HD int wave_of_row(const UnpackPlan& plan, int64_t n) {
   auto lowest = UINT32_MAX;
   for (int64_t i = n * plan.topk; i < (n + 1) * plan.topk; ++i) {
     const auto local = static_cast<uint32_t>(plan.slot.experts[i]);
@@ -137,26 +138,26 @@ COMMLIB_HD int wave_of_row(const DeliverPlan& plan, int64_t n) {
   return wave_of(lowest, plan.experts);
 }
 
-// Copies this worker's rows of a wave to all their places. Lanes look for them side by side.
+// Copies this worker's rows of a wave to all their expand_to. Lanes look for them side by side.
 template <class Worker>
-COMMLIB_HD void deliver_wave(Worker& w, const DeliverPlan& plan, int wave) {
+COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
   const Span part = w.share(plan.rows);
   for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
     const int64_t mine = first + w.lane();
     const bool now = mine < part.end && wave_of_row(plan, mine) == wave;
     for (uint64_t left = w.any_bits(static_cast<uint64_t>(now) << w.lane()); left; left &= left - 1) {
-      replicate_row(w, plan, first + lowest_bit(left));
+      unpack_row(w, plan, first + lowest_bit(left));
     }
   }
 }
 
-// Sends and delivers all waves. A worker delivers as soon as a wave has arrived, whether or not it has sent
+// Sends and unpacks all waves. A worker unpacks as soon as a wave has arrived, whether or not it has sent
 // everything, and sends as long as none has: a late rank holds nobody's sending up.
 //
-// delivered(wave): called by each worker when it has its part of the wave in place.
-template <class Worker, class Delivered>
-COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const DeliverPlan& deliver,
-                              const WavePlan& plan, const PeerTable& peers, Delivered delivered) {
+// unpacked(wave): called by each worker when it has its part of the wave in place.
+template <class Worker, class Unpacked>
+COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const UnpackPlan& unpack, const WavePlan& plan,
+                              const PeerTable& peers, Unpacked unpacked) {
   plan_waves(w, send, plan.of_routes);
   send_metadata_ahead(w, send, peers);
   Sending at{0, w.index()};
@@ -167,10 +168,10 @@ COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const DeliverPlan
       continue;
     }
     if (!ok && !await_wave(w, peers, plan, wave)) return false;
-    if (wave == 0) prepare_delivery(w, deliver);
-    deliver_wave(w, deliver, wave);
+    if (wave == 0) prepare_unpacking(w, unpack);
+    unpack_wave(w, unpack, wave);
     w.flush();
-    delivered(wave++);
+    unpacked(wave++);
   }
   return true;
 }

@@ -3,7 +3,7 @@
 //
 //   index(), count()           this worker's number among those of its rank's operation
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
-//   kHops                      whether there may be ranks on other nodes
+//   kInternode                      whether there may be ranks on other nodes
 //   share(n)                   this worker's contiguous part of n items
 //
 // All lanes call these together:
@@ -20,14 +20,14 @@
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end; no terms: zeros
 //   zero(dst, bytes)
-//   link_limited()             whether the rank's link is limited
-//   pass_link(bytes)           waits until they have passed it
+//   throttled()             whether the rank's link is limited
+//   pass_throttle(bytes)           waits until they have passed it
 //   flush()                    orders what this worker wrote before what it publishes or adds next
-//   await_change(hops, seen, ranks)
-//                              waits until the news of other nodes are no longer `seen`; `ranks`: a mask of
-//                              those who are to bring some
+//   await_change(internode, seen, ranks)
+//                              waits until the progress of other nodes are no longer `seen`; `ranks`: a mask
+//                              of those who are to bring some
 //   await(ready, peer, late, phase)
-//                              each lane waits until its own ready(), of which `peer` rings a bell; late():
+//                              each lane waits until its own ready(), of which `peer` rings a event; late():
 //                              the ranks that the operation waits for then, as a mask. False once this
 //                              rank's operation has failed, which a wait past its deadline causes
 //   await_tag(word, tag, peer, phase)
@@ -45,11 +45,11 @@
 //   add(counter, n)            a release addition; of 1, if n is not given
 //   read(word)                 an acquire load
 //   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
-//   glance(word)               a load that orders nothing
+//   load_relaxed(word)               a load that orders nothing
 //   replace(word, old, new)    whether it was `old` and is `new` now; of workers of this rank, one succeeds
-//   wake(mailbox)              rings its bell, where threads sleep
+//   wake(signals)              rings its event, where threads sleep
 //   post(outbox, post)         hands something to the network
-//   tally(counter, n)          adds to a counter that workers of this rank share, unordered
+//   add_relaxed(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
 //   malformed(peer, phase)     records that the peer sent what does not fit the operation
@@ -57,7 +57,8 @@
 
 #include <utility>
 
-#include "protocol/types.h"
+#include "base/dtype.h"
+#include "protocol/operation.h"
 
 namespace commlib {
 

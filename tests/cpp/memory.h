@@ -10,7 +10,7 @@ namespace commlib::testing {
 // Defined by each backend. Host and kernels reach the memory at the same address. Waits for no operation.
 void* allocate(size_t bytes);  // aligned to a cache line
 void release(void* memory);
-// Copies between any two places, tensors or slots of a heap; done when it returns.
+// Copies between any two addresses, in tensors or slots of a heap; done when it returns.
 void copy_bytes(void* to, const void* from, size_t bytes);
 
 template <class T>

@@ -88,8 +88,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->routing.rows = pending->rows;
   Received received = room_for(self, *d, manner);
   if (r.grouped) {
-    d->places.resize(r.places.size());
-    d->routing.places = d->places.data();
+    d->expand_to.resize(r.expand_to.size());
+    d->routing.expand_to = d->expand_to.data();
   } else {
     d->ids.resize(r.ids.size());
     received.topk_idx = d->ids.data();
@@ -167,7 +167,7 @@ void check_dispatch(const Dispatched& d) {
   check(d.ids == (r.grouped ? Int64s{} : r.ids), "each row's local expert ids are right");
   check(d.room.rows_per_expert == r.rows_per_expert, "counts are right for each expert");
   check(d.room.offsets == r.offsets, "offsets of the groups are right");
-  check(d.places == r.places, "places of rows in the groups are right");
+  check(d.expand_to == r.expand_to, "expand_to of rows in the groups are right");
   check_equal(d.dropped, r.dropped, "rows dropped");
 }
 

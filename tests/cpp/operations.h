@@ -41,7 +41,7 @@ class UnderWay {
 // A routing that a plan is to fill in, and its memory.
 struct RoutingRoom {
   Int64s routes, rows_per_expert, offsets;
-  RoutingView view;
+  RoutePlan view;
 
   RoutingRoom() = default;
   // topk_idx must stay where it is.
@@ -53,11 +53,11 @@ struct Dispatched {
   const Scenario* scenario = nullptr;
   int rank = 0;
   RoutingRoom room;
-  Int64s places, ids, source;
+  Int64s expand_to, ids, source;
   Buffer rows, weights;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
   std::unique_ptr<PendingDispatch> pending;
-  RoutingView routing;
+  RoutePlan routing;
   int64_t dropped = 0;
 
   const RankCase& mine() const { return scenario->ranks[rank]; }
@@ -84,7 +84,7 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
 
 // `got` may lie in a slot of the heap, which only copies need reach.
 void check_bytes(const void* got, const Buffer& wanted, const char* what);
-// Wait, and compare bit by bit.
+// OpId, and compare bit by bit.
 void check_dispatch(const Dispatched& d);
 void check_redispatch(const Dispatched& d);
 void check_combine(const Rank& self, const Combined& c, const Scenario& values);

@@ -6,8 +6,8 @@
 
 namespace commlib::testing {
 
-// Rank 0 of a crowd would receive every token of every rank.
-inline Scenario crowd(const Config& config, int ranks, bool drop, Random& random) {
+// An oversubscribed scenario: rank 0 would receive every token of every rank.
+inline Scenario oversubscribed(const Config& config, int ranks, bool drop, Random& random) {
   Asked asked;
   asked.drop = drop;
   Scenario s{config, asked, {}};
@@ -39,7 +39,7 @@ inline Scenario fitting(Config config, int ranks, Random& random) {
   return random_scenario(config, ranks, {}, random);
 }
 
-// What a dispatch of a crowd throws. Its routing is gone at once.
+// What a dispatch of such a scenario throws. Its routing is freed at once.
 inline CapacityError refusal(Rank& self, const Scenario& many) {
   const RoutingRoom room(many, self.rank);
   return check_throws<CapacityError>([&] { self.comm->begin_dispatch(room.view, true, false, false); },

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "protocol/scalar_types.h"
+#include "base/scalar_types.h"
 
 namespace commlib::testing {
 namespace {
@@ -86,11 +86,11 @@ void lay_out(RankCase& r, int topk) {
   r.results = static_cast<int64_t>(r.rows.size());
   if (r.grouped) {
     r.offsets.assign(1, 0);
-    r.places.assign(r.ids.size(), -1);
+    r.expand_to.assign(r.ids.size(), -1);
     for (int64_t e = 0; e < experts; ++e) {
       int64_t next = r.offsets[e];
       for (size_t i = 0; i < r.ids.size(); ++i) {
-        if (r.ids[i] == e) r.places[i] = next++;
+        if (r.ids[i] == e) r.expand_to[i] = next++;
       }
       while (next % r.align != 0) ++next;
       r.offsets.push_back(next);
@@ -100,16 +100,16 @@ void lay_out(RankCase& r, int topk) {
   r.source.assign(2 * r.results, -1);
   for (size_t i = 0; i < r.ids.size(); ++i) {
     const auto n = static_cast<int64_t>(i) / topk;
-    const int64_t to = r.grouped ? r.places[i] : n;
+    const int64_t to = r.grouped ? r.expand_to[i] : n;
     if (to < 0) continue;
     r.source[2 * to] = r.rows[n].source;
     r.source[2 * to + 1] = r.rows[n].token;
   }
 }
 
-// What the dispatch delivers: rows, and weights of the experts here; zeros in padding and for others'
+// What the dispatch unpacks: rows, and weights of the experts here; zeros in padding and for others'
 // experts.
-void deliver(Scenario& s, RankCase& to) {
+void unpack(Scenario& s, RankCase& to) {
   const int64_t row = s.row_bytes(), wb = s.weight_bytes();
   const int topk = s.config.topk;
   to.received = Buffer(to.results * row);
@@ -120,7 +120,7 @@ void deliver(Scenario& s, RankCase& to) {
     const auto n = static_cast<int64_t>(i) / topk;
     const Origin& from = to.rows[n];
     const RankCase& sender = s.ranks[from.source];
-    const int64_t at = to.grouped ? to.places[i] : n;
+    const int64_t at = to.grouped ? to.expand_to[i] : n;
     if (at >= 0)
       std::memcpy(to.received.data() + at * row, sender.x.data() + from.token * sender.x_stride, row);
     if (to.ids[i] < 0) continue;
@@ -130,8 +130,8 @@ void deliver(Scenario& s, RankCase& to) {
   }
 }
 
-// Element h of the row that `from` holds for its unique row n: summed over its places, weighted, rounded
-// once.
+// Element h of the row that `from` holds for its unique row n: summed over its grouped rows, weighted,
+// rounded once.
 template <class T, class Acc>
 T staged(const Scenario& s, const RankCase& from, int64_t n, int64_t h, double* exact, double* magnitude) {
   Acc sum = 0;
@@ -144,7 +144,7 @@ T staged(const Scenario& s, const RankCase& from, int64_t n, int64_t h, double* 
   };
   if (!from.grouped) add(n);
   for (int k = 0; from.grouped && k < s.config.topk; ++k) {
-    const int64_t place = from.places[n * s.config.topk + k];
+    const int64_t place = from.expand_to[n * s.config.topk + k];
     if (place >= 0) add(place);
   }
   T rounded;
@@ -154,8 +154,10 @@ T staged(const Scenario& s, const RankCase& from, int64_t n, int64_t h, double* 
 
 // Which of the ranks' rows come to rank p in one sum, rounded once: 0: its own row by itself.
 int sums_of(const Config& config, int p, int q) {
-  if (config.node_of.empty() || !config.hierarchical || config.node_of[p] == config.node_of[q]) return 0;
-  return 1 + config.node_of[q];
+  if (config.net.node_of.empty() || !config.net.hierarchical ||
+      config.net.node_of[p] == config.net.node_of[q])
+    return 0;
+  return 1 + config.net.node_of[q];
 }
 
 // The combine at rank p: rows of all ranks in ascending order, the bias last, one rounding; rows of another
@@ -214,7 +216,7 @@ void sum_up(Scenario& s, int p) {
       for (int k = 0; k < topk; ++k) {
         const int64_t i = n * topk + k;
         if (from->ids[i] < 0) continue;
-        r.out_weights.as<Acc>()[t * topk + k] = grads.as<Acc>()[from->grouped ? from->places[i] : i];
+        r.out_weights.as<Acc>()[t * topk + k] = grads.as<Acc>()[from->grouped ? from->expand_to[i] : i];
       }
     }
   }
@@ -237,7 +239,7 @@ void fill(Scenario& s, Random& random) {
     r.weight_grads = random_values<Acc>(r.grouped ? r.results : r.results * topk, 0, random);
     r.bias = random_values<T>(r.tokens * hidden, 0, random);
   }
-  for (RankCase& r : s.ranks) deliver(s, r);
+  for (RankCase& r : s.ranks) unpack(s, r);
   for (size_t p = 0; p < s.ranks.size(); ++p) sum_up<T, Acc>(s, static_cast<int>(p));
 }
 

@@ -56,7 +56,7 @@ struct RankCase {
   // Got out of the dispatch.
   std::vector<Origin> rows;  // unique, by source, then token
   Int64s rows_per_expert, offsets;
-  Int64s places;        // [rows][topk]: grouped row; empty unless grouped
+  Int64s expand_to;     // [rows][topk]: grouped row; empty unless grouped
   Int64s ids;           // [rows][topk]: local expert
   int64_t results = 0;  // rows of the result: unique or grouped
   int64_t dropped = 0;  // of this rank's (token, rank) pairs

@@ -19,25 +19,25 @@ struct Clerk {
   static void post(const Outbox&, const Post&) {}
 };
 
-// Ranks of one node, each with its mailboxes.
+// Ranks of one node, each with its signals.
 struct Ranks {
-  std::vector<std::vector<Mailbox>> mail;
+  std::vector<std::vector<Signals>> signals;
   std::vector<PeerTable> peers;
   Clerk clerk;
 
-  explicit Ranks(int size) : mail(size, std::vector<Mailbox>(size)), peers(size) {
+  explicit Ranks(int size) : signals(size, std::vector<Signals>(size)), peers(size) {
     for (int r = 0; r < size; ++r) {
       peers[r].rank = r;
       peers[r].size = size;
       peers[r].near = peers[r].all();
-      for (int p = 0; p < size; ++p) peers[r].peer[p].mail = mail[p].data();
+      for (int p = 0; p < size; ++p) peers[r].peer[p].signals = signals[p].data();
     }
   }
   void call(int rank, uint32_t epoch) {
-    for (auto& of : mail) of[rank].calls[epoch % kCallRing] = tagged(epoch, Call{OpKind::combine}.pack());
+    for (auto& of : signals) of[rank].calls[epoch % kCallRing] = tagged(epoch, Call{OpKind::combine}.bits());
   }
-  void awaits(int rank, uint64_t ranks) { say_awaited(clerk, peers[rank], ranks); }
-  void awaits_no_more(int rank) { say_awaited(clerk, peers[rank], 0); }
+  void awaits(int rank, uint64_t ranks) { publish_awaited(clerk, peers[rank], ranks); }
+  void awaits_no_more(int rank) { publish_awaited(clerk, peers[rank], 0); }
   uint64_t blamed_by(int rank, uint32_t epoch, uint64_t late) {
     return timeout_record(clerk, peers[rank], {Call{OpKind::combine}, epoch}, late, Phase::arrival).blamed;
   }

@@ -1,6 +1,6 @@
 // Dispatches of more rows than a rank has room for.
-#include "crowd.h"
 #include "operations.h"
+#include "oversubscribed.h"
 #include "suite.h"
 
 namespace commlib::testing {
@@ -9,7 +9,7 @@ namespace {
 void overflow_is_an_error_on_all_ranks_and_all_may_go_on() {
   Random random(90);
   const Config config = narrow_config(3);
-  const Scenario many = crowd(config, 3, false, random);
+  const Scenario many = oversubscribed(config, 3, false, random);
   const Scenario few = fitting(config, 3, random);
   in_ranks(config, 3, [&](Rank& self) {
     for (int i = 0; i < 5; ++i) {
@@ -30,7 +30,7 @@ void dropped_rows_are_counted_and_the_others_arrive() {
     config.num_sms = 1 + round % 3;
     config.slots = 3;
     if (round % 2 == 1) config.capacity = round;  // less than one rank's tokens
-    const Scenario s = crowd(config, ranks, true, random);
+    const Scenario s = oversubscribed(config, ranks, true, random);
     const Scenario other = with_other_values(s, random);
     int64_t dropped = 0;
     for (const RankCase& r : s.ranks) dropped += r.dropped;

@@ -54,7 +54,7 @@ void stays_away(Operation operation, OpKind kind) {
       self.comm->set_timeout(kDeadline);
       const Stopwatch watch;
       const Failure failure = failure_of([&] { operation(self, *d, s); }, "an operation without rank 1");
-      check_blames(failure, failure.record.cause == Cause::left ? Cause::left : Cause::timeout, 1);
+      check_blames(failure, failure.record.cause == Cause::departed ? Cause::departed : Cause::timeout, 1);
       check_equal(name_of(failure.record.op), name_of(kind), "the operation");
       check(watch.seconds() < kDeadline + kAtOnce, "the deadline is kept");
       if (failure.record.cause == Cause::timeout) {
@@ -112,7 +112,7 @@ void ids_changed_during_a_dispatch_are_found_before_they_do_harm() {
     Int64s ids;
     for (int64_t t = 0; t < kTokens; ++t) ids.insert(ids.end(), {2, -1});
     RoutingRoom room(config, 2, self.rank, ids);
-    Int64s offsets(3), places(2 * kTokens * config.topk);
+    Int64s offsets(3), expand_to(2 * kTokens * config.topk);
     room.view.offsets = offsets.data();
     const auto pending = self.comm->begin_dispatch(room.view, false, false, false);
     check_equal(pending->results, self.rank == 1 ? 2 * kTokens : 0, "rows of the result");
@@ -120,7 +120,7 @@ void ids_changed_during_a_dispatch_are_found_before_they_do_harm() {
     for (int64_t t = 0; self.rank == 0 && t < kTokens; ++t) ids[t * config.topk + 1] = 3;
     self.meet();
     room.view.rows = pending->rows;
-    room.view.places = places.data();
+    room.view.expand_to = expand_to.data();
     const int64_t row_bytes = self.comm->layout().row_bytes;
     const Buffer x(kTokens * row_bytes), rows(pending->results * row_bytes), source(pending->results * 16);
     Received received;
@@ -168,8 +168,8 @@ void leaves(void (*leave)(Rank&)) {
       leave(self);
     } else {
       const Stopwatch watch;
-      check_blames(failure_of([&] { start_dispatch(self, s, {}); }, "a dispatch without rank 1"), Cause::left,
-                   1);
+      check_blames(failure_of([&] { start_dispatch(self, s, {}); }, "a dispatch without rank 1"),
+                   Cause::departed, 1);
       check(watch.seconds() < kAtOnce, "the others know at once");
       check_broken(self, s);
     }

@@ -49,7 +49,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
     Asked asked;
     asked.weights = random.one_in(2);
     asked.weight_grads = random.one_in(2);
-    asked.waves = config.node_of.empty() && random.one_in(3);
+    asked.waves = config.net.node_of.empty() && random.one_in(3);
     batches.push_back(random_scenario(config, ranks, asked, random));
     others.push_back(with_other_values(batches.back(), random));
   }
@@ -98,13 +98,13 @@ void one_rank_by_itself() {
 void four_ranks_on_two_nodes() {
   Config config = small_config(4);
   config.vector_ops = "plain";
-  config.node_of = {0, 0, 1, 1};
-  config.chunk_bytes = 500;
-  config.chunks = 2;
+  config.net.node_of = {0, 0, 1, 1};
+  config.net.chunk_bytes = 500;
+  config.net.chunks = 2;
   config.first_epoch = near_the_end();
   Random random(106);
   for (int i = 0; i < rounds(4); ++i) {
-    config.hierarchical = i % 2 == 0;
+    config.net.hierarchical = i % 2 == 0;
     many_operations_once(config, 4, random);
   }
 }

@@ -15,10 +15,10 @@ namespace {
 // Small chunks and rings, so that there are many, and back-pressure all the time.
 Config on_nodes(const std::vector<int>& node_of, bool hierarchical, Random& random) {
   Config config = small_config(static_cast<int>(node_of.size()));
-  config.node_of = node_of;
-  config.hierarchical = hierarchical;
-  config.chunk_bytes = 400 + 64 * static_cast<int64_t>(random.below(8));
-  config.chunks = int64_t{1} << random.below(3);
+  config.net.node_of = node_of;
+  config.net.hierarchical = hierarchical;
+  config.net.chunk_bytes = 400 + 64 * static_cast<int64_t>(random.below(8));
+  config.net.chunks = int64_t{1} << random.below(3);
   config.slots = 4;  // two receive slots kept, one lent, one at work
   config.topk = 1 + static_cast<int>(random.below(4));
   config.hidden = random.one_in(3) ? 37 : 32;
@@ -26,7 +26,7 @@ Config on_nodes(const std::vector<int>& node_of, bool hierarchical, Random& rand
 }
 
 std::vector<Config> with_workers(const Config& config, Random& random) {
-  std::vector<Config> configs(config.node_of.size(), config);
+  std::vector<Config> configs(config.net.node_of.size(), config);
   for (Config& c : configs) c.num_sms = 1 + static_cast<int>(random.below(3));
   return configs;
 }
@@ -76,13 +76,14 @@ void memory_under_way_is_bounded() {
   Config config = on_nodes({0, 0, 1, 1}, true, random);
   config.max_tokens = 60;
   config.capacity = 4 * config.max_tokens;
-  config.chunks = 2;
+  config.net.chunks = 2;
   const Scenario s = random_scenario(config, 4, {}, random);
   in_ranks(config, 4, [&](Rank& self) {
     check_round_trip(self, s, s, {});
     self.meet();
-    const int64_t lanes = std::min(16, self.comm->address().workers);
-    const auto ring = static_cast<size_t>(lanes * config.chunks * align_up(config.chunk_bytes, kRowAlign));
+    const int64_t queues = std::min(16, self.comm->address().workers);
+    const auto ring =
+        static_cast<size_t>(queues * config.net.chunks * align_up(config.net.chunk_bytes, kRowAlign));
     check(self.net->most_under_way() <= 2 * ring, "no more than two channels' rings to any rank");
   });
 }
@@ -137,8 +138,8 @@ void dies(bool says_so, Random& random) {
     }
     const CommFailure e =
         check_throws<CommFailure>([&] { check_dispatch(*start_dispatch(self, s, {})); }, "rank 3 is gone");
-    check(e.failure.record.peer == 3 || e.failure.record.teller != self.rank, e.what());
-    check(e.failure.record.cause == Cause::left || e.failure.record.cause == Cause::lost, e.what());
+    check(e.failure.record.peer == 3 || e.failure.record.reporter != self.rank, e.what());
+    check(e.failure.record.cause == Cause::departed || e.failure.record.cause == Cause::lost, e.what());
     self.meet();
   });
 }
@@ -156,8 +157,8 @@ struct LateAnswer {
   explicit LateAnswer(Random& random) {
     Config config = on_nodes({0, 1, 2}, true, random);
     config.topk = 2;
-    config.chunk_bytes = 4096;
-    config.chunks = 8;
+    config.net.chunk_bytes = 4096;
+    config.net.chunks = 8;
     s.config = config;
     s.ranks.resize(3);
     RankCase& mine = s.ranks[0];
@@ -231,7 +232,7 @@ struct Early {
       const CommFailure next = check_throws<CommFailure>(
           [&] { check_dispatch(*start_dispatch(self, *first, {})); }, "a call that the leaver does not make");
       const Cause cause = next.failure.record.cause;
-      check(cause == Cause::broken || (cause == Cause::left && next.failure.record.peer == leaver),
+      check(cause == Cause::broken || (cause == Cause::departed && next.failure.record.peer == leaver),
             next.what());
     }
     overtakings = self.net->overtakings();
@@ -244,7 +245,7 @@ struct Early {
       self.comm->synchronize();
     } catch (const CommFailure& e) {
       const FailureRecord& r = e.failure.record;
-      check(r.cause == Cause::left && r.peer == leaver, e.what());
+      check(r.cause == Cause::departed && r.peer == leaver, e.what());
       check_equal(name_of(r.op), name_of(kind), "the operation");
     }
   }
@@ -261,14 +262,14 @@ void a_rank_that_closes_early_fails_no_operation_in_silence() {
     const std::vector<int>& node_of = nodes[i % nodes.size()];
     const int ranks = static_cast<int>(node_of.size());
     Config config = on_nodes(node_of, random.one_in(2), random);
-    config.chunk_bytes = 4096;  // whoever leaves need not wait until its chunks are taken
-    config.chunks = 8;
+    config.net.chunk_bytes = 4096;  // whoever leaves need not wait until its chunks are taken
+    config.net.chunks = 8;
     const Scenario first = random_scenario(config, ranks, {}, random);
     const Scenario second = with_other_values(first, random);
     const auto kind = static_cast<OpKind>(1 + random.below(3));
-    Early early{static_cast<int>(random.below(ranks)), kind, &first, &second, hold_ms};
-    in_ranks(with_workers(config, random), [&](Rank& self) { early(self); });
-    overtakings += early.overtakings;
+    Early wave_arrived{static_cast<int>(random.below(ranks)), kind, &first, &second, hold_ms};
+    in_ranks(with_workers(config, random), [&](Rank& self) { wave_arrived(self); });
+    overtakings += wave_arrived.overtakings;
   }
   check(overtakings > 0, "words overtake each other");
 }

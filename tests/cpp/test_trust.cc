@@ -14,8 +14,8 @@ namespace {
 
 Config on_two_nodes() {
   Config config = small_config(4);
-  config.node_of = {0, 0, 1, 1};
-  config.chunks = 2;
+  config.net.node_of = {0, 0, 1, 1};
+  config.net.chunks = 2;
   config.slots = 4;
   return config;
 }
@@ -26,7 +26,7 @@ Header header_of(int from, int to, Post post) {
 }
 
 Post words_at(uint64_t offset, uint64_t bytes = 8) {
-  return {PostKind::words, Stream::outward, 0, 0, offset, bytes};
+  return {PostKind::words, Direction::outward, 0, 0, offset, bytes};
 }
 
 // -- who it is from
@@ -48,7 +48,7 @@ void after_a_round_trip(uint64_t seed, const std::function<void(Rank&)>& forge, 
 void who_does_not_prove_whom_it_is_is_not_heard() {
   const auto forge = [](Rank& self) {
     // It would say for rank 3 that it has given up.
-    const uint64_t left = 3 * sizeof(Mailbox) + offsetof(Mailbox, left);
+    const uint64_t left = 3 * sizeof(Signals) + offsetof(Signals, departed);
     const Bytes word(8, std::byte{2});
     std::vector<Header> forged(9, header_of(3, 0, words_at(left)));
     forged[0].key[15] ^= std::byte{1};
@@ -79,18 +79,18 @@ struct Forgery {
 
 // From rank 2 to rank 0, each of which is the other's gateway.
 std::vector<Forgery> forgeries(const Config& config) {
-  constexpr uint64_t mine = 2 * sizeof(Mailbox), left = offsetof(Mailbox, left);
-  const uint64_t counts = 4 * sizeof(Mailbox);
-  const auto chunk = [](uint64_t number, uint64_t bytes, uint16_t lane = 0, int stream = 0) {
-    return Post{PostKind::chunk, static_cast<Stream>(stream), lane, 0, number, bytes};
+  constexpr uint64_t mine = 2 * sizeof(Signals), left = offsetof(Signals, departed);
+  const uint64_t counts = 4 * sizeof(Signals);
+  const auto chunk = [](uint64_t number, uint64_t bytes, uint16_t queue = 0, int direction = 0) {
+    return Post{PostKind::chunk, static_cast<Direction>(direction), queue, 0, number, bytes};
   };
-  const auto taken = [](uint64_t number, uint16_t lane = 0, int stream = 0) {
-    return Post{PostKind::taken, static_cast<Stream>(stream), lane, 0, number, 0};
+  const auto taken = [](uint64_t number, uint16_t queue = 0, int direction = 0) {
+    return Post{PostKind::taken, static_cast<Direction>(direction), queue, 0, number, 0};
   };
   const uint64_t far = uint64_t{1} << 40, most = UINT64_MAX;
   return {
-      {"no known kind", {static_cast<PostKind>(3), Stream::outward, 0, 0, 0, 0}, 0},
-      {"no known kind", {static_cast<PostKind>(255), Stream::outward, 0, 0, 0, 8}, 8},
+      {"no known kind", {static_cast<PostKind>(3), Direction::outward, 0, 0, 0, 0}, 0},
+      {"no known kind", {static_cast<PostKind>(255), Direction::outward, 0, 0, 0, 8}, 8},
       {"not as long as it says", words_at(mine + left, 16), 8},
       {"not as long as it says", words_at(mine + left, most - 7), 8},
       {"not as long as it says", chunk(0, most), 64},
@@ -99,7 +99,7 @@ std::vector<Forgery> forgeries(const Config& config) {
       {"not whole", words_at(mine + left, 0), 0},
       {"not its own", words_at(left), 8},                             // rank 0's
       {"not its own", words_at(mine), 8},                             // arrivals, which a gateway adds
-      {"not its own", words_at(mine + sizeof(Mailbox) - 8, 16), 16},  // into the next mailbox
+      {"not its own", words_at(mine + sizeof(Signals) - 8, 16), 16},  // into the next signals
       {"not its own", words_at(counts), 8},                           // rank 0's
       {"not its own", words_at(most - 7), 8},                         // offset + bytes is 0
       {"not its own", words_at(most - 7, 4096), 4096},                // and less than the block
@@ -107,11 +107,11 @@ std::vector<Forgery> forgeries(const Config& config) {
       {"not its own", words_at(1 << 20, 8), 8},  // past the block
       {"no room", chunk(far, 64), 64},
       {"no room", chunk(most, 64), 64},
-      {"no room", chunk(static_cast<uint64_t>(config.chunks) + 1, 64), 64},
+      {"no room", chunk(static_cast<uint64_t>(config.net.chunks) + 1, 64), 64},
       {"size that there is not", chunk(0, 63), 63},
       {"size that there is not", chunk(0, 0), 0},
       {"size that there is not", chunk(0, 1 << 20), 1 << 20},
-      {"channel that there is not", chunk(0, 64, 16), 64},  // no rank has so many lanes
+      {"channel that there is not", chunk(0, 64, 16), 64},  // no rank has so many queues
       {"channel that there is not", chunk(0, 64, UINT16_MAX), 64},
       {"channel that there is not", chunk(0, 64, 0, 2), 64},
       {"channel that there is not", chunk(0, 64, 0, 255), 64},
@@ -157,7 +157,7 @@ void a_message_that_does_not_fit_is_an_error_that_names_its_rank() {
 
 void a_chunk_that_comes_twice_is_an_error() {
   const auto forge = [](Rank& self) {
-    const Header header = header_of(2, 0, {PostKind::chunk, Stream::outward, 0, 0, 0, 64});
+    const Header header = header_of(2, 0, {PostKind::chunk, Direction::outward, 0, 0, 0, 64});
     self.net->forge(0, &header, sizeof header, Bytes(64));
     while (!self.comm->network()->has_lost(2)) std::this_thread::yield();
   };
@@ -167,7 +167,7 @@ void a_chunk_that_comes_twice_is_an_error() {
 // -- what chunks bring
 
 struct Tampering {
-  Stream stream;
+  Direction direction;
   int64_t offset;  // in the chunk, of an int32
   int64_t value;
 };
@@ -180,7 +180,7 @@ FrameLayout layout_of(const Config& config) {
 void names_the_sender(const Tampering& t, OpKind kind, uint64_t stream_seed) {
   Random random(stream_seed);
   Config config = on_two_nodes();
-  config.chunk_bytes = 4096;
+  config.net.chunk_bytes = 4096;
   Scenario s = random_scenario(config, 4, {}, random);
   while (s.ranks[0].tokens < 4 || s.ranks[2].tokens < 4) s = random_scenario(config, 4, {}, random);
   bool done = false;  // of rank 0's network alone
@@ -195,7 +195,8 @@ void names_the_sender(const Tampering& t, OpKind kind, uint64_t stream_seed) {
     if (self.rank == 0) {
       self.net->tamper_with([&](int to, const Header& header, Bytes& data) {
         if (to != 0 || done || header.post.peer != 2 || header.post.kind != PostKind::chunk) return;
-        if (header.post.stream != t.stream || reinterpret_cast<const ChunkHeader*>(data.data())->frames == 0)
+        if (header.post.direction != t.direction ||
+            reinterpret_cast<const ChunkHeader*>(data.data())->frames == 0)
           return;
         const auto value = static_cast<int32_t>(t.value);
         std::memcpy(data.data() + t.offset, &value, sizeof value);
@@ -221,22 +222,23 @@ void rows_and_tokens_that_there_are_not_are_an_error_that_names_the_sender() {
   const int64_t frames = offsetof(ChunkHeader, frames), epoch = offsetof(ChunkHeader, epoch);
   const int64_t row = frame + layout.rows_at, expert = frame + layout.experts_at;
   for (const OpKind kind : {OpKind::dispatch, OpKind::combine}) {
-    for (const Tampering& t : std::vector<Tampering>{{Stream::outward, frames, -1},
-                                                     {Stream::outward, frames, 4096},
-                                                     {Stream::outward, epoch, 77},
-                                                     {Stream::outward, frame, -1},
-                                                     {Stream::outward, frame, config.max_tokens},
-                                                     {Stream::outward, row, -2},
-                                                     {Stream::outward, row, config.capacity},
-                                                     {Stream::outward, row + 4, INT32_MAX},
-                                                     {Stream::outward, expert, -2},
-                                                     {Stream::outward, expert, config.experts},
-                                                     {Stream::outward, expert + 4, INT32_MIN}}) {
+    for (const Tampering& t : std::vector<Tampering>{{Direction::outward, frames, -1},
+                                                     {Direction::outward, frames, 4096},
+                                                     {Direction::outward, epoch, 77},
+                                                     {Direction::outward, frame, -1},
+                                                     {Direction::outward, frame, config.max_tokens},
+                                                     {Direction::outward, row, -2},
+                                                     {Direction::outward, row, config.capacity},
+                                                     {Direction::outward, row + 4, INT32_MAX},
+                                                     {Direction::outward, expert, -2},
+                                                     {Direction::outward, expert, config.experts},
+                                                     {Direction::outward, expert + 4, INT32_MIN}}) {
       names_the_sender(t, kind, 503);
     }
   }
-  for (const Tampering& t : {Tampering{Stream::homeward, frames, -1}, Tampering{Stream::homeward, epoch, 0},
-                             Tampering{Stream::homeward, frame, 11}}) {
+  for (const Tampering& t :
+       {Tampering{Direction::homeward, frames, -1}, Tampering{Direction::homeward, epoch, 0},
+        Tampering{Direction::homeward, frame, 11}}) {
     names_the_sender(t, OpKind::combine, 504);
   }
 }

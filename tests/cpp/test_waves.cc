@@ -1,4 +1,4 @@
-// A dispatch in waves: the same rows in the same places, the first experts' sooner.
+// A dispatch in waves: the same rows at the same positions, the first experts' sooner.
 #include "operations.h"
 #include "suite.h"
 

@@ -51,8 +51,8 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       Config config = configs[rank];
       config.rank = rank;
       config.size = size;
-      for (int p = 0; p < size; ++p) config.keys.push_back({test_key(rank, p), test_key(p, rank)});
-      config.make_transport = [&net, rank] { return net.transport(rank); };
+      for (int p = 0; p < size; ++p) config.net.keys.push_back({test_key(rank, p), test_key(p, rank)});
+      config.net.make_transport = [&net, rank] { return net.transport(rank); };
       self.comm = machine->communicator(config);
       addresses[rank] = self.comm->address();
       self.meet();

@@ -114,8 +114,8 @@ Result Machine::run() {
 
 void Machine::step() {
   if (can_start() && (ready_.empty() || random.one_in(8))) start_block();
-  if (random.one_in(mood_.steps)) choose_mood();
-  if (delayed > 0 && random.one_in(mood_.landing)) land_a_store();
+  if (random.one_in(schedule_.steps)) choose_schedule();
+  if (delayed > 0 && random.one_in(schedule_.landing)) land_a_store();
   advance_due_copies();
   wake_sleepers();
   if (ready_.empty()) return idle();
@@ -126,39 +126,39 @@ void Machine::step() {
 // -- threads
 // ----------------------------------------------------------------------------------------------------
 
-bool Machine::Mood::is_slow(const Thread& t) const {
+bool Machine::Schedule::is_slow(const Thread& t) const {
   if (stream != t.block->kernel->stream) return false;
   if (block >= 0 && static_cast<unsigned>(block) != t.block->index) return false;
   if (warp >= 0 && static_cast<unsigned>(warp) != t.warp()) return false;
   return thread < 0 || static_cast<unsigned>(thread) == t.index;
 }
 
-void Machine::choose_mood() {
+void Machine::choose_schedule() {
   constexpr size_t kLandings[] = {2, 8, 64};
-  mood_ = {};
-  mood_.landing = kLandings[random.below(3)];
+  schedule_ = {};
+  schedule_.landing = kLandings[random.below(3)];
   if (random.one_in(16)) {
-    mood_.steps = 8192;
-    mood_.tries = 32;
-    mood_.stops = host_ && random.one_in(4) ? 20 : 0;
+    schedule_.steps = 8192;
+    schedule_.tries = 32;
+    schedule_.stops = host_ && random.one_in(4) ? 20 : 0;
   }
   if (ready_.empty()) return;
   const Thread& t = *ready_[random.below(ready_.size())];
   const size_t depth = random.below(5);
-  if (depth > 0) mood_.stream = t.block->kernel->stream;
-  if (depth > 1) mood_.block = static_cast<int>(t.block->index);
-  if (depth > 2) mood_.warp = static_cast<int>(t.warp());
-  if (depth > 3) mood_.thread = static_cast<int>(t.index);
+  if (depth > 0) schedule_.stream = t.block->kernel->stream;
+  if (depth > 1) schedule_.block = static_cast<int>(t.block->index);
+  if (depth > 2) schedule_.warp = static_cast<int>(t.warp());
+  if (depth > 3) schedule_.thread = static_cast<int>(t.index);
 }
 
 // Null where those who can run are to stand still, while time passes for the host.
 Thread* Machine::take_ready() {
   constexpr uint64_t kStopNs = 50'000;
   size_t i = random.below(ready_.size());
-  for (int tries = mood_.tries; tries > 0 && mood_.is_slow(*ready_[i]); --tries)
+  for (int tries = schedule_.tries; tries > 0 && schedule_.is_slow(*ready_[i]); --tries)
     i = random.below(ready_.size());
-  if (mood_.stops > 0 && mood_.is_slow(*ready_[i])) {
-    --mood_.stops;
+  if (schedule_.stops > 0 && schedule_.is_slow(*ready_[i])) {
+    --schedule_.stops;
     now += host_->wait(kStopNs);
     return nullptr;
   }
@@ -238,7 +238,7 @@ void Machine::wake_sleepers() {
 void Machine::idle() {
   if (streams_.empty() || can_start()) return;  // since something has just landed
   const bool events = !sleepers_.empty() || !copies.empty();
-  if (delayed > 0 && (!events || random.one_in(mood_.landing))) return land_a_store();
+  if (delayed > 0 && (!events || random.one_in(schedule_.landing))) return land_a_store();
   if (!events) return report_deadlock("no thread can run");
   let_time_pass();
 }

@@ -188,7 +188,7 @@ class Machine {
   // that runs it may call the others; and where time leaps, real time passes.
   explicit Machine(const Config& config, Host* host = nullptr)
       : config(config), random(config.seed), host_(host) {
-    choose_mood();
+    choose_schedule();
     if (config.find_races) races = std::make_unique<Races>();
   }
 
@@ -230,7 +230,7 @@ class Machine {
     bool operator<(const Sleeper& other) const { return wake > other.wake; }
   };
   // Who and what is to be slow for a while. Gives the large skews that fair picks never come to.
-  struct Mood {
+  struct Schedule {
     int stream = -1, block = -1, warp = -1, thread = -1;  // stream -1: none is slow; others -1: all
     size_t steps = 1024;                                  // about how long it lasts
     int tries = 4;                                        // to find somebody else
@@ -244,7 +244,7 @@ class Machine {
   bool can_start() const;
   void start_block();
   Thread* take_ready();
-  void choose_mood();
+  void choose_schedule();
   void resume(Thread& thread);
   void wake_sleepers();
   void idle();
@@ -261,7 +261,7 @@ class Machine {
   int resident_ = 0;
   std::vector<Thread*> ready_;
   std::priority_queue<Sleeper> sleepers_;
-  Mood mood_;
+  Schedule schedule_;
   uint64_t changes_when_idle_ = 0;
   int idle_rounds_ = 0;
   uint64_t switches_ = 0;

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "protocol/scalar_types.h"
+#include "base/scalar_types.h"
 #include "simt/cuda.h"
 #include "simt/device.h"
 

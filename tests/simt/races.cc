@@ -26,7 +26,7 @@ uint32_t offset_of(const void* code) {
 }
 
 // Function and line of the call that returns there, by addr2line where there is one.
-std::string place_of(uint32_t code) {
+std::string expanded_row_of(uint32_t code) {
   std::ostringstream command, text;
   command << "addr2line -Cfse /proc/" << getpid() << "/exe 0x" << std::hex << code - 1 << " 2>/dev/null";
   text << "0x" << std::hex << code - 1;
@@ -369,7 +369,7 @@ std::string Races::text_of(const Access& access) const {
   constexpr const char* actors[] = {"", "'s bulk load", "'s bulk store", "'s bulk store"};
   const uint32_t thread = access.actor / kActors;
   return names_[thread / kBlockThreads] + " thread " + std::to_string(thread % kBlockThreads) +
-         actors[access.actor % kActors] + " " + kinds[access.kind] + " at " + place_of(access.code);
+         actors[access.actor % kActors] + " " + kinds[access.kind] + " at " + expanded_row_of(access.code);
 }
 
 }  // namespace simt

@@ -17,7 +17,7 @@ SIMT_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
   $(abspath $(dir $(realpath $(shell command -v nvcc 2>/dev/null)))..) /usr/local/cuda,\
   $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
 SIMT_BACKEND := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) \
-  $(filter-out %/bindings.cc %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
+  $(filter-out %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
   $(filter-out %/cudart.cc,$(wildcard tests/simt/runtime/*.cc))
 SIMT_KERNELS := csrc/cuda/launch.cu tests/simt/runtime/cudart.cc
 

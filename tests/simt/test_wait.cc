@@ -15,7 +15,7 @@ constexpr Call kCall{OpKind::combine, 0, 0};
 
 // Rank 0, which waits, and what rank 1 has told it.
 struct Waiter {
-  Mailbox mail[2]{};
+  Signals signals[2]{};
   cuda::DeviceState state{};
   cuda::HostState host{};
   cuda::OpParams op{};
@@ -25,8 +25,8 @@ struct Waiter {
   Waiter() {
     op.peers.size = 2;
     op.peers.near = 1;  // rank 1 is on another node
-    for (PeerBlock& block : op.peers.peer) block.mail = mail;
-    op.wait = {kCall, kEpoch};
+    for (PeerBlock& block : op.peers.peer) block.signals = signals;
+    op.id = {kCall, kEpoch};
     op.timeout_ns = 60'000'000'000;
     op.state = &state;
     op.host = &host;
@@ -42,24 +42,24 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
   gpu.launch(0, 1, cuda::kWarpLanes, cuda::kBlockSharedBytes + cuda::WarpShared::bytes(0), [&] {
     const cuda::WarpWorker w(waiter.op);
     ptx::add_release_sys(&waiter.begun, 1);
-    const bool ok = w.await([&] { return w.read(&waiter.mail[1].arrived) == 1; }, 1, [] { return bit_of(1); },
-                            Phase::arrival);
+    const bool ok = w.await([&] { return w.read(&waiter.signals[1].arrived) == 1; }, 1,
+                            [] { return bit_of(1); }, Phase::arrival);
     const bool all = w.all(ok);
     if (w.lane() == 0) waiter.ok = all;
     ptx::add_release_sys(&waiter.ended, 1);
   });
   gpu.launch(1, 1, 1, 0, [&] {
-    ptx::store_release_sys(&waiter.mail[1].left[0], tagged_half(kClosed, bit_of(1), 0));
-    ptx::store_release_sys(&waiter.mail[1].left[1], tagged_half(kClosed, bit_of(1), 1));
+    ptx::store_release_sys(&waiter.signals[1].left[0], tagged_half(kClosed, bit_of(1), 0));
+    ptx::store_release_sys(&waiter.signals[1].left[1], tagged_half(kClosed, bit_of(1), 1));
     while (ptx::load_acquire_sys(&waiter.begun) < cuda::kWarpLanes) ptx::nanosleep(20);
     ptx::nanosleep(cuda::kLookNs);
-    for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.mail[1].early[0], i);
-    ptx::store_release_sys(&waiter.mail[1].calls[kEpoch % kCallRing], tagged(kEpoch, kCall.pack()));
+    for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.signals[1].wave_arrived[0], i);
+    ptx::store_release_sys(&waiter.signals[1].calls[kEpoch % kCallRing], tagged(kEpoch, kCall.bits()));
     ptx::nanosleep(cuda::kLookNs);
-    ptx::store_release_sys(&waiter.mail[1].arrived, 1);
+    ptx::store_release_sys(&waiter.signals[1].arrived, 1);
     // Something goes on, or simulated time would leap.
     for (uint64_t i = 1; ptx::load_acquire_sys(&waiter.ended) < cuda::kWarpLanes; ++i) {
-      ptx::store_release_sys(&waiter.mail[1].early[0], i);
+      ptx::store_release_sys(&waiter.signals[1].wave_arrived[0], i);
     }
   });
   const simt::Result result = gpu.run();
@@ -74,7 +74,7 @@ void no_wait_is_given_up_without_a_record() {
     const bool recorded = waiter.host.failed != 0;
     check(waiter.ok != recorded, "a wait ends well, or says why not");
     if (recorded) {
-      check(waiter.host.record.cause == Cause::left, "the cause is that rank 1 left");
+      check(waiter.host.record.cause == Cause::departed, "the cause is that rank 1 left");
       check_equal(waiter.host.record.peer, 1, "who is to blame");
     }
     ++(recorded ? given_up : ended_well);

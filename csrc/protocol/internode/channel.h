@@ -1,7 +1,7 @@
 // Chunks and frames: how the two ends of a channel fill and empty it.
 #pragma once
 
-#include "protocol/hops.h"
+#include "protocol/internode/endpoints.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
 
@@ -54,18 +54,20 @@ struct Frame {
   COMMLIB_HD std::byte* row() const { return at + layout.row_at; }
 };
 
-// One lane's end of a channel, in one operation.
-struct LaneEnd {
-  const Hops& hops;
+// One queue's end of a channel, in one operation.
+struct QueueEnd {
+  const Internode& internode;
   const ChannelEnd& end;
-  Stream stream;
-  int lane;
+  Direction direction;
+  int queue;
   uint32_t epoch;
 
-  COMMLIB_HD LaneState& state() const { return end.lanes[lane]; }
-  COMMLIB_HD uint64_t* word(uint64_t chunk) const { return end.words + hops.shape.place(lane, chunk); }
+  COMMLIB_HD QueueState& state() const { return end.queues[queue]; }
+  COMMLIB_HD uint64_t* word(uint64_t chunk) const {
+    return end.words + internode.shape.position(queue, chunk);
+  }
   COMMLIB_HD std::byte* chunk() const {
-    return end.ring + hops.shape.place(lane, state().chunks) * hops.shape.chunk_bytes;
+    return end.ring + internode.shape.position(queue, state().chunks) * internode.shape.chunk_bytes;
   }
   COMMLIB_HD const ChunkHeader& header() const { return *reinterpret_cast<const ChunkHeader*>(chunk()); }
   COMMLIB_HD Frame frame(const FrameLayout& layout, int64_t i) const {
@@ -77,9 +79,9 @@ struct LaneEnd {
   // -- sending
   template <class Worker>
   COMMLIB_HD bool has_room(Worker& w) const {
-    return w.all(state().chunks - w.read(word(0)) < static_cast<uint64_t>(hops.shape.chunks));
+    return w.all(state().chunks - w.read(word(0)) < static_cast<uint64_t>(internode.shape.chunks));
   }
-  // Sends the chunk: all lanes have written their frames.
+  // Sends the chunk: all queues have written their frames.
   template <class Worker>
   COMMLIB_HD void send(Worker& w, const FrameLayout& layout, int64_t frames, bool last,
                        int64_t cursor) const {
@@ -91,8 +93,8 @@ struct LaneEnd {
     if (w.lane() == 0) {
       const auto bytes =
           static_cast<uint64_t>(static_cast<int64_t>(sizeof(ChunkHeader)) + frames * layout.bytes);
-      w.post(hops.outbox,
-             {PostKind::chunk, stream, static_cast<uint16_t>(lane), end.peer, state().chunks, bytes});
+      w.post(internode.outbox,
+             {PostKind::chunk, direction, static_cast<uint16_t>(queue), end.peer, state().chunks, bytes});
       ++state().chunks;
       advance(cursor, last);
     }
@@ -109,7 +111,7 @@ struct LaneEnd {
   template <class Worker, class Fits>
   COMMLIB_HD bool check(Worker& w, const FrameLayout& layout, Fits fits) const {
     const int64_t frames = header().frames;
-    bool ok = header().epoch == epoch && frames <= layout.per_chunk(hops.shape);
+    bool ok = header().epoch == epoch && frames <= layout.per_chunk(internode.shape);
     for (int64_t f = w.lane(); ok && f < frames; f += w.lanes()) ok = fits(frame(layout, f));
     return w.all(ok) || refuse(w);
   }
@@ -134,8 +136,8 @@ struct LaneEnd {
     if (w.lane() == 0) {
       ++state().chunks;
       advance(0, last);
-      w.post(hops.outbox,
-             {PostKind::taken, stream, static_cast<uint16_t>(lane), end.peer, state().chunks, 0});
+      w.post(internode.outbox,
+             {PostKind::taken, direction, static_cast<uint16_t>(queue), end.peer, state().chunks, 0});
     }
     w.all(true);
   }
@@ -147,56 +149,41 @@ struct LaneEnd {
   }
 };
 
-// A worker's part of one operation between nodes: its lane of each channel.
-struct HopLane {
+// A worker's part of one operation between nodes: its queue of each channel.
+struct InternodeQueue {
   const PeerTable& peers;
-  const Hops& hops;
-  int lane;
+  const Internode& internode;
+  int queue;
   uint32_t epoch;
 
-  COMMLIB_HD LaneEnd to_gateway(int g) const {
-    return {hops, hops.to_gateway[g], Stream::outward, lane, epoch};
+  COMMLIB_HD QueueEnd to_gateway(int g) const {
+    return {internode, internode.to_gateway[g], Direction::outward, queue, epoch};
   }
-  COMMLIB_HD LaneEnd from_gateway(int g) const {
-    return {hops, hops.from_gateway[g], Stream::homeward, lane, epoch};
+  COMMLIB_HD QueueEnd from_gateway(int g) const {
+    return {internode, internode.from_gateway[g], Direction::homeward, queue, epoch};
   }
-  COMMLIB_HD LaneEnd from_source(int s) const {
-    return {hops, hops.from_source[s], Stream::outward, lane, epoch};
+  COMMLIB_HD QueueEnd from_source(int s) const {
+    return {internode, internode.from_source[s], Direction::outward, queue, epoch};
   }
-  COMMLIB_HD LaneEnd to_source(int s) const {
-    return {hops, hops.to_source[s], Stream::homeward, lane, epoch};
+  COMMLIB_HD QueueEnd to_source(int s) const {
+    return {internode, internode.to_source[s], Direction::homeward, queue, epoch};
   }
 };
 
-// The news as they are before any lane looks for something to do. Lanes read one after another, and one that
-// read later than the others looked must not wait for what those have missed.
+// The progress as they are before any queue looks for something to do. Lanes read one after another, and one
+// that read later than the others looked must not wait for what those have missed.
 template <class Worker>
-COMMLIB_HD uint64_t oldest_news(Worker& w, const Hops& hops) {
-  return static_cast<uint64_t>(w.lowest(static_cast<int64_t>(w.read(hops.news))));
+COMMLIB_HD uint64_t oldest_progress(Worker& w, const Internode& internode) {
+  return static_cast<uint64_t>(w.lowest(static_cast<int64_t>(w.read(internode.progress))));
 }
 
 // Whether this worker sends to other nodes, and passes on what comes from there.
 template <class Worker>
-COMMLIB_HD bool has_lane(Worker& w, const PeerTable& peers) {
-  return Worker::kHops && peers.hops && w.index() < peers.hops->shape.lanes;
+COMMLIB_HD bool has_queue(Worker& w, const PeerTable& peers) {
+  return Worker::kInternode && peers.internode && w.index() < peers.internode->shape.queues;
 }
 
 // -- which rows go where
-
-COMMLIB_HD int count_bits(uint64_t mask) {
-#ifdef __CUDA_ARCH__
-  return __popcll(mask);
-#else
-  return __builtin_popcountll(mask);
-#endif
-}
-
-// The place of `rank` in a list of the ranks in `mask`, and the rank at a place.
-COMMLIB_HD int place_in(uint64_t mask, int rank) { return count_bits(mask & ((uint64_t{1} << rank) - 1)); }
-COMMLIB_HD int rank_at(uint64_t mask, int place) {
-  while (place-- > 0) mask &= mask - 1;
-  return lowest_bit(mask);
-}
 
 // The route of a token to one of `ranks`, at place j or after; `width`: there is none.
 COMMLIB_HD int route_to(const int64_t* route, int width, int j, uint64_t ranks) {
@@ -228,7 +215,7 @@ COMMLIB_HD void write_rows(Worker& w, const Frame& frame, const int64_t* route, 
   w.all(true);
   for (int j = w.lane(); j < width; j += w.lanes()) {
     if (route[j] == kNoRoute || !has(serves, rank_of(route[j]))) continue;
-    frame.rows()[place_in(serves, rank_of(route[j]))] = static_cast<int32_t>(row_of(route[j]));
+    frame.rows()[index_in(serves, rank_of(route[j]))] = static_cast<int32_t>(row_of(route[j]));
   }
 }
 
@@ -237,7 +224,8 @@ COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk
   for (int k = w.lane(); k < topk; k += w.lanes()) frame.experts()[k] = static_cast<int32_t>(topk_idx[k]);
 }
 
-// What frames of other ranks say of places is checked before it is used: a row may go to any of the slot.
+// What frames of other ranks say of rows is checked before it is used: a row may go to any position of the
+// slot.
 COMMLIB_HD bool all_in(const int32_t* values, int n, int64_t begin, int64_t end) {
   for (int i = 0; i < n; ++i) {
     if (values[i] < begin || values[i] >= end) return false;
@@ -245,22 +233,22 @@ COMMLIB_HD bool all_in(const int32_t* values, int n, int64_t begin, int64_t end)
   return true;
 }
 
-COMMLIB_HD bool places_fit(const Frame& frame, const SlotLayout& layout, const Hops& hops) {
+COMMLIB_HD bool places_fit(const Frame& frame, const SlotLayout& layout, const Internode& internode) {
   return all_in(frame.token(), 1, 0, layout.max_tokens) &&
-         all_in(frame.rows(), count_bits(hops.served), -1, layout.capacity);
+         all_in(frame.rows(), count_bits(internode.served), -1, layout.capacity);
 }
 
 // One chunk of a source's frames for one gateway, if there is room: fill(frame, token) writes each. Whether
 // anything was sent.
 template <class Worker, class Fill>
-COMMLIB_HD bool send_frames(Worker& w, const LaneEnd& to, const FrameLayout& layout, const int64_t* routes,
+COMMLIB_HD bool send_frames(Worker& w, const QueueEnd& to, const FrameLayout& layout, const int64_t* routes,
                             int width, int64_t tokens, uint64_t serves, Fill fill) {
   if (to.finished() || !to.has_room(w)) return false;
-  const Span part = share_of(tokens, to.lane, to.hops.shape.lanes);
+  const Span part = share_of(tokens, to.queue, to.internode.shape.queues);
   const int64_t begin = part.begin + to.state().cursor;
   int64_t t = next_token_to(w, routes, width, begin, part.end, serves);
   int64_t frames = 0;
-  for (const int64_t most = layout.per_chunk(to.hops.shape); frames < most && t < part.end; ++frames) {
+  for (const int64_t most = layout.per_chunk(to.internode.shape); frames < most && t < part.end; ++frames) {
     fill(to.frame(layout, frames), t);
     t = next_token_to(w, routes, width, t + 1, part.end, serves);
   }

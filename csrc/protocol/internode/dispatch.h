@@ -1,35 +1,38 @@
-// Dispatch to other nodes. Each lane's worker is source and gateway at once, and never waits for one while it
-// could do the other's work: so no two ranks can wait for each other.
+// Dispatch to other nodes. Each queue's worker is source and gateway at once, and never waits for one while
+// it could do the other's work: so no two ranks can wait for each other.
 #pragma once
 
-#include "protocol/channel.h"
 #include "protocol/dispatch.h"
 #include "protocol/failure.h"
+#include "protocol/internode/channel.h"
 
 namespace commlib {
 
-COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Hops& hops, bool with_weights) {
-  return FrameLayout::of(hops.served_most, plan.is_fresh() || with_weights ? plan.topk : 0,
+COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Internode& internode, bool with_weights) {
+  return FrameLayout::of(internode.served_most, plan.is_fresh() || with_weights ? plan.topk : 0,
                          plan.is_fresh() ? plan.topk : 0,
                          with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes);
 }
 
-// A lane's part in one dispatch.
-struct DispatchLane : HopLane {
+// A queue's part in one dispatch.
+struct DispatchQueue : InternodeQueue {
   const SendPlan& plan;
   FrameLayout layout;
   bool with_weights;  // on all ranks alike, also where there are no tokens
 };
 
-COMMLIB_HD DispatchLane dispatch_lane(const SendPlan& plan, const PeerTable& peers, const Wait& wait,
-                                      int lane) {
-  const Hops& hops = *peers.hops;
-  const bool with_weights = wait.call.flags & kCallHasWeights;
-  return {{peers, hops, lane, wait.epoch}, plan, dispatch_layout(plan, hops, with_weights), with_weights};
+COMMLIB_HD DispatchQueue dispatch_queue(const SendPlan& plan, const PeerTable& peers, const OpId& id,
+                                        int queue) {
+  const Internode& internode = *peers.internode;
+  const bool with_weights = id.call.flags & kCallHasWeights;
+  return {{peers, internode, queue, id.epoch},
+          plan,
+          dispatch_layout(plan, internode, with_weights),
+          with_weights};
 }
 
 template <class Worker>
-COMMLIB_HD void write_token_metadata(Worker& w, const DispatchLane& d, const Frame& frame, int64_t t) {
+COMMLIB_HD void write_token_metadata(Worker& w, const DispatchQueue& d, const Frame& frame, int64_t t) {
   const SendPlan& plan = d.plan;
   const int64_t at = t * plan.topk, wb = plan.layout.weight_bytes;
   if (plan.is_fresh() || d.with_weights) write_experts(w, frame, plan.topk_idx + at, plan.topk);
@@ -40,13 +43,13 @@ COMMLIB_HD void write_token_metadata(Worker& w, const DispatchLane& d, const Fra
 }
 
 template <class Worker>
-COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchLane& d, int g) {
+COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchQueue& d, int g) {
   const SendPlan& plan = d.plan;
-  const Gateway& gateway = d.hops.gateway[g];
+  const Gateway& gateway = d.internode.gateway[g];
   return send_frames(w, d.to_gateway(g), d.layout, plan.routes, plan.width, plan.tokens, gateway.serves,
                      [&](const Frame& frame, int64_t t) {
                        write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, gateway.serves,
-                                  d.hops.served_most);
+                                  d.internode.served_most);
                        write_token_metadata(w, d, frame, t);
                        const auto to = w.template list<Target>(1, [&](int) -> Target { return frame.row(); });
                        w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
@@ -55,27 +58,27 @@ COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchLane& d, int g) {
 
 // Passes one token's row on to those ranks of this node that want it.
 template <class Worker>
-COMMLIB_HD void pass_row_on(Worker& w, const DispatchLane& d, const Frame& frame) {
+COMMLIB_HD void pass_row_on(Worker& w, const DispatchQueue& d, const Frame& frame) {
   const SendPlan& plan = d.plan;
-  const int served = count_bits(d.hops.served);
+  const int served = count_bits(d.internode.served);
   const TokenMetadata<int32_t> of{*frame.token(), frame.experts(), frame.ordinals(),
                                   d.with_weights ? frame.weights() : nullptr};
   for (int i = 0; (plan.is_fresh() || d.with_weights) && i < served; ++i) {
     const int32_t row = frame.rows()[i];
     if (row < 0) continue;
-    write_row_metadata(w, plan, d.peers, rank_at(d.hops.served, i), row, of);
+    write_row_metadata(w, plan, d.peers, rank_at(d.internode.served, i), row, of);
   }
   const auto to = w.template list<Target>(served, [&](int i) -> Target {
     const int32_t row = frame.rows()[i];
     if (row < 0) return nullptr;
-    return slot_of(plan, d.peers, rank_at(d.hops.served, i)).rows + row * plan.layout.row_bytes;
+    return slot_of(plan, d.peers, rank_at(d.internode.served, i)).rows + row * plan.layout.row_bytes;
   });
   w.multicast(to, frame.row(), plan.layout.row_bytes);
 }
 
-COMMLIB_HD bool frame_fits(const DispatchLane& d, const Frame& frame) {
+COMMLIB_HD bool frame_fits(const DispatchQueue& d, const Frame& frame) {
   const SendPlan& plan = d.plan;
-  if (!places_fit(frame, plan.layout, d.hops)) return false;
+  if (!places_fit(frame, plan.layout, d.internode)) return false;
   if (!plan.is_fresh() && !d.with_weights) return true;
   for (int k = 0; k < plan.topk; ++k) {
     const int32_t* expert = &frame.experts()[k];
@@ -88,68 +91,68 @@ COMMLIB_HD bool frame_fits(const DispatchLane& d, const Frame& frame) {
 
 // One chunk of a source, if it is there. Says to the ranks served when it was the source's last.
 template <class Worker>
-COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchLane& d, int s) {
-  const LaneEnd from = d.from_source(s);
+COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchQueue& d, int s) {
+  const QueueEnd from = d.from_source(s);
   if (from.finished() || !from.arrived(w)) return false;
   if (!from.check(w, d.layout, [&](const Frame& frame) { return frame_fits(d, frame); })) return false;
   for (int64_t i = 0; i < from.header().frames; ++i) pass_row_on(w, d, from.frame(d.layout, i));
   from.take(w);
   if (!from.finished()) return true;
   for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
-    if (!has(d.hops.served, i)) continue;
-    Mailbox& mail = d.peers.peer[i].mail[from.end.peer];
-    w.add(&mail.arrived);
-    w.wake(mail);
+    if (!has(d.internode.served, i)) continue;
+    Signals& signals = d.peers.peer[i].signals[from.end.peer];
+    w.add(&signals.arrived);
+    w.notify(signals);
   }
   return true;
 }
 
-// Everything that can be done now; `awaited`: whom the lane needs yet, as a mask, none when it has finished.
+// Everything that can be done now; `awaited`: whom the queue needs yet, as a mask, none when it has finished.
 template <class Worker>
-COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchLane& d, uint64_t* awaited) {
+COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchQueue& d, uint64_t* awaited) {
   bool moved = false;
   *awaited = 0;
-  for (int g = 0; g < d.hops.gateways; ++g) {
+  for (int g = 0; g < d.internode.gateways; ++g) {
     moved |= send_to_gateway(w, d, g);
-    if (!d.to_gateway(g).finished()) *awaited |= bit_of(d.hops.gateway[g].rank);
+    if (!d.to_gateway(g).finished()) *awaited |= bit_of(d.internode.gateway[g].rank);
   }
-  for (int s = 0; s < d.hops.sources; ++s) {
+  for (int s = 0; s < d.internode.sources; ++s) {
     moved |= pass_chunk_on(w, d, s);
-    if (!d.from_source(s).finished()) *awaited |= bit_of(d.hops.from_source[s].peer);
+    if (!d.from_source(s).finished()) *awaited |= bit_of(d.internode.from_source[s].peer);
   }
   return moved;
 }
 
 // Sends what there is room for, before anybody waits for anything.
 template <class Worker>
-COMMLIB_HD void start_hops(Worker& w, const DispatchLane& d) {
-  for (int g = 0; g < d.hops.gateways; ++g) {
+COMMLIB_HD void start_internode(Worker& w, const DispatchQueue& d) {
+  for (int g = 0; g < d.internode.gateways; ++g) {
     while (send_to_gateway(w, d, g)) {
     }
   }
 }
 
 template <class Worker>
-COMMLIB_HD bool finish_hops(Worker& w, const DispatchLane& d) {
+COMMLIB_HD bool finish_internode(Worker& w, const DispatchQueue& d) {
   for (;;) {
-    const uint64_t seen = oldest_news(w, d.hops);
+    const uint64_t seen = oldest_progress(w, d.internode);
     uint64_t awaited;
     const bool moved = advance_dispatch(w, d, &awaited);
     if (awaited == 0) return true;
-    if (!moved && !w.await_change(d.hops, seen, awaited)) return false;
+    if (!moved && !w.await_change(d.internode, seen, awaited)) return false;
   }
 }
 
 // The rows of one dispatch, from the ranks that have them to those that want them. `arrivals`: as for
 // await_arrivals.
 template <class Worker>
-COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peers, const Wait& wait,
+COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peers, const OpId& id,
                           const uint64_t* arrivals) {
-  const bool hops = has_lane(w, peers);
-  if (hops) start_hops(w, dispatch_lane(plan, peers, wait, w.index()));
+  const bool internode = has_queue(w, peers);
+  if (internode) start_internode(w, dispatch_queue(plan, peers, id, w.index()));
   send_rows(w, plan, peers);
   arrive(w, peers);
-  const bool passed = !hops || finish_hops(w, dispatch_lane(plan, peers, wait, w.index()));
+  const bool passed = !internode || finish_internode(w, dispatch_queue(plan, peers, id, w.index()));
   return w.once([&] { return await_arrivals(w, peers, arrivals); }) && passed;
 }
 

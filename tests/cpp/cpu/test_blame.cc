@@ -14,8 +14,8 @@ void all_blame(const std::vector<int>& node_of, bool hierarchical, uint64_t stop
   const int ranks = static_cast<int>(node_of.size());
   Random random(400);
   Config config = small_config(ranks);
-  config.node_of = node_of;
-  config.hierarchical = hierarchical;
+  config.net.node_of = node_of;
+  config.net.hierarchical = hierarchical;
   const Scenario s = random_scenario(config, ranks, {}, random);
   in_ranks(config, ranks, [&](Rank& self) {
     start_dispatch(self, s, {})->under_way.wait();

@@ -3,8 +3,8 @@
 #include <chrono>
 #include <thread>
 
-#include "../crowd.h"
 #include "../operations.h"
+#include "../oversubscribed.h"
 #include "../suite.h"
 
 namespace commlib::testing {
@@ -27,7 +27,7 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
   const Config config = narrow_config(2);
   std::vector<Config> configs(2, config);
   for (Config& c : configs) c.timeout = 15;
-  const Scenario many = crowd(config, 2, false, random);
+  const Scenario many = oversubscribed(config, 2, false, random);
   const Scenario few = fitting(config, 2, random);
   asleep = released = false;
   const auto is_set = [](const std::atomic<bool>& flag) {

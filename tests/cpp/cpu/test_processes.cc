@@ -136,7 +136,7 @@ void a_process_that_is_killed_is_named_by_all_others() {
     const Failure failure =
         check_throws<CommFailure>([&] { start_dispatch(self, s, {}); }, "a dispatch without rank 1").failure;
     const Cause cause = failure.record.cause;
-    check(cause == Cause::exited || cause == Cause::left, "nobody waits for the deadline");
+    check(cause == Cause::exited || cause == Cause::departed, "nobody waits for the deadline");
     check(failure.peers() == std::vector<int>{1}, "the rank that died is named");
   });
 }

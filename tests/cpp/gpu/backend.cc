@@ -153,7 +153,7 @@ void* allocate(size_t bytes) { return arena.take(bytes); }
 
 void release(void* memory) { arena.give_back(memory); }
 
-// Beside all kernels; any of the two places may lie on the device.
+// Beside all kernels; either of the two may lie on the device.
 void copy_bytes(void* to, const void* from, size_t bytes) {
   if (bytes == 0) return;
   if (arena.has(to) && arena.has(from)) {
