@@ -267,9 +267,9 @@ void a_rank_that_closes_early_fails_no_operation_in_silence() {
     const Scenario first = random_scenario(config, ranks, {}, random);
     const Scenario second = with_other_values(first, random);
     const auto kind = static_cast<OpKind>(1 + random.below(3));
-    Early wave_arrived{static_cast<int>(random.below(ranks)), kind, &first, &second, hold_ms};
-    in_ranks(with_workers(config, random), [&](Rank& self) { wave_arrived(self); });
-    overtakings += wave_arrived.overtakings;
+    Early early{static_cast<int>(random.below(ranks)), kind, &first, &second, hold_ms};
+    in_ranks(with_workers(config, random), [&](Rank& self) { early(self); });
+    overtakings += early.overtakings;
   }
   check(overtakings > 0, "words overtake each other");
 }

@@ -124,7 +124,7 @@ void releases_order_what_acquirers_do() {
                                   if (lane() == 0) simt::store_relaxed(&s.flag, 1);
                                 },
                                 receives(warp)});
-  check_race("a row written again too wave_arrived", {[=](Shared& s) {
+  check_race("a row written again too early", {[=](Shared& s) {
                                                         sends(s);
                                                         if (lane() == 0) put(s, 0);
                                                       },
@@ -210,7 +210,7 @@ void copies_are_over_when_they_are_waited_for() {
                   await_load(0);
                   ptx::load_shared(slot(0));
                 })});
-  check_race("a load read too wave_arrived", {lane_0([](Shared& s) {
+  check_race("a load read too early", {lane_0([](Shared& s) {
                load(s, 0, 0);
                ptx::load_shared(slot(0));
                await_load(0);
@@ -233,7 +233,7 @@ void copies_are_over_when_they_are_waited_for() {
     });
   };
   check_no_race("a slot loaded again", {reuses([] { ptx::bulk_wait_read<0>(); })});
-  check_race("a slot loaded again too wave_arrived", {reuses([] { ptx::bulk_wait_read<1>(); })});
+  check_race("a slot loaded again too early", {reuses([] { ptx::bulk_wait_read<1>(); })});
   const auto sends = [&](auto wait) {
     return lane_0([=](Shared& s) {
       load(s, 0, 0);
@@ -266,8 +266,8 @@ void a_warp_shares_what_one_lane_loads() {
       }
     };
   };
-  check_no_race("with a barrier", {notify([] { __syncwarp(); })});
-  check_race("with a vote", {notify([] { __all_sync(kAll, 1); })});
+  check_no_race("with a barrier", {ring([] { __syncwarp(); })});
+  check_race("with a vote", {ring([] { __all_sync(kAll, 1); })});
 }
 
 // Ordinary stores, then a bulk load: somebody on the way from one to the other must fence.

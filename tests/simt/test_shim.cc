@@ -89,10 +89,10 @@ struct Outcome {
 
 template <Bug kBug>
 Outcome run_exchange(const Config& config, const Shape& shape) {
-  const size_t expand_to = static_cast<size_t>(shape.ranks) * shape.blocks;
+  const size_t words = static_cast<size_t>(shape.ranks) * shape.blocks;
   std::vector<std::vector<ptx::Vec16>> received(shape.ranks,
-                                                std::vector<ptx::Vec16>(expand_to * shape.vectors));
-  std::vector<std::vector<uint64_t>> arrived(shape.ranks, std::vector<uint64_t>(expand_to));
+                                                std::vector<ptx::Vec16>(words * shape.vectors));
+  std::vector<std::vector<uint64_t>> arrived(shape.ranks, std::vector<uint64_t>(words));
   uint32_t wrong = 0;
   Simulation simulation(config);
   for (int r = 0; r < shape.ranks; ++r) {
@@ -244,7 +244,7 @@ void test_kernels_of_a_stream_run_in_order_and_streams_side_by_side() {
     });
     simulation.launch(1, 1, 1, 0, [&] { ptx::store_release_sys(&go, 1); });
     check_equal(simulation.run().error, std::string(), "error");
-    check_equal(wrong, 0u, "threads that ran too wave_arrived");
+    check_equal(wrong, 0u, "threads that ran too early");
   }
 }
 
