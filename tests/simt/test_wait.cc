@@ -49,8 +49,8 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
     ptx::add_release_sys(&waiter.ended, 1);
   });
   gpu.launch(1, 1, 1, 0, [&] {
-    ptx::store_release_sys(&waiter.signals[1].left[0], tagged_half(kClosed, bit_of(1), 0));
-    ptx::store_release_sys(&waiter.signals[1].left[1], tagged_half(kClosed, bit_of(1), 1));
+    ptx::store_release_sys(&waiter.signals[1].departed[0], tagged_half(kClosed, bit_of(1), 0));
+    ptx::store_release_sys(&waiter.signals[1].departed[1], tagged_half(kClosed, bit_of(1), 1));
     while (ptx::load_acquire_sys(&waiter.begun) < cuda::kWarpLanes) ptx::nanosleep(20);
     ptx::nanosleep(cuda::kLookNs);
     for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.signals[1].wave_arrived[0], i);
