@@ -90,8 +90,7 @@ struct Outcome {
 template <Bug kBug>
 Outcome run_exchange(const Config& config, const Shape& shape) {
   const size_t words = static_cast<size_t>(shape.ranks) * shape.blocks;
-  std::vector<std::vector<ptx::Vec16>> received(shape.ranks,
-                                                std::vector<ptx::Vec16>(words * shape.vectors));
+  std::vector<std::vector<ptx::Vec16>> received(shape.ranks, std::vector<ptx::Vec16>(words * shape.vectors));
   std::vector<std::vector<uint64_t>> arrived(shape.ranks, std::vector<uint64_t>(words));
   uint32_t wrong = 0;
   Simulation simulation(config);
