@@ -24,7 +24,6 @@ Communicator::Communicator(const Config& config)
       layout_{config.capacity,   config.hidden * size_of(config.dtype),
               config.topk,       accumulator_size(config.dtype),
               config.max_tokens, config.size * placement_.max_count()},
-      workers_(config.size),
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
       dispatches_(config.first_epoch - 1) {
@@ -44,6 +43,7 @@ void Communicator::write_first_words(std::byte* control) const {
   const uint64_t before = tagged(config_.first_epoch - 1, 0);
   auto* signals = reinterpret_cast<Signals*>(control);
   for (int s = 0; s < config_.size; ++s) {
+    std::fill(std::begin(signals[s].arrived), std::end(signals[s].arrived), before);
     signals[s].pulled = before;
     std::fill(std::begin(signals[s].calls), std::end(signals[s].calls), before);
   }
@@ -76,15 +76,12 @@ void Communicator::make_network(std::unique_ptr<NetworkMemory> memory) {
 void Communicator::connect_network(const std::vector<PeerAddress>& peers, Signals* signals) {
   if (!network_) return;
   std::vector<std::string> addresses;
-  int lanes = kMaxQueues;
+  int queues = kMaxQueues;
   for (const PeerAddress& a : peers) {
     addresses.push_back(a.net);
-    lanes = std::min(lanes, a.workers);
+    queues = std::min(queues, a.workers);
   }
-  network_->connect(addresses, lanes, signals);
-  for (int p = 0; p < config_.size; ++p) {
-    if (!(network_->topology().near >> p & 1)) workers_[p] = lanes;
-  }
+  network_->connect(addresses, queues, signals);
 }
 
 void Communicator::announce_departure_far(const Departure& departure) {
@@ -121,22 +118,59 @@ void Communicator::check_usable() const {
   if (!broken_.empty()) refuse(broken_);
 }
 
+namespace {
+
+// By the system's clock: ThreadSanitizer does not know of mutexes that are locked by the steady one.
+std::chrono::system_clock::time_point next_nap() {
+  return std::chrono::system_clock::now() + std::chrono::milliseconds(static_cast<int>(kNapSeconds * 1e3));
+}
+
+}  // namespace
+
 // Another thread's operation may take as long as a deadline, and Ctrl-C gets a thread out of that, too.
-Communicator::Issue::Issue(Communicator& comm) : comm_(comm), lock_(comm.issue_mutex_, std::defer_lock) {
+Communicator::Issue::Issue(Communicator& comm, Of of)
+    : comm_(comm), lock_(comm.issue_mutex_, std::defer_lock) {
   comm.check_can_wait();
-  const auto nap = std::chrono::milliseconds(static_cast<int>(kNapSeconds * 1e3));
-  // By the system's clock, for ThreadSanitizer does not know of mutexes that are locked by the steady one.
-  while (!lock_.try_lock() && !lock_.try_lock_until(std::chrono::system_clock::now() + nap)) {
-    if (comm.config_.interrupted && comm.config_.interrupted(true)) throw Interrupted{};
-  }
+  while (!lock_.try_lock() && !lock_.try_lock_until(next_nap())) check_interrupt();
   comm.check_usable();
+  if (of == Of::operation) await_turn();
   comm.issuer_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+}
+
+void Communicator::Issue::check_interrupt() const {
+  if (comm_.config_.interrupted && comm_.config_.interrupted(true)) throw Interrupted{};
+}
+
+void Communicator::Issue::await_turn() {
+  while (comm_.turn_) {
+    if (comm_.turn_->expired()) {
+      comm_.give_up("rank " + std::to_string(comm_.config_.rank) +
+                    " began a dispatch and never moved its rows");
+    } else if (comm_.turn_of_ == std::this_thread::get_id()) {
+      comm_.refuse("it was called, as by a signal handler, in the middle of one of its dispatches");
+    } else if (comm_.turn_ended_.wait_until(lock_, next_nap()) == std::cv_status::timeout) {
+      check_interrupt();
+    }
+    comm_.check_usable();
+  }
+}
+
+void Communicator::begin_turn(PendingDispatch& dispatch) {
+  dispatch.turn = std::make_shared<char>();
+  turn_ = dispatch.turn;
+  turn_of_ = std::this_thread::get_id();
+}
+
+void Communicator::end_turn(PendingDispatch& dispatch) {
+  dispatch.turn.reset();
+  turn_.reset();
+  turn_ended_.notify_all();
 }
 
 Communicator::Issue::~Issue() { comm_.issuer_.store({}, std::memory_order_relaxed); }
 
 int Communicator::slots_in_use() {
-  const Issue issue(*this);
+  const Issue issue(*this, Issue::Of::pending_dispatch);
   return slots_->in_use();
 }
 
@@ -256,23 +290,6 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   lease->use();
   const bool users_rows = !lease->lent();
   return {std::move(lease), true, users_rows};
-}
-
-std::vector<uint64_t> Communicator::next_arrivals(OpKind op) {
-  ++moves_;
-  if (op != OpKind::combine) ++far_moves_;
-  std::vector<uint64_t> expected;
-  for (int p = 0; p < config_.size; ++p) {
-    expected.push_back((peers_.is_near(p) ? moves_ : far_moves_) * static_cast<uint64_t>(workers_[p]));
-  }
-  return expected;
-}
-
-std::vector<uint64_t> Communicator::next_wave_arrivals() {
-  ++wave_operations_;
-  std::vector<uint64_t> expected;
-  for (int workers : workers_) expected.push_back(wave_operations_ * static_cast<uint64_t>(workers));
-  return expected;
 }
 
 RouterOutput Communicator::router_output_of(const RoutePlan& view, const uint8_t* owner) const {

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -55,7 +57,7 @@ struct Config {
 struct PeerAddress {
   int64_t pid;
   int fd;              // of the heap; -1: it has none
-  int workers;         // that arrive in each operation
+  int workers;         // of each operation: a channel between nodes has no more queues
   std::string handle;  // of a heap without an fd
   std::string net;     // for ranks on other nodes
 };
@@ -90,8 +92,12 @@ struct Received {
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
 };
 
-// A dispatch whose counts are known and whose rows have not moved yet, or, in waves, may be moving.
+// A dispatch whose counts are known and whose rows have not moved yet, or, in waves, may be moving. Until
+// they do it has the turn: no other operation of the communicator is issued, because rows move in the order
+// of epochs (see Signals::arrived).
 struct PendingDispatch {
+  std::shared_ptr<void> turn;  // given up without finish_dispatch, it ends the communicator
+  uint64_t number = 0;         // of the operation; words carry its lower half
   uint32_t epoch = 0;
   Call call;
   std::shared_ptr<SlotLease> lease;
@@ -100,7 +106,6 @@ struct PendingDispatch {
   int64_t rows = 0;                  // unique
   int64_t results = 0;               // unique, or grouped with their padding
   int64_t dropped = 0;               // of this rank's (token, rank) pairs
-  uint64_t unpacked = 0;             // in waves, CUDA: how far the counter of each wave comes with it
 
   bool in_waves() const { return call.flags & kCallInWaves; }
 };
@@ -224,15 +229,24 @@ class Communicator {
   // none: in a forked child, in a signal handler that came in the middle of one, or see check_usable.
   class Issue {
    public:
-    explicit Issue(Communicator& comm);
+    // Of an operation, which waits until a dispatch that has begun has moved its rows; or of what belongs to
+    // that dispatch, or to none.
+    enum class Of { operation, pending_dispatch };
+    explicit Issue(Communicator& comm, Of of = Of::operation);
     ~Issue();
     Issue(const Issue&) = delete;
     Issue& operator=(const Issue&) = delete;
 
    private:
+    void await_turn();
+    void check_interrupt() const;
+
     Communicator& comm_;
     std::unique_lock<std::timed_mutex> lock_;
   };
+  // The turn is the dispatch's from the end of its first half to the end of its second.
+  void begin_turn(PendingDispatch& dispatch);
+  void end_turn(PendingDispatch& dispatch);
   // Throws unless this thread can wait for the operations of this communicator.
   void check_can_wait() const;
 
@@ -265,10 +279,6 @@ class Communicator {
   };
   CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
 
-  // How far each source's `arrived` counter must have come for the operation about to start: by rank.
-  std::vector<uint64_t> next_arrivals(OpKind op);
-  // And its `wave_arrived` counters, for a dispatch in waves.
-  std::vector<uint64_t> next_wave_arrivals();
   RouterOutput router_output_of(const RoutePlan& view, const uint8_t* owner) const;
   SendPlan send_plan(const Rows& rows, const RoutePlan& routing) const;
   UnpackPlan unpack_plan(const RoutePlan& routing, const Received& received, const SlotLease& lease) const;
@@ -283,7 +293,6 @@ class Communicator {
   std::vector<uint8_t> owner_;  // by expert
   const SlotLayout layout_;
   std::shared_ptr<SlotPool> slots_;   // set by the backend, once it has a heap
-  std::vector<int> workers_;          // by rank
   std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
   std::atomic<double> timeout_;
@@ -298,11 +307,13 @@ class Communicator {
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
   uint64_t epoch_;                // words carry its lower half
   uint32_t dispatches_;
-  uint64_t moves_ = 0;            // operations that moved rows
-  uint64_t far_moves_ = 0;        // of these, those that moved rows here from other nodes
-  uint64_t wave_operations_ = 0;  // those in waves
 
  private:
+  // Whose turn it is, while a dispatch has it, and which thread has begun that. Guarded by issue_mutex_.
+  std::optional<std::weak_ptr<void>> turn_;
+  std::thread::id turn_of_;
+  std::condition_variable_any turn_ended_;
+
   bool is_issuing_here() const {
     return issuer_.load(std::memory_order_relaxed) == std::this_thread::get_id();
   }

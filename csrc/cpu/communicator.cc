@@ -33,7 +33,6 @@ void CpuCommunicator::connect(const std::vector<PeerAddress>& peers) {
   std::vector<pid_t> pids;
   std::vector<std::byte*> heaps;
   for (int p = 0; p < config_.size; ++p) {
-    workers_[p] = peers[p].workers;
     const bool near = !network_ || network_->topology().near >> p & 1;
     const auto pid = static_cast<pid_t>(peers[p].pid);
     pids.push_back(near ? pid : PeerProcesses::kNotHere);

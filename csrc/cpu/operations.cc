@@ -78,8 +78,7 @@ struct CpuCommunicator::Transfer {
   std::shared_ptr<SlotLease> lease;
   SendPlan send{};
   UnpackPlan unpack{};
-  std::vector<uint64_t> arrivals;
-  std::vector<uint64_t> wave_arrived;    // in waves only
+  bool in_waves = false;
   std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
   // Own copies, for the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
@@ -87,7 +86,6 @@ struct CpuCommunicator::Transfer {
 };
 
 Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, Held held) {
-  t->arrivals = next_arrivals(t->op->id.call.op);
   if (t->unpack.expand_to) {
     const UnpackPlan& d = t->unpack;
     t->offsets.assign(d.offsets, d.offsets + d.experts + 1);
@@ -97,7 +95,7 @@ Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, 
   }
   if (!t->source_rows.empty()) t->unpack.source_rows = t->source_rows.data();
   const auto part = [this, t](CpuWorker& w, Job& job) {
-    t->wave_arrived.empty() ? run_transfer(*t, w) : run_in_waves(*t, w, job);
+    t->in_waves ? run_in_waves(*t, w, job) : run_transfer(*t, w);
   };
   return start(t->op, part, [t] { t->lease.reset(); }, async, std::move(held));
 }
@@ -107,7 +105,7 @@ void CpuCommunicator::run_transfer(Transfer& t, CpuWorker& w) {
   uint8_t slots[kMaxRanks];
   send.slots = t.slots.empty() ? slots : t.slots.data();
   if (t.slots.empty() && !collect_calls(w, peers_, t.op->id.epoch, t.op->id.call, slots)) return;
-  if (!move_rows(w, send, peers_, t.op->id, t.arrivals.data())) return;
+  if (!move_rows(w, send, peers_, t.op->id)) return;
   unpack(w, t.unpack);
   w.flush();
 }
@@ -115,8 +113,8 @@ void CpuCommunicator::run_transfer(Transfer& t, CpuWorker& w) {
 void CpuCommunicator::run_in_waves(Transfer& t, CpuWorker& w, Job& job) {
   SendPlan send = t.send;
   send.slots = t.slots.data();
-  const WavePlan plan{t.waves_of_routes.data(), t.wave_arrived.data(), t.arrivals.data()};
-  move_in_waves(w, send, t.unpack, plan, peers_, [&](int wave) { pool_->unpacked(job, wave); });
+  move_in_waves(w, send, t.unpack, t.waves_of_routes.data(), peers_, t.op->id.epoch,
+                [&](int wave) { pool_->unpacked(job, wave); });
 }
 
 std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
@@ -136,6 +134,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
   pending->epoch = announce(call);
+  pending->number = epoch_;
   auto op = context(call, pending->epoch);
   CpuWorker caller(*op, 0, 1);
   std::vector<int64_t> base(config_.size), received(config_.size);
@@ -169,12 +168,13 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
     pending->results = group_offsets(caller, routing.rows_per_expert, placement_.count(config_.rank),
                                      routing.align, routing.offsets);
   }
+  begin_turn(*pending);
   return pending;
 }
 
 Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                                         const Received& received, bool async, Held held) {
-  const Issue issue(*this);
+  const Issue issue(*this, Issue::Of::pending_dispatch);
   auto t = std::make_shared<Transfer>();
   t->op = context(pending.call, pending.epoch);
   t->unpack = unpack_plan(routing, received, *pending.lease);
@@ -184,10 +184,12 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
   if (pending.in_waves()) {
-    t->wave_arrived = next_wave_arrivals();
+    t->in_waves = true;
     t->waves_of_routes.resize(rows.count * width_);
   }
-  return start_transfer(std::move(t), async, std::move(held));
+  const Ticket ticket = start_transfer(std::move(t), async, std::move(held));
+  end_turn(pending);
+  return ticket;
 }
 
 // Of a caller who brings a routing of its own: other ranks' memory is written and read where it says.
@@ -233,25 +235,21 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutePlan& rout
   const PullPlan pull = pull_plan(input, routing, stage, out, out_weights);
 
   auto op = context(call, announce(call));
-  auto barrier = std::make_shared<WorkerBarrier>(config_.num_sms);
-  const auto part = [this, op, barrier, stage, pull, users_rows = slot.users_rows,
-                     arrivals = next_arrivals(OpKind::combine)](CpuWorker& w, Job&) {
-    start_pull(w, pull, peers_, op->id);
+  const auto part = [this, op, stage, pull, users_rows = slot.users_rows](CpuWorker& w, Job&) {
+    const OpId& id = op->id;
+    start_pull(w, pull, peers_, id);
     sum_local_rows(w, stage, rows_pulled_from_y(w, pull, config_.rank));
-    arrive(w, peers_);
+    arrive(w, peers_, id.epoch);
     PullPlan mine = pull;
     uint8_t slots[kMaxRanks];
     mine.slots = slots;
-    if (!collect_calls(w, peers_, op->id.epoch, op->id.call, slots)) return;
-    if (!await_arrivals(w, peers_, arrivals.data())) return;
-    if (!pull_all(w, mine, peers_, op->id)) return;
-    w.flush();
-    if (!barrier->wait(config_.spin, [&](bool) { return another_failed(*op); })) return;
-    if (w.index() != 0) return;
-    publish_pulled(w, peers_, op->id.epoch);
-    // Rows of a receive slot are the user's tensor, who may write it as soon as this returns; so may the next
-    // operation of this rank, which puts weight gradients beside them.
-    if (users_rows) await_pulled(w, peers_, op->id.epoch);
+    const bool ok = collect_calls(w, peers_, id.epoch, id.call, slots) &&
+                    await_arrivals(w, peers_, peers_.near, kLastWave, id.epoch) &&
+                    pull_all(w, mine, peers_, id);
+    finish_pull(w, peers_, id.epoch, ok);
+    // Rows of a receive slot are the user's tensor, which may be written as soon as this returns; the next
+    // operation of this rank may put weight gradients beside them.
+    if (ok && users_rows && w.index() == 0) await_pulled(w, peers_, id.epoch);
   };
   const auto last = [lease = std::move(slot.lease), epoch = epoch_] { lease->pulled_in(epoch); };
   return start(op, part, last, async, std::move(held));

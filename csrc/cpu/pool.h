@@ -95,25 +95,4 @@ class WorkerPool {
   EventCount event_{};
 };
 
-// A barrier of the workers of one job. give_up() lets a worker leave when another has failed.
-class WorkerBarrier {
- public:
-  explicit WorkerBarrier(int workers) : workers_(workers) {}
-
-  template <class GiveUp>
-  bool wait(const SpinPolicy& spin, GiveUp give_up) {
-    if (workers_ == 1) return true;
-    // Each crossing ends at the next multiple of workers_. acq_rel: all work before it is seen after it.
-    const uint32_t ticket = arrived_.fetch_add(1, std::memory_order_acq_rel);
-    const uint32_t target = (ticket / workers_ + 1) * workers_;
-    notify(event_);
-    return wait_on(event_, spin, [&] { return arrived_.load(std::memory_order_acquire) >= target; }, give_up);
-  }
-
- private:
-  const uint32_t workers_;
-  std::atomic<uint32_t> arrived_{0};
-  EventCount event_{};
-};
-
 }  // namespace commlib

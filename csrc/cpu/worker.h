@@ -31,6 +31,8 @@ struct OpContext {
   double timeout;
   Throttle* throttle;
 
+  uint64_t counters[kCounters] = {};  // see protocol/arrival.h
+
   // Set once by the first worker that gives up (release); the others see it at their next nap (acquire).
   std::atomic<bool> failed{false};
   std::mutex mutex;  // guards record
@@ -96,9 +98,9 @@ class CpuWorker {
   static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
   // Orders this worker's streaming stores before its later releases.
   void flush() { op_.ops->flush(); }
-  int gather() {
+  int gather(bool ok) {
     flush();
-    return 1;
+    return ok;
   }
   template <class Ask>
   bool once(Ask ask) {
@@ -109,7 +111,12 @@ class CpuWorker {
   void pass_throttle(int64_t bytes) { op_.throttle->pass(bytes); }
 
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-  void add(uint64_t* counter, uint64_t n = 1) { __atomic_fetch_add(counter, n, __ATOMIC_RELEASE); }
+  uint64_t* counter(int i) { return &op_.counters[i]; }
+  static bool completes(uint64_t* counter, uint64_t n, uint64_t all) {
+    if (__atomic_add_fetch(counter, n, __ATOMIC_ACQ_REL) != all) return false;
+    __atomic_store_n(counter, 0, __ATOMIC_RELAXED);  // no worker counts here again before the next operation
+    return true;
+  }
   uint64_t read(const uint64_t* word) { return load_word(word); }
   static void store_relaxed(uint64_t* word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELAXED);

@@ -135,7 +135,6 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
     const bool near = !network_ || network_->topology().near >> p & 1;
     pids.push_back(near ? static_cast<pid_t>(peers[p].pid) : PeerProcesses::kNotHere);
     if (near && pids[p] != getpid()) visitors_.push_back(p);
-    workers_[p] = peers[p].workers;
   }
   processes_ = std::make_shared<PeerProcesses>(pids);
   std::vector<std::byte*> heaps;

@@ -1,8 +1,8 @@
 // The kernels that move rows. Every warp of the grid is a worker; all blocks are resident at once, one to an
 // SM, so they may wait for each other and for other ranks.
 //
-// A warp whose wait failed goes on to the next grid barrier with ok = false: no thread leaves a barrier
-// short.
+// A warp whose wait failed goes on to the next barrier of its block with ok = false: no thread leaves a
+// barrier short.
 #pragma once
 
 #include "cuda/worker_rows.cuh"
@@ -14,8 +14,8 @@ namespace commlib::cuda {
 // -- rows: dispatch, fresh or along a known routing
 // ----------------------------------------------------------
 
-// Along a known routing nobody has heard of this call yet. A rank lends a slot only when nobody pulls from it
-// any more.
+// Along a known routing no other rank has heard of this call yet. A rank lends a slot only when no rank pulls
+// from it any more.
 __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
   const OpParams& common = op.common;
   if (op.reused && !await_pulled(w, common.peers, op.reuse_epoch)) return;
@@ -42,29 +42,33 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
     });
     send.slots = w.slots();
   }
-  ok = ok && move_rows(w, send, op.common.peers, op.common.id, op.arrivals);
+  ok = ok && move_rows(w, send, op.common.peers, op.common.id);
   if (ok) unpack(w, unpack_plan_of(op));
   w.flush();
 }
 
-// A fresh dispatch in waves. However it ends, nobody's stream waits for it after that.
+// A fresh dispatch in waves. However it ends, no stream waits for it after that.
 __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constant__ WavesOp op) {
   const RowsOp& rows = op.rows;
   WarpWorker w(rows.common);
-  const WavePlan plan{op.waves_of_routes, op.wave_arrived, rows.arrivals};
   SendPlan send = rows.send;
   send.slots = rows.slots;
   int unpacked = 0;
-  const auto tell = [&](int wave) {
-    if (w.lane() == 0) w.add(&rows.common.state->unpacked[wave]);
+  const auto count = [&](int wave) {
+    DeviceState& state = *rows.common.state;
+    const auto all = static_cast<uint64_t>(w.count());
+    if (w.lane() == 0 && w.completes(&state.unpacking[wave], 1, all)) {
+      w.publish(&state.unpacked[wave], op.number);
+    }
     unpacked = wave + 1;
   };
-  move_in_waves(w, send, unpack_plan_of(rows), plan, rows.common.peers, tell);
+  move_in_waves(w, send, unpack_plan_of(rows), op.waves_of_routes, rows.common.peers, rows.common.id.epoch,
+                count);
   w.flush();  // after a failure, copies may still read this block's shared memory, which is another's next
-  while (unpacked < kWaves) tell(unpacked);
+  while (unpacked < kWaves) count(unpacked);
 }
 
-// Nobody pulls any more from a slot that is about to be lent. One warp; plan.cuh says why it finds an end.
+// Waits until no rank pulls from a slot that is about to be lent. One warp; plan.cuh says why it ends.
 __global__ void __launch_bounds__(kWarpLanes, 1) await_kernel(const __grid_constant__ AwaitOp op) {
   WarpWorker w(op.common);
   await_pulled(w, op.common.peers, op.reuse_epoch);
@@ -84,19 +88,16 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
     if (w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
     start_pull(w, pull, common.peers, common.id);
     sum_local_rows(w, op.stage, rows_pulled_from_y(w, op.pull, common.peers.rank));
-    arrive(w, common.peers);
+    arrive(w, common.peers, common.id.epoch);
     ok = w.once([&] {
       return collect_calls(w, common.peers, common.id.epoch, common.id.call, w.slots()) &&
-             await_arrivals(w, common.peers, op.arrivals);
+             await_arrivals(w, common.peers, common.peers.near, kLastWave, common.id.epoch);
     });
   }
   ok = ok && pull_all(w, pull, common.peers, common.id);
-  w.flush();
-  ok = w.grid_barrier(ok);
-  if (!ok || w.index() != 0) return;
-  publish_pulled(w, common.peers, common.id.epoch);
-  // Rows of a receive slot are the user's tensor, who may write it when this kernel is done.
-  if (op.users_rows) await_pulled(w, common.peers, common.id.epoch);
+  finish_pull(w, common.peers, common.id.epoch, ok);
+  // Rows of a receive slot are the user's tensor, which may be written when this kernel is done.
+  if (ok && op.users_rows && w.index() == 0) await_pulled(w, common.peers, common.id.epoch);
 }
 
 }  // namespace commlib::cuda

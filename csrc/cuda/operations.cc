@@ -17,7 +17,8 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   pending->lease = take_slot();
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
-  pending->epoch = static_cast<uint32_t>(++epoch_);
+  pending->number = ++epoch_;
+  pending->epoch = static_cast<uint32_t>(pending->number);
 
   keep_near();
   await_writable(*pending->lease, call, pending->epoch, plan_stream_);
@@ -51,6 +52,7 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   for (const int64_t n : pending->source_rows) pending->rows += n;
   pending->results = routing.offsets ? host_->grouped_rows : pending->rows;
   pending->dropped = host_->dropped;
+  begin_turn(*pending);
   return pending;
 }
 
@@ -80,14 +82,12 @@ RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, co
   op.common = params(call, epoch);
   op.send = send_plan(rows, routing);
   op.unpack = unpack_plan(routing, received, lease);
-  const std::vector<uint64_t> arrivals = next_arrivals(call.op);
-  std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   return op;
 }
 
 Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                                          const Received& received, bool, Held) {
-  const Issue issue(*this);
+  const Issue issue(*this, Issue::Of::pending_dispatch);
   const OnDevice guard = on_device();
   RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
@@ -101,15 +101,12 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   }
   // The stream orders what comes after, so a slot that is only passed through is free again.
   if (!received.rows_in_slot) pending.lease.reset();
+  end_turn(pending);
   return nullptr;
 }
 
 void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pending) {
-  WavesOp op{rows, {}, scratch_.waves_of_routes};
-  const std::vector<uint64_t> wave_arrived = next_wave_arrivals();
-  std::copy(wave_arrived.begin(), wave_arrived.end(), op.wave_arrived);
-  pending->unpacked = wave_arrived[config_.rank];
-  launch_waves(shape_, op);
+  launch_waves(shape_, {rows, pending->number, scratch_.waves_of_routes});
 }
 
 // The stream's front end waits, and no SM.
@@ -118,7 +115,7 @@ void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket
   const OnDevice guard = on_device();
   const uint64_t* word = &state_->unpacked[wave_of(expert, placement_.count(config_.rank))];
   check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
-                                   dispatch.unpacked, CU_STREAM_WAIT_VALUE_GEQ),
+                                   dispatch.number, CU_STREAM_WAIT_VALUE_GEQ),
         "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
   awaiting_waves_->note(config_.device, reinterpret_cast<cudaStream_t>(stream));
 }
@@ -151,8 +148,6 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutePlan& rou
   op.common = params(call, static_cast<uint32_t>(++epoch_));
   op.stage = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.stage, out, out_weights);
-  const std::vector<uint64_t> arrivals = next_arrivals(OpKind::combine);
-  std::copy(arrivals.begin(), arrivals.end(), op.arrivals);
   op.users_rows = slot.users_rows;
   op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), epoch_, &op.reuse_epoch);
   launch_combine(shape_, config_.dtype, op);

@@ -34,9 +34,8 @@ __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* word) {
 __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
 }
-__device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) {
-  asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
-}
+// What this thread wrote, or has seen written, comes before what it writes after this, for all observers.
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Whole, and nothing else: no order with any other access.
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
@@ -55,6 +54,11 @@ __device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
   uint64_t v;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(word) : "memory");
   return v;
+}
+
+// Whole, and no order with any other access.
+__device__ __forceinline__ void store_relaxed_gpu(uint64_t* word, uint64_t v) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
 }
 
 // Returns the value before. Release for what came before, acquire for what follows.

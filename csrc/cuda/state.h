@@ -16,26 +16,23 @@ constexpr int kThreads = kWarps * kWarpLanes;
 // Of the one block of a plan, which had better find room beside another on its SM.
 constexpr int kPlanWarps = 6;
 
-constexpr uint64_t kBarrierTurn = uint64_t{1} << 63;  // see DeviceState::barrier
-
 // How a dispatch's counts came out.
 enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed = 3 };
 
 // Zero at the start.
 struct DeviceState {
-  // Each block's thread 0 adds to it at a grid barrier (acq_rel) and waits until the top bit is another than
-  // before its addition (acquire). Block 0 adds kBarrierTurn - (blocks - 1), the others 1: kBarrierTurn
-  // together, so the top bit turns over when the last of them comes, whichever that is, and the bits below
-  // are zero again. Hence nothing need be reset, and launches of any number of blocks may follow each other.
-  // It cannot turn a second time while a block waits, for that block's next addition would be missing.
-  uint64_t barrier;
+  // Of workers, see protocol/arrival.h. Added by warps (acq_rel), and set back to 0 by the one that completes
+  // a count; no warp of the next kernel adds before that, because kernels of one stream follow each other.
+  uint64_t counters[kCounters];
+  // The same of warps that have unpacked their part of each wave.
+  uint64_t unpacking[kWaves];
   // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
   // broken.
   uint64_t failed;
   // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t throttle_free;
-  // unpacked[i] grows by the grid's warps with each dispatch in waves, when wave i is in place, or the
-  // operation has failed. Added by each warp after its flush (release), never reset; streams wait for it.
+  // unpacked[i]: the last dispatch in waves, by its number, whose wave i is in place, or which has failed.
+  // Written by the last warp to unpack its part (release); streams wait for it.
   uint64_t unpacked[kWaves];
 };
 
@@ -108,7 +105,6 @@ struct RowsOp {
   // Of a fresh dispatch, found by its plan: the slot that each rank lends, and how many rows it sends.
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
-  uint64_t arrivals[kMaxRanks];
   // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
   bool reused;
   uint32_t reuse_epoch;
@@ -117,7 +113,7 @@ struct RowsOp {
 // A fresh dispatch in waves.
 struct WavesOp {
   RowsOp rows;
-  uint64_t wave_arrived[kMaxRanks];
+  uint64_t number;  // grows from one to the next
   uint8_t* waves_of_routes;
 };
 
@@ -125,7 +121,6 @@ struct CombineOp {
   OpParams common;
   LocalSumPlan stage;
   PullPlan pull;
-  uint64_t arrivals[kMaxRanks];
   bool users_rows;  // the slot holds a tensor of the user's
   // The slot that rows are staged in was pulled from in operation `reuse_epoch`.
   bool reused;

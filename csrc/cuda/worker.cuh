@@ -10,7 +10,6 @@ namespace commlib::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint64_t kLookNs = 5'000'000;  // between two looks at why a wait does not end
-constexpr int kPollsBetweenLooks = 64;   // at a grid barrier
 
 // A warp's shared memory. The ring comes first, for bulk copies want their alignment.
 struct WarpShared {
@@ -195,12 +194,13 @@ class WarpWorker {
     __syncwarp();
   }
 
-  // One warp speaks for its block, for each that does pays for a system-wide barrier at each release: its
-  // release passes on what the others have written before the block's barrier.
-  __device__ int gather() const {
+  // One warp speaks for its block, because each that does pays for a system-wide fence: what the others have
+  // written before the block's barrier is ordered behind its own. A warp that comes with ok = false has
+  // failed, and said so in `failed`.
+  __device__ int gather(bool) const {
     flush();
     __syncthreads();
-    return warp_ == 0 ? kWarps : 0;
+    return warp_ == 0 && ptx::load_acquire_gpu(&op_.state->failed) == 0 ? kWarps : 0;
   }
   // One warp asks for its block; all() makes what it has acquired good for the bulk copies of the others.
   template <class Ask>
@@ -229,10 +229,18 @@ class WarpWorker {
   }
 
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
-  __device__ void add(uint64_t* counter, uint64_t n = 1) const { ptx::add_release_sys(counter, n); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
   __device__ void store_relaxed(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
   __device__ uint64_t load_relaxed(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
+  __device__ uint64_t* counter(int i) const { return &op_.state->counters[i]; }
+  // The fence is system-wide, although the counter is this GPU's: what this warp's block has written to other
+  // GPUs must be there before the last of the blocks tells them.
+  __device__ static bool completes(uint64_t* counter, uint64_t n, uint64_t all) {
+    ptx::fence_acq_rel_sys();
+    if (ptx::add_acq_rel_gpu(counter, n) + n != all) return false;
+    ptx::store_relaxed_gpu(counter, 0);
+    return true;
+  }
   __device__ void notify(const Signals&) const {}
   __device__ void post(const Outbox& box, const Post& post) const { post_to(op_, box, post); }
   __device__ void add_relaxed(uint32_t* counter, int n) const {
@@ -263,12 +271,7 @@ class WarpWorker {
   }
   __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }
 
-  // All threads of the grid: what any of them did before, all see after it, in memory and with ok: whether
-  // all came with `ok` and nobody has failed.
-  __device__ bool grid_barrier(bool ok) const;
-
  private:
-  __device__ bool await_blocks() const;
   __device__ static BlockShared& block_shared() {
     return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
   }
@@ -380,30 +383,6 @@ __device__ List<T> WarpWorker::list(int n, F f) {
   }
   __syncwarp();
   return {items, kept};
-}
-
-__device__ inline bool WarpWorker::grid_barrier(bool ok) const {
-  if (!ok && lane_ == 0) ptx::exchange_if_gpu(&op_.state->failed, 0, 1);
-  __syncthreads();
-  if (threadIdx.x == 0) block_shared().answer = await_blocks();
-  return answer_for_block();
-}
-
-// Whether all blocks have come, and none of them has failed. Who fails says so before it comes, but some that
-// have failed do not come again: so a block that waits long looks as well.
-__device__ inline bool WarpWorker::await_blocks() const {
-  const uint64_t mine = blockIdx.x == 0 ? kBarrierTurn - (gridDim.x - 1) : 1;
-  const uint64_t before = ptx::add_acq_rel_gpu(&op_.state->barrier, mine);
-  uint64_t now = before + mine;
-  const auto failed = [&] { return ptx::load_acquire_gpu(&op_.state->failed) != 0; };
-  for (;;) {
-#pragma unroll 1
-    for (int i = 0; i < kPollsBetweenLooks; ++i) {
-      if (((now ^ before) & kBarrierTurn) != 0) return !failed();
-      now = ptx::load_acquire_gpu(&op_.state->barrier);
-    }
-    if (failed()) return false;
-  }
 }
 
 // Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.

@@ -122,12 +122,14 @@ void Network::make_rings(int queues) {
   // A UCX that was built without CUDA would take a GPU's memory for the host's.
   const auto size = static_cast<size_t>(ring_bytes + 8);  // not nothing where there are no channels
   std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(size) : memory_->words(size);
-  auto* state = reinterpret_cast<QueueState*>(memory_->own(static_cast<size_t>(states + 8)));
+  const auto counters = static_cast<int64_t>(topology_.sources.size() * sizeof(uint64_t));
+  auto* state = reinterpret_cast<QueueState*>(memory_->own(static_cast<size_t>(states + counters + 8)));
   const int64_t words = 1 + ends * queues * chunks;
   auto* word = reinterpret_cast<uint64_t*>(memory_->words(static_cast<size_t>(8 * words)));
   transport_->use_memory(ring, static_cast<size_t>(ring_bytes));
-  bytes_ = ring_bytes + states + 8 * words;
-  if (memory_->on_gpu()) make_outbox(reinterpret_cast<uint64_t*>(state) + states / 8);
+  bytes_ = ring_bytes + states + counters + 8 * words;
+  internode_.passed_on = reinterpret_cast<uint64_t*>(state + ends * queues);
+  if (memory_->on_gpu()) make_outbox(internode_.passed_on + topology_.sources.size());
   internode_.progress = word++;
   internode_.event = &event_;
 

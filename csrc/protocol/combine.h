@@ -148,9 +148,12 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
   }
 }
 
-// Says that this rank has pulled all its rows of the operation: their owners may write there again.
+// This worker has pulled all its rows of the operation, or, unless `ok`, failed. The last worker tells the
+// rows' owners that they may write there again. All workers call it together.
 template <class Worker>
-COMMLIB_HD void publish_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
+COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {
+  const int workers = w.gather(ok);
+  if (!workers || !is_last(w, kPulledCounter, workers)) return;
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     if (!peers.is_near(p)) continue;
     w.publish(&peers.signals_to(p).pulled, tagged(epoch, 0));

@@ -10,7 +10,9 @@
 
 namespace commlib {
 
+// A dispatch in waves has so many; the rows of any other operation arrive all at once, as the last one does.
 constexpr int kWaves = 4;
+constexpr int kLastWave = kWaves - 1;
 
 // Calls that a source may be ahead of a reader that still wants to know about an older one. Each call in
 // flight holds a slot, so kMaxSlots bounds the distance and no word is overwritten unread.
@@ -23,27 +25,22 @@ constexpr uint32_t kGaveUp = 2;
 
 // What one source says to one rank, in that rank's control block.
 struct alignas(64) Signals {
-  // Grows by workers(src) with each operation that moves rows, when src's rows for it are in place: at the
-  // receiver (dispatch) or in src's own slot, ready to be pulled (combine). Added by the workers of src,
-  // or by one for several, after their stores are flushed (release); read by the owner of the block
-  // (acquire). Where src is on another node, it grows by queues with each dispatch, added by src's gateway
-  // here. Operations run one after another on each rank, and the counter is never reset, so a late reader
-  // cannot miss it.
-  uint64_t arrived;
-  // Tag: the last operation that src has finished, rows pulled and all. Written by src's worker 0 (release)
-  // after a barrier of its workers; the owner reads it (acquire) before it writes again into a slot from
-  // which that operation pulled. Ranks on other nodes pull from no slot; their gateways do, as part of the
-  // same operation.
+  // Tags: the last operation whose rows from src are in place, at the receiver (dispatch) or in src's own
+  // slot, ready to be pulled (combine). arrived[i] is of wave i of a dispatch in waves; the last is of whole
+  // operations as well. Written (release) by the last of src's workers to flush its part, which has acquired
+  // what the others counted in before (see protocol/arrival.h); read by the owner of the block (acquire).
+  // Where src is on another node, src's gateway here writes it, and only for dispatches.
+  // Tags never go back, so a late reader cannot miss one: src's workers begin an operation only after all of
+  // them have ended the one before, and operations move rows in the order of their epochs.
+  uint64_t arrived[kWaves];
+  // Tag: the last operation of which src has pulled all its rows. Written by the last of src's workers
+  // (release), like `arrived`; the owner reads it (acquire) before it writes again into a slot from which
+  // that operation pulled. Ranks on other nodes pull from no slot; their gateways do, as part of the same
+  // operation.
   uint64_t pulled;
   // Notified by src after it has changed any of its words for this rank. The owner sleeps on it while it
   // waits for src, so no word wakes a thread that waits for another source.
   EventCount event;
-  // wave_arrived[i] grows by workers(src) with each dispatch in waves, when src's rows of wave i are in place
-  // at the receiver; the last wave counts in `arrived`, as whole operations do. Added and read like
-  // `arrived`, and never reset: src's workers begin an operation only after all of them have ended the one
-  // before, so no count is of a later one. One counter for each wave, for a sum over waves would let a worker
-  // that is ahead stand in for one that is behind.
-  uint64_t wave_arrived[kWaves - 1];
   // 1: src has closed and none of its kernels runs, so that it touches this rank's memory no more. Where src
   // is another process on a GPU. Written by src, last of all; read by the owner before it uses the memory
   // again.

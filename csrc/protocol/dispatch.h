@@ -1,7 +1,7 @@
 // Dispatch: rows go straight from the source's tensor to their final place in the receivers' slots.
 #pragma once
 
-#include "protocol/await.h"
+#include "protocol/arrival.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
 #include "protocol/throttle.h"
@@ -118,28 +118,6 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
       if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
     }
   }
-}
-
-// Says to every rank of this node that this worker's part of the operation is in place, and that of those it
-// speaks for.
-template <class Worker>
-COMMLIB_HD void arrive(Worker& w, const PeerTable& peers) {
-  const int workers = w.gather();
-  if (workers == 0) return;
-  for (int i = w.lane(); i < peers.size; i += w.lanes()) {
-    const int p = (peers.rank + i) % peers.size;
-    if (!peers.is_near(p)) continue;
-    w.add(&peers.signals_to(p).arrived, static_cast<uint64_t>(workers));
-    w.notify(peers.signals_to(p));
-  }
-}
-
-// Waits until every source's part is in place; `expected` [ranks] counts the arrivals of all operations
-// so far.
-template <class Worker>
-COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, const uint64_t* expected) {
-  return await_ranks(w, peers, peers.all(), Phase::arrival,
-                     [&](int s) { return w.read(&peers.signals_from(s).arrived) >= expected[s]; });
 }
 
 }  // namespace commlib

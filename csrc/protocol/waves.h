@@ -2,11 +2,11 @@
 // works on its first experts while rows of its last ones are still under way.
 //
 // The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
-// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its
-// expand_to, those in later waves' groups as well. So once waves 0 to i are unpacked, every row of wave i's
-// experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, for expand_to come
-// from it. Where rows lie does not depend on waves. Between nodes there are none: metadata travels with rows
-// there.
+// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its grouped
+// rows, those in later waves' groups as well. So once waves 0 to i are unpacked, every row of wave i's
+// experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, because where rows
+// lie in the groups comes from it; it does not depend on waves. Between nodes there are none: metadata
+// travels with rows there.
 #pragma once
 
 #include "protocol/dispatch.h"
@@ -14,21 +14,10 @@
 
 namespace commlib {
 
-// The wave of expert `local` of a rank's `count`. The last expert is in the last wave: who has waited for it
-// has waited for everything. Where there are less than kWaves experts, some waves are empty.
+// The wave of expert `local` of a rank's `count`. The last expert is in the last wave: a wait for it is a
+// wait for everything. Where there are fewer than kWaves experts, some waves are empty.
 COMMLIB_HD int wave_of(int64_t local, int64_t count) {
   return static_cast<int>((static_cast<uint32_t>(local + 1) * kWaves - 1) / static_cast<uint32_t>(count));
-}
-
-struct WavePlan {
-  uint8_t* of_routes;            // [tokens][width]: written and read by the worker that sends the token
-  const uint64_t* wave_arrived;  // [ranks]: how far the `wave_arrived` counters of each source must have come
-  const uint64_t* arrivals;      // [ranks]: how far `arrived` must have, which counts the last wave
-};
-
-// The word that counts arrivals of a wave.
-COMMLIB_HD uint64_t* arrival_word(Signals& signals, int wave) {
-  return wave < kWaves - 1 ? &signals.wave_arrived[wave] : &signals.arrived;
 }
 
 // The wave of the row that token t has at rank p. Experts of other ranks wrap around, or lie past its own.
@@ -72,21 +61,10 @@ struct Sending {
   int64_t token;
 };
 
-// Says to every rank that this worker's part of a wave is in place.
-template <class Worker>
-COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave) {
-  w.flush();
-  for (int i = w.lane(); i < peers.size; i += w.lanes()) {
-    const int p = (peers.rank + i) % peers.size;
-    w.add(arrival_word(peers.signals_to(p), wave));
-    w.notify(peers.signals_to(p));
-  }
-}
-
 // Sends the rows of a few more tokens, few enough that what has arrived meanwhile need not wait long.
 template <class Worker>
 COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peers, const uint8_t* of_routes,
-                          Sending* at) {
+                          uint32_t epoch, Sending* at) {
   constexpr int kTokensAtOnce = 4;
   for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
     const int64_t* route = plan.routes + at->token * plan.width;
@@ -106,26 +84,16 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
     ++sent;
   }
   if (at->token < plan.tokens) return;
-  arrive_in_wave(w, peers, at->wave);
+  arrive_in_wave(w, peers, at->wave, epoch);
   *at = {at->wave + 1, w.index()};
 }
 
-// Whether every source's part of a wave is in place; await_wave waits until it is.
+// Whether the rows of every source's wave are in place.
 template <class Worker>
-COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
-  const uint64_t* expected = wave < kWaves - 1 ? plan.wave_arrived : plan.arrivals;
+COMMLIB_HD bool wave_has_arrived(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
   bool ok = true;
-  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) {
-    ok = w.read(arrival_word(peers.signals_from(s), wave)) >= expected[s];
-  }
+  for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) ok = has_arrived(w, peers, s, wave, epoch);
   return w.all(ok);
-}
-
-template <class Worker>
-COMMLIB_HD bool await_wave(Worker& w, const PeerTable& peers, const WavePlan& plan, int wave) {
-  const uint64_t* expected = wave < kWaves - 1 ? plan.wave_arrived : plan.arrivals;
-  return await_ranks(w, peers, peers.all(), Phase::arrival,
-                     [&](int s) { return w.read(arrival_word(peers.signals_from(s), wave)) >= expected[s]; });
 }
 
 // The wave of unique row n, from its experts; those of other ranks are -1, which is past all others.
@@ -138,7 +106,7 @@ COMMLIB_HD int wave_of_row(const UnpackPlan& plan, int64_t n) {
   return wave_of(lowest, plan.experts);
 }
 
-// Copies this worker's rows of a wave to all their expand_to. Lanes look for them side by side.
+// Copies this worker's rows of a wave to all their grouped rows. Lanes look for them side by side.
 template <class Worker>
 COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
   const Span part = w.share(plan.rows);
@@ -152,22 +120,23 @@ COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
 }
 
 // Sends and unpacks all waves. A worker unpacks as soon as a wave has arrived, whether or not it has sent
-// everything, and sends as long as none has: a late rank holds nobody's sending up.
+// everything, and sends as long as none has: a late rank does not hold up what others send.
 //
-// unpacked(wave): called by each worker when it has its part of the wave in place.
+// of_routes: [tokens][width], written and read by the worker that sends the token. unpacked(wave): called by
+// each worker when it has its part of the wave in place.
 template <class Worker, class Unpacked>
-COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const UnpackPlan& unpack, const WavePlan& plan,
-                              const PeerTable& peers, Unpacked unpacked) {
-  plan_waves(w, send, plan.of_routes);
+COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const UnpackPlan& unpack, uint8_t* of_routes,
+                              const PeerTable& peers, uint32_t epoch, Unpacked unpacked) {
+  plan_waves(w, send, of_routes);
   send_metadata_ahead(w, send, peers);
   Sending at{0, w.index()};
   for (int wave = 0; wave < kWaves;) {
-    const bool ok = has_arrived(w, peers, plan, wave);
+    const bool ok = wave_has_arrived(w, peers, wave, epoch);
     if (!ok && at.wave < kWaves) {
-      send_some(w, send, peers, plan.of_routes, &at);
+      send_some(w, send, peers, of_routes, epoch, &at);
       continue;
     }
-    if (!ok && !await_wave(w, peers, plan, wave)) return false;
+    if (!ok && !await_arrivals(w, peers, peers.all(), wave, epoch)) return false;
     if (wave == 0) prepare_unpacking(w, unpack);
     unpack_wave(w, unpack, wave);
     w.flush();

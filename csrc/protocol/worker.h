@@ -3,7 +3,7 @@
 //
 //   index(), count()           this worker's number among those of its rank's operation
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
-//   kInternode                      whether there may be ranks on other nodes
+//   kInternode                 whether there may be ranks on other nodes
 //   share(n)                   this worker's contiguous part of n items
 //
 // All lanes call these together:
@@ -20,14 +20,14 @@
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end; no terms: zeros
 //   zero(dst, bytes)
-//   throttled()             whether the rank's link is limited
-//   pass_throttle(bytes)           waits until they have passed it
+//   throttled()                whether the rank's link is emulated to be slower
+//   pass_throttle(bytes)       waits until they have had their time on it
 //   flush()                    orders what this worker wrote before what it publishes or adds next
 //   await_change(internode, seen, ranks)
-//                              waits until the progress of other nodes are no longer `seen`; `ranks`: a mask
-//                              of those who are to bring some
+//                              waits until `progress` is no longer `seen`; ranks: a mask of those that are to
+//                              bring something
 //   await(ready, peer, late, phase)
-//                              each lane waits until its own ready(), of which `peer` rings a event; late():
+//                              each lane waits until its own ready(), which `peer` notifies it of; late():
 //                              the ranks that the operation waits for then, as a mask. False once this
 //                              rank's operation has failed, which a wait past its deadline causes
 //   await_tag(word, tag, peer, phase)
@@ -35,21 +35,23 @@
 //
 // All lanes of all workers call these together:
 //
-//   gather()                   flushes; the number of workers that this one speaks for from then on: workers
-//                              may have one of them speak for several, which have all flushed
+//   gather(ok)                 flushes; the number of workers that this one speaks for from then on, which
+//                              have all flushed: workers may have one of them speak for several, and one that
+//                              comes with ok = false is not spoken for
 //   once(ask)                  what ask() says; one of several workers may ask for all
 //
 // Single lanes call these:
 //
 //   publish(word, value)       a release store
-//   add(counter, n)            a release addition; of 1, if n is not given
 //   read(word)                 an acquire load
-//   say(word, value)           a store that is whole and orders nothing: all there is to know is in the word
-//   load_relaxed(word)               a load that orders nothing
+//   store_relaxed(word, value) a store that is whole and orders nothing: all there is to know is in the word
+//   load_relaxed(word)         a load that orders nothing
+//   counter(i)                 one of kCounters that the workers of this rank share, 0 when they begin
+//   completes(counter, n, all) adds n, acquire and release; whether that makes `all`, and sets it back to 0
+//   add_relaxed(counter, n)    adds to a counter that workers of this rank share, unordered
 //   replace(word, old, new)    whether it was `old` and is `new` now; of workers of this rank, one succeeds
-//   wake(signals)              rings its event, where threads sleep
+//   notify(signals)            wakes the threads that wait for one of these words, where threads sleep
 //   post(outbox, post)         hands something to the network
-//   add_relaxed(counter, n)          adds to a counter that workers of this rank share, unordered
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
 //   malformed(peer, phase)     records that the peer sent what does not fit the operation
@@ -58,9 +60,13 @@
 #include <utility>
 
 #include "base/dtype.h"
-#include "protocol/operation.h"
+#include "protocol/control_block.h"
 
 namespace commlib {
+
+// Counters of workers: of those that have sent their part of each wave, and of those that have pulled.
+constexpr int kPulledCounter = kWaves;
+constexpr int kCounters = kWaves + 1;
 
 // One row of a sum. weight: null, or a scalar of the accumulator's type.
 struct Term {

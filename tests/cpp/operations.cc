@@ -52,7 +52,7 @@ std::shared_ptr<SlotLease> lend_slot(Rank& self) {
 }
 
 Manner random_manner(Random& random) {
-  return {random.one_in(2), random.one_in(2), static_cast<RowsOf>(random.below(3))};
+  return {random.one_in(2), random.one_in(2), static_cast<RowsOf>(random.below(3)), nullptr, nullptr};
 }
 
 RoutingRoom::RoutingRoom(const Config& config, int ranks, int rank, const Int64s& topk_idx) {
@@ -84,6 +84,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves);
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
+  if (manner.between) manner.between();
   d->dropped = pending->dropped;
   d->routing.rows = pending->rows;
   Received received = room_for(self, *d, manner);

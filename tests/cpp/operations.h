@@ -1,6 +1,7 @@
 // The operations of a scenario on one rank, started and checked.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "scenario.h"
@@ -16,6 +17,7 @@ struct Manner {
   bool zero_copy = false;           // layout="rank" only
   RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where it needs no weighting or grouping
   Held held = nullptr;              // until the operation is done
+  std::function<void()> between;    // called between the halves of a dispatch, if set
 };
 Manner random_manner(Random& random);
 

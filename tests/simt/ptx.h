@@ -26,7 +26,8 @@ __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* word) {
 __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t v) {
   simt::store_release(word, v);
 }
-__device__ __forceinline__ void add_release_sys(uint64_t* word, uint64_t v) { simt::add_release(word, v); }
+// Less than on a GPU: here only an atomic access that releases passes anything on.
+__device__ __forceinline__ void fence_acq_rel_sys() {}
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* word) {
   return simt::load_relaxed(word);
 }
@@ -36,6 +37,9 @@ __device__ __forceinline__ void store_relaxed_sys(uint64_t* word, uint64_t v) {
 
 __device__ __forceinline__ uint64_t load_acquire_gpu(const uint64_t* word) {
   return simt::load_acquire(word);
+}
+__device__ __forceinline__ void store_relaxed_gpu(uint64_t* word, uint64_t v) {
+  simt::store_relaxed(word, v);
 }
 __device__ __forceinline__ uint64_t add_acq_rel_gpu(uint64_t* word, uint64_t v) {
   return simt::add_acquire_release(word, v);

@@ -91,7 +91,7 @@ __global__ void copy_rows(const CopyRows c) {
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) ptx::add_release_sys(c.done, 1);
+  if (threadIdx.x == 0) simt::add_release(c.done, 1);
   while (ptx::load_acquire_sys(c.done) != 1000) ptx::nanosleep(200);  // until the reader has checked
 }
 

@@ -34,7 +34,7 @@ void kernels_run_while_others_are_launched() {
       threads.emplace_back([&, stream] {
         uint64_t* count = &counts[static_cast<size_t>(stream)];
         for (uint64_t i = 1; i <= kKernels; ++i) {
-          gpu.launch(stream, 2, 64, 0, [=] { ptx::add_release_sys(count, 1); });
+          gpu.launch(stream, 2, 64, 0, [=] { simt::add_release(count, 1); });
           if (i % 2 == 0) continue;
           gpu.synchronize(stream);
           check_equal(load(count), i * 128, "threads that have run");

@@ -34,7 +34,7 @@ std::string error_of(const std::vector<Kernel>& kernels, unsigned threads, unsig
   for (size_t i = 0; i < kernels.size(); ++i) {
     simulation.launch(static_cast<int>(i), blocks, threads, 4096, [&, i] {
       kernels[i](shared);
-      ptx::add_release_sys(&shared.done, 1);
+      simt::add_release(&shared.done, 1);
       while (ptx::load_acquire_sys(&shared.done) < kernels.size() * blocks * threads) ptx::nanosleep(100);
     });
   }
@@ -125,16 +125,16 @@ void releases_order_what_acquirers_do() {
                                 },
                                 receives(warp)});
   check_race("a row written again too early", {[=](Shared& s) {
-                                                        sends(s);
-                                                        if (lane() == 0) put(s, 0);
-                                                      },
-                                                      receives(warp)});
+                                                 sends(s);
+                                                 if (lane() == 0) put(s, 0);
+                                               },
+                                               receives(warp)});
 }
 
 void additions_pass_on_what_all_who_added_know() {
   const Kernel adds = [](Shared& s) {
     put(s, threadIdx.x);
-    ptx::add_release_sys(&s.flag, 1);
+    simt::add_release(&s.flag, 1);
   };
   check_no_race("a counter", {adds, [](Shared& s) {
                                 await(s, 32);
@@ -146,7 +146,7 @@ void additions_pass_on_what_all_who_added_know() {
       if (acquires) {
         if (ptx::add_acq_rel_gpu(&s.flag, 1) == 1) get(s, 1 - blockIdx.x);
       } else {
-        ptx::add_release_sys(&s.flag, 1);
+        simt::add_release(&s.flag, 1);
         get(s, 1 - blockIdx.x);
       }
     };

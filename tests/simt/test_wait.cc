@@ -41,25 +41,25 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
   simt::Simulation gpu(config);
   gpu.launch(0, 1, cuda::kWarpLanes, cuda::kBlockSharedBytes + cuda::WarpShared::bytes(0), [&] {
     const cuda::WarpWorker w(waiter.op);
-    ptx::add_release_sys(&waiter.begun, 1);
-    const bool ok = w.await([&] { return w.read(&waiter.signals[1].arrived) == 1; }, 1,
+    simt::add_release(&waiter.begun, 1);
+    const bool ok = w.await([&] { return w.read(&waiter.signals[1].pulled) == 1; }, 1,
                             [] { return bit_of(1); }, Phase::arrival);
     const bool all = w.all(ok);
     if (w.lane() == 0) waiter.ok = all;
-    ptx::add_release_sys(&waiter.ended, 1);
+    simt::add_release(&waiter.ended, 1);
   });
   gpu.launch(1, 1, 1, 0, [&] {
     ptx::store_release_sys(&waiter.signals[1].departed[0], tagged_half(kClosed, bit_of(1), 0));
     ptx::store_release_sys(&waiter.signals[1].departed[1], tagged_half(kClosed, bit_of(1), 1));
     while (ptx::load_acquire_sys(&waiter.begun) < cuda::kWarpLanes) ptx::nanosleep(20);
     ptx::nanosleep(cuda::kLookNs);
-    for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.signals[1].wave_arrived[0], i);
+    for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.signals[1].arrived[0], i);
     ptx::store_release_sys(&waiter.signals[1].calls[kEpoch % kCallRing], tagged(kEpoch, kCall.bits()));
     ptx::nanosleep(cuda::kLookNs);
-    ptx::store_release_sys(&waiter.signals[1].arrived, 1);
+    ptx::store_release_sys(&waiter.signals[1].pulled, 1);
     // Something goes on, or simulated time would leap.
     for (uint64_t i = 1; ptx::load_acquire_sys(&waiter.ended) < cuda::kWarpLanes; ++i) {
-      ptx::store_release_sys(&waiter.signals[1].wave_arrived[0], i);
+      ptx::store_release_sys(&waiter.signals[1].arrived[0], i);
     }
   });
   const simt::Result result = gpu.run();

@@ -89,7 +89,22 @@ COMMLIB_HD bool frame_fits(const DispatchQueue& d, const Frame& frame) {
   return true;
 }
 
-// One chunk of a source, if it is there. Says to the ranks served when it was the source's last.
+// This queue has passed on all that a source has for this node. The last of the queues to say so tells the
+// ranks served that the source's rows are in place; as in protocol/arrival.h, it has acquired what the others
+// wrote.
+template <class Worker>
+COMMLIB_HD void arrive_for_source(Worker& w, const DispatchQueue& d, int s) {
+  const auto queues = static_cast<uint64_t>(d.internode.shape.queues);
+  if (!w.all(w.lane() != 0 || w.completes(&d.internode.passed_on[s], 1, queues))) return;
+  for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
+    if (!has(d.internode.served, i)) continue;
+    Signals& signals = d.peers.peer[i].signals[d.internode.from_source[s].peer];
+    w.publish(&signals.arrived[kLastWave], tagged(d.epoch, 0));
+    w.notify(signals);
+  }
+}
+
+// One chunk of a source, if it is there.
 template <class Worker>
 COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchQueue& d, int s) {
   const QueueEnd from = d.from_source(s);
@@ -97,13 +112,7 @@ COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchQueue& d, int s) {
   if (!from.check(w, d.layout, [&](const Frame& frame) { return frame_fits(d, frame); })) return false;
   for (int64_t i = 0; i < from.header().frames; ++i) pass_row_on(w, d, from.frame(d.layout, i));
   from.take(w);
-  if (!from.finished()) return true;
-  for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
-    if (!has(d.internode.served, i)) continue;
-    Signals& signals = d.peers.peer[i].signals[from.end.peer];
-    w.add(&signals.arrived);
-    w.notify(signals);
-  }
+  if (from.finished()) arrive_for_source(w, d, s);
   return true;
 }
 
@@ -143,17 +152,15 @@ COMMLIB_HD bool finish_internode(Worker& w, const DispatchQueue& d) {
   }
 }
 
-// The rows of one dispatch, from the ranks that have them to those that want them. `arrivals`: as for
-// await_arrivals.
+// The rows of one dispatch, from the ranks that have them to those that want them.
 template <class Worker>
-COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peers, const OpId& id,
-                          const uint64_t* arrivals) {
+COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peers, const OpId& id) {
   const bool internode = has_queue(w, peers);
   if (internode) start_internode(w, dispatch_queue(plan, peers, id, w.index()));
   send_rows(w, plan, peers);
-  arrive(w, peers);
+  arrive(w, peers, id.epoch);
   const bool passed = !internode || finish_internode(w, dispatch_queue(plan, peers, id, w.index()));
-  return w.once([&] { return await_arrivals(w, peers, arrivals); }) && passed;
+  return w.once([&] { return await_arrivals(w, peers, peers.all(), kLastWave, id.epoch); }) && passed;
 }
 
 }  // namespace commlib

@@ -68,6 +68,9 @@ struct Internode {
   ChannelEnd from_gateway[kMaxRanks];  // [gateways], homeward
   ChannelEnd from_source[kMaxRanks];   // [sources], outward: those whose gateway this rank is
   ChannelEnd to_source[kMaxRanks];     // [sources], homeward
+  // [sources]: queues that have passed on all rows of a source in the dispatch under way. Added by this
+  // rank's workers (acquire and release); the last of them sets it back to 0.
+  uint64_t* passed_on;
 };
 
 // The rank that brings rows of rank p here. A gateway that waits for p itself says so: see blame.h.

@@ -240,34 +240,6 @@ void a_job_holds_what_it_was_given_until_all_workers_have_returned() {
   check(gone.load(), "it is given up with the job");
 }
 
-void a_barrier_orders_the_work_of_all_workers() {
-  for (int workers = 1; workers <= 4; ++workers) {
-    for (const SpinPolicy spin : {SpinPolicy{}, SpinPolicy{0, 0}}) {
-      WorkerPool pool(workers, spin, nullptr);
-      WorkerBarrier barrier(workers);
-      std::vector<int> phase(workers, 0);  // written by its worker, read by all
-      pool.run(make_job([&](int worker) {
-        for (int i = 1; i <= 20; ++i) {
-          phase[worker] = i;
-          check(barrier.wait(spin, [](bool) { return false; }), "the barrier is passed");
-          for (const int p : phase) check_equal(p, i, "phase of a worker");
-          check(barrier.wait(spin, [](bool) { return false; }), "the barrier is passed");
-        }
-      }));
-    }
-  }
-}
-
-void a_barrier_may_be_left_when_another_worker_will_not_come() {
-  WorkerPool pool(2, {}, nullptr);
-  WorkerBarrier barrier(2);
-  bool passed = true;
-  pool.run(make_job([&](int worker) {
-    if (worker == 0) passed = barrier.wait({}, [](bool) { return true; });
-  }));
-  check(!passed, "the worker left");
-}
-
 const Suite suite(
     {{"every_worker_takes_each_job_once_and_finish_comes_last",
       every_worker_takes_each_job_once_and_finish_comes_last},
@@ -282,10 +254,7 @@ const Suite suite(
      {"who_waits_for_its_turn_may_interrupt", who_waits_for_its_turn_may_interrupt},
      {"an_interrupted_run_returns_when_all_workers_have", an_interrupted_run_returns_when_all_workers_have},
      {"a_job_holds_what_it_was_given_until_all_workers_have_returned",
-      a_job_holds_what_it_was_given_until_all_workers_have_returned},
-     {"a_barrier_orders_the_work_of_all_workers", a_barrier_orders_the_work_of_all_workers},
-     {"a_barrier_may_be_left_when_another_worker_will_not_come",
-      a_barrier_may_be_left_when_another_worker_will_not_come}});
+      a_job_holds_what_it_was_given_until_all_workers_have_returned}});
 
 }  // namespace
 }  // namespace commlib::testing

@@ -1,0 +1,59 @@
+// Arrival: how a source says that its rows are in place, and how a receiver waits for that.
+//
+// All workers of the source have a part in it, and the last one speaks for all. Each worker flushes what it
+// has written, then adds to a counter that only this rank's workers share (acquire and release); the one that
+// completes the count has therefore acquired what all others wrote, and what it publishes then (release, for
+// all ranks) is ordered behind that. So each receiver gets one word, and no rank counts in another's memory.
+#pragma once
+
+#include "protocol/await.h"
+
+namespace commlib {
+
+// Whether this worker, which has flushed and speaks for `workers` of its rank, completes the count of all of
+// them. The counter is then 0 again, for the operation that comes next. All lanes.
+template <class Worker>
+COMMLIB_HD bool is_last(Worker& w, int counter, int workers) {
+  return w.all(w.lane() != 0 || w.completes(w.counter(counter), static_cast<uint64_t>(workers),
+                                            static_cast<uint64_t>(w.count())));
+}
+
+// Tells every rank of this node that this rank's rows are in place.
+template <class Worker>
+COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+  for (int i = w.lane(); i < peers.size; i += w.lanes()) {
+    const int p = (peers.rank + i) % peers.size;
+    if (!peers.is_near(p)) continue;
+    w.publish(&peers.signals_to(p).arrived[wave], tagged(epoch, 0));
+    w.notify(peers.signals_to(p));
+  }
+}
+
+// This worker's part of an operation is in place. All workers call it together.
+template <class Worker>
+COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
+  const int workers = w.gather(true);
+  if (workers && is_last(w, kLastWave, workers)) publish_arrival(w, peers, kLastWave, epoch);
+}
+
+// This worker's part of a wave is in place. Each worker calls it in its own time.
+template <class Worker>
+COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+  w.flush();
+  if (is_last(w, wave, 1)) publish_arrival(w, peers, wave, epoch);
+}
+
+template <class Worker>
+COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, int source, int wave, uint32_t epoch) {
+  return reached(tag_of(w.read(&peers.signals_from(source).arrived[wave])), epoch);
+}
+
+// Waits until the rows of every rank of `sources`, a mask, are in place.
+template <class Worker>
+COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, uint64_t sources, int wave,
+                               uint32_t epoch) {
+  return await_ranks(w, peers, sources, Phase::arrival,
+                     [&](int s) { return has_arrived(w, peers, s, wave, epoch); });
+}
+
+}  // namespace commlib
