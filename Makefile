@@ -9,7 +9,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
 launch = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(1) $(BIN)/python
 LAUNCH = $(call launch,$(RANKS))
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Of the tests in C++, as csrc/nvcc.py has it of the modules: warnings are errors in CI only.
+# For the tests in C++, as csrc/nvcc.py does for the modules: warnings are errors only in CI.
 export WERROR ?= $(if $(filter-out 0,$(COMMLIB_WERROR)),-Werror)
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
 LINTED := commlib bench csrc examples tests setup.py
@@ -44,7 +44,7 @@ RUNS ?= 200
 soak: setup  ## random faults in random runs, RUNS=200; SEED=n JOBS=n repeat and speed it up
 	$(BIN)/python tests/soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
-# Samples go to bench/results/local/, which git ignores; those in bench/results/ are what README and docs/ cite.
+# Samples go to bench/results/local/, which git ignores; README and docs/ cite those in bench/results/.
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 
@@ -65,7 +65,7 @@ bench-nodes: setup  ## as root: across nodes whose links are limited for real; N
 train: setup  ## a small MoE language model, experts over RANKS ranks, against the unsharded one
 	$(LAUNCH) examples/train_moe_lm.py --check
 
-# On a GPU. GPU_PYTHON=python3 takes that interpreter with what it has, and installs nothing. docs/gpu.md
+# On a GPU. GPU_PYTHON=python3 takes that interpreter with its packages, and installs nothing. docs/gpu.md
 GPU_PYTHON ?=
 GPU_RUN = $(or $(GPU_PYTHON),$(BIN)/python)
 STAGE ?=
@@ -85,7 +85,7 @@ gpu-list:  ## the steps of `make gpu`
 gpu-sanitize:  ## compute-sanitizer's steps of `make gpu`
 	$(MAKE) gpu STEPS="memcheck-cpp racecheck-cpp memcheck-small racecheck-small"
 
-# pip builds it in an environment of its own. What an older build left in build/lib.* would get in, too.
+# pip builds it in an environment of its own. Remains of an older build in build/lib.* would get in, too.
 wheel:  ## for a GPU machine with another Python, or without nvcc: PYTHON=python3.12, to dist/
 	rm -rf build/wheel build/lib.*
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .

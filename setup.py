@@ -1,8 +1,8 @@
-"""Builds commlib._core, the C++ core with the CPU backend, and, where there is an nvcc, commlib._cuda.
+"""Builds commlib._core, the C++ core with the CPU backend, and, if there is an nvcc, commlib._cuda.
 
-Neither links against PyTorch or libcuda. COMMLIB_CUDA_ARCHS chooses the GPUs that are compiled for
-(default "80 90 100"); "none" leaves the CUDA backend out. COMMLIB_WERROR=1 makes warnings errors, as lint and
-CI do: another compiler has other warnings, which are no reason not to install.
+Neither links against PyTorch or libcuda. COMMLIB_CUDA_ARCHS chooses the GPUs to compile for
+(default "80 90 100"); "none" leaves the CUDA backend out. COMMLIB_WERROR=1 makes warnings errors, as in lint
+and CI: another compiler has other warnings, which are no reason not to install.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from digest import digest
 from nvcc import ARCHS, CUDA_HOME, WARNINGS, nvcc_command
 
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
-OLDEST_SETUPTOOLS = 77  # that knows `license = "MIT"` in pyproject.toml
+OLDEST_SETUPTOOLS = 77  # it knows `license = "MIT"` in pyproject.toml
 
 
 def find_ucx_headers() -> list[str]:
@@ -41,7 +41,7 @@ class BuildExtensions(build_ext):
     """Compiles .cu files with nvcc and hands the objects to the linker."""
 
     def run(self) -> None:
-        sources = digest()  # as they are now: who edits meanwhile builds again
+        sources = digest()  # as they are now: after an edit meanwhile, build again
         super().run()
         for ext in self.extensions:
             Path(self.get_ext_fullpath(ext.name)).with_suffix(".sources").write_text(f"{sources}\n")
@@ -65,14 +65,14 @@ class BuildExtensions(build_ext):
 
 
 class BuildOnly(setuptools.Distribution):
-    """Leaves pyproject.toml unread: an older setuptools refuses it, and to build in place needs none."""
+    """Leaves pyproject.toml unread: an older setuptools refuses it, and a build in place does not need it."""
 
     def parse_config_files(self, *args: object, **kwargs: object) -> None:
         pass
 
 
 def distribution(version: str, commands: list[str]) -> type[setuptools.Distribution]:
-    """How this setuptools runs these commands; one that is too old builds in place, and does nothing else."""
+    """How this setuptools runs these commands; one that is too old only builds in place."""
     if int(version.partition(".")[0]) >= OLDEST_SETUPTOOLS:
         return setuptools.Distribution
     if "build_ext" in commands:

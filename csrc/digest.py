@@ -1,4 +1,4 @@
-"""A name for the sources of the modules, by which a built module is known to belong to a checkout."""
+"""A name for the modules' sources, which tells whether a built module belongs to a checkout."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ SUFFIXES = (".cc", ".cu", ".cuh", ".h")
 
 
 def digest() -> str:
-    """Of all that is compiled, and of the scripts that do it."""
+    """Of all compiled sources, and of the scripts that compile them."""
     found = hashlib.sha256()
     sources = sorted(
         p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in SUFFIXES

@@ -1,4 +1,4 @@
-"""How the kernels are compiled, and with which CUDA toolkit: for setup.py, and for the tests in C++.
+"""How the kernels are compiled, and with which CUDA toolkit: for setup.py and the tests in C++.
 
     python3 csrc/nvcc.py SOURCE TARGET     # an object, for COMMLIB_CUDA_ARCHS
     python3 csrc/nvcc.py                   # prints the toolkit's folder, nothing if there is none
