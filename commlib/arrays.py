@@ -1,4 +1,4 @@
-"""Arrays of other libraries, through DLPack: NumPy and CuPy in, the same kind out."""
+"""Other libraries' arrays, through DLPack: NumPy and CuPy in, the same kind out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SupportsDLPack(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-# What a user gives, and gets back.
+# The kind of array that a user gives, and gets back.
 Array = TypeVar("Array", torch.Tensor, np.ndarray, SupportsDLPack)
 
 
@@ -23,7 +23,7 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
     """A tensor over the memory of ``array``: no copy, unless it is read-only and not to be written.
 
     Raises:
-        TypeError: it is neither a tensor nor speaks DLPack.
+        TypeError: it is not a tensor and does not speak DLPack.
         ValueError: it cannot be exported, for example from a device that PyTorch does not see; it has
             negative strides; it is read-only, but ``writable``.
     """
@@ -47,7 +47,7 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
 
 
 def _readable(array: Any) -> Any:
-    """The same memory as an array that shows its strides, and whether it may be written, where NumPy can."""
+    """The same memory as an array that shows strides, and whether it may be written, where NumPy can."""
     if isinstance(array, np.ndarray) or hasattr(array, "strides"):
         return array
     try:

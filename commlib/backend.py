@@ -13,10 +13,10 @@ from commlib import _core
 from commlib.errors import CommError
 from commlib.event import CpuEvent, CudaEvent, Event
 
-_POOLED_BYTES = 1 << 20  # results from this size on come from the communicator's own pool of buffers
+_POOLED_BYTES = 1 << 20  # results of at least this size come from the communicator's own pool of buffers
 
 
-Span = Callable[[], tuple[float, float]]  # begin and end of an operation that is done, in seconds
+Span = Callable[[], tuple[float, float]]  # begin and end of a finished operation, in seconds
 
 
 class Backend(ABC):
@@ -24,7 +24,7 @@ class Backend(ABC):
 
     device: torch.device
     core: _core.Communicator
-    trace: list[tuple[str, Span]] | None = None  # where operations are noted, while somebody wants to know
+    trace: list[tuple[str, Span]] | None = None  # where operations are noted while they are traced
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """A new tensor on the device."""
@@ -35,16 +35,16 @@ class Backend(ABC):
         """Memory for rows that the user will own."""
 
     def copied(self, tensor: Tensor) -> Tensor:
-        """A copy of what communication issued so far writes."""
+        """A copy that includes what communication issued so far writes."""
         return tensor.clone()
 
     @property
     def idle_bytes(self) -> int:
-        """Of results given back and kept for the next ones."""
+        """Bytes of results given back and kept for the next ones."""
         return 0
 
     def go_on_from(self, before: Backend) -> None:
-        """Take the place of one of the same rank: who traces that one traces this one, from the same zero."""
+        """Take the place of one of the same rank: its trace goes on here, from the same zero."""
         self.trace = before.trace
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Backend(ABC):
         """Communication issued next sees what the caller's work has produced so far."""
 
     def give_up(self, why: str) -> None:
-        """After an error between plan and rows: other ranks need not wait, and tensors may go."""
+        """Called after an error between plan and rows: other ranks need not wait, and tensors may go."""
         self.core.give_up(why)
 
     @abstractmethod
@@ -72,8 +72,8 @@ class Backend(ABC):
         Args:
             name: of the operation.
             ticket: what the core returned.
-            keep: tensors that the operation uses. On a GPU they must not be used again before it is done; on
-                the CPU the core has them.
+            keep: tensors that the operation uses. On a GPU their memory must not be reused before it is done;
+                on the CPU the core keeps them.
             async_op: whether the caller waits for an event.
         """
 
@@ -118,7 +118,7 @@ class CpuBackend(Backend):
 class CudaBackend(Backend):
     """Kernels on a stream of their own: streams order everything, and the host goes on.
 
-    With ``in_step`` it does not: see :func:`commlib.run_ranks`.
+    With ``in_step`` the host waits: see :func:`commlib.run_ranks`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class CudaBackend(Backend):
         self._in_step = in_step
         self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
-        self.zero = torch.cuda.Event(enable_timing=True)  # recorded by who traces: its time is 0
+        self.zero = torch.cuda.Event(enable_timing=True)  # recorded by the tracer: its time is 0
 
     def go_on_from(self, before: Backend) -> None:
         super().go_on_from(before)
@@ -182,7 +182,7 @@ class CudaBackend(Backend):
         current = torch.cuda.current_stream(self.device)
         tensors = [t for t in keep if isinstance(t, Tensor) and t.is_cuda]
         addresses = [t.data_ptr() for t in tensors]
-        # Those that lie in slots, which record_stream knows nothing of.
+        # For those in slots, which record_stream knows nothing of.
         self.core.note_uses(addresses, current.cuda_stream)
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
@@ -201,7 +201,7 @@ class CudaBackend(Backend):
 
 
 def span_of(zero: torch.cuda.Event, begun: torch.cuda.Event, ended: torch.cuda.Event) -> Span:
-    """From events, the first of which is time 0. Waits for their own streams only: others may wait for us."""
+    """From events, the first at time 0. Waits for their own streams only: others may wait for us."""
 
     def span() -> tuple[float, float]:
         ended.synchronize()

@@ -1,4 +1,4 @@
-"""For benchmarks: what this machine can do at best for a given routing."""
+"""For benchmarks: the best that this machine can do for a given routing."""
 
 from __future__ import annotations
 

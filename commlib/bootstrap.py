@@ -24,19 +24,19 @@ from commlib.settings import CORE_DTYPES, Settings
 from commlib.topology import Topology, find_topology, node_size
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
-# the very core that a spinning thread holds, so yield soon, then sleep. See docs/decisions.md.
+# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
-# For a kernel: a sleep costs 50 µs and more, and what the host waits for comes within milliseconds.
+# For a kernel: a sleep costs at least 50 µs, and what the host waits for comes within milliseconds.
 _SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
-_USER = 5  # of whom a warning is: frames from _count_blocks to the caller of ExpertParallel
+_USER = 5  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
     """The device that ``ExpertParallel(device=...)`` means: with an index where it is a CUDA device.
 
     Raises:
-        ValueError, TypeError: it is none.
+        ValueError, TypeError: it names no device.
     """
     if device is None:
         device = group.device or ("cuda" if cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def resolve_device(device: Any, group: Group) -> torch.device:
 def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     """The connected backend of this rank, and where all ranks are.
 
-    Every rank calls it, in a conversation that tells the others if it fails.
+    Every rank calls it, in a conversation that tells the others if one fails.
     """
     told = {"pid": os.getpid(), "secret": os.urandom(32).hex()}
     mine = _facts(settings) | own_place() | told | {"shared": settings.shared() | _build(settings)}
@@ -92,7 +92,7 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     except BaseException:
         backend.close()
         raise
-    talk.over = True  # from here on a failure is told by the communicator
+    talk.over = True  # from here on the communicator reports failures
     return backend, topology
 
 
@@ -105,8 +105,8 @@ def reconnect(
 
     Args:
         started: the name of the conversation in which they started; "" where the group knows no names.
-        counts: how often they have done this.
-        core: that one's, which knows whose processes are gone.
+        counts: numbers of the times they have done this.
+        core: the present backend's, which knows whose processes are gone.
     """
     name = started and f"{started}/grown/{next(counts)}"
     with group.converse(settings.timeout, name) as talk:
@@ -116,7 +116,7 @@ def reconnect(
             return connect(talk, settings)[0]
         except PeerTimeout:
             raise
-        except CommError as error:  # of one that has gone in the middle, what it had is not to be found
+        except CommError as error:  # what a rank had cannot be found once it is gone
             gone = [rank for rank in range(talk.size) if core.has_exited(rank)]
             if not gone:
                 raise
@@ -143,12 +143,12 @@ def _make_and_connect(
     try:
         _open(core, addresses, talk)
     finally:
-        close_fds(addresses, near)  # what is mapped stays
+        close_fds(addresses, near)  # mappings stay
     return core
 
 
 def _open(core: _core.Communicator, addresses: list[Address], talk: Conversation) -> None:
-    """Map the others' memory. One that has failed meanwhile, and taken its memory with it, has said why."""
+    """Map the others' memory. A rank that has failed meanwhile, taking its memory with it, has said why."""
     try:
         core.connect(addresses)
     except RuntimeError as error:
@@ -157,7 +157,7 @@ def _open(core: _core.Communicator, addresses: list[Address], talk: Conversation
 
 
 def _from_address(address: Address) -> list[Any]:
-    """As JSON has it."""
+    """An address in a form that JSON has."""
     *numbers, handle, net = address
     return [*numbers, handle.hex(), net.hex()]
 
@@ -228,7 +228,7 @@ def _give_streams(config: _core.Config, partition: SMPartition | None) -> None:
 
 
 def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:
-    """What the performance model proposes; in a partition all of it, shared by the ranks on the GPU."""
+    """What the performance model proposes; in a partition, all its SMs, shared by the ranks on the GPU."""
     if settings.partition is not None:
         return max(1, settings.partition.comm // ranks_on_device)
     return default_num_sms(
@@ -245,7 +245,7 @@ def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ran
 
 
 def _share(infos: list[dict[str, Any]]) -> str:
-    """How device memory goes from process to process on a node: what all its ranks can do."""
+    """How processes on a node share device memory: in a way that all its ranks can."""
     if any(info["host"] != infos[0]["host"] for info in infos):
         return "fabric"
     return "fd" if all(info["shares_fds"] for info in infos) else "none"
@@ -282,7 +282,7 @@ def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _c
 
 
 def _build(settings: Settings) -> dict[str, Any]:
-    """Which commlib this is: its version, and the sources of its modules as setup.py has recorded them."""
+    """Which commlib this is: its version, and its modules' sources as setup.py recorded them."""
     modules = [_core] if settings.device.type == "cpu" else [_core, cuda._cuda]
     return {"build": " ".join([commlib.__version__, *map(_sources_of, modules)])}
 
@@ -293,7 +293,7 @@ def _sources_of(module: Any) -> str:
 
 
 def _shared_of(info: Any, rank: int) -> dict[str, Any]:
-    """What a rank says that must be equal on all."""
+    """The part of a rank's information that must be equal on all."""
     shared = info.get("shared") if isinstance(info, dict) else None
     if not isinstance(shared, dict):
         raise CommError(f"settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?")
@@ -320,8 +320,8 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def own_place() -> dict[str, Any]:
-    """Of this process: "host" has in common who can open each other's memory through /proc, "network" who has
-    the same interfaces; and the host's name."""
+    """Where this process is: "host" is equal where processes can open each other's memory through /proc,
+    "network" where they have the same interfaces; and the host's name."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         boot = f.read().strip()
     return {
@@ -332,8 +332,8 @@ def own_place() -> dict[str, Any]:
 
 
 def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
-    # GPUs of one NVLink domain map each other's memory across hosts. All of them or none: a rank outside has
-    # only the network to reach the others, and those of its host should stay together then.
+    # GPUs of one NVLink domain map each other's memory across hosts. All of them or none: a rank outside
+    # reaches the others only by the network, and then those of its host should stay together.
     domains = {info.get("domain", "") for info in infos}
     one = len(domains) == 1 and "" not in domains
     hosts = ["domain" if one else info["host"] for info in infos]

@@ -1,7 +1,7 @@
 """Checks of the arguments of operations. All happen before anything is sent.
 
 Those of ``dispatch`` and ``combine`` come first, and make tensors of what was given. Those of the ops follow:
-nobody else stands between a tensor's address and the core.
+nothing else stands between a tensor's address and the core.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Layout = Literal["rank", "expert"]
 Overflow = Literal["error", "drop"]
 LAYOUTS, OVERFLOWS = get_args(Layout), get_args(Overflow)
-MAX_ALIGN = 2**16  # no tile of any kernel is longer, and padding for all experts can still be allocated
+MAX_ALIGN = 2**16  # no kernel's tile is longer, and padding for all experts can still be allocated
 _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
 
@@ -34,14 +34,14 @@ _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
 
 def tensor_on(device: torch.device, name: str, array: Any, writable: bool = False) -> Tensor:
-    """``array`` as a tensor, which lies on ``device``."""
+    """``array`` as a tensor that lies on ``device``."""
     tensor = as_tensor(name, array, writable)
     _check_device(name, tensor, device)
     return tensor
 
 
 def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
-    """Expert ids as contiguous int64 in memory of our own: the user's may change while they are needed."""
+    """Expert ids as contiguous int64 in our own memory: the user's may change while they are needed."""
     if topk_idx is None:
         raise ValueError("topk_idx is needed unless a handle is given")
     idx = tensor_on(device, "topk_idx", topk_idx)
@@ -49,11 +49,11 @@ def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
         return idx.clone()
     if idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_idx must be int64 or int32, got {idx.dtype}")
-    return idx.to(torch.int64).contiguous()  # copies, or it would have been contiguous int64
+    return idx.to(torch.int64).contiguous()  # copies: it was not both contiguous and int64
 
 
 def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Tensor | None]) -> None:
-    """A place for combine's result, which is written past autograd."""
+    """The ``out`` of a combine, which is written past autograd."""
     _check_rows("out", out, settings, tokens)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
@@ -65,7 +65,7 @@ def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Ten
 
 
 def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
-    """Options of dispatch that go together."""
+    """That options of dispatch go together."""
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be "rank" or "expert", got {layout!r}')
     if overflow not in OVERFLOWS:
@@ -75,14 +75,14 @@ def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """Options that are True or False."""
+    """That options are True or False."""
     for name, value in flags.items():
         if value is not True and value is not False and not isinstance(value, np.bool_):
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def as_int(name: str, value: Any, least: float = -math.inf) -> int:
-    """An int that is not less, also where it is NumPy's; not a bool."""
+    """``value`` as an int of at least ``least``; NumPy's ints pass, bools do not."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     number = operator.index(value)
@@ -92,7 +92,7 @@ def as_int(name: str, value: Any, least: float = -math.inf) -> int:
 
 
 def check_align(c: Communicator, align: int) -> None:
-    """The rows of a padded result can be counted in bytes; whether there is so much memory shows later."""
+    """That a padded result's bytes can be counted; whether there is enough memory shows later."""
     if not 1 <= align <= MAX_ALIGN:
         raise ValueError(f"align must be a positive int, at most {MAX_ALIGN}, got {align}")
     row_bytes = c.settings.hidden * c.settings.dtype.itemsize
@@ -103,7 +103,7 @@ def check_align(c: Communicator, align: int) -> None:
 
 
 def check_event(previous_event: Any) -> None:
-    """What an operation is to wait for."""
+    """That an operation can wait for it."""
     if not isinstance(previous_event, Event):
         raise TypeError(
             "previous_event must be an event of an operation (Dispatched.event, or what combine returns with "
@@ -122,7 +122,7 @@ def check_dispatch(
     align: int,
     sizes: tuple[int, int],
 ) -> None:
-    """Of dispatch. The range of ids is checked in the core."""
+    """Arguments of dispatch. The core checks the range of ids."""
     growing = c.settings.grows and x.shape[0] > c.settings.max_tokens
     _check_rows("x", x, c.settings, x.shape[0] if growing else None)
     shape = (x.shape[0], c.settings.topk)
@@ -140,7 +140,7 @@ def check_dispatch(
 
 
 def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
-    """Rows that a rank cannot receive are what all ranks notice; tokens without experts make none."""
+    """All ranks notice rows that one cannot receive, but tokens without experts make no rows."""
     going = int((topk_idx >= 0).any(1).sum())
     if going < topk_idx.shape[0]:
         raise ValueError(
@@ -152,7 +152,7 @@ def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
 def check_redispatch(
     c: Communicator, x: Tensor, topk_weights: Tensor | None, routing: RoutePlan, grouped: bool
 ) -> None:
-    """Of a dispatch with a handle, or of a combine's gradient."""
+    """Arguments of a dispatch with a handle, or of a combine's gradient."""
     _check_routing(c, routing, grouped)
     tokens = routing.routes.shape[0]
     _check_rows("x", x, c.settings)
@@ -171,7 +171,7 @@ def check_combine(
     routing: RoutePlan,
     grouped: bool,
 ) -> None:
-    """Of combine, or of a dispatch's gradient."""
+    """Arguments of combine, or of a dispatch's gradient."""
     _check_routing(c, routing, grouped)
     rows = routing.source.shape[0]
     _check_rows("y", y, c.settings, rows)
@@ -185,7 +185,7 @@ def check_combine(
 
 
 def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
-    """``out`` shares no memory with tensors that are read while it is written."""
+    """That ``out`` shares no memory with tensors that are read while it is written."""
     begin, end = _extent(out)
     for name, tensor in zip(("y", "weights", "bias"), inputs, strict=False):
         if tensor is None:
@@ -196,7 +196,7 @@ def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
 
 
 def _check_rows(name: str, rows: Tensor, settings: Settings, count: int | None = None) -> None:
-    """Of the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens of them."""
+    """That rows have the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens rows."""
     if rows.dtype != settings.dtype:
         raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}")
     _check_device(name, rows, settings.device)
@@ -228,7 +228,7 @@ def _check_dense(
 
 
 def _check_routing(c: Communicator, r: RoutePlan, grouped: bool) -> None:
-    """Sizes fit each other; what the numbers in them say is the core's to check."""
+    """That sizes fit each other; the core checks the numbers in them."""
     topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
     sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
     for tensor, size in zip((r.topk_idx, r.routes, r.local, r.groups), sizes, strict=True):
@@ -256,7 +256,7 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Addresses from the first byte to behind the last one."""
+    """The address of the first byte, and the one behind the last."""
     begin = tensor.data_ptr()
     if tensor.is_contiguous():
         return begin, begin + tensor.numel() * tensor.element_size()

@@ -49,7 +49,7 @@ class Communicator:
         mine = experts_of(rank, size, settings.num_experts)
         self.rank, self.size = rank, size
         self.settings = settings
-        self._open: list[Backend] = []  # the one in use, for who outlives this object
+        self._open: list[Backend] = []  # the one in use, for what outlives this object
         self._use(backend)
         self._reconnect = reconnect
         self._closed = False
@@ -81,11 +81,11 @@ class Communicator:
         """Take a larger heap where slots hold fewer rows, or ranks may send fewer tokens.
 
         Every rank calls it at the same operation with the same numbers. What was issued before goes on in the
-        old heap, and is done when this returns. Routings stay good: rows keep their numbers. So do tensors in
-        the old heap, which they keep.
+        old heap, and is done when this returns. Routings stay good: rows keep their numbers. Tensors in the
+        old heap stay good too: they keep it.
 
         Raises:
-            ValueError: the communicator was made for so many rows, and does not grow; or for too many.
+            ValueError: the communicator was made for fewer and does not grow; or there are too many.
             CommError: as at start-up; or it was closed meanwhile.
         """
         settings = self.settings
@@ -113,12 +113,12 @@ class Communicator:
             raise CommError(f"rank {self.rank} has closed this communicator while it took a larger heap")
 
     def name(self) -> Tensor:
-        """A tensor that names it to ops, which take no Python objects, and that keeps it.
+        """A tensor that names this communicator to ops, which take no Python objects, and keeps it.
 
-        A number would be a constant of compiled code, which each communicator would compile anew. A tensor is
-        an input, and graphs keep their tensors, with what is attached to them.
+        A number would be a constant of compiled code, compiled anew for each communicator. A tensor is an
+        input, and graphs keep their tensors, with what is attached to them.
         """
-        with torch.inference_mode(False):  # in which a tensor could not be saved for backward
+        with torch.inference_mode(False):  # backward could not save a tensor made in inference mode
             name = torch.tensor(self._number, device="cpu")
         name.communicator = self  # type: ignore[attr-defined]
         return name
@@ -155,14 +155,14 @@ class Communicator:
 
 
 def _last_call(number: int, open_backend: list[Backend]) -> None:
-    """What is done for a communicator that has gone. Calling it twice does no harm."""
+    """Close what a communicator leaves behind when it is gone. Calling it twice does no harm."""
     _communicators.pop(number, None)
     open_backend[0].close()
 
 
 @atexit.register
 def _end_of_program() -> None:
-    """Close what is open; after an exception has ended the program, without waiting for other ranks."""
+    """Close what is open: without waiting for other ranks where an exception has ended the program."""
     _core.close_way_back()  # before operations end: threads that wait in them run no more Python
     failed = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
     for c in [found for it in list(_communicators.values()) if (found := it())]:
@@ -178,7 +178,7 @@ def communicator_of(name: Tensor) -> Communicator:
     """The communicator that an operation is called on.
 
     Raises:
-        CommError: there is none of that number, or none any more.
+        CommError: no communicator has that number, or not any more.
         NotImplementedError: forward-mode AD is on, for which operations have no rule.
     """
     refuse_forward_mode()

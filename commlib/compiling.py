@@ -1,10 +1,10 @@
 """What torch.compile is told of the ops: they have an effect.
 
-So it calls them always, and in the program's order. All ranks must issue the same operations in the same
-order, but one rank may not use a result, and the compiler orders by sizes, which differ by rank.
+So it always calls them, and in the program's order. All ranks must issue the same operations in the same
+order, but a rank may leave a result unused, and the compiler orders by sizes, which differ by rank.
 
 PyTorch has no public name for effects yet. Before 2.13 it cannot compile checkpointing around an op
-that has one (seen with 2.11), and loses sizes that are known at run time only (2.6). So nothing is declared
+that has one (seen with 2.11), and loses sizes that are known only at run time (2.6). So nothing is declared
 there: ops are called in the order in which they were traced.
 """
 
@@ -29,7 +29,7 @@ def keep_in_order(op: Any) -> None:
 def save_results() -> None:
     """Called where autograd notes the op traced last: activation checkpointing saves its results.
 
-    Compiled code cannot compute ops with an effect again. (In a program that is not compiled it does.)
+    Compiled code cannot compute ops with an effect again. (A program that is not compiled does.)
     """
     if not HAS_EFFECTS or not torch.compiler.is_compiling():
         return

@@ -1,8 +1,8 @@
-"""What ranks say to each other at start-up: gathers of a few bytes, with a deadline, and told failures.
+"""What ranks say to each other at start-up: gathers of a few bytes, with a deadline, and reports of failures.
 
-Ranks that start talk in a :class:`Conversation`. Whichever of them fails, at whatever place, says so before
-it leaves, and the others raise that instead of waiting. In a :class:`PostingGroup`, which leaves what ranks
-say where the others find it, they hear it at once, also while they wait for a third.
+Ranks that start talk in a :class:`Conversation`. A rank that fails, at whatever place, says so before it
+leaves, and the others raise that instead of waiting. In a :class:`PostingGroup`, which leaves what ranks say
+where the others find it, they hear it at once, even while they wait for another rank.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 from commlib.errors import CommError, PeerTimeout
 
-_PATIENCE = 300.0  # seconds of a gather outside of start-up
+_PATIENCE = 300.0  # seconds for a gather outside of start-up
 NOTHING: Any = object()  # has been posted yet
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1e-4, 2e-2  # seconds between looks for what others post
-_VALUE, _FAILURE = b"=", b"!"  # begin what a user's own group carries
+_VALUE, _FAILURE = b"=", b"!"  # first byte of what a user's own group carries
 
 
 class Group(ABC):
@@ -41,7 +41,7 @@ class Group(ABC):
         """Gather some bytes from each rank, by rank. Every rank calls it, in the same order; lengths differ.
 
         It bounds itself: commlib cannot end it. Where a rank does not come it should raise after some time;
-        ExpertParallel passes that on. The groups that commlib makes itself wait until ``startup_timeout``.
+        ExpertParallel passes that on. commlib's own groups wait until ``startup_timeout``.
         """
 
     def barrier(self) -> None:
@@ -49,30 +49,30 @@ class Group(ABC):
         self.allgather(b"")
 
     def converse(self, seconds: float, name: str = "") -> Conversation:
-        """A conversation of this group, which ends after so many seconds if the group can see to it.
+        """A conversation of this group, which ends after ``seconds`` if the group can see to it.
 
-        Where ranks find what is posted by its name, those with names go on beside others, in any order.
+        Where ranks find what is posted by its name, named conversations run beside others, in any order.
 
         Args:
             seconds: until gathers raise PeerTimeout.
-            name: without blanks, and of one conversation alone; "": the next one on each rank.
+            name: without blanks, used for one conversation only; "": the next one on each rank.
         """
         return _Plain(self, seconds)
 
 
 class Conversation(Group):
-    """Gathers in a row, of which all ranks do the same; a context manager.
+    """A sequence of gathers, the same on all ranks; a context manager.
 
     A rank that leaves it by an exception tells the others, whose next gather raises CommError with its text.
 
     Args:
-        group: whose ranks talk.
+        group: the ranks that talk.
         seconds: from now until gathers raise PeerTimeout.
 
     Attributes:
-        task, advice: what errors say of what this is for, and of what to do where ranks do not come.
-        watch: says whether a rank's process is gone; None: nobody knows.
-        name: the same on all ranks, and of no other conversation; "" over a group that only gathers.
+        task, advice: what errors say this is for, and what to do where ranks do not come.
+        watch: says whether a rank's process is gone; None: not known.
+        name: the same on all ranks, used for no other conversation; "" over a group that only gathers.
     """
 
     task = "start"
@@ -87,7 +87,7 @@ class Conversation(Group):
         self.group, self.seconds = group, seconds
         self.rank, self.size, self.device = group.rank, group.size, group.device
         self._end = time.monotonic() + seconds
-        # Nobody is there to be told of a failure: all have heard of one, or the group is lost.
+        # No rank is left to hear of a failure: all have heard of one, or the group is lost.
         self.over = False
 
     @property
@@ -96,11 +96,11 @@ class Conversation(Group):
         return max(0.0, self._end - time.monotonic())
 
     def hear(self) -> None:
-        """Raise what another rank has told of its failure, if that can be known without waiting."""
+        """Raise another rank's failure that has been reported, if that can be known without waiting."""
 
     @abstractmethod
     def tell(self, why: str, missing: Sequence[int]) -> None:
-        """Tell the others that this rank comes to no further gather, if need be because ranks are missing."""
+        """Tell the others that this rank joins no further gather, perhaps because ranks are missing."""
 
     def __enter__(self) -> Conversation:
         return self
@@ -121,7 +121,7 @@ class Conversation(Group):
 
 
 def _about_files(error: BaseException) -> str:
-    """More about an error that comes of too many open files, or nothing."""
+    """More about an error that too many open files caused, or nothing."""
     full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
     if not full and (os.strerror(errno.EMFILE) not in str(error) or "ulimit -n" in str(error)):
         return ""
@@ -132,8 +132,8 @@ def _about_files(error: BaseException) -> str:
     )
 
 
-# Open from the beginning, and given up while ranks talk: one that has run out of open files can still tell
-# the others, also where its group needs a file for it.
+# Open from the beginning, and given up when a failure is told: a rank that has run out of open files can
+# still tell the others, even where its group needs a file for that.
 _spare: list[int] = []
 
 
@@ -158,14 +158,14 @@ def _a_file_to_spare() -> Iterator[None]:
 
 
 def exited(ranks: list[int]) -> str:
-    """That their processes have."""
+    """Text saying that the processes of these ranks have exited."""
     if len(ranks) == 1:
         return f"the process of rank {ranks[0]} has exited"
     return f"the processes of ranks {', '.join(map(str, ranks))} have exited"
 
 
 def gather(group: Group, step: str, value: Any) -> list[Any]:
-    """Gather what JSON can say; tuples come as lists.
+    """Gather what JSON can express; tuples come as lists.
 
     Args:
         group: or a conversation of one.
@@ -173,7 +173,7 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
         value: of this rank.
 
     Raises:
-        CommError: another rank has failed, or said something else than JSON.
+        CommError: another rank has failed, or said something other than JSON.
         PeerTimeout: ranks did not come before the conversation's deadline.
     """
     try:
@@ -194,7 +194,7 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
 
 
 class _Plain(Conversation):
-    """Over a group of which nothing is known but that it gathers. All ranks come to hear of a failure."""
+    """Over a group known only to gather. All ranks must gather to hear of a failure."""
 
     def allgather(self, data: bytes) -> list[bytes]:
         said = self._gather(_VALUE + data)
@@ -220,24 +220,24 @@ class _Plain(Conversation):
             with _a_file_to_spare():
                 return self.group.allgather(data)
         except BaseException:
-            self.over = True  # the group may be anywhere now, and would not come back from another gather
+            self.over = True  # the group may be in any state now, and another gather might not return
             raise
 
 
 class PostingGroup(Group):
     """Ranks that leave what they say where the others find it.
 
-    So gathers know who is missing, and a failure is found by whoever is waiting, whomever it waits for.
+    So gathers know which ranks are missing, and any waiting rank finds a failure, whichever it waits for.
     """
 
-    found: Sequence[str] = ()  # keys of the last gather, which all have seen when the next one is complete
+    found: Sequence[str] = ()  # keys of the last gather: all have seen them when the next one is complete
 
     def allgather(self, data: bytes) -> list[bytes]:
         """Gather some bytes from each rank, by rank. Every rank calls it.
 
         Raises:
             PeerTimeout: a rank did not come within 300 s.
-            CommError: a rank has left.
+            CommError: a rank has departed.
         """
         with self.converse(_PATIENCE) as conversation:
             return conversation.allgather(data)
@@ -247,7 +247,7 @@ class PostingGroup(Group):
 
     @abstractmethod
     def open(self, seconds: float) -> int:
-        """The number of this rank's next conversation, from 1. May wait so long to reach the others."""
+        """The number of this rank's next conversation, from 1. May wait ``seconds`` to reach the others."""
 
     @abstractmethod
     def post(self, key: str, data: bytes) -> None:
@@ -258,20 +258,20 @@ class PostingGroup(Group):
         """The bytes that a rank has posted, or NOTHING."""
 
     def pause(self, waited: float, left: float) -> None:
-        """Wait until something may have been posted, or so long as is left, having waited for a while."""
+        """Wait until something may have been posted, at most ``left``, after ``waited`` seconds already."""
         time.sleep(min(left, max(_SHORTEST_PAUSE, min(_LONGEST_PAUSE, waited / 10))))
 
     @abstractmethod
     def drop(self, keys: Sequence[str]) -> None:
-        """All have found what is under these keys, one for each rank."""
+        """Forget these keys, one for each rank: all have found what is under them."""
 
     def why_gone(self, ranks: Iterable[int]) -> str | None:
-        """Why one of these ranks will not post anything any more, where that is known."""
+        """Why one of these ranks will post nothing more, where that is known."""
         return None
 
 
 class _Posted(Conversation):
-    """One of a posting group's conversations, which are numbered in the same way on all ranks."""
+    """One of a posting group's conversations, which have the same numbers on all ranks."""
 
     group: PostingGroup
 
@@ -286,7 +286,7 @@ class _Posted(Conversation):
             return
         self.name = str(group.open(self.left))
         # A rank that never came to a conversation finds that the others gave up waiting for it. If they try
-        # again, then in the next one.
+        # again, they do so in the next one.
         while group.rank in self._ending().get("missing", ()):
             self._skipped = f". Before that, {self._ending()['why']}"
             self.name = str(group.open(self.left))
@@ -301,20 +301,20 @@ class _Posted(Conversation):
             ended, hopeless = self._error_if_ended(missing), self._error_if_hopeless(missing)
             if not (error := ended or hopeless):
                 self.group.pause(time.monotonic() - began, self.left)
-            elif self._look(keys, said) == missing:  # who is gone may have posted before it went
+            elif self._look(keys, said) == missing:  # a rank that is gone may have posted before it went
                 self.over = ended is not None
                 raise error
         if self._numbered:
             self.group.drop(self.group.found)
             self.group.found = keys
-        else:  # others of the group may be under way, whose keys some still look for
+        else:  # other conversations may be under way, whose keys some ranks still look for
             self.group.drop(self._found)
             self._found = keys
         self._step += 1
         return said
 
     def _look(self, keys: list[str], said: list[Any]) -> list[int]:
-        """Find what has not been found yet, and say of which ranks there is nothing."""
+        """Find what has not been found yet, and return the ranks of which there is nothing."""
         said[:] = [self.group.find(keys[r]) if what is NOTHING else what for r, what in enumerate(said)]
         return [rank for rank, what in enumerate(said) if what is NOTHING]
 
@@ -327,7 +327,7 @@ class _Posted(Conversation):
         self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
 
     def _error_if_ended(self, missing: Sequence[int]) -> CommError | None:
-        """Where another rank has ended it, or one of these is gone, that it waits for."""
+        """The error where another rank has ended it, or one of ``missing`` is gone."""
         ending = self._ending()
         why = ending.get("why") or self.group.why_gone(missing)
         if why is None:
@@ -337,7 +337,7 @@ class _Posted(Conversation):
         return CommError(why + self._skipped)
 
     def _error_if_hopeless(self, missing: list[int]) -> PeerTimeout | None:
-        """Where it has waited for these ranks long enough, or their processes are gone."""
+        """The error where it has waited long enough for these ranks, or their processes are gone."""
         if self.left == 0:
             names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
             text = f"{names} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
@@ -354,7 +354,7 @@ class _Posted(Conversation):
         return f"{self.name}/ended"
 
     def _ending(self) -> dict[str, Any]:
-        """How the conversation has ended, if it has: why, and because of which ranks that were missing."""
+        """How the conversation has ended, if it has: why, and because of which missing ranks."""
         said = self.group.find(self._ended)
         if said is NOTHING:
             return {}

@@ -53,10 +53,10 @@ def require() -> None:
 
 @cache
 def warm_up(index: int) -> None:
-    """Load what would have to wait for the GPU to be idle when it is first used there.
+    """Load what, at its first use, would wait for the GPU to be idle.
 
-    cuBLAS loads its kernels type by type, and loading waits for all kernels that run. Among ranks that share
-    the GPU some of them wait for the very rank that loads. (Seen on an H100 with CUDA 13.0.)
+    cuBLAS loads its kernels type by type, and loading waits for all kernels that run. Where ranks share the
+    GPU, some of these wait for the very rank that loads. (Seen on an H100 with CUDA 13.0.)
     """
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         a = torch.ones(64, 64, dtype=dtype, device=torch.device("cuda", index))

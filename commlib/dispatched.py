@@ -44,8 +44,8 @@ class Handle:
     def counts(self) -> list[int]:
         """Tokens of each local expert, before padding, on the host.
 
-        They are known as soon as dispatch has returned. On a GPU ``Dispatched.tokens_per_expert`` of an
-        asynchronous dispatch is not: it comes with the rows.
+        They are known as soon as dispatch has returned. ``Dispatched.tokens_per_expert`` of an asynchronous
+        dispatch on a GPU is not: it comes with the rows.
         """
         return self._tensors().groups[: self._ep.num_local_experts].tolist()
 
@@ -90,7 +90,7 @@ def _check_same(name: str, mine: Any, theirs: Any) -> None:
 
 
 def check_handle(ep: ExpertParallel, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
-    """A handle of this communicator, and what is given beside it says the same."""
+    """That the handle is this communicator's, and that what is given beside it says the same."""
     if not isinstance(handle, Handle):
         raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
     if handle._ep is not ep:
@@ -129,7 +129,7 @@ class Dispatched(Generic[Array]):
         event: with ``async_op``: when the rows are there.
     """
 
-    # "| Any": or None, as the caller of dispatch knows, whom a type checker need not ask each time.
+    # "| Any": or None; callers of dispatch know which, and a type checker need not ask them each time.
     x: Array
     topk_idx: Array | Any
     topk_weights: Array | Any
@@ -146,7 +146,7 @@ class Dispatched(Generic[Array]):
         if self.event.split is None:
             self.event.wait()
             return replace(self, event=None)
-        x: Any = self.x  # a tensor: autograd records no others
+        x: Any = self.x  # a tensor: autograd records nothing else
         weights: Any = self.topk_weights
         if weights is None:
             (x,) = self.event.finish(x)
@@ -192,8 +192,8 @@ def combine_places(
     Args:
         handle: of the dispatch; its communicator does it.
         y: ``[num_rows, hidden]`` in the layout of the handle, of the communicator's dtype.
-        values: layout "rank": ``[N, topk]``, of which each place comes from the rank that owns its expert,
-            and the others are not read; "expert": ``[M]``. float32 (float64 for float64 rows).
+        values: layout "rank": ``[N, topk]``; only places whose expert this rank owns are read; "expert":
+            ``[M]``. float32 (float64 for float64 rows).
         bias: ``[T, hidden]``, added once.
         async_op: return at once.
 

@@ -12,7 +12,7 @@ class PeerTimeout(CommError):
 
     Attributes:
         rank: the rank that waited.
-        peers: the ranks to blame, all of them. Whoever is waited for and waits itself is not among them.
+        peers: the ranks to blame, all of them. A rank that is waited for and itself waits is not among them.
         op: "dispatch", "dispatch with a handle" or "combine".
         phase: what it waited for: "counts", "arrival" (of rows), "slot reuse", "call" or "network".
         epoch: number of the operation on this communicator, from 1.
@@ -43,7 +43,7 @@ class CapacityExceeded(CommError):
 
     Attributes:
         receiver: the rank that would receive most, the same on all ranks.
-        rows: so many.
+        rows: how many.
     """
 
     def __init__(self, text: str, receiver: int, rows: int) -> None:

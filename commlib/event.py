@@ -14,7 +14,7 @@ from commlib.split import Split
 class Event(ABC):
     """The end of one asynchronous operation.
 
-    The operation itself keeps the tensors alive that it reads or writes, whatever becomes of the event. Using
+    The operation itself keeps the tensors that it reads or writes alive, whatever becomes of the event. Using
     a result before :meth:`wait` or :meth:`finish` gives undefined values.
     """
 
@@ -22,10 +22,10 @@ class Event(ABC):
     waves: _core.PendingDispatch | None = None  # the dispatch, where its rows come in waves
 
     def finish(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Wait, and give the operation's results back for use.
+        """Wait, and return the operation's results for use.
 
-        As after :meth:`wait`, but the backward of this call starts the operation's gradient and the backward
-        of the operation waits for it: what runs between the two calls overlaps in backward as well. Not
+        Like :meth:`wait`, but the backward of this call starts the operation's gradient and the backward of
+        the operation waits for it: what runs between the two calls overlaps in backward as well. Not
         differentiable twice.
 
         Args:
@@ -55,7 +55,7 @@ class Event(ABC):
     def wait_expert(self, expert: int) -> None:
         """Wait for one local expert's rows; where they do not come in waves, for the operation.
 
-        Results are used as they are from here on, so :meth:`finish` records nothing any more.
+        From here on results are used directly, so :meth:`finish` records nothing any more.
         """
         self.split = None
         if self.waves is None:

@@ -46,8 +46,8 @@ class ExpertParallel:
         hidden: elements of a row.
         topk: experts for each token, at most 32.
         max_tokens: the most tokens that one rank sends in one call. None: not known. Slots then hold 4096
-            rows at first (or ``capacity``), and where a dispatch needs more, all ranks take a heap of twice
-            the size, or four times, and so on, before its rows are sent. Nothing is ever dropped.
+            rows at first (or ``capacity``), and where a dispatch needs more, all ranks take a heap of two,
+            four, ... times the size before its rows are sent. Nothing is ever dropped.
         dtype: of rows: bfloat16, float16, float32 or float64; a torch.dtype, or its name or NumPy's.
         device: "cpu", "cuda" or "cuda:i". None: the in-process ranks' device, else the current CUDA device if
             there is one, else "cpu".
@@ -55,29 +55,29 @@ class ExpertParallel:
             proposes (:func:`commlib.model.default_num_sms`), or half of this rank's share of the cores.
         capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens.
         slots: 1 to 32, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
-            hold one each. So does every other result of layout "rank" while two slots stay free: it need
-            not be copied then. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of
-            it is taken at once. None: 8 on the CPU, 4 on CUDA.
+            hold one each. Other results of layout "rank" also stay in theirs, uncopied, while two slots stay
+            free. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of it is taken
+            at once. None: 8 on the CPU, 4 on CUDA.
         timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later. None: 600.
-        startup_timeout: seconds until construction ends with PeerTimeout where a rank does not come, or not
-            further. None: ``timeout`` where that is given, else 300. A Group of your own bounds itself.
+        startup_timeout: seconds until construction ends with PeerTimeout where a rank does not come, or gets
+            stuck. None: ``timeout`` where that is given, else 300. A Group of your own bounds itself.
         partition: communicate on its SMs (or cores) for communication, and on no others.
         link_gbps: GB/s (1e9 bytes) of this rank's link, one direction, to measure here what a slower
-            interconnect leaves: dispatch is paced where rows leave, combine where they come in. Rows of a
-            rank for itself do not count. None: no limit. One node only.
+            interconnect leaves: dispatch is throttled where rows leave, combine where they come in. A rank's
+            rows for itself do not count. None: no limit. One node only.
         routing: how rows go to ranks on other nodes, over UCX. "direct": each to each rank that wants it;
             sums have the bits of one node. "hierarchical": once to each node that wants it, to a gateway
             that passes it on; in combine a gateway sums its node's rows, rounded once, and one row comes
-            back. "auto": what sends less, by the rule in docs/nodes.md.
-        ranks_per_node: so many consecutive ranks are a node. None: COMMLIB_NODE_SIZE, else ranks that can map
-            each other's memory are (one host and PID namespace; GPUs: one NVLink domain).
+            back. "auto": whichever sends less, by the rule in docs/nodes.md.
+        ranks_per_node: this many consecutive ranks are a node. None: COMMLIB_NODE_SIZE, else ranks that can
+            map each other's memory are one (one host and PID namespace; GPUs: one NVLink domain).
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank).
         ConfigMismatch: ranks gave different arguments, or are of different builds; the text names them.
         PeerTimeout: ranks did not come within ``startup_timeout``; the text names them.
         CommError: there is no UCX to go between nodes, a limit was reached (the text names it), launchers
-            contradict each other, or another rank failed here, in whatever way; the text says how.
+            contradict each other, or another rank failed here for any reason; the text gives it.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class ExpertParallel:
             ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
             NotImplementedError: forward-mode AD or torch.vmap, which have no rule; nothing has been sent.
             RuntimeError, MemoryError: there is no memory for the results, whose size is known once all ranks
-                have told their counts: the communicator is given up, and the other ranks raise CommError.
+                have published their counts: the communicator is given up, and the others raise CommError.
             CapacityExceeded: on all ranks; nothing has been sent.
             PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
             HandleError: no slot is free, or the handle is released or another communicator's.
@@ -293,7 +293,7 @@ class ExpertParallel:
         async_op: bool = False,
         previous_event: Event | None = None,
     ) -> Any:
-        """Sum, for each token, the rows that its experts made of it, back at the token's own rank.
+        """Sum, for each token, the rows that its experts made of it, at the token's own rank.
 
         Sums are taken in float32 (float64 for float64 rows), over a rank's experts in order of top-k place
         with one rounding, then over ranks in ascending order with one rounding: bitwise reproducible.
@@ -304,7 +304,7 @@ class ExpertParallel:
                 ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights.
             handle: of the dispatch.
             weights: ``[num_rows]`` of any floating type, one for each row of y (layout "expert":
-                ``Dispatched.topk_weights``). None: rows are summed as they are.
+                ``Dispatched.topk_weights``). None: rows are summed unweighted.
             bias: ``[T, hidden]``, added once.
             out: ``[T, hidden]`` contiguous, written and returned; not differentiable. It shares no memory
                 with ``y``, ``weights`` or ``bias``, does not require grad and is not read-only.
@@ -343,10 +343,10 @@ class ExpertParallel:
         return (result, self._take_event(part)) if async_op else result
 
     def combine_buffer(self, handle: Handle) -> Tensor:
-        """A place in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
+        """Memory in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
 
-        Good for one combine; it holds a slot until then and until the tensor is gone. Layout "rank" only:
-        grouped rows are summed on the way into the heap, which is a copy anyway.
+        Good for one combine; it holds a slot until both that is done and the tensor is gone. Layout "rank"
+        only: grouped rows are summed on the way into the heap, which is a copy anyway.
 
         Raises:
             HandleError: no slot is free, or the handle is released or another communicator's.
@@ -361,10 +361,10 @@ class ExpertParallel:
         return buffer
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
-        """Let ``stream`` use a result or a lent buffer until the tensor goes, as ``Tensor.record_stream``.
+        """Let ``stream`` use a result or a lent buffer until the tensor goes, like ``Tensor.record_stream``.
 
-        Not needed for the stream that was current in the call that gave the tensor, nor for one on which its
-        event was waited for. ``Tensor.record_stream`` does nothing for memory of the symmetric heap. Does
+        Not needed for the stream that was current in the call that gave the tensor, nor for one that waited
+        for its event. ``Tensor.record_stream`` does nothing for memory of the symmetric heap. This does
         nothing on the CPU.
         """
         self._comm.backend.record_stream(tensor, stream)
@@ -373,7 +373,7 @@ class ExpertParallel:
 
     @property
     def settings(self) -> Settings:
-        """What it was made with; where ``max_tokens`` was not known, what there is room for now."""
+        """What it was made with; where ``max_tokens`` was not known, the room that there is now."""
         return self._comm.settings
 
     @property
@@ -381,7 +381,7 @@ class ExpertParallel:
         """Seconds that a rank waits for a peer; setting it affects later operations.
 
         Raises:
-            ValueError, TypeError: what is set is not a positive number of at most ten years.
+            ValueError, TypeError: not a positive number, or more than ten years.
         """
         return self.settings.timeout
 
@@ -392,7 +392,7 @@ class ExpertParallel:
     def synchronize(self) -> None:
         """Block until all operations of this communicator are done.
 
-        On a GPU this is how the host learns that one failed; the next operation says so, too.
+        On a GPU this is how the host learns that one failed; the next operation says so as well.
 
         Raises:
             PeerTimeout, CallMismatch: an operation failed.
@@ -403,8 +403,7 @@ class ExpertParallel:
         """Counts since construction, of this rank.
 
         Operations; rows received; (token, rank) pairs dropped; messages to other nodes, and the bytes in them
-        (without what UCX, TCP and the wire add); messages refused because they did not prove which rank sent
-        them.
+        (without what UCX, TCP and the wire add); messages refused because they did not prove their sender.
         """
         messages, sent = self._comm.core.network_sent
         network = {"messages": messages, "bytes": sent, "refused": self._comm.core.network_refused}
@@ -420,7 +419,7 @@ class ExpertParallel:
         """Finish what is under way and tell the other ranks. Using it afterwards raises CommError.
 
         Raises:
-            PeerTimeout, CallMismatch: an operation failed, and no call has said so yet (on a GPU, where
+            PeerTimeout, CallMismatch: an operation failed, and no call has raised it yet (on a GPU, where
                 operations only queue). The communicator is closed all the same.
         """
         self._comm.close()
@@ -432,7 +431,7 @@ class ExpertParallel:
         try:
             self.close()
         except CommError:
-            if kind is None:  # else there is a better reason on its way
+            if kind is None:  # else the exception on its way says more
                 raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:

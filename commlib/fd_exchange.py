@@ -1,8 +1,8 @@
 """Open files from rank to rank: device memory of cuMemCreate is one, and a peer maps what it is sent.
 
 Each rank listens in a directory that only its user may enter, and connects to every rank beside it. What
-comes in must be of the same user and of the very process that the rank said it is. A rank that fails closes
-its connections at once, so that those that wait for it see it, as they see one that has died.
+comes in must be from the same user and from the very process that the rank said it is. A rank that fails
+closes its connections at once, so that ranks that wait for it see that, as they see a death.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _ONE_USER = (
 def exchange_fds(
     group: Group, addresses: list[Address], near: Sequence[int], timeout: float = 60.0
 ) -> list[Address]:
-    """The same addresses, with file descriptors of this process in place of their owners' own.
+    """The same addresses, with file descriptors of this process in place of their owners'.
 
-    Ranks of this very process, of other nodes than ``near``, and addresses without a file descriptor (-1)
-    stay as they are. Every rank calls it. Descriptors travel over sockets of this host (SCM_RIGHTS), to and
-    from processes of this user alone. :func:`close_fds` closes what came.
+    Addresses of ranks in this very process or on other nodes, and those without a file descriptor (-1), do
+    not change. Every rank calls it. Descriptors travel over sockets of this host (SCM_RIGHTS), only between
+    processes of this user. :func:`close_fds` closes what came.
 
     Args:
         group: of all ranks, or a conversation of theirs.
         addresses: of all ranks, equal on each.
-        near: the ranks of this node, as all of them have it.
-        timeout: seconds in which all others of ``near`` must have sent, once all ranks are ready.
+        near: the ranks of this node, equal on all of them.
+        timeout: seconds within which all others of ``near`` must have sent, once all ranks are ready.
 
     Raises:
         CommError: on all ranks, where it failed on one: a rank could not be reached, did not send in time or
@@ -59,7 +59,7 @@ def exchange_fds(
         if pids:
             mine.attempt(mine.trade, places, group.rank, addresses[group.rank][1], timeout)
         try:
-            told = gather(group, "descriptors", mine.failure)  # nobody closes before all have what they want
+            told = gather(group, "descriptors", mine.failure)  # no rank closes before all have what they want
         except Exception as error:
             if mine.failure is None:
                 raise
@@ -98,7 +98,7 @@ class _AboutAnother(Exception):
 
 
 class _Exchange:
-    """One rank's sockets and what came over them; left with everything closed that was not taken.
+    """One rank's sockets and what came over them; leaving it closes everything that was not taken.
 
     Attributes:
         place: a path by which other processes of this host reach this rank's socket; None: they cannot.
@@ -126,13 +126,13 @@ class _Exchange:
         return taken
 
     def attempt(self, step: Callable[..., None], *args: Any) -> None:
-        """Do it, unless something failed before. A failure of this rank is shown to the others at once."""
+        """Do ``step``, unless one failed before. A failure of this rank is shown to the others at once."""
         if self.failure is not None:
             return
         try:
             step(*args)
         except _AboutAnother as error:
-            self.failure = (True, str(error))  # those that wait for this rank see that one, too
+            self.failure = (True, str(error))  # ranks that wait for this one see that other one, too
         except OSError as error:
             self.failure = (False, f"{type(error).__name__}: {error}")
             self._open.close()
@@ -143,9 +143,9 @@ class _Exchange:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open.callback(os.close, fd)
         self._listener = self._open.enter_context(_new_socket())
-        # By way of /proc the path is short, however long the directory's, and good in other mount namespaces.
+        # Through /proc the path is short, however long the directory's, and good in other mount namespaces.
         self._listener.bind(f"/proc/self/fd/{fd}/{_NAME}")
-        self._listener.listen(len(self._pids) + 8)  # connecting is done before anybody accepts
+        self._listener.listen(len(self._pids) + 8)  # ranks connect before any accepts
         self.place = f"/proc/{os.getpid()}/fd/{fd}/{_NAME}"
 
     def trade(self, places: Sequence[str | None], rank: int, fd: int, timeout: float) -> None:
@@ -171,10 +171,10 @@ class _Exchange:
                 self._handle(waiting, [], left)
 
     def _handle(self, waiting: selectors.BaseSelector, gone: list[int], seconds: float) -> None:
-        """Wait for something to happen, and deal with it. ``gone``: ranks of which there is no trace."""
+        """Wait for something to happen, and deal with it. ``gone``: ranks that left no trace."""
         ready = [key for key, _ in waiting.select(seconds)]
-        # Nothing comes back on this rank's own connections but their end, and that only after a failure. Of
-        # several that have ended the first is not known: whoever lost its group because of it has left too.
+        # Nothing comes back on this rank's own connections but their end, and that only after a failure. If
+        # several have ended, the first is not known: a rank that lost its group because of it is gone too.
         gone = sorted(gone + [key.data for key in ready if key.data is not None])
         if gone:
             raise _AboutAnother(f"{self._named(gone)}: died, or gave up")
@@ -225,7 +225,7 @@ class _Exchange:
 
 
 def _new_socket() -> socket.socket:
-    """Messages stay whole, and what cannot be done at once is refused."""
+    """A socket on which messages stay whole, and that refuses what it cannot do at once."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 
@@ -240,7 +240,7 @@ def _receive_fds(connection: socket.socket) -> tuple[bytes, list[int]]:
     """A message and the descriptors in it.
 
     Raises:
-        OSError: more was sent than one descriptor, or this process has no room for another.
+        OSError: more than one descriptor was sent, or this process has no room for another.
     """
     room = socket.CMSG_LEN(array("i").itemsize)  # of one
     said, ancillary, flags, _ = connection.recvmsg(16, room, socket.MSG_CMSG_CLOEXEC)

@@ -29,7 +29,7 @@ __all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "Tor
 
 _MPI_PAUSE = 1e-3  # seconds
 _LET_GO, _LET_GO_PAUSE = 1.0, 1e-5  # seconds, see let_go
-_MPI_LOOKS = 20  # after which what has been sent before is there: MPI moves a little each time
+_MPI_LOOKS = 20  # after which what was sent earlier has arrived: MPI moves a little each time
 
 
 class SingleGroup(Group):
@@ -49,8 +49,8 @@ class StoreGroup(PostingGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         # torchrun's store outlives its workers. Those of the next attempt go on counting, which is right
-        # unless some died at start-up: then what these said must not be heard. The number of the attempt
-        # keeps it away, but with several nodes each counts the attempts after failures of its own.
+        # unless some died at start-up: what these posted must not be found. The attempt's number in the
+        # prefix sees to it, but with several nodes each counts only the attempts after its own failures.
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any"
         self._store = dist.PrefixStore(f"commlib/{attempt}/{size}", store)
@@ -85,11 +85,11 @@ def _store_errors() -> Iterator[None]:
 class TorchGroup(StoreGroup):
     """A ``torch.distributed`` process group, by the store over which its own ranks have met.
 
-    It does not keep the process group: what does keeps its threads past ``destroy_process_group``, and
+    It does not keep the process group: a reference keeps its threads past ``destroy_process_group``, and
     Python cannot exit cleanly under them.
 
     Attributes:
-        mesh: the 1-D DeviceMesh that it is of; None: it was not given as one.
+        mesh: the 1-D DeviceMesh it was given as; None: it was not given as one.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, mesh: dist.DeviceMesh | None = None) -> None:
@@ -105,12 +105,12 @@ class TorchGroup(StoreGroup):
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """That group; None: it has been destroyed."""
-        known = self._process_group()  # what the user keeps may be destroyed
+        known = self._process_group()  # a group that the user keeps may be destroyed
         return known if known in dist.distributed_c10d._world.pg_map else None
 
 
 class _Letters:
-    """What ranks of an MPI communicator write to each other, in a duplicate of it, where nobody else writes.
+    """What ranks of an MPI communicator write to each other, in a duplicate of it that nothing else uses.
 
     MPI's own gathers have no deadline, and do not say who is missing.
     """
@@ -122,7 +122,7 @@ class _Letters:
         self.conversations = 0
 
     def wait_for_all(self, seconds: float) -> bool:
-        """Whether all ranks have come to make the duplicate."""
+        """Whether all ranks have joined in making the duplicate."""
         end = time.monotonic() + seconds
         while not self._making.Test():
             if time.monotonic() > end:
@@ -157,7 +157,7 @@ class _Letters:
 
 @cache
 def _letters_key() -> int:
-    """Under which a communicator keeps its letters."""
+    """The key under which a communicator keeps its letters."""
     from mpi4py import MPI
 
     return MPI.Comm.Create_keyval()
@@ -227,7 +227,7 @@ class _Board:
         self.gone: dict[int, str] = {}  # why, by rank
 
     def change(self, notes: dict[Any, Any], key: Any, what: Any) -> None:
-        """Add to one of its dictionaries, and wake up all that wait."""
+        """Add to one of its dictionaries, and notify all that wait."""
         with self.changed:
             notes[key] = what
             self.changes += 1
@@ -280,7 +280,7 @@ class ThreadGroup(PostingGroup):
         return next((gone[rank] for rank in (self.rank, *ranks) if rank in gone), None)
 
     def leave(self, why: str) -> None:
-        """This rank comes to no gather any more: let the others' waits for it fail at once."""
+        """This rank joins no further gather: let the others' waits for it fail at once."""
         self._board.change(self._board.gone, self.rank, why)
 
     def abort(self, why: str) -> None:
@@ -310,10 +310,10 @@ def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
         group: a Group, a torch.distributed ProcessGroup or 1-D DeviceMesh, or an mpi4py communicator.
             None: the in-process rank of this thread, else torch.distributed's default group, else the ranks
             that the innermost launcher started (see :func:`commlib.launcher.find_launch`), else one rank.
-        seconds: to reach what torchrun's environment names.
+        seconds: to reach the store that torchrun's environment names.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: the group is none of these.
         ValueError: a DeviceMesh with more than one dimension, or a group with wrong numbers.
         CommError: launchers contradict each other, or the ranks of one cannot be reached.
     """
@@ -337,7 +337,7 @@ def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
 
 
 def process_group_of(group: Group) -> dist.ProcessGroup | None:
-    """torch.distributed's group of the same ranks; None: it has none, or cannot be known to."""
+    """torch.distributed's group of the same ranks; None: none exists, or none that we can know of."""
     if isinstance(group, TorchGroup):
         return group.process_group
     here = (group.rank, group.size)
@@ -347,13 +347,12 @@ def process_group_of(group: Group) -> dist.ProcessGroup | None:
 
 
 def gather_numbers(group: Group, numbers: Tensor) -> Tensor:
-    """``[n]`` of each rank, as ``[ranks, n]`` on every rank, which all call it. Few: these are no rows.
+    """``[n]`` of each rank, as ``[ranks, n]`` on every rank. All ranks call it; for a few numbers, not rows.
 
-    Over torch.distributed where it knows the ranks, without a wait of the host where its backend needs none.
+    Over torch.distributed where it knows the ranks; the host waits only where its backend needs that.
 
     Raises:
-        PeerTimeout: a rank did not come within 300 s (without torch.distributed, which has a timeout of its
-            own).
+        PeerTimeout: a rank did not come within 300 s (without torch.distributed, which has its own timeout).
     """
     process_group = process_group_of(group)
     if process_group is None:
@@ -363,7 +362,7 @@ def gather_numbers(group: Group, numbers: Tensor) -> Tensor:
 
 
 def gather_in(process_group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
-    """The same over torch.distributed's group."""
+    """As gather_numbers, over torch.distributed's group."""
     by_gloo = f"{numbers.device.type}:gloo" in dist.get_backend_config(process_group)
     sent = numbers.cpu() if by_gloo else numbers.contiguous()
     gathered = sent.new_empty(dist.get_world_size(process_group), sent.numel())
@@ -375,11 +374,11 @@ def gather_in(process_group: dist.ProcessGroup, numbers: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def let_go(*tensors: Tensor) -> Iterator[None]:
-    """A collective of torch.distributed on these tensors ends when its backend's threads hold them no more.
+    """End a collective of torch.distributed on these tensors when its backend's threads hold them no more.
 
-    gloo's drop a tensor some time after the operation, and need Python's lock for one that Python knows. When
-    the process group goes in that moment, by DDP's end or the program's, PyTorch 2.13 joins the thread with
-    the lock held: a deadlock, or an abort at exit.
+    gloo's drop a tensor some time after the operation, and need Python's lock for one that Python knows. If
+    the process group goes at that moment, because DDP or the program ends, PyTorch 2.13 joins the thread
+    with the lock held: a deadlock, or an abort at exit.
 
     Raises:
         RuntimeError: see :func:`refuse_in_child`.
@@ -392,7 +391,7 @@ def let_go(*tensors: Tensor) -> Iterator[None]:
         time.sleep(_LET_GO_PAUSE)
 
 
-# The default process group of the process that this one has been forked from.
+# The default process group of the process that forked this one.
 _inherited: list[weakref.ref[dist.ProcessGroup]] = []
 
 
@@ -407,7 +406,7 @@ os.register_at_fork(after_in_child=_note_inherited)
 def refuse_in_child() -> None:
     """Raise RuntimeError where torch.distributed's groups are those of the process that forked this one.
 
-    Their threads are not here: a collective would wait for ever, past its own timeout.
+    Their threads do not exist here: a collective would wait for ever, past its own timeout.
     """
     if _inherited and dist.group.WORLD is _inherited[0]():
         raise RuntimeError(
@@ -453,7 +452,7 @@ _stores: dict[tuple[int, str, str], dist.Store] = {}
 
 
 def _environment_store(rank: int, size: int, seconds: float) -> dist.Store:
-    """The store that torchrun's variables name. Waits only for who serves it."""
+    """The store that torchrun's variables name. Waits only for the process that serves it."""
     place = os.getpid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     _, host, port = place
     if place not in _stores:

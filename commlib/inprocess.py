@@ -14,7 +14,7 @@ from commlib import cuda
 from commlib.errors import CommError
 from commlib.group import ThreadGroup, set_current_group
 
-_STOP_SECONDS = 2.0  # that ranks have to notice an interrupt
+_STOP_SECONDS = 2.0  # within which ranks have to notice an interrupt
 
 
 def run_ranks(
@@ -26,18 +26,18 @@ def run_ranks(
     has a current stream of its own, which begins after the caller's work; what ``fn`` returned is complete on
     the device.
 
-    A rank's thread also waits until each of its operations is done, and each event that it waits for, before
-    it goes on. Otherwise the operation only queues, as it does for a process that has a GPU to itself, and
+    Before it goes on, a rank's thread also waits until each of its operations is done, and each event that
+    it waits for. Otherwise the operation only queues, as it does for a process that has a GPU to itself, and
     what comes next may hold up all ranks: a copy from the device to ordinary memory (``.cpu()``,
-    ``.tolist()``, ``print``) keeps other threads out of the driver until the stream has come to it, and the
-    stream may be waiting for a rank whose thread needs the driver. ``run_ahead`` leaves the wait out, for
-    programs that measure, and avoid such copies.
+    ``.tolist()``, ``print``) keeps other threads out of the driver until the stream reaches it, and the
+    stream may be waiting for a rank whose thread needs the driver. ``run_ahead`` omits the wait, for
+    programs that measure and avoid such copies.
 
     cuBLAS is loaded before the ranks start. Other libraries, ``torch.compile`` and Triton among them, load
-    their kernels at first use, and that waits until the GPU is idle: use them once before.
+    their kernels at first use, which waits until the GPU is idle: use them once before.
 
     On a GPU set ``CUDA_MODULE_LOADING=EAGER`` and ``CUDA_DEVICE_MAX_CONNECTIONS=32`` in the environment: a
-    kernel of one rank that is loaded, or queued, behind a waiting one of another rank holds up both.
+    kernel of one rank that is loaded, or queued, behind a waiting kernel of another rank holds up both.
 
     Args:
         fn: what each rank does.
@@ -52,8 +52,8 @@ def run_ranks(
         ValueError: world_size < 1, or another device.
         RuntimeError: no CUDA device can be used; the text says why.
         KeyboardInterrupt: on Ctrl-C. Ranks that are in a gather or an operation are ended.
-        The error of the rank that failed first; the other ranks are told, and do not wait for it. Nor do they
-        at start-up for one that has returned.
+        The error of the rank that failed first; the other ranks are told, and do not wait for it. At start-up
+        they do not wait for a rank that has returned, either.
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
@@ -94,16 +94,16 @@ def run_ranks(
 def remake_torch_threads() -> None:
     """Let torch make its pool of threads again where a fork has lost it.
 
-    It does so when a thread first needs the pool, and of several threads that need it at once some find none:
+    By itself it does so when a thread first needs the pool, and if several need it at once, some find none:
     "pool INTERNAL ASSERT FAILED at ATen/ParallelOpenMP.cpp" (torch 2.13).
     """
     torch.set_num_threads(torch.get_num_threads())
 
 
 def _stop(groups: list[ThreadGroup], threads: list[threading.Thread], why: str) -> None:
-    """End what the ranks wait for in commlib, so that none is inside when the interpreter ends.
+    """End the ranks' waits in commlib, so that none is inside when the interpreter ends.
 
-    One that does something else is left to it: its thread is a daemon.
+    A rank that does something else goes on: its thread is a daemon.
     """
     for group in groups:
         group.abort(why)
@@ -129,7 +129,7 @@ def _resolve(device: Any) -> torch.device:
 
 @contextmanager
 def _on(device: torch.device, begun: torch.cuda.Event | None) -> Iterator[None]:
-    """What ranks on one GPU must not share, for they would wait for each other in it.
+    """Keep apart what ranks on one GPU must not share, since they would wait for each other in it.
 
     A stream, which goes on after ``begun``, and the thread that autograd keeps for each device.
     """

@@ -1,7 +1,7 @@
-"""Which launcher started this process: torchrun, MPI's or Slurm's, of which one may run inside another.
+"""Which launcher started this process: torchrun, MPI's or Slurm's; one may run inside another.
 
-Each leaves its ranks' numbers in environment variables, which what runs inside inherits. So the variables of
-the outer one are there too; those of the innermost were set last.
+Each leaves its ranks' numbers in environment variables, which everything inside inherits. So the outer one's
+variables are there too; those of the innermost were set last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Launch:
     by: str  # "torchrun", "MPI" or "Slurm"
     rank: int
     size: int
-    names: tuple[str, ...]  # of the variables that say so
+    names: tuple[str, ...]  # of the variables that say it
 
     def __str__(self) -> str:
         return f"{self.by} ({', '.join(self.names)}) says rank {self.rank} of {self.size}"
@@ -43,11 +43,11 @@ class Launch:
 def find_launch() -> Launch | None:
     """What the innermost launcher says, or None if this is one rank by itself.
 
-    That is the one whose variables changed last on the way from process to process to this one. Where that
-    cannot be seen, one of them counts if the others say the same, or one rank.
+    The innermost is the one whose variables changed last among the processes that led to this one. Where that
+    cannot be seen, a launcher counts if the others say the same, or one rank.
 
     Raises:
-        CommError: launchers contradict each other, or there are several ranks without a way to each other.
+        CommError: launchers contradict each other, or several ranks have no way to reach each other.
     """
     chosen = _choose(_launches())
     if chosen is None or chosen.size == 1:
@@ -66,14 +66,14 @@ def _choose(launches: list[Launch]) -> Launch | None:
     several = [launch for launch in launches if launch.size > 1]
     if innermost is None and len(several) == 1:
         return several[0]
-    # Several ranks of an outer launcher, each of which is alone inside: nobody means that.
+    # Several ranks of an outer launcher, each alone in an inner one: surely a mistake.
     if innermost is None or innermost.size == 1:
         raise CommError(f"launchers disagree: {'; '.join(map(str, launches))}. {_ADVICE}")
     return innermost
 
 
 def _launches() -> list[Launch]:
-    """What all launchers say that left their variables, those first that can carry what ranks say."""
+    """What each launcher that left variables says; first those that can carry what ranks say."""
     found = []
     mpi = next((names for names in _MPI if all(name in os.environ for name in names)), None)
     if mpi is not None:
@@ -123,14 +123,14 @@ def _check_mpi(launch: Launch) -> None:
 
 
 def _innermost(launches: list[Launch]) -> Launch | None:
-    """The one whose variables are the youngest, if one is."""
+    """The launch whose variables are the youngest, if one is."""
     ages = [_age(launch.names) for launch in launches]
     youngest = min(ages)
     return launches[ages.index(youngest)] if ages.count(youngest) == 1 else None
 
 
 def _age(names: tuple[str, ...]) -> int:
-    """For how many generations of processes these variables have been what they are."""
+    """For how many generations of processes these variables have not changed."""
     age = 0
     for environment in _ancestors():
         if any(environment.get(name) != os.environ.get(name) for name in names):
@@ -140,7 +140,7 @@ def _age(names: tuple[str, ...]) -> int:
 
 
 def _ancestors() -> Iterator[Mapping[str, str]]:
-    """The environments in which this process and its ancestors began, as far as they are this user's."""
+    """The environments in which this process and its ancestors began, while these are this user's."""
     pid = os.getpid()
     while pid > 0:
         try:

@@ -19,7 +19,7 @@ class MemoryReport:
         touched: of ``reserved``, in memory now; grows to at most ``reserved``.
         idle_buffers: results given back and kept for the next ones.
         network: rings and words for ranks on other nodes; 0 where there are none.
-        slots, slots_in_use: slots there are, and slots held by results, lent buffers or operations now.
+        slots, slots_in_use: all slots, and those that results, lent buffers or operations hold now.
     """
 
     reserved: int

@@ -2,8 +2,8 @@
 
 The ops take and return plain tensors, so autograd, ``torch.compile`` and activation checkpointing see
 ordinary functions. Dispatch and combine are each other's adjoints, and the gradients are written with the
-ops themselves. A communicator is named by a tensor, since ops cannot take Python objects. Tensors are
-checked here, whoever calls: the core takes addresses.
+ops themselves. A tensor names the communicator, since ops cannot take Python objects. Tensors are checked
+here, whatever calls: the core takes addresses.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from commlib.errors import CapacityExceeded
 class RoutePlan(NamedTuple):
     """What a dispatch found out, as tensors: all that later operations on the same routing need.
 
-    Nobody else holds those that are read again: ids, routes, groups, and local with layout="expert".
+    Nothing else holds those that are read again: ids, routes, groups, and local with layout="expert".
     """
 
     topk_idx: Tensor  # [T, K] global expert ids
     routes: Tensor  # [T, min(K, R)] rank << 32 | row at that rank, ascending; -1 ends
     local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
     source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
-    groups: Tensor  # tokens_per_expert [E_loc], and with layout="expert" behind it offsets [E_loc + 1]
+    groups: Tensor  # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow
     comm: Tensor  # [], see Communicator.name
 
 
@@ -46,8 +46,8 @@ _DISPATCH = (
     "int align, bool drop, bool zero_copy, bool async_op, bool in_waves) -> "
 )
 _library.define(f"dispatch{_DISPATCH} (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
-# For torch.compile. Its back end mistakes one size for another where an op with an effect returns a tuple of
-# tensors whose sizes are known at run time only. In eager mode autograd takes longer for a list.
+# For torch.compile: its back end mistakes one size for another where an op with an effect returns a tuple of
+# tensors whose sizes are known only at run time. In eager mode autograd takes longer for a list.
 _library.define(f"traced_dispatch{_DISPATCH} Tensor[]", tags=_TAGS)
 _library.define(
     f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
@@ -75,7 +75,7 @@ def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
 
 
 def known_routing(r: RoutePlan, grouped: bool) -> _core.RoutePlan:
-    """The view of a routing that a dispatch has found."""
+    """The core's view of a routing that a dispatch has found."""
     return _core.RoutePlan(
         r.topk_idx.data_ptr(),
         r.routes.data_ptr(),
@@ -160,11 +160,11 @@ def _dispatch(
 def _begin_dispatch(
     c: Communicator, view: _core.RoutePlan, weighted: bool, drop: bool, in_waves: bool
 ) -> _core.PendingDispatch:
-    """Tell the other ranks what goes where; make room for what comes, where the communicator grows."""
+    """Publish to the other ranks what goes where; where the communicator grows, make room for what comes."""
     try:
         c.backend.begin_plan()
         return c.core.begin_dispatch(view, weighted, drop and not c.settings.grows, in_waves)
-    except CapacityExceeded as error:  # which all ranks have, with the same number, and nothing was sent
+    except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
         if not c.settings.grows:
             raise
         c.make_room(error.rows)
@@ -253,7 +253,7 @@ def _combine(
     return out, out_weights
 
 
-# Shapes for torch.compile: how many rows arrive is known at run time only.
+# Shapes for torch.compile: how many rows arrive is known only at run time.
 
 
 def _fake_weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ def combine_adjoint(
     g_out_weights: Tensor | None,
     async_op: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows of the output's gradient, and gradients of weights that rode back: a dispatch on the routes."""
+    """Rows of the output's gradient, and gradients of weights sent back: a dispatch along the routes."""
     weights = None if g_out_weights is None else g_out_weights.contiguous()
     rows, g_weight_grads = redispatch(g_out.contiguous(), weights, *routing, grouped, False, async_op)
     return rows, None if g_out_weights is None else g_weight_grads
@@ -395,7 +395,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second read
     routing, weighted = saved[: len(RoutePlan._fields)], saved[len(RoutePlan._fields) :]
     weights = g_out_weights if ctx.has_weight_grads else None
     rows, g_weight_grads = combine_adjoint(routing, ctx.grouped, g_out, weights)
@@ -409,7 +409,7 @@ def _combine_backward(ctx: Any, g_out: Tensor, g_out_weights: Tensor) -> tuple[A
     )
 
 
-# What PyTorch is told of each op.
+# What PyTorch has to know of each op.
 
 
 def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: Any) -> Any:
@@ -423,15 +423,15 @@ def _register(name: str, kernel: Any, fake: Any, backward: Any, setup_context: A
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an operation on these."""
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _past_autograd(op: Any, inputs: int, traced: Any = None) -> Callable[..., Any]:
-    """``op`` without the way through autograd, where nothing wants a gradient: a small operation notices.
+    """``op`` past autograd where nothing wants a gradient: small operations are noticeably faster.
 
     Args:
-        inputs: that many arguments may require grad, the first ones.
+        inputs: how many arguments may require grad, the first ones.
         traced: the op for torch.compile, if it is another.
     """
     traced = traced or op

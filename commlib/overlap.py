@@ -1,8 +1,7 @@
 """Compute beside communication: a layer in chunks, and micro-batches in turns.
 
 Both only order calls of :class:`commlib.ExpertParallel` with ``async_op=True``. The order is the same on
-every rank, whatever its tokens, and backward runs through it the other way round
-(:meth:`commlib.Event.finish`).
+every rank, whatever its tokens, and backward runs through it in reverse (:meth:`commlib.Event.finish`).
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def run_experts(
 
     While the experts work on chunk i, the dispatches of later chunks and the combines of earlier ones are
     under way, in forward and in backward. All dispatches are issued first: a GPU's host then waits for no
-    counts between experts, and in backward, which runs the other way round, the wait for their gradients
-    comes last. All ranks use the same number of chunks; more than ``ep`` has slots wait for free ones.
+    counts between experts, and in backward, which runs in reverse, the wait for their gradients comes last.
+    All ranks use the same number of chunks; those beyond ``ep``'s number of slots wait for a free one.
 
     Args:
         ep: the communicator.
@@ -69,7 +68,7 @@ def take_turns(batches: Iterable[Steps[T]]) -> list[T]:
     """Run generators in turns, each from one ``yield`` to its next.
 
     Returns:
-        What each returned, in order.
+        What each of them returned, in order.
     """
     waiting = dict(enumerate(batches))
     results: dict[int, T] = {}

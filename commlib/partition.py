@@ -12,7 +12,7 @@ from commlib import _core, cuda
 
 
 class SMPartition:
-    """A share of the SMs that communication has to itself, and the rest for compute.
+    """A share of the SMs reserved for communication, and the rest for compute.
 
     Give it to communicators (``ExpertParallel(partition=p)``), and compute inside the context::
 
@@ -23,12 +23,12 @@ class SMPartition:
 
     CUDA: green contexts. Inside, the current stream of the calling thread is a stream on the compute SMs
     (what was queued before comes first, and what is queued after the context comes after it); communicators
-    use streams on the others. Backward runs on the stream on which forward ran, as always in PyTorch, so
-    inside the same share. Hardware splits SMs in groups: ``asked`` is what was wanted, ``comm`` and
-    ``compute`` what is.
+    use streams on the others. Backward runs on the stream on which forward ran, as always in PyTorch, and
+    so inside the same share. Hardware splits SMs in groups: ``asked`` is the number asked for, ``comm`` and
+    ``compute`` are the numbers given.
 
-    CPU: sets of cores. Inside, all threads of the process but those of communicators run on the compute
-    cores, and PyTorch uses as many threads as these; asynchronous operations run on the others.
+    CPU: sets of cores. Inside, all threads of the process except communicators' run on the compute cores,
+    and PyTorch uses one thread for each of these; asynchronous operations run on the others.
 
     It can be entered again after it was left, and by several threads (in-process ranks) at once.
 
@@ -37,7 +37,7 @@ class SMPartition:
         device: "cpu", "cuda" or "cuda:i". None: the current CUDA device if there is one, else "cpu".
 
     Raises:
-        ValueError: ``comm`` leaves nothing for compute, or is below 1.
+        ValueError: ``comm`` leaves nothing for compute, or is less than 1.
         RuntimeError: there is no such GPU, or its driver has no green contexts.
     """
 
@@ -67,7 +67,7 @@ class SMPartition:
     def compute_stream(self) -> torch.cuda.Stream:
         """The calling thread's stream on the compute SMs (CUDA only)."""
         if getattr(self._entered, "stream", None) is None:
-            self._entered.owner = self._part.compute_stream()  # for this thread alone, as long as it lives
+            self._entered.owner = self._part.compute_stream()  # this thread's alone, as long as it lives
             self._entered.stream = torch.cuda.ExternalStream(self._entered.owner.handle, self.device)
         return self._entered.stream
 
@@ -119,7 +119,7 @@ class SMPartition:
 
 
 def _move_threads(cores: list[int], but_not_on: list[int]) -> None:
-    """Lets all threads of this process run on ``cores``, except those that are bound to ``but_not_on``."""
+    """Move all threads of this process to ``cores``, except those that are bound to ``but_not_on``."""
     for thread in map(int, os.listdir("/proc/self/task")):
         try:
             if os.sched_getaffinity(thread) != set(but_not_on):

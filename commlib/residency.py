@@ -12,12 +12,12 @@ class Residency:
     """Blocks that communicators may have running on each GPU, all outside partitions.
 
     The blocks of an operation wait for each other, so all of them must run at once. Operations of one
-    communicator take turns, but those of two may be under way together; if each has got some of the SMs that
+    communicator take turns, but those of two may be under way together; if each holds some of the SMs that
     both need, neither goes on.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a communicator may be collected, and take itself off, inside
+        self._lock = threading.RLock()  # inside, a communicator may be collected and take itself off
         self._blocks: dict[str, Counter[int]] = {}  # by device: communicators by their number of blocks
         self._warned: set[str] = set()
 
@@ -27,12 +27,12 @@ class Residency:
         Args:
             device: what is the same for communicators on one GPU.
             name: of the GPU, for people.
-            blocks: that the communicator's operations run on.
-            sms: that the GPU has.
+            blocks: how many the communicator's operations run on.
+            sms: how many the GPU has.
             stacklevel: as of :func:`warnings.warn`, seen from the caller.
 
         Returns:
-            What takes the communicator off again. Calling it twice does no harm.
+            A function that takes the communicator off again. Calling it twice does no harm.
         """
         with self._lock:
             alive = self._blocks.setdefault(device, Counter())

@@ -21,11 +21,11 @@ CORE_DTYPES = {
     torch.float64: _core.DType.f64,
 }
 _MAX_SMS = 1024
-_MAX_SECONDS = 3e8  # so that moments in nanoseconds fit 64 bits
-START_SECONDS = 300.0  # that ranks wait for each other at start-up where nothing is said
+_MAX_SECONDS = 3e8  # so that times in nanoseconds fit 64 bits
+START_SECONDS = 300.0  # that ranks wait for each other at start-up unless told otherwise
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
 _FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
-ANY_TOKENS = 2**16  # that a rank may send then, although most go nowhere
+ANY_TOKENS = 2**16  # that a rank may send then, where most go nowhere
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Settings:
     link_gbps: float | None = None
     routing: RoutingMode = "auto"
     ranks_per_node: int | None = None
-    grows: bool = False  # max_tokens was not known: it and capacity are those of now
+    grows: bool = False  # max_tokens was not known: it and capacity are the present ones
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of weights, and of sums."""
+        """The dtype of weights, and of sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def checked(self, size: int) -> Settings:
         """The same, in plain types.
 
         Raises:
-            ValueError, TypeError: a setting cannot be used on ``size`` ranks; the text has its value.
+            ValueError, TypeError: a setting cannot be used on ``size`` ranks; the text gives its value.
         """
         if size > _core.MAX_RANKS:
             raise ValueError(f"at most {_core.MAX_RANKS} ranks, got {size}")
@@ -83,17 +83,17 @@ class Settings:
         return checked.with_room(size) if self.grows else checked
 
     def with_room(self, size: int, rows: int = 1, tokens: int = 1) -> Settings:
-        """The same for a communicator whose slots hold so many rows, and more, and ranks send so many tokens.
+        """The same for a communicator whose slots hold at least ``rows``, and ranks send at least ``tokens``.
 
-        Every rank comes to the same, from the same numbers.
+        From the same numbers, every rank comes to the same settings.
 
         Raises:
-            ValueError: a slot cannot hold so many.
+            ValueError: a slot cannot hold as many.
         """
         capacity = self.capacity or _FIRST_ROWS
         while capacity < rows:
             capacity *= 2
-        # Tokens that go somewhere are at most as many as all ranks can receive.
+        # No more tokens go somewhere than all ranks can receive.
         tokens = min(max(tokens, size * capacity, self.max_tokens), _MAX_ROWS // size)
         return replace(self, max_tokens=tokens, capacity=_int("capacity", capacity, 1, _MAX_ROWS))
 
@@ -112,14 +112,14 @@ class Settings:
         return size * self.max_tokens if self.capacity is None else self.capacity
 
     def shared(self) -> dict[str, Any]:
-        """Those that must be equal on all ranks."""
+        """The settings that must be equal on all ranks."""
         own = ("num_sms", "timeout", "partition", "link_gbps")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return values | {"device": self.device.type, "dtype": str(self.dtype)}
 
 
 def checked_timeout(seconds: Any, name: str = "timeout") -> float:
-    """The number of seconds that ``seconds`` is.
+    """``seconds`` as a float.
 
     Raises:
         ValueError, TypeError: it is not a positive number, or more than ten years.
@@ -142,7 +142,7 @@ def startup_seconds(startup_timeout: Any, timeout: Any) -> float:
 
 
 def startup_patience(startup_timeout: Any, timeout: Any) -> float:
-    """The same; what is no number is refused later, when the other ranks can be told."""
+    """The same; a value that is no number is refused later, when the other ranks can be told."""
     try:
         return startup_seconds(startup_timeout, timeout)
     except (TypeError, ValueError):
@@ -153,7 +153,7 @@ def _positive(name: str, value: Any, unit: str) -> float:
     if isinstance(value, str | bytes | bool):
         raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}")
     try:
-        number = float(value)  # of Python, NumPy, Decimal, Fraction
+        number = float(value)  # from Python, NumPy, Decimal, Fraction
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError, RuntimeError):
@@ -167,7 +167,7 @@ def _int(name: str, value: Any, least: int, most: int) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # of Python, NumPy
+        number = operator.index(value)  # from Python, NumPy
     except TypeError:
         raise TypeError(f"{name} must be an int, got {_shown(value)}") from None
     if not least <= number <= most:
@@ -176,7 +176,7 @@ def _int(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _dtype(value: Any) -> torch.dtype:
-    """A torch.dtype, from one of NumPy's or a name, too."""
+    """A torch.dtype, also from one of NumPy's or a name."""
     found = value
     if value is not None and not isinstance(value, torch.dtype):
         try:
@@ -190,7 +190,7 @@ def _dtype(value: Any) -> torch.dtype:
 
 
 def _shown(value: Any) -> str:
-    """Of whatever it is, enough to know it again."""
+    """Enough of any value to recognise it."""
     try:
         text = str(value) if isinstance(value, torch.dtype) else repr(value)
     except Exception:  # an int of too many digits, or an object whose repr fails

@@ -1,9 +1,9 @@
 """Asynchronous operations for autograd: two nodes each, so that backward overlaps as forward does.
 
 Forward: *start* issues the operation, *finish* waits for it; what is computed in between runs beside it.
-Backward visits the nodes the other way round: *finish* issues the adjoint operation, *start* waits for it,
-and the gradients of what was computed in between run beside that. An operation that is never finished (its
-event is only waited for) issues and waits in *start*.
+Backward visits the nodes in reverse: *finish* issues the adjoint operation, *start* waits for it, and the
+gradients of what was computed in between run beside that. For an operation that is never finished (its event
+is only waited for), *start* both issues and waits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Split:
 
     Args:
         comm: the communicator.
-        adjoint: issues the adjoint operation of the outputs' gradients; asynchronously, or not.
+        adjoint: issues the adjoint operation on the outputs' gradients; asynchronously, or not.
         complete: from its results, the outputs' gradients and saved inputs to the inputs' gradients.
     """
 

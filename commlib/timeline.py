@@ -31,7 +31,7 @@ class Interval:
 
 
 def _covered(intervals: Iterable[Interval]) -> float:
-    """Seconds that lie in any of the intervals, which are in order of their begin."""
+    """Seconds that lie in any of the intervals, which are sorted by their begin."""
     total = until = 0.0
     for i in intervals:
         total += max(0.0, i.end - max(i.begin, until))
@@ -72,7 +72,7 @@ class Timeline:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._ep._comm.backend.trace = None  # of a larger heap, perhaps
+        self._ep._comm.backend.trace = None  # perhaps another backend, with a larger heap
         if error[0] is not None:
             return
         self._ep.synchronize()

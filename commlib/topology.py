@@ -16,11 +16,11 @@ ROUTINGS = get_args(RoutingMode)
 
 
 def experts_of(rank: int, size: int, experts: int) -> range:
-    """The experts of one rank: contiguous, and as equal in number as can be."""
+    """The experts of one rank: contiguous, and shared out as equally as possible."""
     return range(rank * experts // size, (rank + 1) * experts // size)
 
 
-# Mapped memory moves rows at least so many times as fast as the network: NVLink 450 GB/s beside 50 GB/s, or
+# Mapped memory moves rows at least this many times as fast as the network: NVLink 450 GB/s beside 50 GB/s, or
 # memory beside TCP. docs/nodes.md, "Which routing".
 _NEAR_BY_FAR = 4.0
 
@@ -31,7 +31,7 @@ class Topology:
 
     Attributes:
         node_of: for each rank, the number of its node; nodes are numbered by their lowest rank.
-        hosts: for each node, what it is called.
+        hosts: for each node, its name.
     """
 
     node_of: tuple[int, ...]
@@ -56,7 +56,7 @@ class Topology:
         return nodes[node][place % len(nodes[node])]
 
     def far_rows(self, experts: int, topk: int) -> tuple[float, float]:
-        """Rows that cross the network if each rank has one token, expected for uniform routing.
+        """Rows expected to cross the network if each rank has one token and routing is uniform.
 
         Returns:
             Sent directly, one for each (token, rank); in two hops, one for each (token, node).
@@ -73,8 +73,8 @@ class Topology:
     def choose(self, routing: str, experts: int, topk: int) -> str:
         """What ``routing="auto"`` stands for; the others stand for themselves.
 
-        Two hops, if the rows they save on the network take longer there than all rows take on their second
-        hop, which is through mapped memory.
+        Two hops, if the rows that they save on the network would take longer there than all rows take on
+        their second hop, which is through mapped memory.
         """
         if routing != "auto":
             return routing
@@ -107,8 +107,8 @@ def find_topology(hosts: Sequence[Any], names: Sequence[str], size: int | None) 
 
     Args:
         hosts: for each rank, what only ranks that can map each other's memory have in common.
-        names: for each rank, what its host is called.
-        size: so many consecutive ranks are a node; None: those with the same host are.
+        names: for each rank, its host's name.
+        size: this many consecutive ranks are a node; None: those with the same host are.
 
     Raises:
         ConfigMismatch: ranks of different hosts would share a node.

@@ -1,4 +1,4 @@
-"""Where UCX is found, which carries rows between nodes."""
+"""Finds UCX, which carries rows between nodes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ADVICE = (
 
 
 def message_keys(secret: str, rank: int, size: int) -> list[tuple[bytes, bytes]]:
-    """For each rank, what messages to it show and what those from it must.
+    """For each rank, the key that messages to it show, and the one that messages from it must show.
 
-    One key for each ordered pair of ranks, from a secret (in hexadecimal) that all ranks of a communicator
-    know, and nobody else does: who has seen some of the keys knows none of the others.
+    One key for each ordered pair of ranks, from a secret (in hexadecimal) that only the ranks of a
+    communicator know: seeing some of the keys reveals none of the others.
     """
 
     def key(source: int, to: int) -> bytes:
@@ -44,7 +44,7 @@ def load() -> str:
     """Load UCX, once for all, and return its version.
 
     Raises:
-        CommError: there is none that works; the text says what was tried and what to do.
+        CommError: no UCX works; the text says what was tried and what to do.
     """
     try:
         return _core.load_ucx(candidates())
