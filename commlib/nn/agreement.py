@@ -1,7 +1,7 @@
-"""Whether ranks have the same to send, before they send it.
+"""Checks that ranks have the same things to send, before they send them.
 
-Where they have not, backends of torch.distributed end the process (gloo), hang, or add up what does not
-belong together.
+Otherwise backends of torch.distributed end the process (gloo), hang, or add up what does not belong
+together.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
 class Agreement:
     """A block in which each rank finds out what it would send: after it all ranks go on, or none does.
 
-    All ranks of the group come to it. An exception in the block is raised, on the ranks that have none as
-    ValueError.
+    All ranks of the group enter it. An exception in the block is raised; ranks without one raise ValueError.
 
     Attributes:
         lines: what this rank sends, in that order.
         mask: may differ by rank.
-        same_mask: afterwards, whether it does not.
+        same_mask: afterwards, whether the mask is the same on all ranks.
 
     Args:
         group: None: there are no other ranks.
         wrong, advice: what an error says first and last.
 
     Raises:
-        ValueError: ranks say different lines; on all of them, with the first difference.
+        ValueError: ranks have different lines; on all of them, with the first difference.
     """
 
     def __init__(
@@ -81,13 +80,13 @@ class Agreement:
 
 
 def _device_for(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's backends take numbers from; the CPU if they do."""
+    """A device that the group's backends take numbers from: the CPU if they take them there."""
     here = "cpu:" in dist.get_backend_config(group)
     return torch.device("cpu") if here else torch.device("cuda", torch.cuda.current_device())
 
 
 def describe(name: str, t: Tensor, shard: Shard | None = None) -> str:
-    """A line for a tensor, the same on all ranks of a shard, each of which has rows for other experts."""
+    """A line for a tensor, the same on all ranks of a shard, although each has rows for other experts."""
     sizes = list(map(str, t.shape))
     if shard is not None and sizes:
         sizes[0] = f"{shard.total} on {shard.ranks.size} ranks"
@@ -95,13 +94,13 @@ def describe(name: str, t: Tensor, shard: Shard | None = None) -> str:
 
 
 def number_of(lines: list[str]) -> int:
-    """The same on every rank, which ``hash`` is not."""
+    """A hash that is the same on every rank, as ``hash`` is not."""
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def difference(rank: int, lines: list[str], other: int, others: list[str]) -> str:
-    """The first one between what two ranks say."""
+    """The first difference between the lines of two ranks."""
     here, there = set(lines), set(others)
     only = next((line for line in lines if line not in there), None)
     only_other = next((line for line in others if line not in here), None)

@@ -17,10 +17,10 @@ from .router import TopKRouter
 def update_bias(module: nn.Module, speed: float = 1e-3, group: Any = None) -> None:
     """Move the ``balance_bias`` of all routers in a model, after an optimizer's step.
 
-    Up by ``speed`` for experts that were chosen less than the mean of all experts since the last time, down
-    for those chosen more: ``b_e += speed * sign(mean - load_e)``, Wang et al., "Auxiliary-Loss-Free Load
-    Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664, 2024), algorithm 1; so done in DeepSeek-V3
-    (arXiv 2412.19437, section 2.1.2; its gamma is 1e-3, and 0 at the end of the training).
+    Up by ``speed`` for experts that were chosen less often than the mean of all since the last time, down
+    for those chosen more often: ``b_e += speed * sign(mean - load_e)``, Wang et al., "Auxiliary-Loss-Free
+    Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664, 2024), algorithm 1; DeepSeek-V3 does
+    the same (arXiv 2412.19437, section 2.1.2; its gamma is 1e-3, and 0 at the end of the training).
 
     The load is that of all ranks' tokens, gathered for all layers at once as integers: the biases stay the
     same, bit for bit, on every rank. All ranks of ``group`` call it; a router that a rank has not run counts
@@ -63,7 +63,7 @@ def _load(router: TopKRouter) -> Tensor:
 
 
 def _check_same(group: Group, routers: dict[str, TopKRouter]) -> None:
-    """Raise ValueError on all ranks unless all have as many experts in as many routers, and at least one."""
+    """Raise ValueError on all ranks unless all have the same routers, at least one, of the same sizes."""
     sizes = [router.num_experts for router in routers.values()]
     devices = [router.weight.device for router in routers.values()] or [torch.device("cpu")]
     said = torch.tensor([len(sizes), number_of([str(size) for size in sizes])], device=devices[0])

@@ -16,11 +16,11 @@ from .shards import gathered, is_dtensor
 
 @torch.no_grad()
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
-    """The state dict of the unsharded model, on the CPU of the first rank: to be saved as one file.
+    """The state dict of the unsharded model, on the CPU of the first rank, to save as one file.
 
-    It is gathered tensor by tensor; ``load_state_dict`` of the model takes it on any number of ranks, and
-    where nothing is sharded. For models that do not fit one host, and to go on with training (optimizers
-    too), use ``torch.distributed.checkpoint`` with ``module.state_dict()``. All ranks of torch.distributed's
+    It is gathered tensor by tensor; the model's ``load_state_dict`` takes it on any number of ranks, and
+    where nothing is sharded. For models that do not fit one host, and to resume training (optimizers too),
+    use ``torch.distributed.checkpoint`` with ``module.state_dict()``. All ranks of torch.distributed's
     default group call it.
 
     Args:
@@ -32,7 +32,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the module has no Experts, or ranks have different ones; on all ranks.
         RuntimeError: experts are on other ranks, and torch.distributed has not been initialised.
-        NotImplementedError: experts have what a state dict cannot say.
+        NotImplementedError: experts have tensors that a state dict cannot describe.
     """
     with Agreement(dist.group.WORLD if dist.is_initialized() else None) as all_ranks:
         state = _sharded_state_dict(_unwrapped(module))
@@ -43,13 +43,13 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
     first = not dist.is_initialized() or dist.get_rank() == 0
     for name, value in state.items():
         whole = gathered(value, first) if name in sent else value
-        if first:  # a copy, as what has been gathered is
+        if first:  # always a copy, as gathered tensors are
             state[name] = whole.to("cpu", copy=name not in sent) if isinstance(whole, Tensor) else whole
     return state if first else {}
 
 
 def _sharded_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Its tensors say by themselves which rows are here, whatever hooks have made of them and their names."""
+    """Its tensors themselves say which rows are here, whatever hooks have made of them and their names."""
     shards = [part.shard for part in all_experts(model) if part.shard is not None]
     if any(shard.mesh() is None for shard in shards):
         raise RuntimeError(

@@ -1,8 +1,8 @@
 """Weights of one MoE layer as other libraries lay them out, and as :class:`commlib.nn.MoELayer` does.
 
-Both ways are copies, bit for bit, in the dtype that is given. State dicts are of the whole layer, with all
-experts: ``load_state_dict`` of a layer over ranks takes what it needs, and
-:func:`commlib.nn.full_state_dict` gathers what is to be converted back.
+Both directions copy, bit for bit, in the dtype given. State dicts are of the whole layer, with all experts:
+``load_state_dict`` of a layer over ranks takes what it needs, and :func:`commlib.nn.full_state_dict` gathers
+the weights to convert back.
 
 E experts of size F on tokens of size H; MoELayer has ``experts.w1``, ``experts.w3`` ``[E, H, F]`` and
 ``experts.w2`` ``[E, F, H]``. The layouts are:
@@ -19,7 +19,7 @@ E experts of size F on tokens of size H; MoELayer has ``experts.w1``, ``experts.
   ``[E, H, F]``, ``router.gate.weight``, ``expert_bias_E``.
 
 A bias for balance (``gate.e_score_correction_bias``) is ``router.balance_bias`` here, and what is under
-``shared_experts.`` (a module of one's own) under ``shared.``
+``shared_experts.`` (a module of your own) is under ``shared.``
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def to_layout(state: Mapping[str, Tensor], layout: Layout, prefix: str = "") -> 
 
 # -- inside --------------------------------------------------------------------------------------------------
 
-_TOLD = 6  # names, of a list that may be long
+_TOLD = 6  # names shown of a list that may be long
 _THEIR_SHARED, _OUR_SHARED = "shared_experts.", "shared."
 _W1, _W3, _W2 = "experts.w1", "experts.w3", "experts.w2"
 _BIASES = {_W1: "experts.b1", _W3: "experts.b3", _W2: "experts.b2"}
@@ -105,10 +105,10 @@ _BIASES = {_W1: "experts.b1", _W3: "experts.b3", _W2: "experts.b2"}
 
 @dataclass(frozen=True)
 class _Rules:
-    """Of a layout. Both functions take the names that they know out of what they are given.
+    """Rules of a layout. Both functions remove the names that they know from what they are given.
 
     Attributes:
-        names: of all else, theirs and ours.
+        names: of all else, theirs to ours.
     """
 
     experts_from: Callable[[State], State]
@@ -172,7 +172,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _turned(t: Tensor) -> Tensor:
-    """Of stacked matrices, a copy of each one's transpose."""
+    """A copy of stacked matrices, each transposed."""
     return t.mT.clone(memory_format=torch.contiguous_format)
 
 

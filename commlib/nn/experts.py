@@ -1,4 +1,4 @@
-"""The experts that come with commlib, and what experts of one's own are made of."""
+"""The experts that come with commlib, and the base class of your own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Experts(ShardedExperts):
 
     ``w1, w3`` are ``[count, hidden, ffn_hidden]``, ``w2`` is ``[count, ffn_hidden, hidden]``.
 
-    Another network is a subclass that says its parameters by :meth:`shapes` and what it does with them by
-    :meth:`compute`; all that this class does for training goes for it, too::
+    For another network write a subclass that names its parameters in :meth:`shapes` and uses them in
+    :meth:`compute`; all that this class does for training works for it, too::
 
         class GeluExperts(Experts):
             def shapes(self, hidden, ffn_hidden):
@@ -33,9 +33,9 @@ class Experts(ShardedExperts):
 
         MoELayer(..., experts=GeluExperts)
 
-    Expert ``first + i`` is drawn from a generator of its own, seeded by one number taken from
-    PyTorch's default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts
-    and everything drawn later are the same however many ranks share them.
+    Expert ``first + i`` is drawn from its own generator, seeded by one number taken from PyTorch's
+    default CPU generator. So after the same ``torch.manual_seed`` on every rank, experts and
+    everything drawn later are the same however many ranks share them.
 
     Attributes:
         first, count, hidden, ffn_hidden: as given.
@@ -73,24 +73,24 @@ class Experts(ShardedExperts):
         return {"w1": (hidden, ffn_hidden), "w3": (hidden, ffn_hidden), "w2": (ffn_hidden, hidden)}
 
     def compute(self, x: Tensor, offsets: Tensor, **weights: Tensor) -> Tensor:
-        """What each expert makes of its rows.
+        """Apply each expert to its rows.
 
         Args:
             x, offsets: as :meth:`forward` takes them.
-            weights: the parameters of :meth:`shapes`, ``[count, ...]``: to be used as they are given, and not
-                read from ``self``.
+            weights: the parameters of :meth:`shapes`, ``[count, ...]``: use these, and do not read them from
+                ``self``.
 
         Returns:
-            ``[M, hidden]``. What it makes of padding, rows of zeros, is not used.
+            ``[M, hidden]``. Results for padding, rows of zeros, are not used.
         """
         gate = F.silu(grouped_mm(x, weights["w1"], offsets))
         return grouped_mm(gate * grouped_mm(x, weights["w3"], offsets), weights["w2"], offsets)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear`.
+        """Draw the weights anew: uniform in ``+-1/sqrt(inputs)``, as :class:`torch.nn.Linear` does.
 
-        Inputs are an expert's rows of a matrix. What has one dimension, or none, becomes zero.
+        Inputs are an expert's rows of a matrix. Parameters of one dimension, or none, become zero.
         """
         seed = int(torch.randint(2**62, (), device="cpu"))
         generator = torch.Generator(device="cpu")

@@ -40,14 +40,15 @@ def divided_gradient(w: Tensor, divisor: int) -> Tensor:
 class ShardedGradient(Tensor):
     """The gradient of a parameter that is one rank's part of a longer one.
 
-    What looks at all gradients to decide about all parameters has to see all ranks' parts, or it decides
-    otherwise on each rank, and what is the same on every rank no longer is. So these include the other ranks:
+    A function that looks at all gradients to decide about all parameters has to see all ranks' parts;
+    otherwise it decides differently on each rank, and replicated parameters diverge. So these include the
+    other ranks:
 
     * the norms of ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm``;
     * the search for infinities of ``torch.amp.GradScaler``.
 
-    They are then collective. Everything else is as with any tensor, and of this rank; what is scaled stays
-    what it is.
+    They are then collective. Everything else works as with any tensor, on this rank's part; scaling a
+    ShardedGradient gives another.
     """
 
     shard: Shard
@@ -110,14 +111,14 @@ _SCALINGS = {
 
 
 def marked(gradient: Tensor, shard: Shard) -> ShardedGradient:
-    """The same gradient, as one that knows what it is a part of."""
+    """The same gradient, marked with the shard that it is a part of."""
     known = gradient.as_subclass(ShardedGradient)
     known.shard = shard
     return known
 
 
 def mark_gradients_of(param: nn.Parameter, shard: Shard) -> None:
-    """Make each gradient of a parameter that is accumulated a ShardedGradient. Twice is fine."""
+    """Make each accumulated gradient of a parameter a ShardedGradient. Twice is fine."""
     hooks = (param._post_accumulate_grad_hooks or {}).values()
     if param.requires_grad and not any(isinstance(hook, _Marker) for hook in hooks):
         param.register_post_accumulate_grad_hook(_Marker(shard))
@@ -144,10 +145,10 @@ def norm_over_ranks(norms: Tensor, order: float, shard: Shard) -> Tensor:
 def clip_grad_norm_(
     module: nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Clip the gradients of a model with experts to a norm, that of all ranks' gradients together.
+    """Clip the gradients of a model with experts to a norm, taken over all ranks' gradients together.
 
-    As ``torch.nn.utils.clip_grad_norm_(module.parameters(), ...)``, which does the same where no parameter is
-    a DTensor; this takes those of FSDP2 as well, and gathers once for each communicator. All ranks call it.
+    Like ``torch.nn.utils.clip_grad_norm_(module.parameters(), ...)``, which does the same where no parameter
+    is a DTensor; this takes FSDP2's as well, and gathers once for each communicator. All ranks call it.
 
     Args:
         module: with :class:`ShardedExperts` somewhere in it.
@@ -181,7 +182,7 @@ def clip_grad_norm_(
 
 @dataclass(frozen=True)
 class _Part:
-    """Parameters whose gradients' norm is gathered at once: over each of the groups in turn."""
+    """Parameters whose gradients' norm is gathered at once, over each of the groups in turn."""
 
     parameters: list[nn.Parameter]
     groups: tuple[Group | dist.ProcessGroup, ...]
@@ -205,7 +206,7 @@ class _Part:
 
 
 def _parts_of(module: nn.Module) -> list[_Part]:
-    """In the same order on every rank, with gradients or without: that depends on the parameters alone."""
+    """The parts, in the same order on every rank: that depends on the parameters alone, not on gradients."""
     from .sharded import all_experts
 
     groups: dict[int, tuple[Any, ...]] = {}
@@ -216,7 +217,7 @@ def _parts_of(module: nn.Module) -> list[_Part]:
     alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for p in dict.fromkeys(module.parameters()):
         alike[groups.get(id(p), _process_groups(p)), p.device].append(p)
-    # Of the parameters' dtype also where this rank has no gradient, or none with elements.
+    # In the parameters' dtype even where this rank has no gradient, or none with elements.
     return [
         _Part(mine, over, device, reduce(torch.promote_types, (p.dtype for p in mine)))
         for (over, device), mine in alike.items()
@@ -227,12 +228,12 @@ def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, said: list[str
     """Norms of all ranks of the group, which must be about to gather the same.
 
     Args:
-        said: what that is.
+        said: what they gather.
 
     Raises:
-        ValueError: they are not; where it costs no wait of the host to find out.
+        ValueError: they are not; only where the host need not wait to find out.
     """
-    digest = number_of(said) >> 11  # what float64 holds, which is sent whatever the norm's dtype
+    digest = number_of(said) >> 11  # as float64, which is sent whatever the norm's dtype, can hold it
     sent = torch.stack([norm.double(), torch.tensor(digest, dtype=torch.float64, device=norm.device)])
     everywhere = (
         gather_in(group, sent) if isinstance(group, dist.ProcessGroup) else gather_numbers(group, sent)
@@ -247,7 +248,7 @@ def _gather_norms(group: Group | dist.ProcessGroup, norm: Tensor, said: list[str
 
 
 def _process_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
-    """Over which a parameter is spread, if it is a DTensor."""
+    """The groups over which a parameter is spread, if it is a DTensor."""
     if not is_dtensor(p):
         return ()
     return tuple(
@@ -265,19 +266,19 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
     """After backward, without DDP or FSDP2: make all gradients those of the mean of the ranks' losses.
 
     Gradients of shared parameters are averaged; those of experts, which are sums over the ranks of their
-    communicator, are divided by the number of these, and averaged over ranks that hold the same experts. Call
-    it once for each step, on all ranks of ``dp_group``, after the last backward.
+    communicator, are divided by the number of these ranks, and averaged over ranks that hold the same
+    experts. Call it once for each step, on all ranks of ``dp_group``, after the last backward.
 
     Args:
         module: with :class:`ShardedExperts` somewhere in it.
-        dp_group: the ranks that train the model together; None: torch.distributed's default group. The
-            ranks of a communicator are all in it.
+        dp_group: the ranks that train the model together; None: torch.distributed's default group. It
+            contains all ranks of a communicator.
 
     Raises:
-        ValueError: the module has no Experts, the ranks of their communicator are not all in the group, this
+        ValueError: the module has no Experts, not all ranks of their communicator are in the group, this
             process is not, FSDP2 has the parameters, or ranks have different parameters to train. No gradient
             has changed.
-        TypeError: one of the two is something else.
+        TypeError: an argument of the wrong type.
         RuntimeError: torch.distributed has not been initialised.
     """
     from .sharded import all_experts, shared_parameters
@@ -321,7 +322,7 @@ def _dtype_of_gradient(p: nn.Parameter) -> str:
 
 
 def _check_group(dp_group: Any) -> None:
-    # A number, of which torch says that -1 ranks are in it, and takes sums over it for done.
+    # A number: torch says that it has -1 ranks, and takes sums over it as done.
     if isinstance(dp_group, int) and dp_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process is not a member of dp_group, the ranks that train the model together")
     if dp_group is not None and not isinstance(dp_group, dist.ProcessGroup):
@@ -335,7 +336,7 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
     """Average gradients over a group; one that only some ranks have counts as zero on the others.
 
     Args:
-        everywhere: whether no gradient is one that only some ranks have.
+        everywhere: whether every gradient is on all ranks or on none.
     """
     wanted = [p for p in parameters if p.requires_grad]
     if not wanted or dist.get_world_size(group) == 1:
@@ -352,7 +353,7 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
             if p.grad is None:
                 p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None))
             alike[p.device, p.grad.dtype].append(p.grad)
-    for grads in alike.values():  # one message and not one for each gradient
+    for grads in alike.values():  # one message, not one for each gradient
         flat = torch.cat([grad.flatten() for grad in grads])
         flat /= dist.get_world_size(group)  # before they are added up: float16 ends at 65504
         with let_go(flat):
@@ -361,7 +362,7 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
             grad.copy_(mean.view_as(grad))
 
 
-# By communicator and the group's name: the ranks that hold the same experts. Weak as in TorchGroup.
+# By communicator and the group's name: the ranks that hold the same experts. Weak, as in TorchGroup.
 _Groups: TypeAlias = "weakref.WeakValueDictionary[str, dist.ProcessGroup]"
 _groups: weakref.WeakKeyDictionary[Ranks, _Groups] = weakref.WeakKeyDictionary()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_KERNEL_BYTES = 16  # torch's kernel asks for row strides of a multiple of this
+_KERNEL_BYTES = 16  # torch's kernel needs row strides that are a multiple of this
 
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,14 +52,14 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
-    """In which torch's own layers would take ``t``: under ``torch.autocast`` its dtype, but float64 stays."""
+    """The dtype to which torch's own layers cast ``t``: autocast's, where it is on; float64 stays."""
     kind = t.device.type
     if t.is_floating_point() and t.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return t.dtype
 
 
-# Ops of our own, for torch's cannot be used as it is: its fake kernel takes bfloat16 alone, so
+# Ops of our own, because torch's cannot be used directly: its fake kernel takes only bfloat16, so
 # float32 does not compile, and its backward rejects an expanded gradient (`out.sum().backward()`).
 
 
@@ -118,7 +118,7 @@ def _has_kernel(dtype: torch.dtype, *sizes: int) -> bool:
 
 
 def _row_major(t: Tensor) -> Tensor:
-    # Not `contiguous()`: it keeps whatever strides a tensor of no or one row has, and the kernel
+    # Not `contiguous()`: it keeps whatever strides a tensor of at most one row has, and the kernel
     # rejects some of them.
     if t.stride() == (t.shape[1], 1):
         return t

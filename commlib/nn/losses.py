@@ -1,4 +1,4 @@
-"""What routers are trained with beside the model's loss, and what of it is counted."""
+"""The losses that routers are trained with besides the model's, and what they count."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def z_loss(logits: Tensor) -> Tensor:
 def count_tokens(topk_idx: Tensor, num_experts: int) -> Tensor:
     """How often each expert was chosen: ``[num_experts]`` int64; -1 counts for none."""
     # scatter_add_ and not bincount: its shape does not depend on data, so torch.compile traces it.
-    # Empty places (-1) are counted in one place more, which is cut off.
+    # Empty places (-1) are counted in one extra place, which is cut off.
     places = torch.where(topk_idx < 0, num_experts, topk_idx).flatten().long()
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_idx.device)
     return counts.scatter_add_(0, places, torch.ones_like(places))[:num_experts]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MoEAux(NamedTuple):
-    """What :class:`MoELayer` says beside its output, over this rank's own tokens."""
+    """What :class:`MoELayer` returns besides its output, over this rank's own tokens."""
 
     loss: Tensor  # scalar: the router's, load balance by default
     tokens_per_expert: Tensor  # [num_experts] int64: how often each expert was chosen
@@ -33,13 +33,13 @@ class MoELayer(nn.Module):
 
     Each rank holds its block of the experts (``ep.first_expert``, ``ep.num_local_experts``) and
     sends its tokens to the ranks of the experts they need. The experts' gradients come from all
-    ranks' tokens, the router's from the rank's own: docs/training.md says what DDP, FSDP2, clipping,
-    checkpoints and :func:`commlib.nn.sync_gradients` make of that. Call it on all ranks, also with no
-    tokens, and run backward on all or none.
+    ranks' tokens, the router's from the rank's own: docs/training.md says how DDP, FSDP2, clipping,
+    checkpoints and :func:`commlib.nn.sync_gradients` deal with that. Call it on all ranks, even with
+    no tokens, and run backward on all or none.
 
     Under ``torch.autocast`` it computes as torch's own layers do: experts' weights and rows are cast, the
-    router stays in float32. Rows travel in the dtype of ``ep``, which has to hold what is computed with: make
-    it bfloat16 for a float32 layer that is only run under autocast to bfloat16.
+    router stays in float32. Rows travel in the dtype of ``ep``, which has to hold the dtype computed with:
+    make it bfloat16 for a float32 layer that is only run under autocast to bfloat16.
 
     Args:
         hidden: size H of a token.
@@ -51,11 +51,11 @@ class MoELayer(nn.Module):
         router: module or callable ``x [T, H] -> RouterOutput``; ``None``: :class:`TopKRouter`.
         align: each expert's rows are padded to a multiple of this. ``None``: 16 bytes' worth of
             elements, which CUDA's grouped matmul needs for the weights' gradient.
-        overlap_chunks: tokens go through dispatch, experts and combine in so many chunks, which overlap
+        overlap_chunks: tokens go through dispatch, experts and combine in this many chunks, which overlap
             (:func:`commlib.overlap.run_experts`); the same on all ranks. 1: no overlap, and the layer can be
             compiled.
-        experts: makes this rank's experts: :class:`Experts` or a subclass of it, or a function of the same
-            arguments that returns one (``functools.partial`` of a subclass with more arguments).
+        experts: makes this rank's experts: :class:`Experts`, a subclass, or a function of the same arguments
+            that returns an instance (``functools.partial`` of a subclass with more arguments).
         shared: module ``[T, hidden] -> [T, hidden]`` that every token goes through, added to the output;
             it runs while the dispatch is under way. Its parameters are the same on every rank.
         dtype: of the experts; ``None``: torch's default. The default router's parameters are float32
@@ -63,8 +63,8 @@ class MoELayer(nn.Module):
         device: of the parameters.
 
     Raises:
-        ValueError: sizes that do not fit ``ep`` or each other, or ``experts`` makes others than it is told.
-        TypeError: ``experts`` makes no :class:`Experts`.
+        ValueError: sizes that do not fit ``ep`` or each other, or ``experts`` makes others than asked for.
+        TypeError: ``experts`` does not make :class:`Experts`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: a last dimension that is not ``hidden``; experts that are trained while FSDP2 has been
                 told to ignore them.
-            TypeError: a dtype that is not the experts', or more than the communicator's can hold.
+            TypeError: a dtype that is not the experts', or that the communicator's cannot hold.
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
         shared = None
@@ -145,7 +145,7 @@ class MoELayer(nn.Module):
         return self._joined(out, shared, rows).reshape(x.shape), aux
 
     def steps(self, x: Tensor) -> Steps[tuple[Tensor, MoEAux]]:
-        """The same as calling the layer, giving way (``yield``) while its dispatch and its combine are under
+        """Like calling the layer, but gives way (``yield``) while its dispatch and its combine are under
         way: for :class:`commlib.overlap.TwoBatch`.
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
@@ -163,7 +163,7 @@ class MoELayer(nn.Module):
         return self._joined(out, None, rows).reshape(x.shape), aux
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, MoEAux]:
-        """Rows in the dtype that is computed with, their routing, and what is said beside."""
+        """Rows in the dtype computed with, their routing, and what is returned besides."""
         if x.shape[-1] != self.hidden:
             raise ValueError(f"x must be [..., {self.hidden}], got {tuple(x.shape)}")
         if torch.is_grad_enabled():
@@ -196,7 +196,7 @@ class MoELayer(nn.Module):
         return rows.to(travels)
 
     def _apply_experts(self, dtype: torch.dtype, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Compute with ``dtype`` on rows that came, and will go, in the communicator's."""
+        """Compute in ``dtype`` on rows that come and go in the communicator's."""
         return self.experts(rows.to(dtype), offsets).to(rows.dtype)
 
     def _apply_spread(self, ep: ExpertParallel, rows: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None)
 def _apply_here(
     experts: Experts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int
 ) -> Tensor:
-    """The same as dispatch, experts, combine with all experts on one rank, in plain PyTorch."""
+    """Dispatch, experts and combine with all experts on one rank, in plain PyTorch."""
     tokens, topk = topk_idx.shape
     # Empty places go through expert 0 with weight 0, so that the number of rows is known.
     empty = topk_idx < 0

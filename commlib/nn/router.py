@@ -15,7 +15,7 @@ from commlib.checks import as_int
 
 from .losses import Scores, count_tokens, load_balance_loss
 
-_TINY = 1e-20  # what DeepSeek-V3 adds to a sum that it divides by
+_TINY = 1e-20  # which DeepSeek-V3 adds to a sum that it divides by
 
 
 class RouterOutput(NamedTuple):
@@ -27,12 +27,12 @@ class RouterOutput(NamedTuple):
 
 
 def balance(scores: Scores) -> Tensor:
-    """The loss of a router that is given none: :func:`load_balance_loss`."""
+    """The default loss of a router: :func:`load_balance_loss`."""
     return load_balance_loss(scores.probs, scores.topk_idx)
 
 
 class TopKRouter(nn.Module):
-    """Linear scores, and for each token the K best experts: as in most models, by its options.
+    """Linear scores, and for each token the K best experts; options make it most models' router.
 
     By default as in Mixtral: softmax, the K largest, made to sum to 1. docs/layer.md has the options of
     other models. Computed in float32 (float64 for float64 tokens).
@@ -44,31 +44,31 @@ class TopKRouter(nn.Module):
         balance_bias: with that option: a buffer ``[num_experts]`` float32, whatever dtype the module is cast
             to, the same on every rank.
         load: how often each expert was chosen in training since the last :func:`commlib.nn.update_bias`:
-            ``[num_experts]`` int64, of this rank's tokens; None: not at all, or without ``balance_bias``. A
-            forward that activation checkpointing does again counts twice, unless it is reentrant.
+            ``[num_experts]`` int64, by this rank's tokens; None: never, or without ``balance_bias``. A
+            forward that activation checkpointing repeats counts twice, unless it is reentrant.
 
     Args:
         hidden, num_experts, topk: sizes H, E and K.
-        scores: of the logits. "softmax" over all experts, or "sigmoid", of each by itself (DeepSeek-V3,
+        scores: of the logits. "softmax" over all experts, or "sigmoid" of each by itself (DeepSeek-V3,
             arXiv 2412.19437, equation 15).
-        normalise: whether a token's weights are made to sum to 1, which of a softmax over all experts makes
-            that over the chosen ones (GPT-OSS). None: if ``topk > 1``: the weight of a single expert
-            would be the constant 1, and give the router no gradient (Switch Transformer has its probability).
-        scale: factor of the weights, at last (``routed_scaling_factor``).
-        groups: experts are in so many groups of neighbours, of equal sizes.
-        topk_groups: a token chooses among the experts of its best so many groups; None: of all.
+        normalise: whether a token's weights are made to sum to 1; a softmax over all experts then becomes one
+            over the chosen ones (GPT-OSS). None: if ``topk > 1``: the weight of a single expert would
+            be the constant 1, and give the router no gradient (Switch Transformer uses its probability).
+        scale: factor of the weights, applied last (``routed_scaling_factor``).
+        groups: experts are in this many groups of neighbours, of equal sizes.
+        topk_groups: a token chooses among the experts of this many groups, its best; None: of all.
         group_score: what makes a group good: its "best" score (DeepSeek-V2, arXiv 2405.04434, section
             2.2.2), or the sum of its "best two" (DeepSeek-V3, section 2.1.2).
         bias: whether the logits have a trained bias (GPT-OSS).
-        balance_bias: whether each expert has a bias that takes part in the choice and not in the weights,
-            and that :func:`commlib.nn.update_bias` moves: balance without an auxiliary loss.
-        loss: ``Scores -> scalar``; None: 0. It is in :attr:`MoEAux.loss`. One's own may sum
+        balance_bias: whether each expert has a bias that counts in the choice but not in the weights, and
+            that :func:`commlib.nn.update_bias` moves: balance without an auxiliary loss.
+        loss: ``Scores -> scalar``; None: 0. It is in :attr:`MoEAux.loss`. Your own may sum
             :func:`load_balance_loss` and :func:`z_loss`.
         dtype, device: of the parameters.
 
     Raises:
         ValueError: sizes that do not fit each other, an unknown option, or a scale that is not positive.
-        TypeError: sizes that are no ints, a scale that is no number, or a loss that cannot be called.
+        TypeError: sizes that are not ints, a scale that is not a number, or a loss that cannot be called.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TopKRouter(nn.Module):
         moved = torch.zeros(num_experts, dtype=torch.float32, device=device) if balance_bias else None
         self.register_buffer("balance_bias", moved)
         self.balance_bias: Tensor | None
-        # No buffer: DistributedDataParallel would overwrite it with the first rank's.
+        # Not a buffer: DistributedDataParallel would overwrite it with the first rank's.
         self.load: Tensor | None = None
         self.reset_parameters()
 
@@ -159,7 +159,7 @@ class TopKRouter(nn.Module):
     def _weigh(self, logits: Tensor, scores: Tensor, topk_idx: Tensor) -> Tensor:
         weights = scores.gather(-1, topk_idx)
         if self.normalise and self.scores == "softmax":
-            # The same as dividing by the sum, also where all chosen ones are too small for that.
+            # The same as dividing by the sum, and it works where all chosen ones are too small for that.
             weights = logits.gather(-1, topk_idx).softmax(-1)
         elif self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
@@ -174,7 +174,7 @@ class TopKRouter(nn.Module):
         super()._apply(fn, recurse)
         now = self.balance_bias
         if kept is not None and now is not None and now.dtype != kept.dtype:
-            # bfloat16 would lose the small steps that it is moved by.
+            # bfloat16 would lose the small steps of the bias.
             self.balance_bias = kept.to(now.device)
         return self
 
@@ -190,7 +190,7 @@ def _checked_scale(scale: Any) -> float:
     if not isinstance(scale, Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number, got {scale!r}")
     try:
-        number = float(scale)  # of NumPy, or a Fraction: what a tensor takes, and torch.compile
+        number = float(scale)  # NumPy's too, or a Fraction: a form that tensors and torch.compile take
     except OverflowError:
         number = math.inf
     if not 0 < number < math.inf:

@@ -1,4 +1,4 @@
-"""What a model is told of experts that differ by rank, and which of its parameters are theirs."""
+"""Experts that differ by rank: how a model knows them, and which of its parameters are theirs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class ShardedExperts(nn.Module):
     What trains or saves the model (DDP, :func:`commlib.nn.fully_shard_experts`, clipping, checkpoints) knows
     by this class that other ranks hold other experts. :class:`Experts` is the one that comes with commlib.
 
-    Where other ranks hold other experts, the state dict says each parameter as what it is, a part of
-    ``[num_experts, ...]``: a DTensor, ``Shard(0)`` over the ranks (docs/training.md). It needs
-    ``torch.distributed``; without it there are the local tensors. What is loaded may be such a part, all
-    experts, or the local ones.
+    Where other ranks hold other experts, the state dict has each parameter as a part of
+    ``[num_experts, ...]``: a DTensor, ``Shard(0)`` over the ranks (docs/training.md). That needs
+    ``torch.distributed``; without it the state dict has the local tensors. What is loaded may be such a
+    part, all experts, or the local ones.
 
     Attributes:
         shard: where these experts are among all; None: no other rank holds any.
         weight_names: of parameters that are read by :meth:`local` anyway.
-        reads_local: of a subclass with a ``forward`` of its own, or parameters beside those: whether it reads
+        reads_local: whether a subclass with a ``forward`` of its own, or more parameters than these, reads
             each parameter by :meth:`local`.
     """
 
@@ -39,17 +39,17 @@ class ShardedExperts(nn.Module):
         """What the gradients of the parameters are divided by.
 
         1: they are sums over the losses of all ranks. DDP and :func:`commlib.nn.fully_shard_experts` make
-        it the number of ranks; then they are those of the ranks' mean loss, as all other parameters'.
+        it the number of ranks; then they are those of the ranks' mean loss, like all other parameters'.
         """
         return 1 if self.shard is None else self.shard.gradient_divisor
 
     def local(self, w: Any) -> Tensor:
         """A parameter of these experts, as their forward is to read it.
 
-        It has the rows of this rank's experts, also where FSDP2 lends a DTensor, and divides the gradient by
+        It has the rows of this rank's experts, even where FSDP2 lends a DTensor, and divides the gradient by
         :attr:`gradient_divisor`. :meth:`Experts.compute` is given it. A subclass with a forward of its own,
-        or parameters beside those of :meth:`Experts.shapes`, reads all parameters by it, and says so by
-        ``reads_local = True``; else what would set a divisor refuses it.
+        or parameters besides those of :meth:`Experts.shapes`, reads all parameters by it, and says so by
+        ``reads_local = True``; otherwise whatever would set a divisor refuses it.
         """
         shard = self.shard
         if shard is None:
@@ -59,11 +59,11 @@ class ShardedExperts(nn.Module):
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    # Whoever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
-    # deepcopy) comes by one of the next four.
+    # Whatever replaces parameters (FSDP2, DTensor's distribute_module, a load with assign=True, to_empty,
+    # deepcopy) calls one of the next four.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)  # FSDP2 would go past it where a module has none of its own
+        super().__setattr__(name, value)  # FSDP2 would bypass it where a module does not define its own
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         shard = self.__dict__.get("shard")
@@ -89,7 +89,7 @@ class ShardedExperts(nn.Module):
     def _adopt_all(self) -> None:
         if self.shard is not None:
             for param in self.parameters():  # parametrizations' as well
-                if isinstance(param, nn.Parameter):  # and not what torch.func has put in its place
+                if isinstance(param, nn.Parameter):  # and not something that torch.func put in its place
                     self._adopt(param)
 
     def _adopt(self, param: Any) -> None:
@@ -110,8 +110,8 @@ class ShardedExperts(nn.Module):
                 destination[prefix + name] = self.shard.to_state_dict(destination[prefix + name])
 
     def _check_savable(self) -> None:
-        """Raise NotImplementedError where a state dict could not say what of all experts' tensors is here."""
-        # Only tensors of the experts' own, with a row for each, can be said to be parts of all experts'.
+        """Raise NotImplementedError where a state dict could not say which part of all experts' is here."""
+        # Only the experts' own tensors, with a row for each, can be described as parts of all experts'.
         if self.shard is None:
             return
         for path, module in self.named_modules():
@@ -139,7 +139,7 @@ class ShardedExperts(nn.Module):
                     )
                 continue
             rows = self.shard.from_state_dict(given, own)
-            # What is assigned must not keep all experts' memory.
+            # An assigned tensor must not keep all experts' memory.
             kept = rows.clone() if metadata.get("assign_to_params_buffers") and rows is not given else rows
             state_dict[prefix + name] = kept
             if reason := self.shard.misfit(given):
@@ -179,6 +179,6 @@ def expert_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def shared_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """All other parameters of ``module``: the same on every rank, average their gradients."""
+    """All other parameters of ``module``: the same on every rank; average their gradients."""
     sharded = {id(p) for p in expert_parameters(module)}
     return (p for p in module.parameters() if id(p) not in sharded)

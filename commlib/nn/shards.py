@@ -1,9 +1,9 @@
 """A rank's part of tensors that have a row for each expert, as torch.distributed understands it.
 
-State dicts say such a part as a DTensor over the ranks of the communicator, so that
-``torch.distributed.checkpoint`` saves and loads all experts, on any number of ranks. Where the ranks hold as
-many experts each, that is DTensor's own ``Shard(0)``. Where they do not, commlib's blocks are not those of
-``torch.chunk``, which DTensor knows; the local tensor then says by itself where it lies (:class:`_Rows`).
+State dicts have such a part as a DTensor over the ranks of the communicator, so that
+``torch.distributed.checkpoint`` saves and loads all experts, on any number of ranks. Where all ranks hold
+equally many experts, that is DTensor's own ``Shard(0)``. Elsewhere commlib's blocks are not those of
+``torch.chunk``, which DTensor knows; the local tensor then says itself where it lies (:class:`_Rows`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a DTensor; does not import them, which takes seconds."""
+    """Whether it is a DTensor; does not import that module, which takes seconds."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 class Ranks(Protocol):
-    """What :class:`commlib.ExpertParallel` says of its ranks."""
+    """The part of :class:`commlib.ExpertParallel` that describes its ranks."""
 
     group: Group
     rank: int
@@ -71,7 +71,7 @@ class Shard:
 
     @property
     def even(self) -> bool:
-        """Whether all ranks hold as many, which are then the rows that DTensor gives them."""
+        """Whether all ranks hold equally many; these are then the rows that DTensor gives them."""
         return self.total % self.ranks.size == 0
 
     def mesh(self) -> DeviceMesh | None:
@@ -88,7 +88,7 @@ class Shard:
         return DeviceMesh.from_group(group, self.ranks.device.type)
 
     def to_state_dict(self, t: Tensor) -> Tensor:
-        """A tensor that has a row for each expert here, as part of one that has a row for each of all."""
+        """A tensor with a row for each expert here, as part of one with a row for every expert."""
         if self.as_dtensors and is_dtensor(t):
             return t
         mesh = self.mesh()
@@ -106,10 +106,10 @@ class Shard:
         return _part(local, self.total, mesh, placements)
 
     def from_state_dict(self, given: Tensor, like: Any) -> Tensor:
-        """The experts of this rank in what is loaded, in the form of the parameter ``like``.
+        """This rank's experts from a loaded tensor, in the form of the parameter ``like``.
 
         Args:
-            given: what :meth:`to_state_dict` has made, or a tensor of all experts or of those here.
+            given: a result of :meth:`to_state_dict`, or a tensor of all experts or of those here.
         """
         if self.as_dtensors and is_dtensor(like):
             return given if is_dtensor(given) or given.shape[:1] != like.shape[:1] else _cut(given, like)
@@ -122,7 +122,7 @@ class Shard:
         return _part(rows, self.count, like.device_mesh, like.placements)
 
     def misfit(self, given: Tensor) -> str | None:
-        """What is wrong with the number of experts that is loaded, if it is wrong."""
+        """What is wrong with the number of experts loaded, if anything."""
         found = given.shape[0] if given.dim() else 0
         if found in (self.total, self.count):
             return None
@@ -137,7 +137,7 @@ def _offset(t: Any) -> int:
 
 
 def _part(local: Tensor, total: int, mesh: Any, placements: Any) -> Tensor:
-    """This rank's rows of a DTensor that has so many."""
+    """A DTensor of ``total`` rows, of which this rank has ``local``."""
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size([total, *local.shape[1:]])
@@ -148,7 +148,7 @@ def _part(local: Tensor, total: int, mesh: Any, placements: Any) -> Tensor:
 def gathered(t: Any, first: bool) -> Tensor | None:
     """All rows of a DTensor on the first rank, experts' on its CPU. All ranks that have some call it.
 
-    Experts are the bulk of a model: one rank's at a time are anywhere twice.
+    Experts are the bulk of a model: at any time, only one rank's exist twice.
     """
     local, mesh, ways = t.to_local(), t.device_mesh, t.placements
     if isinstance(local, _Rows) and (shard := local.shard) is not None:
@@ -182,10 +182,10 @@ def _cut(given: Tensor, like: Any) -> Tensor:
 
 
 def _local_rows(given: Any, first: int, count: int, total: int) -> Tensor:
-    """Rows ``first`` onwards of all, from whatever holds them; as given where it holds other ones.
+    """Rows ``first`` onwards of all, from whatever holds them; ``given`` itself where it holds others.
 
     Raises:
-        ValueError: it is what another rank has saved for itself.
+        ValueError: another rank saved it for itself.
     """
     if is_dtensor(given):
         local = given.to_local()
@@ -206,7 +206,7 @@ def _local_rows(given: Any, first: int, count: int, total: int) -> Tensor:
 
 
 def _is_of_this_rank(mesh: Any) -> bool:
-    """Whether a DTensor over this mesh is of this process, and not from the file of another."""
+    """Whether a DTensor over this mesh is this process's, not from another's file."""
     return dist.is_initialized() and (mesh.mesh == dist.get_rank()).nonzero().tolist() == [
         mesh.get_coordinate()
     ]
@@ -216,7 +216,7 @@ class _Rows(Tensor):
     """Rows ``first`` onwards of a longer tensor: the local part of a DTensor, for checkpoints only.
 
     DTensor asks a local tensor that has the next three methods where it lies, as
-    ``torch.distributed.checkpoint`` documents for tensors of one's own.
+    ``torch.distributed.checkpoint`` documents for tensor classes of your own.
     """
 
     rows: Tensor
@@ -258,7 +258,7 @@ class _Rows(Tensor):
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        if self.rows.numel() == 0:  # it would have the offset of another rank's
+        if self.rows.numel() == 0:  # its offset would be another rank's
             return []
         offsets = torch.Size([self.first, *[0] * (self.dim() - 1)])
         return [ChunkStorageMetadata(offsets=offsets, sizes=self.rows.shape)]
@@ -296,7 +296,7 @@ _ROW_BY_ROW = _IN_PLACE | {
     _aten.detach.default,
     _aten.empty_like.default,
     _aten.new_empty.default,
-    _aten.view.default,  # DTensor views a local tensor as it is
+    _aten.view.default,  # DTensor views a local tensor in its own shape
     _aten.zeros_like.default,
     _aten._to_copy.default,
 }
@@ -308,16 +308,16 @@ def _rows_of(value: Any) -> Any:
 
 # -- what optimizers keep for parameters ---------------------------------------------------------------------
 
-_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when looked at last
+_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when last seen
 
 
 def register_owner(param: Any, shard: Shard) -> None:
-    """Let optimizers and wrappers know that a parameter holds some of all experts."""
+    """Let optimizers and wrappers know that a parameter holds only some of all experts."""
     param._commlib_shard = shard
 
 
 def owner_of(param: Any) -> Shard | None:
-    """Of which experts a parameter is; None: it is the same on every rank."""
+    """The experts that a parameter belongs to; None: it is the same on every rank."""
     return getattr(param, "_commlib_shard", None)
 
 
@@ -326,9 +326,9 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """From its first step on, an optimizer with experts' parameters says their state as they say themselves.
+    """From its first step on, an optimizer with experts' parameters saves their states as they are saved.
 
-    torch's own functions for state dicts take a step before anything else, of an optimizer that has none.
+    torch's own functions for state dicts first take a step, with an optimizer that has taken none.
     """
     if torch.compiler.is_compiling() or _known.get(optimizer) == len(optimizer.param_groups):
         return
@@ -337,14 +337,14 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if first_time:
         optimizer.register_state_dict_post_hook(_export_states)
         optimizer.register_load_state_dict_pre_hook(_import_states)
-    for param in _parameters_of(optimizer):  # what was loaded before the first step
+    for param in _parameters_of(optimizer):  # convert state that was loaded before the first step
         if (shard := owner_of(param)) is not None:
             _check_kind(optimizer)
             state = optimizer.state[param]
             state.update({name: _from_state_dict(shard, value, param) for name, value in state.items()})
 
 
-# These take all ranks for having the same parameters, or see a part of a gradient for the whole.
+# These assume that all ranks have the same parameters, or take a part of a gradient for the whole.
 _UNFIT = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "LBFGS")
 
 
@@ -376,7 +376,7 @@ def _import_states(optimizer: Optimizer, state_dict: Any) -> Any:
 
 
 def _by_expert(value: Any) -> bool:
-    """Whether a state is one of tensors, not a number such as the count of steps."""
+    """Whether a state is a tensor of values, not a number such as the count of steps."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() != 1
 
 

@@ -1,4 +1,4 @@
-"""Experts of models that are not SwiGLU alone."""
+"""Experts of models that are not plain SwiGLU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class GptOssExperts(Experts):
     """GPT-OSS's: SwiGLU with biases, its halves clamped, its gate steeper, and 1 added to the other half.
 
     With ``g = min(x @ w1 + b1, limit)`` and ``u = clamp(x @ w3 + b3, -limit, limit)``:
-    ``((u + 1) * g * sigmoid(alpha * g)) @ w2 + b2``, as OpenAI's gpt-oss computes it (``swiglu`` of its
-    ``torch/model.py``), and transformers' ``GptOssExperts``.
+    ``((u + 1) * g * sigmoid(alpha * g)) @ w2 + b2``, as OpenAI's gpt-oss (``swiglu`` in its
+    ``torch/model.py``) and transformers' ``GptOssExperts`` compute it.
 
     Args:
         args, options: as of :class:`Experts`.

@@ -1,8 +1,8 @@
 """DistributedDataParallel and FSDP around models with experts.
 
-What they do with a parameter supposes that every rank has the same one. Experts differ by rank: DDP would
-overwrite all ranks' with rank 0's and average gradients of different parameters, FSDP would put parameters
-together from parts of different ones.
+Both suppose that every rank has the same parameters. Experts differ by rank: DDP would overwrite all ranks'
+with rank 0's and average gradients of different parameters, FSDP would assemble parameters from parts of
+different ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .shards import Shard, owner_of
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """See what wraps a model, in its constructor, before it sends anything."""
+    """Notice a wrapper of a model in its constructor, before it sends anything."""
     if isinstance(parent, DistributedDataParallel) and child is not None:
         _leave_out(parent, child)
     elif child is not None and _is_fsdp1(parent):
@@ -40,11 +40,11 @@ register_module_module_registration_hook(_on_registration)
 
 def _leave_out(ddp: Any, model: nn.Module) -> None:
     """Make a DistributedDataParallel that is under construction leave experts alone."""
-    # Experts may have more than their own: what parametrizations train, buffers such as masks.
+    # Experts may have more tensors than their own: parametrizations' parameters, buffers such as masks.
     parts = [m for m in model.modules() if isinstance(m, ShardedExperts) and m.shard is not None]
     theirs = {id(t) for part in parts for t in chain(part.parameters(), part.buffers())}
     theirs |= {id(p) for p in model.parameters() if owner_of(p) is not None}
-    # Modules that share parameters have a shard each; and what is wrapped may be a list of parameters.
+    # Modules that share parameters have a shard each; and the wrapped object may be a list of parameters.
     known = [*(part.shard for part in parts), *map(owner_of, model.parameters())]
     shards = {s for s in known if s is not None}
     for shard in shards:
@@ -68,7 +68,7 @@ def _leave_out(ddp: Any, model: nn.Module) -> None:
 
 
 def _names_ddp_asks_for(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What DistributedDataParallel calls each parameter and buffer, in one of its loops or another."""
+    """All names that DistributedDataParallel's loops have for each parameter and buffer."""
     # A module may name its parameters as it likes: torch's checkpoint_wrapper leaves itself out.
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
@@ -79,7 +79,7 @@ def _names_ddp_asks_for(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
-    """What leaves experts alone must average all else over the ranks that the experts are spread over."""
+    """A wrapper that leaves experts alone must average all else over the ranks that they are spread over."""
     ranks = dist.get_process_group_ranks(group)
     known = process_group_of(shard.ranks.group)
     theirs = None if known is None else dist.get_process_group_ranks(known)
@@ -93,10 +93,10 @@ def _check_same_ranks(shard: Shard, group: dist.ProcessGroup) -> None:
 
 
 def _check_divides(part: ShardedExperts) -> None:
-    """Raise where nothing would divide the gradients of some parameters: they would stay sums over ranks."""
+    """Raise where nothing would divide some parameters' gradients: they would stay sums over ranks."""
     if part.reads_local:
         return
-    # Parametrizations, pruning and weight_norm put a weight together from others.
+    # Parametrizations, pruning and weight_norm compute a weight from others.
     names = "|".join(map(re.escape, part.weight_names))
     feeds = re.compile(rf"(parametrizations\.)?({names})([._].*)?")
     more = [name for name, p in part.named_parameters() if p.requires_grad and not feeds.fullmatch(name)]
@@ -121,7 +121,7 @@ def _check_fsdp1(fsdp: Any, model: nn.Module) -> None:
     for part in model.modules():
         if not isinstance(part, ShardedExperts) or part.shard is None:
             continue
-        # What it does not leave alone it has taken away by now.
+        # By now it has taken away the parameters that it does not leave alone.
         mine = [p for p in part._parameters.values() if p is not None]
         if not mine or any(id(p) not in left_alone for p in mine):
             raise ValueError(
@@ -147,13 +147,14 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         commlib.nn.fully_shard_experts(model, mesh["dp"])
         fully_shard(model, mesh=mesh)  # 2-D: sharded over ep, replicated over dp; a flat mesh shards over all
 
-    FSDP2 averages the experts' gradients over the ranks of ``mesh``; each of them is a sum over the ranks of
-    the communicator, and is divided by the number of these. So it becomes the mean over all ranks, as
-    ``fully_shard`` makes it of all other parameters. Nothing else is to be divided.
+    FSDP2 averages the experts' gradients over the ranks of ``mesh``; each gradient is a sum over the ranks of
+    the communicator, and is divided by their number. So it becomes the mean over all ranks, like those that
+    ``fully_shard`` makes for all other parameters. Divide nothing else.
 
-    Where the communicator was given a DeviceMesh, and all of its ranks hold as many experts, the parameters
-    become DTensors over both meshes, which all of torch's functions for state dicts take. Otherwise they are
-    DTensors over ``mesh``, and ``torch.distributed.checkpoint`` still saves and loads all experts.
+    Where the communicator was given a DeviceMesh, and all of its ranks hold equally many experts, the
+    parameters become DTensors over both meshes, which all of torch's functions for state dicts take.
+    Otherwise they are DTensors over ``mesh``, and ``torch.distributed.checkpoint`` still saves and loads all
+    experts.
 
     Args:
         module: with :class:`ShardedExperts` somewhere in it.
@@ -165,9 +166,9 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
 
     Raises:
         ValueError: the module has no Experts, ranks of the mesh hold different ones, or shard_placement_fn
-            shards another dimension than that of experts where parameters do not become DTensors over both
+            shards a dimension other than that of experts where parameters do not become DTensors over both
             meshes; or a subclass of Experts would have gradients that nothing divides (see
-            :meth:`Experts.local`); on every rank, and nothing has changed.
+            :meth:`Experts.local`). It is raised on every rank, and nothing has changed.
         TypeError: ``mesh`` is not a DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard
@@ -204,13 +205,13 @@ _MESH_ADVICE = (
 
 
 def _can_be_dtensors(part: ShardedExperts, shard: Shard) -> bool:
-    own = {id(p) for p in part._parameters.values()}  # and not those of a parametrization
+    own = {id(p) for p in part._parameters.values()}  # not those of a parametrization
     plain = all(id(p) in own for p in part.parameters())
     return plain and shard.even and getattr(shard.ranks.group, "mesh", None) is not None
 
 
 def _check_placement(part: ShardedExperts, shard: Shard, place: Callable[[nn.Parameter], Any] | None) -> None:
-    """Raise where a state dict could not say which part of an expert is here, but only which experts are."""
+    """Raise where a state dict could say which experts are here, but not which parts of them."""
     if place is None or _can_be_dtensors(part, shard):
         return
     for name, p in part._parameters.items():
@@ -224,10 +225,10 @@ def _check_placement(part: ShardedExperts, shard: Shard, place: Callable[[nn.Par
 
 
 def _make_dtensors(part: ShardedExperts, shard: Shard, made: dict[int, tuple[Any, nn.Parameter]]) -> None:
-    """Say the parameters as DTensors over the communicator's ranks.
+    """Replace the parameters by DTensors over the communicator's ranks.
 
     Args:
-        made: by what they are made of, which may be in several places.
+        made: by the id of the original parameter, which may be in several places.
     """
     for name, p in list(part._parameters.items()):
         assert p is not None
