@@ -13,14 +13,14 @@ _MODULES = ("", ".buffer", ".utils")  # what code for DeepEP imports
 def install() -> ModuleType:
     """Make ``import deep_ep`` find :mod:`commlib.compat.deep_ep`, in this process and from now on.
 
-    Call it before what imports ``deep_ep``. Twice is fine. An installed DeepEP that nothing has imported yet
-    is not imported any more.
+    Call it before any import of ``deep_ep``. Twice is fine. From then on an installed DeepEP that nothing has
+    imported yet cannot be imported.
 
     Returns:
         The module.
 
     Raises:
-        RuntimeError: another ``deep_ep`` has been imported already: what holds it would go on using it.
+        RuntimeError: another ``deep_ep`` has been imported already: code that holds it would go on using it.
     """
     ours = {f"deep_ep{tail}": importlib.import_module(_HERE + tail) for tail in _MODULES}
     for name, module in sys.modules.items():

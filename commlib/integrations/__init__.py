@@ -1,1 +1,1 @@
-"""commlib under software of others: one module for each, which imports that software."""
+"""commlib under other software: one module for each, which imports that software."""

@@ -37,7 +37,7 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 _Key = tuple[int, int, int, int, int | None, torch.dtype, str]
 
 _communicators: dict[_Key, ExpertParallel] = {}
-# Of process groups that dispatchers have been wired to. Their names may come again after they have gone.
+# Of process groups that dispatchers have been wired to. Once these are gone their names may be used again.
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 _groups: weakref.WeakValueDictionary[int, dist.ProcessGroup] = weakref.WeakValueDictionary()
 _next_number = itertools.count()
@@ -47,7 +47,7 @@ _next_number = itertools.count()
 def _connect(key: _Key) -> None:
     """Make the communicator of this key, if there is none: layers that are alike share it.
 
-    Its ranks make it together, in the first dispatch of this key, since only rows tell hidden and dtype.
+    Its ranks make it together, in the first dispatch of this key, since only rows show hidden and dtype.
     Under torch.compile that is while the first such layer is traced. It goes with the process group.
     """
     if key in _communicators:
@@ -68,7 +68,7 @@ def _connect(key: _Key) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CommlibDispatchMetadata:
-    """What combine needs of dispatch.
+    """What combine needs from dispatch.
 
     Attributes:
         ep: the communicator.
@@ -113,7 +113,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         """Take the mesh over whose ranks experts are spread; None: this rank has all.
 
         Raises:
-            ValueError: the experts cannot be spread evenly, as torchtitan has it.
+            ValueError: the experts cannot be spread evenly, which torchtitan requires.
         """
         if ep_mesh is None:
             self.ep_mesh = None
@@ -147,7 +147,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
             x_TD: ``[T, D]`` tokens of this rank; T may differ by rank.
             topk_scores_TK: ``[T, K]`` scores, taken as float32.
             topk_expert_ids_TK: ``[T, K]`` int64 global expert ids.
-            num_local_tokens_per_expert_E: not needed: ids tell it.
+            num_local_tokens_per_expert_E: not needed: the ids imply it.
 
         Returns:
             ``[R, D]`` rows grouped by local expert, in each group by source rank, then token; ``[e]`` int64,
@@ -181,7 +181,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         metadata: CommlibDispatchMetadata | LocalDispatchMetadata,
         x_TD: Tensor,
     ) -> Tensor:
-        """Sum for each token what its experts made of it, weighted by the scores.
+        """Sum, for each token, its experts' results, weighted by the scores.
 
         Args:
             routed_output_RD: ``[R, D]``, in the order of the rows that :meth:`dispatch` returned.
@@ -203,7 +203,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
 def token_dispatcher(
     cfg: BaseEPTokenDispatcher.Config, *, num_max_tokens_per_rank: int | None = None
 ) -> CommlibTokenDispatcher.Config:
-    """torchtitan's override: commlib instead of whatever dispatcher a layer is configured with.
+    """torchtitan's override: commlib instead of the dispatcher that a layer is configured with.
 
     Args:
         cfg: the layer's own configuration.
@@ -228,7 +228,7 @@ def token_dispatcher(
 
 
 def _save_in_checkpointing(listed: Callable[[SelectiveAC], set]) -> Callable[[SelectiveAC], set]:
-    """torchtitan names the operations to save; ours are none of its own, and a flag should do."""
+    """torchtitan lists the operations to save; add ours, so that users need only the flag."""
     ops = torch.ops.commlib
     ours = {op.default for op in (ops.dispatch, ops.traced_dispatch, ops.redispatch, ops.combine)}
 

@@ -7,14 +7,14 @@ from importlib import metadata
 
 
 def require(package: str, first: str, before: str) -> None:
-    """Refuse to go on without a version of ``package`` that the integration is tested with.
+    """Refuse to go on without a version of ``package`` that the integration was tested with.
 
     Args:
         package: the distribution's name, as pip knows it.
         first, before: the tested range ``first <= version < before``, numbers with dots.
 
     Raises:
-        ImportError: it is missing, or its version is another. The text says which to install.
+        ImportError: it is missing, or of another version. The text says which to install.
     """
     wanted = f'"{package}>={first},<{before}"'
     try:

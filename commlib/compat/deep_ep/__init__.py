@@ -1,7 +1,7 @@
 """DeepEP's Python interface over commlib, on CPU and CUDA tensors alike.
 
-``import commlib.compat.deep_ep as deep_ep``, or :func:`commlib.compat.install` and leave the imports as they
-are. docs/deepep.md says of every argument whether it means the same.
+``import commlib.compat.deep_ep as deep_ep``, or call :func:`commlib.compat.install` and leave imports alone.
+docs/deepep.md says of every argument whether it means the same.
 """
 
 from commlib.compat.deep_ep import utils

@@ -25,7 +25,7 @@ from commlib.compat.deep_ep.low_latency import LowLatency
 from commlib.compat.deep_ep.owner import Owner
 from commlib.compat.deep_ep.rows import Rows
 
-_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # for which DeepEP has tuned configs
+_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # numbers for which DeepEP has tuned configs
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -45,8 +45,8 @@ class Buffer(Owner, LowLatency):
 
     Args:
         group: torch.distributed ProcessGroup of any backend; also what :class:`commlib.ExpertParallel` takes.
-        num_nvl_bytes, num_rdma_bytes: kept as attributes, else ignored, as commlib sizes itself.
-        low_latency_mode: kept as an attribute; the low latency methods are to come.
+        num_nvl_bytes, num_rdma_bytes: kept as attributes, otherwise ignored: commlib sizes itself.
+        low_latency_mode: kept as an attribute; the low latency methods are still to come.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl: ignored.
         explicitly_destroy: :meth:`destroy` may be called.
         enable_shrink: refused.
@@ -90,13 +90,13 @@ class Buffer(Owner, LowLatency):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether there is a GPU of compute capability 9.0 or more that commlib can use."""
+        """Whether commlib can use a GPU of compute capability 9.0 or more here."""
         return cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """SMs that communicators made from now on take on a GPU, for all buffers; on the CPU it has no
-        effect.
+        """Set how many SMs communicators made from now on take on a GPU, for all buffers; no effect on the
+        CPU.
 
         Raises:
             Refused: an odd number, or none.
@@ -109,7 +109,7 @@ class Buffer(Owner, LowLatency):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event of what the current stream has been given so far."""
+        """An event after everything queued on the current stream so far."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -117,7 +117,7 @@ class Buffer(Owner, LowLatency):
         """A Config.
 
         Raises:
-            Refused: a number of ranks for which DeepEP has none.
+            Refused: DeepEP has none for this number of ranks.
         """
         require(num_ranks in _RANKS, f"Unsupported number of EP ranks: {num_ranks}; DeepEP knows {_RANKS}")
         return Config(Buffer.num_sms)
@@ -144,8 +144,8 @@ class Buffer(Owner, LowLatency):
             previous_event, async_finish, allocate_on_comm_stream: as in :meth:`dispatch`.
 
         Returns:
-            num_tokens_per_rank ``[R]`` int32, None (always the shape of one node), num_tokens_per_expert
-            ``[E]`` int32, is_token_in_rank ``[T, R]`` bool, event.
+            num_tokens_per_rank ``[R]`` int32, None (the shape is always that of one node),
+            num_tokens_per_expert ``[E]`` int32, is_token_in_rank ``[T, R]`` bool, event.
         """
         _check_allocation(previous_event, async_finish, allocate_on_comm_stream)
         wait_for(previous_event)
@@ -173,7 +173,7 @@ class Buffer(Owner, LowLatency):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, tuple | None, EventOverlap]:
-        """Send each token once to every rank that it goes to.
+        """Send each token once to each of its ranks.
 
         Args:
             x: ``[T, H]`` of a dtype whose row is a multiple of 16 bytes, or (``[T, H]`` float8_e4m3fn,
@@ -183,7 +183,8 @@ class Buffer(Owner, LowLatency):
             num_tokens_per_rdma_rank: ignored.
             topk_idx, topk_weights: ``[T, K]`` int64 and float32, both or neither.
             expert_alignment: the counts returned are rounded up to multiples of it.
-            num_worst_tokens: so many rows come out, filled with zeros and -1; the list is empty. Needs top-k.
+            num_worst_tokens: number of rows returned, filled with zeros and -1; the list is empty. Needs
+                top-k.
             config: ignored.
             previous_event: wait for it first.
             async_finish: return once the sizes are known; the event says when the results may be used.
@@ -195,8 +196,8 @@ class Buffer(Owner, LowLatency):
             then token. Along a handle: recv_x, None, None, None, None, event.
 
         Raises:
-            Refused: what DeepEP asserts against. It is an AssertionError and a ValueError.
-            ValueError, TypeError: what commlib cannot send. Nothing has been sent then.
+            Refused: arguments that DeepEP asserts against. It is an AssertionError and a ValueError.
+            ValueError, TypeError: arguments that commlib cannot send. Nothing has been sent then.
             commlib.CapacityExceeded: more than num_worst_tokens rows came, on this rank.
             commlib.PeerTimeout: a rank did not come.
         """
@@ -241,9 +242,9 @@ class Buffer(Owner, LowLatency):
 
         Args:
             x: ``[N, H]`` bfloat16, in the order of the dispatch; on the CPU also float16 and float32. H may
-                be another one than the dispatch's.
+                differ from the dispatch's.
             handle: of the dispatch.
-            topk_weights: ``[N, K]`` float32, summed over ranks like the rows, all places of them.
+            topk_weights: ``[N, K]`` float32, all places of which are summed over ranks like the rows.
             bias: ``[T, H]``, or two of them; where one rank gives two, all must.
             config: ignored.
             previous_event, async_finish, allocate_on_comm_stream: as in :meth:`dispatch`.

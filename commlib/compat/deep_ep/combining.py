@@ -17,11 +17,11 @@ from commlib.dispatched import Handle, combine_places
 
 
 def check_y(x: Any, route: Route) -> None:
-    """Rows that combine takes.
+    """Check rows for combine.
 
     Raises:
-        TypeError, Refused: x is not ``[rows, H]`` bfloat16, where the dispatch was; on the CPU also float16
-            or float32.
+        TypeError, Refused: x is not ``[rows, H]`` bfloat16 (on the CPU also float16 or float32) on the
+            dispatch's device.
     """
     rows = route.rows
     if not isinstance(x, Tensor):
@@ -39,10 +39,10 @@ def check_y(x: Any, route: Route) -> None:
 
 
 def biases_of(bias: Any, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """None, one or two of them.
+    """The biases given: none, one or two.
 
     Raises:
-        TypeError, Refused: it is something else, or of another shape or dtype than the result.
+        TypeError, Refused: it is something else, or does not have the result's shape and dtype.
     """
     given = bias if isinstance(bias, tuple | list) else (bias,)
     require(
@@ -71,14 +71,14 @@ def sum_rows(
     wide: bool = False,
     values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows of each token summed in float32, and the biases, with one rounding.
+    """Sum each token's rows and the biases in float32, with one rounding.
 
     Args:
         runtime: the buffer's communicators.
         handle: of the dispatch, which is done.
-        x: ``[rows, H]`` as the handle's layout has them.
+        x: ``[rows, H]`` in the handle's layout.
         biases: up to two ``[T, H]``.
-        work: to which the operation is added.
+        work: the Work to which the operation is added.
         asynchronous: return at once.
         wide: rows travel as float32, so that a rank's own sums are not rounded.
         values: of places, see :func:`commlib.dispatched.combine_places`.

@@ -1,4 +1,4 @@
-"""Between this module and commlib: communicators, made when a call tells what they are to be."""
+"""Between this module and commlib: communicators, made when a call shows which are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
 from commlib.group import Group, ThreadGroup
 
-_NARROW_BYTES, _NARROW_SMS = 4096, 2  # rows of less are counts and weights, which need few SMs
+_NARROW_BYTES, _NARROW_SMS = 4096, 2  # shorter rows are counts and weights, which need few SMs
 
 
 class _Key(NamedTuple):
@@ -26,7 +26,7 @@ class _Key(NamedTuple):
 
 
 class Communicators:
-    """Those of one buffer. Ranks need the same ones in the same order, since making one is collective.
+    """The communicators of one buffer. Making one is collective: ranks need the same ones in the same order.
 
     Args:
         group: of the ranks.
@@ -50,7 +50,7 @@ class Communicators:
         device: torch.device,
         max_tokens: int | None = None,
     ) -> ExpertParallel:
-        """The communicator for rows of so many elements; without ``max_tokens`` of a rank it grows."""
+        """The communicator for rows of ``width`` elements; without ``max_tokens`` of a rank it grows."""
         key = _Key(experts, topk, width, dtype, device, max_tokens)
         if key not in self._made:
             self._made[key] = ExpertParallel(self.group, **self._settings(key))
@@ -75,10 +75,9 @@ class Communicators:
         }
 
     def along(self, handle: Handle, width: int, dtype: torch.dtype) -> tuple[ExpertParallel, Handle]:
-        """The routing of a dispatch for rows of another width or dtype: its communicator, and a handle of
-        that.
+        """The routing of a dispatch for rows of another width or dtype: their communicator, and its handle.
 
-        The dispatch is done: another communicator does not wait for it.
+        The dispatch must be done: another communicator does not wait for it.
         """
         known = handle._ep.settings
         if (known.hidden, known.dtype) == (width, dtype):
@@ -90,8 +89,8 @@ class Communicators:
     def share(self, numbers: Tensor) -> tuple[Tensor, Event]:
         """``[n]`` int32 of each rank, as ``[ranks, n]`` on every rank once the event has been waited for.
 
-        A dispatch of one row to each rank, whose routes are known from the first time on: the host waits for
-        nothing.
+        A dispatch of one row to each rank, whose routes are known after the first time: from then on the host
+        waits for nothing.
         """
         ranks, width, device = self.group.size, len(numbers), numbers.device
         key = _Key(ranks, 1, width, torch.float32, device, ranks)
@@ -105,7 +104,7 @@ class Communicators:
         return shared.x.view(torch.int32), shared.event
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """Of this buffer, on a GPU."""
+        """This buffer's stream on a GPU."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]

@@ -1,10 +1,10 @@
-"""Config: how DeepEP's kernels are tuned. commlib tunes itself, so only the checks and the hints are left."""
+"""Config: how DeepEP's kernels are tuned. commlib tunes itself, so only the checks and the hints remain."""
 
 from __future__ import annotations
 
 from commlib.compat.deep_ep.errors import require
 
-_NODE = 8  # ranks that DeepEP takes for one node
+_NODE = 8  # ranks of one node, to DeepEP
 _ALIGNMENT = 128  # bytes, of a buffer
 _BYTES_BESIDE_A_ROW = 32 * (8 + 4) + 16  # of the largest top-k: ids and weights; source
 
@@ -42,11 +42,11 @@ class Config:
         self._num_sms, self._nvl, self._rdma = num_sms, nvl, (send, recv)
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes: the queues' rows from all ranks, with what travels beside a row. commlib sizes itself."""
+        """Bytes: the queues' rows from all ranks, with what travels beside them. commlib sizes itself."""
         return _hint(hidden_bytes, num_ranks, num_ranks, self._nvl[1])
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes, the same between nodes; 0 up to 8 ranks."""
+        """The same between nodes; 0 up to 8 ranks."""
         nodes = num_ranks // _NODE if num_ranks > _NODE else 0
         return _hint(hidden_bytes, num_ranks, nodes, self._rdma[1])
 

@@ -24,7 +24,7 @@ from commlib.compat.deep_ep.rows import Rows
 
 _UNIT = 2 << 20  # bytes: DeepEP's buffers are a multiple of this
 _BYTES_BESIDE_A_ROW = 16
-_QPS = {True: 129, False: 17}  # that DeepEP allocates, by allow_hybrid_mode
+_QPS = {True: 129, False: 17}  # how many DeepEP allocates, by allow_hybrid_mode
 _LEAST_SMS = 4
 
 
@@ -35,16 +35,16 @@ class ElasticBuffer(Owner, Experimental):
         group: as for :class:`Buffer`.
         num_bytes: kept as an attribute; None: what :meth:`get_buffer_size_hint` says. commlib sizes itself.
         num_cpu_bytes: must be 0.
-        num_max_tokens_per_rank: the most tokens that one rank sends in one call, unless the call says; the
-            same on all ranks.
+        num_max_tokens_per_rank: the most tokens that one rank sends in one call, unless that gives its own;
+            the same on all ranks.
         hidden, num_topk, use_fp8_dispatch: for num_bytes only; rows of any size and kind are sent.
         deterministic: has no effect: results always are.
         allow_hybrid_mode: sets num_allocated_qps only.
         allow_multiple_reduction: False: with do_expand, rows travel as float32 in combine, and are rounded
             once.
-        prefer_overlap_with_compute: False: get_theoretical_num_sms says more.
+        prefer_overlap_with_compute: False: get_theoretical_num_sms returns more.
         sl_idx: ignored.
-        num_allocated_qps: kept as an attribute. 0: what DeepEP takes.
+        num_allocated_qps: kept as an attribute. 0: DeepEP's own number.
         num_cpu_timeout_secs, num_gpu_timeout_secs: the larger one is how long a rank waits for a peer.
         explicitly_destroy: :meth:`destroy` may be called.
 
@@ -119,11 +119,11 @@ class ElasticBuffer(Owner, Experimental):
 
     @staticmethod
     def capture() -> EventHandle:
-        """An event of what the current stream has been given so far."""
+        """An event after everything queued on the current stream so far."""
         return EventHandle()
 
     def get_physical_domain_size(self) -> tuple[int, int]:
-        """(RDMA ranks, NVLink ranks): 1 and all, since commlib itself finds what lies between ranks."""
+        """(RDMA ranks, NVLink ranks): 1 and all, since commlib itself finds what connects ranks."""
         return 1, self.num_ranks
 
     def get_logical_domain_size(self) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class ElasticBuffer(Owner, Experimental):
     def barrier(
         self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
     ) -> None:
-        """Return when all ranks have called it. with_cpu_sync: their GPUs are idle then. Others: ignored."""
+        """Return when all ranks have called it. with_cpu_sync: and their GPUs are idle. Others: ignored."""
         runtime = self._runtime()
         if with_cpu_sync and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -154,7 +154,7 @@ class ElasticBuffer(Owner, Experimental):
         return max(_LEAST_SMS, Buffer.num_sms)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
-        """What DeepEP would take, at most num_allocated_qps. commlib has none."""
+        """The number that DeepEP would take, at most num_allocated_qps. commlib has none."""
         return min(num_sms * 16 + 1 if self.allow_hybrid_mode else min(num_sms, 9), self.num_allocated_qps)
 
     @outside_autograd
@@ -187,14 +187,14 @@ class ElasticBuffer(Owner, Experimental):
             topk_idx: ``[T, K]`` int64 global ids, -1 leaves a place empty; None with a handle.
             topk_weights: ``[T, K]`` float32, or None; also with a handle.
             cumulative_local_expert_recv_stats: ``[L]`` int32; tokens of each local expert are added to it.
-            num_experts: over all ranks, a multiple of them. With a handle it is the handle's, as are the
-                next two.
+            num_experts: over all ranks, a multiple of them. With a handle, this and the next two are the
+                handle's.
             num_max_tokens_per_rank: the most tokens of a rank, the same on all. None: the buffer's.
-            expert_alignment: counts are rounded up to it; with do_expand groups of rows begin at its
-                multiples.
+            expert_alignment: counts are rounded up to a multiple of it; with do_expand groups of rows begin
+                at its multiples.
             num_sms, num_qps: ignored (num_sms: an attribute of the handle).
             previous_event: wait for it first; needs allocate_on_comm_stream, which has no other effect.
-            previous_event_before_epilogue: wait for it, too.
+            previous_event_before_epilogue: wait for it first, too.
             async_with_compute_stream: return once the sizes are known; the event says when results may be
                 used.
             handle: of an earlier dispatch with the same do_expand: send along its routes.
@@ -268,7 +268,7 @@ class ElasticBuffer(Owner, Experimental):
         """Sum each token's rows over its experts or ranks, without weights.
 
         Args:
-            x: rows as the dispatch's recv_x has them, bfloat16; on the CPU also float16 and float32.
+            x: rows in the order of the dispatch's recv_x, bfloat16; on the CPU also float16 and float32.
             handle: of the dispatch.
             topk_weights: ``[N, K]``, or with do_expand ``[M]``, float32: each place's value goes back to its
                 token, from the rank that owns its expert.
@@ -305,7 +305,7 @@ class ElasticBuffer(Owner, Experimental):
         return combined, weights, work.end(async_with_compute_stream)
 
     def _before(self, event: Any, later: Any, allocate_on_comm_stream: bool, num_qps: int) -> Communicators:
-        """What both calls begin with: from here on their tensors may be read."""
+        """The beginning of both calls: after it their tensors may be read."""
         known = self.num_allocated_qps
         require(event is None or allocate_on_comm_stream, "previous_event needs allocate_on_comm_stream=True")
         require(num_qps <= known, f"num_qps is {num_qps}, but {known} are allocated")

@@ -1,4 +1,4 @@
-"""What ``ElasticBuffer.dispatch`` does once it knows that it may."""
+"""What ``ElasticBuffer.dispatch`` does once its call is checked."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def checked(
     """The shape of a dispatch without a handle, and its ids.
 
     Args:
-        given: the arguments of that name, some of them None.
+        given: arguments by name, some of them None.
         known: num_max_tokens_per_rank of the buffer.
         ranks: how many.
         topk_idx: as given.
-        x: rows as they are sent.
+        x: the rows that are sent.
 
     Raises:
         TypeError, ValueError: arguments that are missing, or do not fit each other.
@@ -71,7 +71,7 @@ def dispatch(
     num_sms: int,
     copy: bool,
 ) -> tuple[EPHandle, Arrived]:
-    """Without a handle; ``most`` tokens of a rank are known to the communicator, or it grows."""
+    """Dispatch without a handle; ``most``: a rank's tokens, for the communicator, or None: it grows."""
     sent = parcel.sent
     ep = runtime.of(shape.num_experts, ids.shape[1], sent.shape[1], sent.dtype, sent.device, most)
     layout: Literal["rank", "expert"] = "expert" if shape.do_expand else "rank"
@@ -92,7 +92,7 @@ def dispatch_along(
     asynchronous: bool,
     route: Route,
 ) -> Arrived:
-    """With a handle, whose route it is."""
+    """Dispatch along the route of a handle."""
     sent = parcel.sent
     ep, known = runtime.along(route.ready(), sent.shape[1], sent.dtype)
     d = ep.dispatch(sent, None, weights, handle=known, async_op=asynchronous)

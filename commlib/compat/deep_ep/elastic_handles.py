@@ -1,4 +1,4 @@
-"""What an EPHandle says, from what a dispatch found."""
+"""The contents of an EPHandle, from what a dispatch found."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Shape(NamedTuple):
 
 
 def checked_shape(handle: Any, given: dict[str, Any], tokens: int) -> Shape:
-    """The handle's, which a call along it may repeat.
+    """The handle's shape, which a call along it may repeat.
 
     Raises:
-        TypeError, Refused: it is no handle, or the call says something else.
+        TypeError, Refused: it is no handle, or the call differs from it.
     """
     route = route_of(handle, EPHandle)
     shape = Shape(*(getattr(handle, name) for name in Shape._fields))
@@ -40,7 +40,7 @@ def checked_shape(handle: Any, given: dict[str, Any], tokens: int) -> Shape:
 
 
 def check_stats(stats: Any, experts: int, x: Tensor) -> None:
-    """Counts to add to.
+    """Check counts to add to.
 
     Raises:
         TypeError, Refused: they are not ``[L]`` int32, on the device of the rows.
@@ -56,14 +56,14 @@ def check_stats(stats: Any, experts: int, x: Tensor) -> None:
 
 
 def add_stats(stats: Tensor, counts: Tensor, work: Work) -> None:
-    """Tokens of each local expert, when the dispatch is done."""
+    """Add the tokens of each local expert, when the dispatch is done."""
     work.then(lambda: stats.add_(counts), stats, counts)
 
 
 def made_of(
     d: Dispatched[Tensor], shape: Shape, topk_idx: Tensor, num_sms: int, ranks: int, work: Work
 ) -> EPHandle:
-    """The handle of a dispatch, complete when it is."""
+    """The handle of a dispatch, complete when the dispatch is."""
     routing = d.handle._tensors()
     counts = d.tokens_per_expert
     listed = rounded_up(d.handle.counts(), shape.expert_alignment)
@@ -111,7 +111,7 @@ def made_of(
 def _fill(
     d: Dispatched[Tensor], local: Tensor, shape: Shape, topk: int, by_rank: Tensor, metadata: Tensor
 ) -> None:
-    """Of each unique token that came: see EPHandle. ``local``: its experts, or with do_expand its rows."""
+    """Fill fields for each unique token that came: see EPHandle. ``local``: its experts; do_expand: rows."""
     here = local >= 0
     first = here.to(torch.int32).argmax(1)
     source = d.source
@@ -135,7 +135,7 @@ def _sums(counts: Tensor, offsets: Tensor | None, listed: list[int]) -> Tensor:
 
 
 def _places(routes: Tensor, topk_idx: Tensor, num_experts: int, ranks: int) -> Tensor:
-    """``[T, K]``: the number that a token has at the rank that owns a place."""
+    """``[T, K]``: a token's number at the rank that owns the place."""
     owner = torch.where(topk_idx >= 0, topk_idx // (num_experts // ranks), -1)
     to = torch.where(routes >= 0, routes >> 32, -2)
     number = (routes & 0xFFFFFFFF).unsqueeze(1)  # [T, 1, width]

@@ -10,18 +10,18 @@ class Refused(AssertionError, ValueError):
 
 
 def require(right: bool, text: str) -> None:
-    """Raise Refused with ``text`` unless ``right``. Unlike assert, also under ``python -O``."""
+    """Raise Refused with ``text`` unless ``right``; unlike assert, even under ``python -O``."""
     if not right:
         raise Refused(text)
 
 
 def not_yet(what: str, instead: str) -> NoReturn:
-    """Raise NotImplementedError: part of DeepEP that is not here."""
+    """Raise NotImplementedError for a part of DeepEP that is not here."""
     raise NotImplementedError(f"commlib.compat.deep_ep has no {what}: {instead}")
 
 
 def at_least(name: str, value: Any, least: int) -> int:
-    """An int that is not less.
+    """``value`` as an int of at least ``least``.
 
     Raises:
         TypeError, Refused: it is no int, or less.

@@ -16,7 +16,7 @@ Step = Callable[[], Any]
 
 
 class EventHandle:
-    """What the current CUDA stream has been given so far; on the CPU, what has been done: nothing to wait
+    """The end of everything queued on the current CUDA stream so far; on the CPU there is nothing to wait
     for.
 
     Those that ``dispatch`` and ``combine`` return stand for an operation instead. Its results are complete
@@ -25,17 +25,17 @@ class EventHandle:
 
     _events: Sequence[Event] = ()
     _steps: Sequence[Step] = ()
-    _inference = False  # whether the call was made in inference mode, as its results are of that
+    _inference = False  # whether the call, and so its results, was made in inference mode
     _recorded: torch.cuda.Event | None = None
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        if torch.cuda.is_initialized():  # else no stream has been given anything
+        if torch.cuda.is_initialized():  # else nothing has been queued on any stream
             self._recorded = torch.cuda.current_stream().record_event()
 
     @classmethod
     def _of(cls, events: Sequence[Event], steps: Sequence[Step]) -> EventHandle:
-        """The end of operations, and of steps to be taken then by whoever waits first."""
+        """The end of operations, and of steps that the first waiter then takes."""
         made = cls.__new__(cls)
         made._lock = threading.Lock()
         made._events, made._steps = tuple(events), tuple(steps)
@@ -53,21 +53,21 @@ class EventHandle:
         with self._lock, torch.inference_mode(self._inference), torch.no_grad():
             while self._steps:
                 self._steps[0]()
-                self._steps = self._steps[1:]  # one that raised is left for the next wait
+                self._steps = self._steps[1:]  # a step that raised stays for the next wait
         if self._recorded is not None:
             torch.cuda.current_stream().wait_event(self._recorded)
 
 
 class EventOverlap:
-    """An EventHandle, or None: of a call that was not asynchronous.
+    """An EventHandle, or None after a call that was not asynchronous.
 
     As a context manager it waits at the end: ``with event: compute()``, and with
-    ``event(release_handle=True)`` it lets go of the handle then.
+    ``event(release_handle=True)`` it then lets go of the handle.
 
     Attributes:
         event: the handle.
         extra_tensors: kept as long as this is.
-        hook_after_wait: what the next wait calls.
+        hook_after_wait: the function that the next wait calls.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class EventOverlap:
 
 
 def wait_for(previous_event: Any) -> None:
-    """Make what follows come after an event that a caller passed; None, or of no asynchronous call: at once.
+    """Make what follows come after an event that a caller passed; at once if None or of a synchronous call.
 
     Raises:
         TypeError: it is no event.
@@ -137,11 +137,11 @@ def wait_for(previous_event: Any) -> None:
 
 
 class Work:
-    """Operations under way for one call, and what makes DeepEP's results of theirs.
+    """Operations under way for one call, and the steps that make DeepEP's results of theirs.
 
     Args:
         device: of the operations.
-        stream: on which steps run that nobody waits for yet (CUDA).
+        stream: on which steps run that nothing waits for yet (CUDA).
     """
 
     def __init__(self, device: torch.device, stream: Callable[[], torch.cuda.Stream]) -> None:
@@ -151,12 +151,12 @@ class Work:
         self._touched: list[Tensor] = []
 
     def add(self, event: Event | None) -> None:
-        """An operation; None: one that is done."""
+        """Add an operation; None: one that is done."""
         if event is not None:
             self._events.append(event)
 
     def then(self, step: Step, *touched: Tensor) -> None:
-        """To do when all operations are done, with these tensors."""
+        """Add a step, taken when all operations are done, with these tensors."""
         self._steps.append(step)
         self._touched += touched
 
@@ -168,9 +168,9 @@ class Work:
         dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """What an operation writes, as a dense tensor of so many rows, the last ones filled.
+        """What an operation writes, as a dense tensor of ``rows`` rows, the last ones filled.
 
-        Where ``given`` is that already it is returned as it is, and is complete when the operation is.
+        Where ``given`` is that already, it is returned itself, and is complete when the operation is.
         """
         rows = len(given) if rows is None else rows
         dtype = given.dtype if dtype is None else dtype
@@ -186,7 +186,7 @@ class Work:
         return out
 
     def copied(self, given: Tensor) -> Tensor:
-        """A copy of what an operation writes, for a caller who may change it."""
+        """A copy of what an operation writes, which the caller may change."""
         out = torch.empty_like(given)
         self.then(lambda: out.copy_(given), out, given)
         return out
@@ -198,7 +198,7 @@ class Work:
             handle.current_stream_wait()
             return EventOverlap()
         if self._device.type == "cuda" and self._steps:
-            # Nobody is obliged to wait through the event: a caller may synchronise the device.
+            # Callers need not wait through the event: they may synchronise the device.
             stream = self._stream()
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):

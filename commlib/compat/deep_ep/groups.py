@@ -1,4 +1,4 @@
-"""What DeepEP takes for a group, and how it sees the ranks: as one domain."""
+"""What DeepEP takes as a group, and how it sees the ranks: as one domain."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def group_of(group: Any, comm: Any = None) -> tuple[Any, Group]:
 
     Args:
         group: a ProcessGroup of any backend; also a 1-D DeviceMesh or a commlib.Group. None: ``comm``.
-        comm: an mpi4py communicator. Both None: the ranks of :func:`commlib.run_ranks`, inside of it.
+        comm: an mpi4py communicator. Both None: the ranks of :func:`commlib.run_ranks`, inside it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no group.
         TypeError: it is something else.
     """
     given = comm if group is None else group
@@ -28,7 +28,7 @@ def group_of(group: Any, comm: Any = None) -> tuple[Any, Group]:
 
 
 def get_physical_domain_size(group: Any = None) -> tuple[int, int]:
-    """(RDMA ranks, NVLink ranks) of a group: 1 and all, as commlib itself finds what lies between ranks."""
+    """(RDMA ranks, NVLink ranks) of a group: 1 and all, as commlib itself finds what connects ranks."""
     return 1, group_of(group)[1].size
 
 

@@ -15,14 +15,14 @@ from commlib.dispatched import Handle
 
 @dataclass
 class Route:
-    """What later calls need of a dispatch."""
+    """What later calls need from a dispatch."""
 
     handle: Handle
-    rows: int  # that recv_x has: those that came, and what num_worst_tokens adds
+    rows: int  # of recv_x: those that came, and those that num_worst_tokens adds
     event: EventHandle | None = None  # of the dispatch
 
     def follows(self, event: EventOverlap) -> None:
-        """The dispatch is done after this event, if it is asynchronous."""
+        """Note the event after which an asynchronous dispatch is done."""
         if event.event is not None:
             self.event = event.event
 
@@ -41,7 +41,7 @@ class DispatchHandle(tuple):
     * rank_prefix_matrix ``[R, R]`` int32: ``[i][j]`` rows that rank j gets from ranks 0 to i.
     * channel_prefix_matrix ``[R, 1]`` int32: tokens of this rank that go to each rank.
     * recv_channel_prefix_matrix ``[R, 1]`` int32: the first row of each source rank.
-    * recv_src_idx ``[N]`` int32: each row's token at its source; -1 in filling.
+    * recv_src_idx ``[N]`` int32: each row's token at its source; -1 in rows that fill.
     * is_token_in_rank ``[T, R]`` bool.
     * send_head ``[T, R]`` int32: a token's number among those for a rank; -1 where it does not go.
     """
@@ -64,7 +64,7 @@ def send_heads(is_token_in_rank: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class EPHandle:
-    """V2's handle. All tensors are int32 and on the rows' device, unless said.
+    """V2's handle. All tensors are int32 and on the rows' device, unless stated.
 
     Attributes:
         do_expand: rows are grouped by local expert, one for each (token, expert).
@@ -74,13 +74,13 @@ class EPHandle:
         num_expanded_tokens: rows of recv_x with do_expand, padding included; else N.
         num_recv_tokens_per_expert_list: by local expert, rounded up to the alignment.
         psum_num_recv_tokens_per_scaleup_rank: ``[R]``, unique tokens from ranks 0 to i.
-        psum_num_recv_tokens_per_expert: ``[L]``. do_expand: where the group begins plus its tokens; else the
-            sum of rounded counts of experts 0 to i.
+        psum_num_recv_tokens_per_expert: ``[L]``. do_expand: the group's begin plus its tokens; else the sum
+            of rounded counts of experts 0 to i.
         num_unaligned_recv_tokens_per_expert: ``[L]`` tokens of each expert; None without do_expand.
-        recv_src_metadata: ``[N, 2 + K]``: token's number over all ranks (rank * num_max_tokens_per_rank +
+        recv_src_metadata: ``[N, 2 + K]``: the token's number over all ranks (rank * num_max_tokens_per_rank +
             token), source rank * K + its first place that is here, and for each place the row of recv_x
             (do_expand) or -1.
-        dst_buffer_slot_idx: ``[T, K]``: the token's number at the rank that owns the place; -1 nowhere.
+        dst_buffer_slot_idx: ``[T, K]``: the token's number at the rank that owns the place; -1: none does.
         token_metadata_at_forward, channel_linked_list: None.
     """
 
@@ -106,11 +106,11 @@ class EPHandle:
 
 
 def route_of(handle: Any, kind: type[DispatchHandle] | type[EPHandle]) -> Route:
-    """What a caller's handle carries.
+    """The route that a caller's handle carries.
 
     Raises:
         TypeError: it is not of that kind.
-        Refused: no dispatch has returned it.
+        Refused: no dispatch returned it.
     """
     if not isinstance(handle, kind):
         raise TypeError(

@@ -35,7 +35,7 @@ def local_experts(num_experts: int, ranks: int) -> int:
 
 
 def check_topk_idx(topk_idx: Any, num_experts: int) -> None:
-    """Ids that can be dispatched. On a GPU their range is not looked at: the host would have to wait.
+    """Check that ids can be dispatched. On a GPU not their range: the host would have to wait.
 
     Raises:
         TypeError, Refused: they are not ``[T, K]`` topk_idx_t.
@@ -59,10 +59,10 @@ def check_topk_idx(topk_idx: Any, num_experts: int) -> None:
 
 
 def check_topk(topk: int, num_experts: int) -> None:
-    """Places of a token that can be dispatched.
+    """Check a token's number of places.
 
     Raises:
-        ValueError: more than 32, or than experts, or none.
+        ValueError: more than 32, more than experts, or none.
     """
     if not 1 <= topk <= min(MAX_TOPK, num_experts):
         raise ValueError(
@@ -72,7 +72,7 @@ def check_topk(topk: int, num_experts: int) -> None:
 
 
 def find_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> Layout:
-    """The layout of ids; -1 is nowhere. A token counts once for each rank, and for each of its places."""
+    """The layout of ids; -1 is nowhere. A token counts once for each of its ranks, and of its places."""
     known = (topk_idx >= 0) & (topk_idx < num_experts)
     expert = torch.where(known, topk_idx, num_experts)
     rank = torch.where(known, topk_idx // local_experts(num_experts, ranks), ranks)
@@ -85,7 +85,7 @@ def find_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> Layout:
 
 
 def check_beside(x: Tensor, **tensors: Any) -> None:
-    """Tensors on the device of the rows.
+    """Check that tensors are on the device of the rows.
 
     Raises:
         TypeError, Refused: one is no tensor, or elsewhere.
@@ -97,7 +97,7 @@ def check_beside(x: Tensor, **tensors: Any) -> None:
 
 
 def check_layout(layout: Layout, x: Tensor, ranks: int) -> int:
-    """The number of experts that a caller's layout is of.
+    """The number of experts in a caller's layout.
 
     Raises:
         TypeError, Refused: tensors of the wrong kind, device, shape or dtype.
@@ -122,7 +122,7 @@ def check_layout(layout: Layout, x: Tensor, ranks: int) -> int:
 
 
 def check_agreement(layout: Layout, topk_idx: Tensor) -> None:
-    """The mask is that of the ids, by which commlib sends. Not looked at on a GPU.
+    """Check that the mask agrees with the ids, by which commlib sends; not on a GPU.
 
     Raises:
         ValueError: a token's ranks differ.
@@ -141,7 +141,7 @@ def check_agreement(layout: Layout, topk_idx: Tensor) -> None:
 
 
 def ranks_as_ids(is_token_in_rank: Tensor) -> Tensor:
-    """A mask as ids of ranks, ``[T, min(R, 32)]`` int64: where each rank is an expert.
+    """A mask as ids of ranks, ``[T, min(R, 32)]`` int64, as if each rank were an expert.
 
     Raises:
         ValueError: a token goes to more than 32 ranks.
@@ -159,12 +159,12 @@ def ranks_as_ids(is_token_in_rank: Tensor) -> Tensor:
 
 
 def rounded_up(counts: list[int], alignment: int) -> list[int]:
-    """Each to a multiple of ``alignment``."""
+    """Each count, rounded up to a multiple of ``alignment``."""
     return [-(-n // alignment) * alignment for n in counts]
 
 
 def check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
-    """float32 of a shape, in which None is any positive number.
+    """Check that weights are float32 of a shape, in which None is any positive number.
 
     Raises:
         TypeError, Refused: they are not.

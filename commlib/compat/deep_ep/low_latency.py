@@ -1,4 +1,4 @@
-"""Low latency mode, which is to come: names and arguments only."""
+"""Low latency mode, which is still to come: names and arguments only."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HEADER = 16  # bytes beside a row
 
 
 class LowLatency:
-    """The methods of ``Buffer`` for it. All but the size hint raise NotImplementedError."""
+    """The low latency methods of ``Buffer``. All but the size hint raise NotImplementedError."""
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes of two buffers of bfloat16 rows of all ranks for each local expert. commlib sizes itself."""
+        """Bytes of two buffers of all ranks' bfloat16 rows for each local expert. commlib sizes itself."""
         rows = num_max_dispatch_tokens_per_rank * num_experts
         return 2 * rows * (2 * hidden + _HEADER)
 

@@ -1,4 +1,4 @@
-"""Normal mode: what ``Buffer.dispatch`` does once it knows that it may."""
+"""Normal mode: what ``Buffer.dispatch`` does once its call is checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from commlib.errors import CapacityExceeded
 def routed(
     ranks: int, layout: Layout, topk_idx: Tensor | None, topk_weights: Tensor | None, x: Tensor
 ) -> tuple[int, Tensor]:
-    """How many experts the ids are of that route the tokens, and the ids: the caller's, or ranks.
+    """The ids that route the tokens, the caller's or ranks, and before them how many experts these are of.
 
     Raises:
         TypeError, ValueError: see :mod:`commlib.compat.deep_ep.layout`.
@@ -56,7 +56,7 @@ def dispatch(
         parcel: the rows.
         layout: the caller's.
         routed: see :func:`routed`.
-        weights: of top-k; None: the mask routes.
+        weights: topk_weights; None: the mask routes.
         sizes: expert_alignment and num_worst_tokens.
         async_finish: return once the sizes are known.
     """

@@ -1,4 +1,4 @@
-"""What both buffers are: owners of communicators, until they are destroyed."""
+"""The base of both buffers: an owner of communicators, until it is destroyed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Owner:
 
     Attributes:
         explicitly_destroy: :meth:`destroy` may be called.
-        runtime: what holds the communicators; None once destroyed.
+        runtime: holds the communicators; None once destroyed.
     """
 
     explicitly_destroy: bool
@@ -32,7 +32,7 @@ class Owner:
             runtime.close()
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """A stream of the buffer: what results are finished on. CUDA only.
+        """A stream of the buffer, on which results are finished. CUDA only.
 
         Raises:
             RuntimeError: there is no GPU.

@@ -1,4 +1,4 @@
-"""Rows as they travel: as bytes, since dispatch only copies. What commlib does not sum goes as words."""
+"""Rows as they travel: as bytes, since dispatch only copies. Rows that commlib does not sum go as words."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ SUMMED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of rows that c
 _WORD = torch.bfloat16  # of rows that are only copied
 _UNIT = 16  # bytes: DeepEP's rows are a multiple of this
 _SCALES = (torch.float32, torch.int32)
-# DeepEP's "TMA-aligned": columns of scales begin at multiples of so many bytes.
+# DeepEP's "TMA-aligned": columns of scales begin at multiples of this many bytes.
 _TMA_BYTES = 16
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
 
 class Parcel(NamedTuple):
-    """What is sent, and how DeepEP's result is made of what arrives: ``unpack(received, work, rows)``."""
+    """What is sent, and how to make DeepEP's result of what arrives: ``unpack(received, work, rows)``."""
 
     sent: Tensor  # [T, words]
     unpack: Callable[[Tensor, Work, int | None], Rows]
 
 
 def pack(x: Any, column_major_scales: bool = False) -> Parcel:
-    """Rows, or a pair of rows of one byte an element and scales, as one row of words for each token.
+    """Rows, or a pair of one-byte rows and scales, as one row of words for each token.
 
     Args:
         x: ``[T, H]`` of a dtype whose row is a multiple of 16 bytes; or a pair of ``[T, H]`` of a dtype of
@@ -82,7 +82,7 @@ def _pack_pair(x: Any, scales: Any, column_major: bool) -> Parcel:
 
 
 def _columns(scales: Tensor, rows: int) -> Tensor:
-    """A place for scales with stride 1 along rows."""
+    """Memory for scales with stride 1 along rows."""
     unit = _TMA_BYTES // scales.element_size()
     length = -(-rows // unit) * unit
     return scales.new_zeros(scales.shape[1], length)[:, :rows].t()
@@ -101,7 +101,7 @@ def _check_rows(name: str, x: Any) -> None:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row side by side. A clone, since ``contiguous`` leaves strides as they are where
+    """With the elements of a row side by side. A clone, since ``contiguous`` does not change strides where
     there is no second element that they lead to.
     """
     return x if x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""``deep_ep.utils``: events, where older DeepEP had them and callers look for them."""
+"""``deep_ep.utils``: events, where older versions of DeepEP had them and callers look for them."""
 
 from commlib.compat.deep_ep.events import EventHandle, EventOverlap
 

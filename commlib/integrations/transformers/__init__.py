@@ -6,7 +6,7 @@ Importing it registers ``ep_implementation="commlib"`` for transformers' own exp
     config = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="commlib")
     model = AutoModelForCausalLM.from_pretrained(name, distributed_config=config)
 
-:func:`parallelize` spreads the experts of a model that is loaded already. docs/transformers.md has both.
+:func:`parallelize` spreads the experts of a model already loaded. docs/transformers.md describes both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EPImplementationInterface.register("commlib", CommlibEP)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Trainer":  # takes accelerate, and seconds
+    if name == "Trainer":  # importing it needs accelerate, and takes seconds
         from .trainer import Trainer
 
         return Trainer

@@ -22,17 +22,17 @@ ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 _Key = tuple[int, int, int, torch.dtype, torch.device]
 
 # By the group that ranks were given as, then by shape: layers of equal shape share a communicator. Layers
-# keep it; when the last of them has gone it is closed.
+# keep it; it is closed when the last of them is gone.
 _known: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[_Key, ExpertParallel]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 class Exchange:
-    """What brings one layer's tokens to the experts.
+    """Brings one layer's tokens to the experts.
 
-    The communicator is made at the first call, which says how wide rows are and how many experts a token has.
-    It takes batches of any size, and is shared by all layers of that shape.
+    The communicator is made at the first call, which shows how wide rows are and how many experts a token
+    has. It takes batches of any size, and all layers of that shape share it.
 
     Args:
         group: a ProcessGroup, 1-D DeviceMesh or commlib.Group.
@@ -54,8 +54,8 @@ class Exchange:
 
         Args:
             experts_forward: of this rank's experts: ``rows [M, H], index [M, 1], weights [M, 1]`` to
-                ``[M, H]``, weighted. A row is for one expert, the rows of the first come first; so no
-                implementation has to know a mark for experts of other ranks, or computes for it.
+                ``[M, H]``, weighted. A row is for one expert, the first expert's rows come first; so no
+                implementation needs a mark for other ranks' experts, or computes for them.
             hidden_states: ``[T, H]``, floating.
             top_k_index: ``[T, K]`` int64 or int32, of all experts.
             top_k_weights: ``[T, K]``, floating.
@@ -67,7 +67,7 @@ class Exchange:
         d = ep.dispatch(hidden_states, top_k_index, top_k_weights, layout="expert")
         rows = torch.arange(d.x.shape[0], device=d.x.device)
         index = torch.bucketize(rows, d.offsets[1:], right=True).unsqueeze(-1)
-        # In this dtype again, exactly: it is what they are computed with unsharded.
+        # Back in this dtype, exactly: unsharded experts compute with it.
         weights = d.topk_weights.to(top_k_weights.dtype).unsqueeze(-1)
         if torch.compiler.is_compiling() or d.x.shape[0]:
             y = experts_forward(d.x, index, weights)
@@ -108,7 +108,7 @@ def _find_communicator(group: Any, num_experts: int, rows: Tensor, topk: int) ->
 
 
 def _forward_of_nothing(experts_forward: ExpertsForward, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """No rows, from experts that have seen one: each parameter has a gradient, or FSDP waits for one."""
+    """No rows, from experts that were given one: each parameter needs a gradient, or FSDP waits for it."""
     row = torch.cat([x, x.new_zeros(1, x.shape[1])])
     y = experts_forward(row, index.new_zeros(1, 1), weights.new_zeros(1, 1))
     return y[:0] + x
@@ -137,7 +137,7 @@ class CommlibEP(EPImplementation):
 
 
 def _own_rows(t: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of what all of the mesh hold; its gradient is gathered."""
+    """This rank's part of rows that all ranks of the mesh hold; its gradient is gathered."""
     return (
         DTensor.from_local(t, mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(0)]).to_local()
     )
@@ -145,7 +145,7 @@ def _own_rows(t: Tensor, mesh: DeviceMesh) -> Tensor:
 
 @contextmanager
 def parameters_replaced(module: Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """A module whose forward reads other tensors by its parameters' names."""
+    """Let a module's forward read other tensors by its parameters' names."""
     own: dict[str, Any] = module._parameters
     before = {name: own[name] for name in tensors}
     own.update(tensors)

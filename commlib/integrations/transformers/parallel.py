@@ -37,7 +37,7 @@ class ModelRanks:
 
 
 class ParallelExperts(ShardedExperts):
-    """The experts of a transformers model, some of which are here: a base class beside the model's own."""
+    """A transformers model's experts, some of which are here: a base class beside the model's own."""
 
     reads_local = True
     exchange: Exchange
@@ -53,13 +53,13 @@ class ParallelExperts(ShardedExperts):
 def parallelize(model: _Model, group: Any = None) -> _Model:
     """Keep this rank's experts of a loaded model, and reach those of the other ranks by commlib.
 
-    The model is changed where it is. It computes what it did, for the tokens of this rank: all ranks call it
-    together, each with a batch of its own, of any size. Train it as docs/training.md has it (DDP, FSDP2 by
+    The model is changed in place. It computes the same as before, for this rank's tokens: all ranks call it
+    together, each with its own batch, of any size. Train it as docs/training.md describes (DDP, FSDP2 by
     ``commlib.nn.fully_shard_experts``, ``sync_gradients``). ``generate`` goes on, on all ranks, until the
     last has ended (``synced_gpus``), and ``save_pretrained``, on all ranks, writes the whole model.
 
-    The number of experts need not be a multiple of the number of ranks. Each rank has to have the memory for
-    the whole model: ``from_pretrained`` with a ``DistributedConfig`` loads parts.
+    The number of experts need not be a multiple of the number of ranks. Each rank needs memory for the whole
+    model: ``from_pretrained`` with a ``DistributedConfig`` loads parts.
 
     Args:
         model: on the device where it is to run, the same on all ranks.
@@ -69,9 +69,9 @@ def parallelize(model: _Model, group: Any = None) -> _Model:
         ``model``.
 
     Raises:
-        TypeError, ValueError: it is no model of transformers; it has no experts, or not such as can be
-            spread: quantised, tied, spread already, with parameters that all experts share, or fewer than
-            ranks; or ranks have different models. Nothing has changed, on any rank.
+        TypeError, ValueError: it is no model of transformers; it has no experts, or they cannot be spread:
+            quantised, tied, spread already, with parameters that all experts share, or fewer than ranks; or
+            ranks have different models. Nothing has changed, on any rank.
         CommError: another rank's model cannot be spread, and why; or that rank does not come.
     """
     known = resolve_group(group)
@@ -93,7 +93,7 @@ def gather_state_dict(model: PreTrainedModel) -> dict[str, Any]:
     """The state dict of the unsharded model, with transformers' names, on the CPU of the first rank.
 
     All ranks call it; the others get an empty one. ``model.save_pretrained(path)``, on all ranks, writes it
-    as the hub has it (one tensor for each expert), for ``from_pretrained``.
+    in the hub's layout (one tensor for each expert), for ``from_pretrained``.
 
     Args:
         model: from :func:`parallelize`, or loaded with a ``DistributedConfig``.
@@ -114,7 +114,7 @@ def _experts_in(model: Any, size: int) -> list[Any]:
 
     Raises:
         TypeError: it is no model of transformers.
-        ValueError: there are none, or some cannot be.
+        ValueError: there are none, or some cannot be spread.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -128,7 +128,7 @@ def _experts_in(model: Any, size: int) -> list[Any]:
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"this {name} is quantised: load it in bfloat16, float16 or float32")
-    # What transformers' use_experts_implementation has decorated takes and returns what Exchange does.
+    # Modules that transformers' use_experts_implementation decorates take and return what Exchange does.
     found = {path: part for path, part in model.named_modules() if hasattr(part, "_is_expert_parallel")}
     if not found:
         raise ValueError(
@@ -189,19 +189,19 @@ def _keep_own(module: Any, ranks: ModelRanks) -> None:
     if ranks.size > 1:
         module.shard = Shard(ranks, mine.start, len(mine), total)
     for name, whole in list(module._parameters.items()):
-        rows = whole.detach()[mine.start : mine.stop].clone()  # and not a view, which keeps all
+        rows = whole.detach()[mine.start : mine.stop].clone()  # not a view, which would keep all
         module.register_parameter(name, nn.Parameter(rows, whole.requires_grad))
 
 
 def generate(self: Any, *args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
-    """As the model's own; all ranks go on until the last has ended, for its tokens need their experts."""
+    """As the model's own; all ranks go on until the last has ended, since its tokens need their experts."""
     if synced_gpus is None:
         synced_gpus = _ranks_of(self) is not None
     return type(self).generate(self, *args, synced_gpus=synced_gpus, **kwargs)
 
 
 def _has_unfinished_sequences(self: Any, this_peer_finished: bool, synced_gpus: bool, device: Any) -> bool:
-    """Of ``generate``: whether any rank that shares the experts has; transformers would ask all there are."""
+    """For ``generate``: whether any rank that shares the experts has; transformers would ask all ranks."""
     ranks = _ranks_of(self) if synced_gpus else None
     if ranks is None:
         return not this_peer_finished
@@ -212,7 +212,7 @@ def _has_unfinished_sequences(self: Any, this_peer_finished: bool, synced_gpus: 
 def save_pretrained(
     self: Any, save_directory: Any, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    """As the model's own, which all ranks call; the first writes all experts, and then all go on."""
+    """As the model's own, but all ranks call it; the first writes all experts, and then all go on."""
     given = state_dict is not None
     if state_dict is not None:
         _check_whole(self, state_dict)
@@ -225,7 +225,7 @@ def save_pretrained(
 
 
 def _check_whole(model: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Parts are DTensors where torch.distributed knows the ranks, else tensors with fewer experts."""
+    """Refuse one rank's parts: DTensors where torch.distributed knows the ranks, else too few experts."""
     totals = {
         f"{path}.{name}": part.shard.total
         for path, part in model.named_modules()
@@ -254,7 +254,7 @@ _WHO_SAVES = (
 
 
 def _await_all(task: str, advice: str) -> None:
-    """Return when all ranks have come, or raise PeerTimeout with who has not: before torch waits for them."""
+    """Return when all ranks have come, or raise PeerTimeout that names the missing: before torch waits."""
     if dist.is_initialized():
         with TorchGroup(None).converse(START_SECONDS) as talk:
             talk.task, talk.advice = task, advice
@@ -262,6 +262,6 @@ def _await_all(task: str, advice: str) -> None:
 
 
 def _ranks_of(model: nn.Module) -> Ranks | None:
-    """Those that share its experts; None: it is alone."""
+    """The ranks that share the model's experts; None: this one is alone."""
     shard = next(part.shard for part in model.modules() if isinstance(part, ParallelExperts))
     return None if shard is None else shard.ranks

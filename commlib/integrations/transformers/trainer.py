@@ -22,11 +22,11 @@ class Trainer(transformers.Trainer):
     """transformers' Trainer, for a model from :func:`commlib.integrations.transformers.parallelize`.
 
     It trains as transformers' does (DDP, clipping), which needs nothing of commlib. Saving does: the model is
-    gathered from all ranks and written as ``save_pretrained`` does; weights and the optimizer's state are
-    written in parts besides, from which any number of ranks resumes. Other models it treats as transformers'.
+    gathered from all ranks and written as by ``save_pretrained``; weights and the optimizer's state are also
+    written in parts, from which any number of ranks resumes. It treats other models as transformers' does.
     """
 
-    model: Any  # not None here, nor are these while it trains
+    model: Any  # not None here, and these are not None while it trains
     optimizer: Any
     lr_scheduler: Any
 
@@ -56,7 +56,7 @@ class Trainer(transformers.Trainer):
                 f"{resume_from_checkpoint} has no {_PARTS}/ to resume from: it was written with "
                 "save_only_model=True, or by another Trainer. from_pretrained loads its weights"
             )
-        # With the optimizer's state, when there is an optimizer.
+        # Loaded with the optimizer's state, once there is an optimizer.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._is_spread():
