@@ -11,7 +11,7 @@ from commlib import __version__, cuda
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; what it returns is the exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="commlib", description="Tools beside the library.")
     parser.add_argument("--version", action=_Version, help="of commlib, and what this build can use here")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """Looks for a GPU only where it is asked for."""
+    """Looks for a GPU only when asked for the version."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -55,7 +55,7 @@ class _Version(argparse.Action):
 
 
 def _topo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from commlib.cli.topo import topo  # what only this command needs
+    from commlib.cli.topo import topo  # only this command needs it
 
     try:
         return 0 if topo(args.ranks_per_node) else 1
@@ -64,7 +64,7 @@ def _topo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from commlib.cli.calibrate import Plan, calibrate  # what only this command needs
+    from commlib.cli.calibrate import Plan, calibrate  # only this command needs them
 
     try:
         calibrate(Plan.of(args), args.out)

@@ -1,7 +1,7 @@
 """``commlib bench --calibrate``: measure a machine for commlib.model.
 
-One rank has all the tokens, so that its SMs (or threads) do all the work and nobody competes with them; they
-send to all ranks, so that a row goes to as many places as it does in earnest.
+One rank has all the tokens, so that its SMs (or threads) do all the work and nothing competes with them; they
+send to all ranks, so that a row goes to as many places as in real use.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Plan:
         Raises:
             ValueError: a number that makes no sense; the text names it.
         """
-        # In-process ranks on a GPU need both (docs/gpu.md); CUDA reads them when it starts.
+        # In-process ranks on a GPU need both variables (docs/gpu.md); CUDA reads them when it starts.
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         device = args.device or ("cuda" if cuda.is_available() else "cpu")
@@ -85,22 +85,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of rank 0, by number of SMs, and what it moved each time."""
+    """Seconds of rank 0, by number of SMs, and the rows that it moved each time."""
 
     tokens: int
     rows: int  # (token, rank) pairs
     dispatch: dict[int, list[float]]
     combine: dict[int, list[float]]
-    dispatch_one: dict[int, list[float]]  # one token: what an operation takes anyway
+    dispatch_one: dict[int, list[float]]  # one token: the time that an operation takes anyway
     combine_one: dict[int, list[float]]
 
     def memory_gbps(self, row_bytes: int) -> float:
-        """The most that any operation read and wrote."""
+        """The highest rate at which any operation read and wrote."""
         rates = [self.gbps(op, n, row_bytes) for op in ("dispatch", "combine") for n in self.dispatch]
         return max(rates) * (self.tokens + self.rows) / self.rows
 
     def gbps(self, operation: str, num_sms: int, row_bytes: int) -> float:
-        """Rows' bytes by the time that they add to an operation."""
+        """Rows' bytes over the time that they add to an operation."""
         anyway = min(getattr(self, f"{operation}_one")[num_sms])
         seconds = statistics.median(getattr(self, operation)[num_sms]) - anyway
         if seconds <= 0:
@@ -161,7 +161,7 @@ def _hardware(
 
 
 def _preset_links(plan: Plan, name: str) -> tuple[float | None, float | None, dict[str, str]]:
-    """What cannot be measured here: a host has no link, and in-process ranks share one GPU."""
+    """Rates that cannot be measured here: a host has no link, and in-process ranks share one GPU."""
     known = preset_for(name) if plan.device == "cuda" else None
     if known is None:
         return None, None, {"link_gbps": "none", "network_gbps": "none"}
@@ -251,7 +251,7 @@ def _count_rows(topk_idx: Tensor, experts: int, ranks: int) -> int:
 
 
 def _plain_copies(plan: Plan) -> dict[str, list[float]]:
-    """Seconds of a copy: by one thread (CPU), and by all there is."""
+    """Seconds of a copy: by one thread (CPU), and by all threads or SMs."""
     source = torch.ones(plan.copy_mib << 20, dtype=torch.uint8, device=plan.device)
     target = torch.empty_like(source)
     everything = {"all": _cores()} if plan.device == "cuda" else {"one thread": 1, "all": _cores()}
@@ -263,7 +263,7 @@ def _plain_copies(plan: Plan) -> dict[str, list[float]]:
 
 
 def _products(plan: Plan) -> list[float]:
-    """Seconds of a bf16 matrix product on everything."""
+    """Seconds of a bf16 matrix product on all cores or SMs."""
     a = torch.ones(plan.matmul, plan.matmul, dtype=torch.bfloat16, device=plan.device)
     with _threads(_cores()):
         return _repeated(plan, lambda: a @ a)

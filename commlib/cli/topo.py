@@ -12,7 +12,7 @@ from commlib.topology import Topology, find_topology, node_size
 
 
 def topo(ranks_per_node: int | None) -> bool:
-    """Gather, and print on rank 0. Every rank calls it; whether ranks could run like this."""
+    """Gather, and print on rank 0. Every rank calls it; returns whether ranks could run like this."""
     group = resolve_group()
     places = gather(group, "places", own_place() | {"ucx": _ucx()})
     size = node_size(ranks_per_node)
@@ -23,7 +23,7 @@ def topo(ranks_per_node: int | None) -> bool:
 
 
 def _ucx() -> tuple[bool, str]:
-    """Whether there is one, and its version or what was tried."""
+    """Whether there is a UCX, and its version or what was tried."""
     try:
         return True, f"UCX {_core.load_ucx(ucx.candidates())}"
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a machine can do, as far as the model needs to know it, and files of measured values."""
+"""A machine's abilities, as far as the model needs them, and files of measured values."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _OPTIONAL = ("link_gbps", "network_gbps", "tflops")
 class Hardware:
     """One device (a GPU; or a host, whose cores then are the "SMs") and its way to the others.
 
-    GB/s are 1e9 bytes per second. Rates are those that are achieved, except where the source says "nominal".
+    GB/s are 1e9 bytes per second. Rates are achieved ones, except where the source says "nominal".
 
     Attributes:
         name: as the driver calls it, or a preset's.
         sms: SMs of the GPU, or cores of the host.
         memory_gbps: device memory, bytes read plus bytes written.
-        link_gbps: to and from the other devices of the node, one direction while both are busy; None: there
-            is no such link.
+        link_gbps: to and from the other devices of the node, one direction while both are busy; None: no
+            such link.
         network_gbps: to and from other nodes, for each device and direction; None: there is no network.
         dispatch_sm_gbps: bytes of rows that one SM stores at their targets.
         combine_sm_gbps: bytes of rows that one SM loads and sums.
-        latency_us: what an operation takes beside moving rows.
+        latency_us: time that an operation takes besides moving rows.
         tflops: dense bf16 matrix products on all SMs; None: unknown.
-        sources: for each of these, where it is from.
+        sources: for each of these, where it comes from.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Hardware:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no such file, or a value makes no sense; the text names both.
+            ValueError: it is not such a file, or a value makes no sense; the text names both.
         """
         path = Path(path).expanduser()
         try:

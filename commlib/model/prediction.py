@@ -1,4 +1,4 @@
-"""How long dispatch and combine take, and what binds: the longest of five times. docs/model.md, "Times"."""
+"""How long dispatch and combine take, and what limits: the longest of five times. docs/model.md, "Times"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from commlib.model.checks import check_int, check_number
 from commlib.model.hardware import Hardware
 from commlib.model.routing import UniformRouting
 
-# Bytes of a row of `hidden` elements. fp8 has one fp32 scale for each 128 elements, as DeepEP's.
+# Bytes of a row of `hidden` elements. fp8 has one fp32 scale for each 128 elements, like DeepEP's.
 ROW_BYTES: dict[str, Callable[[int], int]] = {
     "fp8": lambda hidden: hidden + 4 * -(-hidden // 128),
     "bf16": lambda hidden: 2 * hidden,
@@ -32,11 +32,11 @@ class Config:
         dispatch_dtype, combine_dtype: a key of ROW_BYTES.
         ranks_per_node: L; None: all ranks are on one node.
         ranks_per_device: ranks that share a GPU (in-process ranks) or a host's memory (the CPU backend);
-            nothing between them crosses a link. More than 1 needs a single node.
+            no row between them crosses a link. More than 1 needs a single node.
         node_limit: see UniformRouting.
         direct: rows go straight to the ranks of other nodes (latency mode), not through a gateway.
         dedup: a row goes once to a rank that owns several of its experts; False: once for each expert.
-        imbalance: rows of the busiest rank over the mean, at least 1, beside what uneven ownership does.
+        imbalance: rows of the busiest rank over the mean, at least 1, besides what uneven ownership adds.
 
     Raises:
         ValueError, TypeError: a value that makes no sense; the text names it.
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """Of a row in dispatch, and in combine."""
+        """Bytes of a row in dispatch, and in combine."""
         return ROW_BYTES[self.dispatch_dtype](self.hidden), ROW_BYTES[self.combine_dtype](self.hidden)
 
     @cached_property
@@ -106,7 +106,7 @@ class Traffic:
         received: rows that arrive at a rank, its own tokens' included.
         node_rows: (token, node) pairs of a rank's tokens, its own node included.
         link: rows that cross a device's link in one direction, the busier one.
-        network: the same for the network.
+        network: rows that cross its network in one direction, the busier one.
         stores: rows that a rank's SMs store in dispatch.
         loads: rows that they load in combine.
         memory: rows read and written in a device's memory.
@@ -153,7 +153,7 @@ def _rows_per_token(config: Config) -> tuple[PerToken, PerToken, PerToken]:
 
 
 def _direct(config: Config, ranks: PerToken, by_node: PerToken, _: PerToken) -> tuple[float, float]:
-    """Rows of the busiest device over link and network, for a token of each rank: each row goes straight."""
+    """The busiest device's rows over link and network, for one token of each rank; all rows go straight."""
     size, shared, total = config.node_size, config.ranks_per_device, sum(ranks)
     others = config.ranks - size
     network = max(max(w * others for w in ranks), max(total - near for near in by_node))
@@ -165,7 +165,7 @@ def _direct(config: Config, ranks: PerToken, by_node: PerToken, _: PerToken) -> 
 
 
 def _two_hop(config: Config, ranks: PerToken, by_node: PerToken, node_pairs: PerToken) -> tuple[float, float]:
-    """The same where a row goes once to a node, to the rank with its source's place there, and on from it."""
+    """The same where a row goes once to a node, to the rank with its source's index there, and on from it."""
     nodes = config.nodes
     incoming = max(w * (config.ranks - nodes) for w in ranks)
     outgoing = max(nodes * (by_node[r // config.node_size] - w) for r, w in enumerate(ranks))
@@ -180,9 +180,9 @@ class Operation:
 
     Attributes:
         seconds: from its begin to its end on the busiest rank.
-        limit: what binds: "link", "network", "SMs", "memory" or "latency".
-        parts: seconds that each of them would take alone.
-        link_gbps, network_gbps: what crosses them, one direction.
+        limit: what limits it: "link", "network", "SMs", "memory" or "latency".
+        parts: seconds that each of these would take alone.
+        link_gbps, network_gbps: bytes that cross them, one direction.
         nvlink_gbps: rows that a rank receives, its own included: "NVLink bottleneck bandwidth" of DeepEP V1,
             the logical one of V2, "NVLink" of UCCL.
         rdma_gbps: (token, node) pairs of a rank, its own node included: "RDMA bottleneck bandwidth" of DeepEP
@@ -211,7 +211,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of both."""
+        """Of both operations."""
         return self.dispatch.seconds + self.combine.seconds
 
     def __str__(self) -> str:
@@ -239,7 +239,7 @@ def predict(hardware: Hardware, config: Config, num_sms: int) -> Prediction:
     """
     check_int("num_sms", num_sms, 1, hardware.sms)
     sizes, traffic = config.row_bytes, config.traffic
-    # Threads may outnumber cores; they share them then.
+    # Threads may outnumber cores; then they share them.
     workers = min(num_sms, hardware.sms / config.ranks_per_device)
     dispatch = _operation(hardware, config, sizes[0], traffic.stores / (workers * hardware.dispatch_sm_gbps))
     combine = _operation(hardware, config, sizes[1], traffic.loads / (workers * hardware.combine_sm_gbps))

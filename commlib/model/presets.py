@@ -14,14 +14,14 @@ MEASURED_FOLDER = Path("~/.config/commlib")
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no datasheet says. docs/model.md, "Constants", derives each.
+    """Constants that no datasheet has. docs/model.md, "Constants", derives each.
 
     Attributes:
         link: share of the nominal link rate; None: the documented one of each GPU.
         network: share of the nominal network rate.
         sm_gbps: rows that one SM moves, in dispatch and in combine.
         latency_us: of one operation.
-        sources: where they are from, by their names here.
+        sources: where they come from, by their names here.
     """
 
     link: float | None
@@ -31,7 +31,7 @@ class Assumptions:
     sources: Mapping[str, str]
 
 
-# Rows are those of bench/published.csv, counted from 1.
+# Numbers of rows of bench/published.csv, counted from 1.
 FITTED_ROWS = {"link": 1, "network": 7, "latency_us": 9, "sm_gbps": 27}
 FITTED = Assumptions(
     link=0.69,
@@ -60,7 +60,7 @@ DOCUMENTED = Assumptions(
 
 @dataclass(frozen=True)
 class _Datasheet:
-    """Rates in GB/s; of link and network for one direction."""
+    """Rates in GB/s; link and network: one direction."""
 
     sms: tuple[int, str]
     memory: tuple[float, str]
@@ -158,19 +158,19 @@ PRESETS: Mapping[str, Hardware] = {name: preset(name) for name in _DATASHEETS}
 
 
 def measured_path(name: str) -> Path:
-    """Where ``commlib bench --calibrate`` writes what it measured on a device of that name."""
+    """Where ``commlib bench --calibrate`` writes its measurements of a device of that name."""
     return MEASURED_FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 def preset_for(name: str) -> Hardware | None:
-    """The preset that a device's name means: "NVIDIA H100 80GB HBM3" is H100. PCIe, NVL: none."""
+    """The preset for a device's name: "NVIDIA H100 80GB HBM3" is H100. PCIe, NVL: none."""
     words = set(re.findall(r"[A-Za-z0-9]+", name))
     found = words & PRESETS.keys()
     return PRESETS[found.pop()] if len(found) == 1 and not words & {"PCIe", "NVL"} else None
 
 
 def find_hardware(name: str) -> Hardware | None:
-    """For a device's name: what was measured on this machine, else the preset, else None.
+    """A device's values by its name: those measured on this machine, else the preset, else None.
 
     Raises:
         ValueError: the file of measured values cannot be used.

@@ -10,12 +10,12 @@ from commlib.model.hardware import Hardware
 from commlib.model.prediction import Config, Operation, Prediction, predict
 from commlib.model.presets import find_hardware
 
-DEFAULT_SMS = 8  # where nothing is known of the device, or nothing crosses a link
+DEFAULT_SMS = 8  # where the device is unknown, or nothing crosses a link
 
 
 @dataclass(frozen=True)
 class Compute:
-    """What a rank computes while, or before and after, it communicates.
+    """A rank's computation while, or before and after, it communicates.
 
     Args:
         flops: of a rank, for one dispatch and one combine.
@@ -33,13 +33,13 @@ class Compute:
     def swiglu(config: Config, ffn_hidden: int, efficiency: float) -> Compute:
         """Forward of SwiGLU experts: three ``hidden x ffn_hidden`` products for each of T*K rows.
 
-        That many (token, expert) pairs come to a rank on average.
+        On average a rank receives T*K (token, expert) pairs.
         """
         check_int("ffn_hidden", ffn_hidden, 1)
         return Compute(6.0 * config.tokens * config.topk * config.hidden * ffn_hidden, efficiency)
 
     def seconds(self, hardware: Hardware, sms: int) -> float:
-        """On so many of the SMs: time is inverse to them."""
+        """Seconds on ``sms`` of the SMs, inverse to their number."""
         if hardware.tflops is None:
             raise ValueError(f"{hardware.name}: tflops is not known, so compute cannot be weighed")
         return self.flops / (hardware.tflops * 1e12 * self.efficiency) * hardware.sms / sms
@@ -47,13 +47,13 @@ class Compute:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What :func:`propose` found.
+    """The result of :func:`propose`.
 
     Attributes:
         num_sms: SMs for communication.
         overlap: whether compute runs at the same time, on the other SMs.
-        prediction: dispatch and combine with them.
-        compute_seconds: on the SMs that are left (overlap), or on all.
+        prediction: dispatch and combine with these SMs.
+        compute_seconds: on the remaining SMs (overlap), or on all.
         seconds: of the layer: the longer of the two (overlap), or their sum.
         sequential_seconds: of the layer without overlap, at its own best number of SMs.
         efficiency: the longer of communication with all SMs and compute with all SMs (without overlap: their
@@ -116,13 +116,13 @@ def propose(
     """The smallest number of communication SMs with which the layer (dispatch, experts, combine) is fastest.
 
     Args:
-        compute: what runs beside communication; None: nothing is weighed against it, and the answer is the
-            number from which on SMs do not bind.
+        compute: what runs beside communication; None: nothing competes with it, and the answer is the number
+            of SMs from which on they no longer limit.
         overlap: compute and communication run at the same time on disjoint SMs (two micro-batches, or
-            chunks); False: one after the other, each on what it wants.
+            chunks); False: one after the other, each on as many SMs as it wants.
 
     Raises:
-        ValueError: as predict; or compute is to be weighed, and the hardware has one SM, or unknown tflops.
+        ValueError: as predict; or compute is given, and the hardware has one SM, or unknown tflops.
     """
     together = overlap and compute is not None
     if together and hardware.sms < 2:
@@ -136,7 +136,7 @@ def propose(
             return max(predictions[n].seconds, compute.seconds(hardware, hardware.sms - n))
         return predictions[n].seconds + compute_all
 
-    num_sms = min(predictions, key=layer_seconds)  # of equals the first, which is the smallest
+    num_sms = min(predictions, key=layer_seconds)  # the first of equals, which is the smallest
     fastest = predict(hardware, config, hardware.sms).seconds
     ideal = max(fastest, compute_all) if together else fastest + compute_all
     seconds = layer_seconds(num_sms)
@@ -154,7 +154,7 @@ def propose(
 
 
 def saturating_sms(hardware: Hardware, config: Config) -> int:
-    """From how many SMs on they do not bind, neither dispatch nor combine; at most what there is."""
+    """The number from which on SMs limit neither dispatch nor combine; at most the hardware's."""
     one = predict(hardware, config, 1)
     return min(hardware.sms, max(_saturating(one.dispatch), _saturating(one.combine)))
 
@@ -184,16 +184,16 @@ def default_num_sms(
 ) -> int:
     """How many SMs of a GPU should communicate when the user does not say.
 
-    Enough that they do not bind where rows cross a link (:func:`saturating_sms`), at most half of this rank's
+    Enough not to be the limit where rows cross a link (:func:`saturating_sms`), at most half of this rank's
     share of the GPU. 8, or that half, where the GPU is unknown or its ranks share it.
 
     Args:
-        name, sms: of the device, as ``commlib.cuda.properties`` has them.
+        name, sms: of the device, as in ``commlib.cuda.properties``.
         ranks: of one node.
-        max_tokens, hidden, topk, experts: as ExpertParallel has them.
+        max_tokens, hidden, topk, experts: as for ExpertParallel.
         itemsize: bytes of an element.
         ranks_on_device: in-process ranks on this GPU.
-        hardware: None: what ``commlib bench --calibrate`` measured on this machine, else the preset.
+        hardware: None: as ``commlib bench --calibrate`` measured it on this machine, else the preset.
 
     Raises:
         ValueError: the file of measured values cannot be used.

@@ -21,8 +21,8 @@ class UniformRouting:
         experts: E, over all ranks.
         topk: K, experts for each token.
         ranks: R.
-        nodes: N, that divides R.
-        node_limit: a token's experts lie on at most so many nodes, the nodes of its best experts (DeepSeek's
+        nodes: N, which divides R.
+        node_limit: a token's experts lie on at most this many nodes, those of its best experts (DeepSeek's
             group-limited gating, a node being a group). Nodes must then own equally many experts.
 
     Raises:
@@ -87,22 +87,22 @@ class UniformRouting:
         return tuple(hit[n] for n in owned)
 
     def _missed(self, owned: int) -> float:
-        """The probability that none of a token's experts is among ``owned`` certain ones."""
+        """The probability that none of a token's experts is among ``owned`` given ones."""
         if self.node_limit is None or self.node_limit == self.nodes:
             return missed(self.experts, self.topk, owned)
         return missed_within_nodes(self.experts, self.topk, owned, self.nodes, self.node_limit)
 
 
 def missed(experts: int, topk: int, owned: int) -> float:
-    """C(E - n, K) / C(E, K): the probability that K of E experts, none twice, are none of n certain ones."""
+    """C(E - n, K) / C(E, K): the probability that K of E experts, none twice, are none of n given ones."""
     return math.comb(experts - owned, topk) / math.comb(experts, topk)
 
 
 def missed_within_nodes(experts: int, topk: int, owned: int, nodes: int, limit: int) -> float:
-    """The same where a token's experts lie on at most ``limit`` nodes, and the n certain ones on one node.
+    """The same where a token's experts lie on at most ``limit`` nodes, and the n given ones on one node.
 
     A token takes its experts in order of their score. Until it has met ``limit`` nodes all experts are open
-    to it, from then on only those of the nodes it has met. The states after each choice: how many other nodes
+    to it, from then on only those of the nodes it has met. The state after each choice: how many other nodes
     it has met, and how many experts it took there; all its other experts are on the node in question, none of
     them among the n.
     """
