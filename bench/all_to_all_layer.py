@@ -3,7 +3,7 @@ unpermute.
 
 A row goes out for each of a token's experts, wherever they are. Autograd goes through all of it: the adjoint
 of an all-to-all is the all-to-all the other way. Router and experts are modules of commlib.nn, so that layers
-differ by what moves the rows alone.
+differ only in how rows move.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Exchange(ABC):
     """An all-to-all of rows.
 
     Attributes:
-        sent_bytes: to other ranks, so far.
+        sent_bytes: sent to other ranks so far.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.sent_bytes = rank, size, 0
 
     def rows(self, source: Tensor, rows: list[int], into_rows: list[int]) -> Tensor:
-        """Send ``rows[r]`` of ``[N, ...]`` to rank r; what came, ``into_rows[r]`` from rank r."""
+        """Send ``rows[r]`` of ``[N, ...]`` to rank r; return what came, ``into_rows[r]`` from rank r."""
         source = source.contiguous()
         into = source.new_empty(sum(into_rows), *source.shape[1:])
         row_bytes = source[:1].nbytes if len(source) else 0
@@ -42,12 +42,12 @@ class Exchange(ABC):
         return into
 
     def counts(self, counts: Tensor) -> Tensor:
-        """Row r of ``[R, n]`` to rank r; what came."""
+        """Send row r of ``[R, n]`` to rank r; return what came."""
         return self.rows(counts, [1] * self.size, [1] * self.size)
 
     @abstractmethod
     def _move(self, source: Tensor, into: Tensor, rows: list[int], into_rows: list[int]) -> None:
-        """Both are contiguous."""
+        """Move the rows; both tensors are contiguous."""
 
 
 class TorchExchange(Exchange):
@@ -62,7 +62,7 @@ class TorchExchange(Exchange):
 
 
 class MpiExchange(Exchange):
-    """mpi4py's ``Alltoallv``; one element is a row, so that no count can outgrow an int32."""
+    """mpi4py's ``Alltoallv``; one element is a row, so that no count can exceed an int32."""
 
     def __init__(self, comm: Any) -> None:
         super().__init__(comm.rank, comm.size)
@@ -93,7 +93,7 @@ class AllToAllLayer(nn.Module):
     """``[T, H] -> [T, H]``, the experts spread over the ranks of an exchange.
 
     Args:
-        experts: of this rank; every rank has as many.
+        experts: of this rank; every rank has equally many.
         align: each expert's rows are padded to a multiple of this, for the grouped matmul.
     """
 
@@ -111,7 +111,7 @@ class AllToAllLayer(nn.Module):
         counts = counts.view(self.exchange.size, self.local_experts)
         arriving = self.exchange.counts(counts)
         offsets = self._offsets(arriving)
-        # The host waits once, for all that it has to know.
+        # The host waits once, for all numbers that it needs.
         known = torch.cat([counts.sum(1), arriving.sum(1), offsets[-1:]]).tolist()
         sent, received, padded = known[: len(counts)], known[len(counts) : -1], known[-1]
         rows = _AllToAll.apply(x[order // topk_idx.shape[1]], self.exchange, sent, received)

@@ -3,7 +3,7 @@
 These are meant to be hard to beat with the tools they use. A token crosses once to each rank that
 owns one of its experts, every large buffer is allocated once, rows are gathered by one
 `index_select` and summed by one `embedding_bag` (a single pass, fp32 sums, one rounding; about
-five times as fast as `index_add_` into an fp32 buffer), and nothing is copied that need not be.
+five times as fast as `index_add_` into an fp32 buffer), and there are no needless copies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SendPlan:
     tokens: Tensor  # [S] source token of each row sent
     meta: Tensor  # [S, 2K] int32: local expert ids (-1: none), then the bits of their fp32 weights
     counts: Tensor  # [R] int64, rows for each rank
-    bag: Tensor  # [S] rows sent, grouped by token, in each group by rank: what combine sums
+    bag: Tensor  # [S] rows sent, grouped by token, in each group by rank: combine sums these
     bag_start: Tensor  # [T] where each token's group begins in `bag`
 
     @staticmethod
@@ -60,7 +60,7 @@ class AllToAllBaseline(ABC):
         num_experts: E over all ranks, a multiple of R.
         hidden, topk: H and K.
         max_tokens: the most tokens a rank sends; buffers hold ``ranks * max_tokens`` rows, of which
-            only what is really used is ever touched.
+            only those in use are ever touched.
         dtype: of rows.
         device: of all tensors.
     """
@@ -81,7 +81,7 @@ class AllToAllBaseline(ABC):
         self.local_experts = num_experts // ranks
         most = ranks * max_tokens
         self._device = torch.device(device)
-        # Rows wait here to be sent; combine, which comes later, receives into it.
+        # Rows wait here to be sent; later, combine receives into it.
         self._out_rows = self._empty(most, hidden, dtype=dtype)
         self._in_rows = self._empty(most, hidden, dtype=dtype)
         self._in_meta = self._empty(most, 2 * topk, dtype=torch.int32)
@@ -122,11 +122,11 @@ class AllToAllBaseline(ABC):
         return torch.empty(*shape, dtype=dtype, device=self._device)
 
     def _start_meta(self, plan: SendPlan) -> Any:
-        """Begin to send ids and weights; how many go and come is known."""
+        """Begin to send ids and weights; their numbers, both ways, are known."""
         return self._start(self._in_meta[: sum(self._received)], plan.meta, self._received, self._sent)
 
     def _exchange_rows(self, meta_arrives: Any) -> Tensor:
-        """Send the rows that are gathered, and take what came: rows as returned by dispatch."""
+        """Send the gathered rows, and take those that came: rows as returned by dispatch."""
         out_rows, in_rows = self._out_rows[: sum(self._sent)], self._in_rows[: sum(self._received)]
         self._start(in_rows, out_rows, self._received, self._sent).wait()
         meta_arrives.wait()
@@ -211,7 +211,7 @@ class PlainGlooBaseline(GlooBaseline):
 
 
 class RowTypes:
-    """MPI's datatypes for rows: where an element is a row, no count can outgrow an int32."""
+    """MPI's datatypes for rows: where an element is a row, no count can exceed an int32."""
 
     def __init__(self) -> None:
         self._made: dict[int, Any] = {}
@@ -225,7 +225,7 @@ class RowTypes:
 
 
 class MpiBaseline(AllToAllBaseline):
-    """mpi4py's `Ialltoallv`; one element is a row, so that no count can outgrow an int32."""
+    """mpi4py's `Ialltoallv`; one element is a row, so that no count can exceed an int32."""
 
     def __init__(self, comm: Any, **shape: Any) -> None:
         super().__init__(rank=comm.rank, ranks=comm.size, **shape)

@@ -1,4 +1,4 @@
-"""What every benchmark here needs: the ranks it runs on, a fence, a clock, statistics."""
+"""Shared by all benchmarks here: the ranks they run on, a fence, a clock, statistics."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Launch:
     def session() -> Iterator[Launch]:
         """Join the run that mpirun or torchrun began; started by neither, be a run of one rank.
 
-        A rank that fails takes all others down, rather than leave them waiting for it. At the end
-        the gloo threads are stopped, since Python cannot exit cleanly under them.
+        A rank that fails ends all others, rather than leave them waiting for it. At the end the
+        gloo threads are stopped, since Python cannot exit cleanly under them.
         """
         launch = Launch._join()
         try:
             with torch.no_grad():
                 yield launch
-            launch.fence()  # gloo's threads have let go of all tensors, which they could not at Python's end
+            launch.fence()  # then gloo's threads hold no tensors, which they could not drop at Python's end
         except Exception:
             traceback.print_exc()
             sys.stderr.flush()
@@ -80,7 +80,7 @@ class Launch:
         return self.group if self.comm is None else self.comm
 
     def fence(self) -> None:
-        """Return on all ranks at one agreed moment, all of them rested.
+        """Return on all ranks at one agreed moment, after all have slept.
 
         With more ranks than cores, ranks leave any barrier up to milliseconds apart, since the
         barrier's own last work competes for the cores. So agree on a moment a little later and
@@ -93,10 +93,10 @@ class Launch:
         time.sleep(min(max(left, 0.0), SETTLE_SECONDS))  # ranks on another host have other clocks
 
     def fenced(self, operation: Callable[[], Any]) -> tuple[Interval, Any]:
-        """Time an operation of all ranks that nothing else of this benchmark competes with.
+        """Time an operation of all ranks while nothing else of this benchmark competes with it.
 
-        The second fence matters as much as the first: a rank that is done would go on to work that is
-        not timed, on a core that another rank needs to end the operation.
+        The second fence matters as much as the first: a rank that is done would go on to untimed
+        work, on a core that another rank needs to end the operation.
         """
         self.fence()
         interval, result = timed(operation)
@@ -113,8 +113,8 @@ class Launch:
         """For each of a list of operations, seconds from the first rank's begin to the last one's end.
 
         Not the longest time of one rank: with more ranks than cores a rank may begin after another has
-        ended, and its wait for a core is part of the job. Ranks of one host share the clock; those of several
-        hosts do not, so there it is the longest of the hosts' spans.
+        ended, and its wait for a core is part of the job. Only ranks of one host share a clock; with several
+        hosts this is the longest of the hosts' spans.
         """
         of_clock: dict[str, list[list[Interval]]] = defaultdict(list)
         for clock, mine in self.gather((clock_id(), list(intervals))):
@@ -135,7 +135,7 @@ class Launch:
 
 
 def clock_id() -> str:
-    """Processes where this is equal share a monotonic clock: one boot of one host."""
+    """Equal in processes that share a monotonic clock: one boot of one host."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
@@ -156,7 +156,7 @@ def _join_gloo(comm: Any) -> None:
     else:
         address = comm.bcast(socket.gethostname())
     host, store = os.environ.get("PET_MASTER_ADDR", address), None
-    if comm.rank == 0:  # port 0: the system picks a free one, so runs beside each other do not meet
+    if comm.rank == 0:  # port 0: the system picks a free one, so that simultaneous runs do not meet
         store = dist.TCPStore(host, 0, comm.size, is_master=True, wait_for_workers=False)
     port = comm.bcast(store.port if store else None)
     if store is None:
@@ -190,7 +190,7 @@ def timed(operation: Callable[[], Any]) -> tuple[Interval, Any]:
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Options for what is moved; `tokens` is the default."""
+    """Options for the rows that are moved; `tokens` is the default."""
     parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=64, help="over all ranks")
@@ -208,7 +208,7 @@ def progress(rank: int, title: str, total: int) -> tqdm:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine has."""
+    """Cores this process may run on, in a container fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,7 +6,7 @@
     mpirun -n 8 python bench/dispatch_combine.py --device cuda  # a GPU for each rank: gpu_comparison.py
 
 The systems take turns, iteration by iteration and in changing order, so that whatever else the
-machine does, and whatever is left in the caches, meets all of them. A time goes from the first
+machine does, and whatever is left in the caches, affects all of them. A time goes from the first
 rank's begin to the last rank's end. Every system's answer is checked in the same run.
 """
 
@@ -34,7 +34,7 @@ from workload import Job, Shape
 from commlib import cuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LATENCY_BLOCK = 50  # iterations a system runs before the next has its turn
+LATENCY_BLOCK = 50  # iterations that a system runs before the next one's turn
 
 
 def parse_arguments() -> argparse.Namespace:

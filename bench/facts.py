@@ -1,4 +1,4 @@
-"""What results are named by. Without PyTorch, for who has to tell that PyTorch does not work."""
+"""Facts by which results are named. Without PyTorch, for programs that must report that PyTorch fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST = 30  # seconds: a driver in trouble answers no question
 def commit() -> str | None:
     """COMMLIB_COMMIT, or the checkout's commit, marked where the working tree differs from it.
 
-    None: nobody says. A copy of a working tree may come with another history than its own.
+    None: unknown. A copy of a working tree may come with a history that is not its own.
     """
     described = _ask(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
     return os.environ.get("COMMLIB_COMMIT") or described
@@ -26,7 +26,7 @@ def driver() -> str | None:
 
 
 def gpu_name() -> str | None:
-    """What the driver calls the first GPU."""
+    """The driver's name for the first GPU."""
     return _ask_nvidia_smi("name")
 
 
@@ -41,7 +41,7 @@ def _ask_nvidia_smi(field: str) -> str | None:
 
 
 def _ask(command: Sequence[str]) -> str | None:
-    """What a program answers; None if there is none, or it fails, or says nothing."""
+    """A program's answer; None if the program is missing, fails, or prints nothing."""
     try:
         asked = subprocess.run(
             command,

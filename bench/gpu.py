@@ -8,9 +8,9 @@ For each number of ranks and of SMs a rank, commlib and plain PyTorch take turns
 changing order; every answer is checked in the same run, before anything is timed. What the columns mean:
 
 kernels    (in the files) ms that commlib's kernels of one rank take in one operation, waits for other ranks
-           included, by PyTorch's profiler, in iterations of their own after all that is timed. Without what
-           the host adds: ranks that are threads of one process take turns in Python. A table of their own has
-           them kernel by kernel, on the screen, too.
+           included, by PyTorch's profiler, in separate iterations after everything that is timed. They leave
+           out what the host adds: ranks that are threads of one process take turns in Python. Another table
+           has them kernel by kernel, on the screen, too.
 GB/s/rank  rows that a rank receives (dispatch; combine: that it sends back), each counted once, times their
            bytes, over the time. The rows that a rank sends to itself are among them.
 GB/s/SM    the same for one of the rank's SMs.
@@ -18,8 +18,8 @@ of copy    (rows read + rows written by all ranks) * bytes of a row, over the ti
            copy reads and writes in the same run. Dispatch must read each token once and write a row for each
            rank that it goes to; combine the reverse. Copies that a layout or a system makes do not count.
 
-"dispatch again" has a handle, thus neither plan nor counts nor the host's wait for them. Results are written
-after each number of ranks, so a run that is cut leaves what it had.
+"dispatch again" has a handle, and so neither plan nor counts nor the host's wait for them. Results are
+written after each number of ranks, so a run that is cut short keeps what it had.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan_for(ranks: int, args: argparse.Namespace, sms: int, deadline: float | None = None) -> Plan:
-    """What is measured with that many ranks: the SMs a rank that were asked for, as far as there are so many,
-    and all there are."""
+    """The measurements with that many ranks: the SMs a rank that were asked for, where there are as many, and
+    all there are."""
     shape = Shape(args.tokens, args.hidden, args.experts, args.topk, torch.bfloat16, args.seed)
     num_sms = sorted({n for n in args.num_sms if n * ranks <= sms} | {sms // ranks})
     return Plan(
@@ -123,7 +123,7 @@ def rows_of_table(operation: str, plan: Plan, record: Record) -> Iterator[list[s
 
 
 def kernel_seconds(record: Record) -> dict[Key, float]:
-    """What a rank's kernels take in one operation, the median of the iterations that were profiled."""
+    """The time of a rank's kernels in one operation, the median of the profiled iterations."""
     seconds: dict[Key, list[float]] = {}
     for series in record.kernels:
         if series.kernel != ALL:
@@ -175,7 +175,7 @@ def table_of(plan: Plan, record: Record, facts: dict[str, Any]) -> Titled:
 
 
 def run_processes(args: argparse.Namespace, path: Path, deadline: float | None) -> str:
-    """Measure against NCCL and others, in a process for each GPU; or say why not."""
+    """Compare with NCCL and others, in a process for each GPU; or say why not."""
     gpus = torch.cuda.device_count()
     if gpus < 2:
         return (
@@ -198,7 +198,7 @@ def run_processes(args: argparse.Namespace, path: Path, deadline: float | None) 
 
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """End torchrun and its ranks, which it takes along when it is asked to go, but not when it is killed."""
+    """End torchrun and its ranks, which it ends when asked to stop, but not when killed."""
     launcher.terminate()
     try:
         launcher.wait(GRACE_SECONDS)
@@ -209,7 +209,7 @@ def _end(launcher: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Findings:
-    """What there is so far, and how it is told."""
+    """The results so far, and how they are reported."""
 
     args: argparse.Namespace
     facts: dict[str, Any]
@@ -219,7 +219,7 @@ class Findings:
     others: str = "not run yet"
 
     def add(self, plan: Plan, record: Record) -> None:
-        """Print one number of ranks, and write all there is."""
+        """Print the results of one number of ranks, and write everything."""
         self.left_out += [f"{plan.ranks} ranks, {text}" for text in record.left_out]
         if record.seconds:
             self.measured.append((plan, record))
@@ -227,7 +227,7 @@ class Findings:
         self.write()
 
     def add_kernels(self, place: int, record: Record) -> None:
-        """What that record in `measured` has become: print its kernels, and write all there is."""
+        """Replace that record in `measured`, print its kernels, and write everything."""
         plan, before = self.measured[place]
         self.measured[place] = plan, record
         self.left_out += [f"{plan.ranks} ranks, {text}" for text in record.left_out[len(before.left_out) :]]
@@ -236,7 +236,7 @@ class Findings:
         self.write()
 
     def notes(self) -> list[str]:
-        """What stands below the tables."""
+        """Notes below the tables."""
         notes = [f"NCCL and others: {self.others}"]
         notes += [
             f"kernel times, {plan.ranks} ranks: none, {record.no_kernels}"
@@ -287,7 +287,7 @@ class Findings:
 
 
 def measure_all(findings: Findings, deadline: float | None) -> None:
-    """Each number of ranks, as far as time is left; then the kernels of each.
+    """Measure each number of ranks, while time is left; then the kernels of each.
 
     Raises:
         WrongResults: naming system, rank and what was wrong.

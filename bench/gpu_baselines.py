@@ -1,8 +1,8 @@
 """Dispatch and combine on GPUs as they are written without commlib.
 
 For in-process ranks on one GPU, plain PyTorch: gather, copies between the ranks' tensors, add. For ranks with
-a GPU each, NCCL: through `torch.distributed` and through CuPy's raw binding. What other libraries have for
-this is in gpu_peers.py.
+a GPU each, NCCL: through `torch.distributed` and through CuPy's raw binding. Other libraries for this are in
+gpu_peers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from commlib import Group
 class PeerCopyBaseline:
     """In-process ranks on one GPU, as it is usually written: new tensors, `index_select`, `index_add_`.
 
-    A rank lays out what it has for each destination; then each copies its parts from all ranks' tensors.
+    A rank lays out its rows for each destination; then each copies its parts from all ranks' tensors.
     No rank may go on to its next operation before all have ended this one: its tensors would change under
     the others' copies. The benchmark's clock fences them.
 
@@ -58,14 +58,14 @@ class PeerCopyBaseline:
         return self._sum(self._returned_rows(rows), self._plan)
 
     def _exchange(self, *kinds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Offer one tensor of each kind to each rank; those that all ranks offer to this one, by kind.
+        """Offer one tensor of each kind to each rank; return those that all ranks offer to this one, by kind.
 
         The current stream waits until they are written.
         """
         written = torch.cuda.Event()
         written.record()
         offers = self._group.allgather((kinds, written))
-        self._offered = kinds  # others still copy from them when this rank's copies are done
+        self._offered = kinds  # others may still copy from them when this rank's copies are done
         for _, their_event in offers:
             torch.cuda.current_stream().wait_event(their_event)
         mine = self._group.rank

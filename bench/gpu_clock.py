@@ -9,10 +9,10 @@ import torch
 
 from commlib import Group
 
-# In which every rank has queued all that it can before it must wait for the GPU. Ranks in one process take
+# Within it every rank has queued all that it can before it must wait for the GPU. Ranks in one process take
 # turns under one GIL, and a fresh dispatch is 100 to 150 µs of Python on each side of its wait for counts: 8
-# ranks need about 2 ms where nothing disturbs them. A gate that opens before the last of them is in shows the
-# interpreter, not the GPU; one that opens late costs only its own time.
+# ranks need about 2 ms where nothing disturbs them. A gate that opens before the last rank has queued shows
+# the interpreter, not the GPU; one that opens late costs only its own time.
 GATE_SECONDS = 8e-3
 _CALIBRATION_CYCLES = 10_000_000
 
@@ -20,10 +20,10 @@ _CALIBRATION_CYCLES = 10_000_000
 class DeviceClock:
     """Times operations that all ranks begin together, each on its own stream of one GPU.
 
-    Every rank queues its operation behind a gate, a kernel that takes GATE_SECONDS, so that they begin at
+    Every rank queues its operation behind a gate, a kernel that takes GATE_SECONDS, so that all begin at
     one moment although Python makes one call after another. Times are those of CUDA events, counted from
-    the gate's end: from the first rank's begin to the last rank's end. What an operation does on the
-    host while it runs, such as reading counts, is in it.
+    the gate's end: from the first rank's begin to the last rank's end. They include what an operation
+    does on the host while it runs, such as reading counts.
     """
 
     def __init__(self, group: Group) -> None:
@@ -56,7 +56,7 @@ class DeviceClock:
 
 
 class CopyMeter:
-    """How fast the GPU copies its own memory: the limit for ranks that share it."""
+    """Measures how fast the GPU copies its own memory: the limit for ranks that share it."""
 
     def __init__(self, num_bytes: int, device: str) -> None:
         self._source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
@@ -79,7 +79,7 @@ def _timing_event() -> torch.cuda.Event:
 
 
 def _cycles_in(seconds: float) -> int:
-    """What `torch.cuda._sleep` takes for that time. The second try: clocks have risen by then."""
+    """The cycles that `torch.cuda._sleep` takes for that time. The second try: by then clocks have risen."""
     for _ in range(2):
         begin, end = _timing_event(), _timing_event()
         begin.record()

@@ -1,12 +1,12 @@
-"""Ranks with a GPU each: commlib beside NCCL and whatever else for this is installed, on the same routing.
+"""Ranks with a GPU each: commlib beside NCCL and other installed libraries for this, on the same routing.
 
     mpirun -n 8 python bench/dispatch_combine.py --device cuda
     torchrun --nproc-per-node 8 bench/dispatch_combine.py --device cuda --only commlib,nccl
 
 NCCL refuses two ranks on one GPU; there bench/gpu.py compares with plain PyTorch. A process by itself runs
-all of it on one rank. The GPUs' clocks cannot be compared, so times are the host's, from the first rank's
-begin to the moment when the last rank's GPU is done. Every system's answer is checked before any is timed:
-one that is wrong, or fails, is not timed, and the table says why; as it does of each that is missing.
+everything on one rank. The GPUs' clocks cannot be compared, so times are the host's, from the first rank's
+begin to the moment when the last rank's GPU is done. Every system's answer is checked before any is timed: a
+system that is wrong, or fails, is not timed, and the table says why; so it does for each missing system.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from commlib import cuda
 PLAIN, TUNED, CUPY = "NCCL, plain", "NCCL, tuned", "CuPy's NCCL"
 VDEV, DEEP_EP = "symmetric memory", "DeepEP"
 COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
-SLOTS = 4  # as bench/gpu.py has them
-SHORT = 42  # characters of a reason that the table has on one line; all of it stands below
+SLOTS = 4  # as in bench/gpu.py
+SHORT = 42  # characters of a reason in the table's one line; the whole of it stands below
 DEFAULTS = {"tokens": 4096, "experts": 256, "iters": 12, "warmup": 3}
 
 
 @dataclass
 class Setting:
-    """What systems are made of.
+    """What systems are made from.
 
     Attributes:
         group: of NCCL; gloo stands in for it in tests.
-        open: ends the systems that were made.
+        open: closes the systems that were made.
     """
 
     launch: Launch
@@ -69,18 +69,18 @@ class Setting:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """As baselines call them."""
+        """Sizes, by the names that baselines have for them."""
         return self.shape.sizes | {"device": self.device}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One or more systems that come together.
+    """One or more systems that belong together.
 
     Attributes:
         names: of its systems, in the table's order.
         why_not: the reason why this rank cannot have them; empty if it can.
-        make: the systems. Called by all ranks, if none has a reason.
+        make: makes the systems. Called by all ranks, if none has a reason.
     """
 
     names: tuple[str, ...]
@@ -166,8 +166,8 @@ class Outcome:
 
     Attributes:
         missing: by system, why it was not measured.
-        wrong: what differed from what a job expects.
-        rows: that a rank receives, on average.
+        wrong: differences from what a job expects.
+        rows: received by a rank, on average.
     """
 
     samples: Samples = field(default_factory=dict)
@@ -177,7 +177,7 @@ class Outcome:
 
 
 def open_systems(setting: Setting, only: set[str], outcome: Outcome) -> list[System]:
-    """All systems of these choices that every rank can have. Called by all ranks."""
+    """The chosen systems that every rank can have. Called by all ranks."""
     systems: list[System] = []
     for key, choice in CHOICES.items():
         if key in only:
@@ -193,18 +193,18 @@ def open_systems(setting: Setting, only: set[str], outcome: Outcome) -> list[Sys
 
 
 def checked(launch: Launch, job: Job, systems: Sequence[System], outcome: Outcome) -> list[System]:
-    """Those that answer rightly on all ranks. Called by all ranks."""
+    """The systems that answer correctly on all ranks. Called by all ranks."""
     right = []
     for system in systems:
         wrong: list[str] = []
-        # All ranks meet after each step, so one that fails leaves nobody in the next.
+        # All ranks meet after each step, so that a rank that fails leaves none in the next.
         why = _agreed(launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_rows(job, s.dispatch(job)))))
         why = why or _agreed(
             launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_sum(job, s.combine(s.place(job)))))
         )
         system.release()
         texts = list(chain(*launch.gather([f"rank {launch.rank}: {text}" for text in wrong])))
-        if why:  # what the other ranks then had is no answer
+        if why:  # then what the other ranks have is no answer
             outcome.missing[system.name] = why
         elif texts:
             outcome.missing[system.name] = f"WRONG, {texts[0]}"
@@ -215,16 +215,16 @@ def checked(launch: Launch, job: Job, systems: Sequence[System], outcome: Outcom
 
 
 def _tried(run: Callable[[], Any]) -> str:
-    """Run it; what it failed with, in one line, or nothing."""
+    """Run it; return its error in one line, or nothing."""
     try:
         run()
-    except Exception as error:  # others' libraries: an assertion, a driver's error, anything
+    except Exception as error:  # other libraries raise anything: assertions, drivers' errors
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
 
 
 def _agreed(launch: Launch, why: str) -> str:
-    """The first rank's reason that has one."""
+    """The reason of the first rank that has one."""
     reasons = launch.gather(why)
     found = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
     if not found:
@@ -250,7 +250,7 @@ def compare(
     device: torch.device,
     backend: str = "nccl",
 ) -> Outcome:
-    """Measure all that can be had. Called by all ranks."""
+    """Measure all systems that can be had. Called by all ranks."""
     outcome = Outcome()
     job = Job.build(shape, launch.rank, launch.size, device)
     outcome.rows = statistics.mean(launch.gather(len(job.expected.rows)))
@@ -262,7 +262,7 @@ def compare(
 
 
 def rows_of_table(outcome: Outcome, row_bytes: int) -> Iterator[list[list[str]]]:
-    """A section for each operation, and one for what is missing."""
+    """A section for each operation, and one for the missing systems."""
     for operation in ("dispatch", "combine"):
         stats = {name: Stats.of(times[operation]) for name, times in outcome.samples.items()}
         yield [
@@ -311,7 +311,7 @@ def publish(facts: dict[str, Any], shape: Shape, args: argparse.Namespace, outco
 
 
 def end(launch: Launch, outcome: Outcome) -> None:
-    """Exit with status 1 unless every answer was right and commlib was measured, if it was asked for."""
+    """Exit with status 1 unless every answer was right and commlib, if asked for, was measured."""
     ours = [
         f"{name}: {outcome.missing[name]}" for name in CHOICES["commlib"].names if name in outcome.missing
     ]
@@ -324,7 +324,7 @@ def take_gpu(launch: Launch) -> tuple[torch.device, int]:
     """This rank's GPU, from now on the current one, and the number of hosts. Called by all ranks.
 
     Raises:
-        NoSeat: some rank has none to itself.
+        NoSeat: some rank has no GPU to itself.
     """
     if why := _agreed(launch, cuda.why_not()):
         raise NoSeat(f"needs a GPU for each rank: {why}")

@@ -1,6 +1,6 @@
-"""How long commlib's kernels run, from PyTorch's profiler: a wall time without what the host adds to it.
+"""How long commlib's kernels run, from PyTorch's profiler: wall time without what the host adds.
 
-The profiler slows the host down, so it watches a few iterations of its own, after those that are timed. It is
+The profiler slows the host down, so it watches a few extra iterations, after those that are timed. It is
 optional: where it cannot start, or sees nothing, `KernelProfile.why_not` has the reason.
 """
 
@@ -41,9 +41,9 @@ class KernelSeries:
     Attributes:
         kernel: its name, such as ``rows_kernel``; "all" is the whole operation, from the first kernel's begin
             to the last one's end, whatever the host does between them.
-        ranks: that launched it.
+        ranks: how many launched it.
         seconds: of each launch of each rank, waits for other ranks included; for "all" of each operation.
-        per_operation: what a rank's launches in one operation took together, mean over ranks; 0 where an
+        per_operation: the time of all of a rank's launches in one operation, mean over ranks; 0 where an
             operation did without this kernel.
     """
 
@@ -57,14 +57,14 @@ class KernelSeries:
 
     @property
     def launches(self) -> float:
-        """Of a rank in one operation."""
+        """Launches of a rank in one operation."""
         return len(self.seconds) / len(self.per_operation) / self.ranks
 
 
 class KernelProfile:
     """The profiler, on one of several in-process ranks; it sees the kernels of all.
 
-    Nobody else may launch commlib's kernels while :meth:`window` is open but for the operation that it names.
+    While :meth:`window` is open, only the operation that it names may launch commlib's kernels.
     """
 
     def __init__(self) -> None:
@@ -74,12 +74,12 @@ class KernelProfile:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Watch what happens inside. An error of the profiler is a reason, not an error."""
+        """Watch what happens inside. An error of the profiler becomes the reason, and is not raised."""
         profiler = None
         try:
             profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             profiler.start()
-        except Exception as error:  # CUPTI's are of no particular type
+        except Exception as error:  # CUPTI's have no particular type
             self.why_not, profiler = _reason("cannot start", error), None
         try:
             yield
@@ -95,7 +95,7 @@ class KernelProfile:
             yield
 
     def series(self, ranks: int) -> list[KernelSeries]:
-        """What was seen; empty where nothing was, and then `why_not` says why."""
+        """The kernels that were seen; empty where there were none, and then `why_not` says why."""
         windows, kernels = _sort(self._events, self._keys)
         found = kernel_series(windows, kernels, ranks)
         if not found and not self.why_not:
@@ -115,7 +115,7 @@ def kernel_series(
 ) -> list[KernelSeries]:
     """Kernels by the operation in whose window they begin, and by name, in the order of their first begin.
 
-    A kernel may end after its window by the little that the host's clock and the GPU's disagree.
+    A kernel may end slightly after its window, by as much as the host's clock and the GPU's disagree.
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.begin)
     operations: dict[

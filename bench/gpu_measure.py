@@ -1,6 +1,6 @@
 """The measurement: commlib with several numbers of SMs and plain PyTorch, in turns, on in-process ranks.
 
-What has been measured stays when time runs out: each step begins only if the one before would still fit.
+Finished measurements stay when time runs out: a step begins only if one as long as the last would still fit.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Series:
 
     ranks: int
     system: str
-    num_sms: int | None  # None: plain PyTorch, which takes what it gets
+    num_sms: int | None  # None: plain PyTorch, which takes as many as it gets
     operation: str
     seconds: list[float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured with one number of ranks."""
+    """The measurements with one number of ranks."""
 
     shape: Shape
     ranks: int
@@ -53,20 +53,20 @@ class Plan:
     warmup: int
     copy_bytes: int
     device: str = "cuda"
-    profile_iters: int = 0  # of each number of SMs, when kernels are watched
+    profile_iters: int = 0  # with each number of SMs, while kernels are watched
     deadline: float | None = None  # of the monotonic clock: no step begins that would end later
 
 
 @dataclass
 class Record:
-    """What one rank has seen so far. Times are the same on all ranks."""
+    """One rank's findings so far. Times are the same on all ranks."""
 
     seconds: dict[Key, list[float]] = field(default_factory=lambda: defaultdict(list))
     copies: list[float] = field(default_factory=list)  # bytes per second of each plain copy; on rank 0
-    rows: float = 0.0  # that a rank receives, on average
+    rows: float = 0.0  # received by a rank, on average
     kernels: list[KernelSeries] = field(default_factory=list)  # on rank 0
     no_kernels: str = "not asked for"  # why there are none
-    left_out: list[str] = field(default_factory=list)  # what did not fit before the deadline
+    left_out: list[str] = field(default_factory=list)  # steps that did not fit before the deadline
 
     @property
     def measured(self) -> list[int]:
@@ -89,8 +89,8 @@ def measure(plan: Plan) -> Record:
 def watch(plan: Plan, record: Record) -> Record:
     """The record with kernel times of what was measured, or why there are none.
 
-    It is a run of its own, to come after all that is timed has been written: the profiler slows down whatever
-    this process does later, and whoever cannot trust it loses nothing.
+    It is a run of its own, after all times have been written: the profiler slows down whatever this process
+    does later, and where it fails nothing is lost.
     """
     found = _on_ranks(plan, lambda seen: _Watcher(plan, seen).run(record.measured))
     left_out = [*record.left_out, *found.left_out]
@@ -110,7 +110,7 @@ def _on_ranks(plan: Plan, run: Callable[[Record], None]) -> Record:
         return commlib.run_ranks(rank_main, plan.ranks, device=plan.device, run_ahead=True)[0]
     finally:
         gc.collect()
-        torch.cuda.empty_cache()  # the next ranks have other streams, to which its memory would be lost
+        torch.cuda.empty_cache()  # the next ranks have other streams, which could not use its memory
 
 
 class _Rank:
@@ -122,7 +122,7 @@ class _Rank:
         self._clock = DeviceClock(self._group)
 
     def _while_time_is_left(self, step: str, run: Callable[[int], None], choices: Sequence[int]) -> None:
-        """One step for each number of SMs. Those without time are noted as left out."""
+        """One step for each number of SMs. Those for which no time is left are noted as left out."""
         longest = 0.0
         for done, num_sms in enumerate(choices):
             begin = time.monotonic()
@@ -137,7 +137,7 @@ class _Rank:
     def _drop(self) -> None:
         """Free a closed communicator's memory on every rank before any rank makes the next one.
 
-        Two heaps of 8 ranks at once are most of an 80 GB GPU.
+        Two heaps of 8 ranks at once fill most of an 80 GB GPU.
         """
         self._group.barrier()  # one rank collects for all: they share a process, and its garbage
         if self._group.rank == 0:
@@ -150,7 +150,7 @@ class _Rank:
 
 
 class _Timer(_Rank):
-    """What a rank does to measure."""
+    """A rank's part in the measurement."""
 
     def __init__(self, plan: Plan, record: Record) -> None:
         super().__init__(plan, record)
@@ -171,7 +171,7 @@ class _Timer(_Rank):
         self._record.rows = statistics.mean(self._group.allgather(len(self._job.expected.rows)))
 
     def _measure(self, num_sms: int, grouped_for: Job | None, bar: tqdm) -> None:
-        """One number of SMs. Whatever holds this communicator's memory ends with this call."""
+        """Measure one number of SMs. Whatever holds this communicator's memory ends with this call."""
         plan = self._plan
         with open_commlib(plan.shape, num_sms, grouped_for) as ours:
             systems = [*ours, *self._baselines]
@@ -190,7 +190,7 @@ class _Timer(_Rank):
             raise WrongResults("\n".join(wrong))
 
     def _take_turns(self, systems: list[System], num_sms: int, keep: bool) -> None:
-        """One iteration of each, in another order each time: who runs before decides what the cache holds."""
+        """One iteration of each, in a new order each time: what ran before decides what the cache holds."""
         if self._copy is not None:  # the others wait at the clock's barrier
             self._record.copies.append(self._copy.bandwidth())
         for system in self._turns.sample(systems, len(systems)):
@@ -201,10 +201,10 @@ class _Timer(_Rank):
 
 
 class _Watcher(_Rank):
-    """What a rank does to see commlib's kernels."""
+    """A rank's part in watching commlib's kernels."""
 
     def run(self, choices: Sequence[int]) -> None:
-        """Once more with each of these numbers of SMs."""
+        """Run once more with each of these numbers of SMs."""
         profile = KernelProfile() if self._group.rank == 0 else None
         with profile.running() if profile else nullcontext():
             self._group.barrier()  # it runs on rank 0, and sees the kernels of all
@@ -222,7 +222,7 @@ class _Watcher(_Rank):
 
                     def watched(operation: str, run: Callable[[], Any], name: str = system.name) -> Any:
                         torch.cuda.current_stream().synchronize()
-                        self._group.barrier()  # what other ranks did before has run, and is not in the window
+                        self._group.barrier()  # other ranks' earlier work has run, and is not in the window
                         with profile.window((name, num_sms, operation)) if profile else nullcontext():
                             return self._timed(operation, run)
 

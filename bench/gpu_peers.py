@@ -1,7 +1,7 @@
-"""What other libraries have for dispatch and combine, for ranks with a GPU each; and why one cannot be had.
+"""Other libraries' dispatch and combine, for ranks with a GPU each; and why one cannot be had.
 
-Each is called as its documentation has it. What it needs is looked at when it is asked for: nothing here is
-installed with commlib.
+Each is called as its documentation says. Its requirements are checked only when it is asked for: none of them
+is installed with commlib.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from systems import Baseline, System
 from torch import Tensor
 from workload import Job, Received, Shape
 
-# What all_to_all_vdev_2d and its way back take; they give each split a block, and use at most so many.
+# Limits of all_to_all_vdev_2d and its way back; they give each split a block, and use at most VDEV_BLOCKS.
 VDEV_MOST_RANKS = VDEV_MOST_PIECES = 16
 VDEV_BLOCKS = 64
 
@@ -56,12 +56,12 @@ class VdevBaseline(AllToAllBaseline):
     the second dimension divides what goes to a rank into equal pieces, since one thread block moves a split.
     So rows come by piece, then by source rank.
 
-    Rows are gathered into symmetric memory, and experts write their output there (:class:`Vdev`): nothing is
-    copied that need not be. The host reads how many rows came, as it must to pass them on.
+    Rows are gathered into symmetric memory, and experts write their output there (:class:`Vdev`): there are
+    no needless copies. The host reads how many rows came, as it must to pass them on.
 
-    A rank may write what it sends from, or tell others its splits, while another still works on the operation
-    before. So each exchange has splits of its own, and between two uses of a buffer lies an exchange of
-    another: each begins with a barrier of all ranks on the GPU.
+    A rank may write its send buffer, or tell others its splits, while another still works on the operation
+    before. So each exchange has its own splits, and between two uses of a buffer lies an exchange of another:
+    each begins with a barrier of all ranks on the GPU.
 
     Args:
         group: all ranks, the default group.
@@ -109,7 +109,7 @@ class VdevBaseline(AllToAllBaseline):
         return torch.cat(parts).to(self._device)
 
     def output(self) -> Tensor:
-        """Where experts write: over the rows that they have read."""
+        """Memory for experts' output: over the rows that they have read."""
         return self._in_rows
 
     def combine(self, y: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def why_no_deep_ep(shape: Shape, ranks: int) -> str:
     """Why DeepEP's normal mode cannot be used; empty if it can."""
     try:
         from deep_ep import Buffer
-    except Exception as error:  # it loads libraries, and compiles: whatever fails there
+    except Exception as error:  # it loads libraries, and compiles: anything may fail
         return _missing(error)
     if shape.dtype != torch.bfloat16:
         return "its combine takes bf16 only"

@@ -17,7 +17,7 @@ import commlib
 DISPATCH, REDISPATCH, COMBINE = "dispatch", "dispatch again", "combine"
 OPERATIONS = (DISPATCH, REDISPATCH, COMBINE)
 GROUPED, PLAIN, TUNED = "commlib by expert", "PyTorch, plain", "PyTorch, tuned"
-ALIGN = 8  # rows; a group of bf16 rows is then a multiple of 16 bytes, as grouped matmuls want
+ALIGN = 8  # rows; a group of bf16 rows is then a multiple of 16 bytes, as grouped matmuls require
 # A dispatch holds one slot, the lent buffer or the copy of y another; two more let results stay in place.
 SLOTS = 4
 
@@ -78,7 +78,7 @@ def expected_groups(job: Job, local_experts: int) -> Received:
 
 @contextmanager
 def open_commlib(shape: Shape, num_sms: int, grouped_for: Job | None) -> Iterator[list[System]]:
-    """commlib with that many SMs a rank; grouped by expert as well if a job is given. Called by all ranks."""
+    """commlib with that many SMs a rank; also grouped by expert if a job is given. Called by all ranks."""
     with commlib.ExpertParallel(num_sms=num_sms, slots=SLOTS, **shape.sizes) as ep:
         systems: list[System] = [CommlibZeroCopy(ep), Commlib(ep)]
         yield systems if grouped_for is None else [*systems, Grouped(ep, grouped_for)]

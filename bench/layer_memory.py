@@ -1,4 +1,4 @@
-"""Peak of the memory that something takes, from before it is made."""
+"""The peak of the memory that something takes, counted from before it is made."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc_pid_clear_refs(5): the peak of resident memory becomes what is resident now
+_RESET_PEAK = "5"  # proc_pid_clear_refs(5): sets the peak of resident memory to what is resident now
 
 
 class PeakMemory:
-    """Begins to look when it is made.
+    """Begins to watch when it is made.
 
     On the CPU the peak of this process's resident memory, as Linux counts it: pages of another rank's memory
-    that this one has touched count here, too. On a GPU what PyTorch's allocator had at most, and what others
+    that this one has touched count here, too. On a GPU the most that PyTorch's allocator had, and what others
     (commlib's heap, NCCL) have taken meanwhile; the process has the GPU to itself.
     """
 
@@ -55,6 +55,6 @@ def _resident(name: str) -> int:
 
 
 def _taken_by_others() -> int:
-    """On this GPU, by whatever is not PyTorch's allocator."""
+    """Bytes on this GPU taken by anything but PyTorch's allocator."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()

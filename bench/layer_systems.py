@@ -1,4 +1,4 @@
-"""What `moe_layer.py` compares: one MoE layer of the same weights over commlib and over all-to-alls."""
+"""The systems of `moe_layer.py`: one MoE layer of the same weights over commlib and over all-to-alls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHOICES = {"commlib": COMMLIB, "gloo": GLOO, "mpi": MPI, "nccl": NCCL}
 OPERATIONS = 4  # dispatch and combine, and the adjoint of each
 
 Layer = Callable[[Tensor], Tensor]
-Values = dict[str, Tensor]  # the output, and each gradient by what it is of
+Values = dict[str, Tensor]  # the output, and each gradient by its tensor's name
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Place:
     """Where the ranks of a run are.
 
     Attributes:
-        backend: of the process group that an all-to-all on a GPU takes; gloo stands in for NCCL in tests.
-        network: what ExpertParallel is told of nodes.
+        backend: of the process group for an all-to-all on a GPU; gloo stands in for NCCL in tests.
+        network: ExpertParallel's arguments about nodes.
     """
 
     launch: Launch
@@ -64,7 +64,7 @@ class Problem:
         self.x.requires_grad_()
 
     def _make(self, ep: commlib.ExpertParallel | None) -> MoELayer:
-        """Weights depend on the seed alone, and not on how many ranks have them."""
+        """Make the layer; weights depend on the seed alone, not on how many ranks hold them."""
         torch.manual_seed(self.shape.seed)
         sizes = (self.shape.hidden, self._ffn_hidden, self.shape.experts, self.shape.topk)
         return MoELayer(*sizes, ep, dtype=self.shape.dtype, device=self.place.device)
@@ -76,7 +76,7 @@ class Problem:
         return lambda x: layer(x)[0]
 
     def run(self, layer: Layer) -> Tensor:
-        """Forward and backward: what is timed."""
+        """Forward and backward, which are timed."""
         self._leaves_are_clear()
         with torch.enable_grad():
             out = layer(self.x)
@@ -84,7 +84,7 @@ class Problem:
         return out.detach()
 
     def values(self, layer: Layer) -> Values:
-        """What a run makes."""
+        """The results of a run."""
         found = {"output": self.run(layer)}
         for name, leaf in self._leaves().items():
             assert leaf.grad is not None
@@ -93,7 +93,7 @@ class Problem:
         return found
 
     def unsharded(self) -> Values:
-        """What it has to be: of the layer in plain PyTorch, on all ranks' tokens. Called by all ranks."""
+        """The right values: of the layer in plain PyTorch, on all ranks' tokens. Called by all ranks."""
         whole, x = self._make(None), self.x.detach().requires_grad_()
         with torch.enable_grad():
             out, _ = whole(x)
@@ -120,7 +120,7 @@ class Problem:
             leaf.grad = None
 
     def commlib_bytes(self) -> int:
-        """Rows that this rank sends to others in a run, each once to a rank. Called by all ranks."""
+        """Bytes of rows that this rank sends to others in a run, each once to a rank. Called by all ranks."""
         launch = self.place.launch
         with torch.no_grad():
             owner = self.router(self.x).topk_idx // len(self.experts.w1)
@@ -136,7 +136,7 @@ class System:
 
     Attributes:
         sent_bytes: by this rank, to others.
-        peak_bytes: of memory, above what there was before the layer was made; None: it cannot be told.
+        peak_bytes: of memory, above the level before the layer was made; None: unknown.
     """
 
     name: str
@@ -146,7 +146,7 @@ class System:
 
 
 class Systems:
-    """Those that can run here, made one after the other, each checked; a context manager.
+    """The systems that can run here, made one after the other, each checked; a context manager.
 
     Attributes:
         skipped: why others cannot.
@@ -173,7 +173,7 @@ class Systems:
         self._open.__exit__(*error)  # type: ignore[arg-type]
 
     def ready(self) -> list[System]:
-        """Called by all ranks.
+        """The systems, checked. Called by all ranks.
 
         Raises:
             WrongResults: on all ranks: one system's output or gradients are not the unsharded layer's.
@@ -197,7 +197,7 @@ class Systems:
         memory = PeakMemory(problem.place.device)
         layer, exchange = make()
         problem.run(layer)
-        problem.run(layer)  # slots and buffers that the first one leaves lent have been taken now
+        problem.run(layer)  # now slots and buffers that the first run leaves lent have been taken
         peak = memory.peak()
         before = exchange.sent_bytes if exchange else 0
         got = problem.values(layer)

@@ -1,4 +1,4 @@
-"""What a slow link leaves: dispatch and combine where each rank's link is paced to a given rate.
+"""What a slow link leaves: dispatch and combine where each rank's link is throttled to a given rate.
 
     mpirun -n 8 python bench/dispatch_combine.py --preset h800
     python bench/dispatch_combine.py --preset h800 --device cuda --ranks 4   # threads that share a GPU
@@ -7,13 +7,13 @@
 preset's rate is divided by `--slow-down`, and everything scales with it. Shown on that link:
 
 * how few communication SMs (CPU: threads) of a rank fill it: the smallest number with which dispatch and
-  combine both reach 95 % of it. What follows has that number;
+  combine both reach 95 % of it. The rest uses that number;
 * commlib: each token once to each rank that owns one of its experts;
 * a row for each of a token's experts, as a plain all-to-all sends them, through the same code (each pair of
   token and expert is a token of its own);
 * commlib's dispatch beside a matmul of the same length, against one after the other.
 
-Times are held against the link's own: bytes that must cross it, over its rate. Rows are checked first.
+Times are compared with the link's own: bytes that must cross it, over its rate. Rows are checked first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from commlib.model import Config
 
 @dataclass(frozen=True)
 class Preset:
-    """A link's rate in GB/s, one direction, and where it is from."""
+    """A link's rate in GB/s, one direction, and its source."""
 
     gbps: float
     source: str
@@ -61,7 +61,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # x, topk_idx, topk_weights
 
 @dataclass(frozen=True)
 class DeviceDefaults:
-    """What differs by kind of device. A GPU is taken to carry the links of its 4 ranks at their own rate."""
+    """Defaults by kind of device. A GPU is assumed to carry the links of its 4 ranks at their own rate."""
 
     slow_down: float
     num_sms: Sequence[int]  # tried one after the other
@@ -91,9 +91,9 @@ class Measured:
 
     Attributes:
         rows_on_link: of the busiest rank, one direction.
-        sweep_s: by SMs of a rank: of dispatch and of combine.
-        num_sms: the smallest that fill the link, or those that came nearest.
-        samples_s: with these.
+        sweep_s: of dispatch and of combine, by SMs of a rank.
+        num_sms: the smallest number that fills the link, or the one that came nearest.
+        samples_s: with this number.
     """
 
     facts: dict[str, Any]
@@ -106,7 +106,7 @@ class Measured:
     samples_s: Samples
 
     def share(self, name: str, seconds: Sequence[float]) -> float:
-        """Of the link's rate: bytes that must cross it, over the median."""
+        """The share of the link's rate: bytes that must cross it, over the median."""
         return self.least_s(name) / statistics.median(seconds)
 
     def least_s(self, name: str) -> float:
@@ -169,7 +169,7 @@ def open_pairs(stack: ExitStack, ranks: Ranks, shape: Shape, job: Job, **options
         job.topk_idx.reshape(-1, 1),
         job.topk_weights.reshape(-1, 1),
     )
-    # A GPU's slots are taken whole: the worst case of so many tokens would not fit.
+    # A GPU's slots are taken whole: the worst case of that many tokens would not fit.
     return open_rows(stack, ranks, each, inputs, capacity=max(received), **options)
 
 
@@ -277,7 +277,7 @@ def comparison_table(measured: Measured, args: argparse.Namespace) -> Titled:
 
 
 def findings(measured: Measured, config: Config) -> list[str]:
-    """What the tables say, and what the model says beside it."""
+    """What the tables say, beside what the model says."""
     unit = "SMs" if "gpu" in measured.facts else "threads"
     worst = min(measured.share(*one) for one in measured.sweep_s[measured.num_sms].items())
     enough = "is the smallest number that reaches" if worst >= FULL else "comes nearest; none reaches"

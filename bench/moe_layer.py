@@ -5,15 +5,15 @@
     mpirun -n 8 python bench/moe_layer.py --device cuda            # a GPU for each rank; NCCL
     python bench/moe_layer.py --link-gbps 0.125 --nodes 2          # as root: nodes whose links are limited
 
-The all-to-all layer is what is usually written (bench/all_to_all_layer.py): a row for each of a token's
-experts. commlib sends a row once to each rank. All systems have the same router, the same experts and the
-same tokens, and take turns in changing order. Before anything is timed, each one's output and all its
-gradients are held against the unsharded layer's; one that is wrong ends the run.
+The all-to-all layer is the usual one (bench/all_to_all_layer.py): a row for each of a token's experts.
+commlib sends a row once to each rank. All systems have the same router, the same experts and the same tokens,
+and take turns in changing order. Before anything is timed, each system's output and all its gradients are
+compared with the unsharded layer's; a wrong one ends the run.
 
-"MB sent" are the rows and counts that the busiest rank sends to others. With `--link-gbps` nodes are network
-namespaces (bench/netns.py), whose links hold back all systems alike, and "MB on link" is what the busiest
-direction of any node's link carried, by its interface's counters. "Peak" is of a rank's memory, from before
-the layer's communication was set up; weights and tokens are not in it.
+"MB sent" is the rows and counts that the busiest rank sends to others. With `--link-gbps` nodes are network
+namespaces (bench/netns.py), whose links limit all systems alike, and "MB on link" is what the busiest
+direction of any node's link carried, by its interface's counters. "Peak" is of a rank's memory, counted from
+before the layer's communication was set up; weights and tokens are not in it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     limited.add_argument("--ranks-per-node", type=int, default=2)
     limited.add_argument("--mtu", type=int, default=9000)
     limited.add_argument("--timeout", type=float, default=300, help="seconds")
-    for name in ("--meeting", "--answer"):  # of the ranks that such a run starts
+    for name in ("--meeting", "--answer"):  # for the ranks that such a run starts
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(hidden=1024, experts=16, topk=4)
     if parser.parse_known_args(argv)[0].device == "cuda":
@@ -98,7 +98,7 @@ class NodeRanks(HostRanks):
     """Processes on nodes of a rig.
 
     Attributes:
-        crossed: what each run of an operation sent and received over this rank's node's link.
+        crossed: bytes that each run of an operation sent and received over the link of this rank's node.
     """
 
     def __init__(self, launch: NodesLaunch) -> None:
@@ -113,7 +113,7 @@ class NodeRanks(HostRanks):
 
 
 class GpuRanks(HostRanks):
-    """Processes with a GPU each: an operation ends when its rank's GPU has done it."""
+    """Processes with a GPU each: an operation ends when the rank's GPU has done it."""
 
     def __init__(self, launch: Launch, device: torch.device, hosts: int) -> None:
         self._launch = launch
@@ -161,7 +161,7 @@ def measure(ranks: HostRanks, place: Place, args: argparse.Namespace) -> dict[st
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
-    """The table's."""
+    """The table's rows."""
     stats = {name: Stats.of(seconds) for name, seconds in result["samples_s"].items()}
     rows = []
     for name, taken in stats.items():
@@ -202,19 +202,19 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def check_ranks(args: argparse.Namespace, size: int) -> None:
-    """End where the experts do not divide: an all-to-all with as many for each rank is what is compared."""
+    """End where the experts do not divide: the all-to-all compared here has equally many on each rank."""
     if args.experts % size:
         sys.exit(f"--experts {args.experts} do not divide by {size} ranks")
 
 
 def main_limited(args: argparse.Namespace) -> None:
-    """Make a rig, run the ranks on it, show what they found."""
+    """Make a rig, run the ranks on it, show their findings."""
     if find_launch() is not None:
         sys.exit("bench/moe_layer.py --link-gbps starts its ranks itself: run it without mpirun or torchrun")
     if reason := why_not():
         sys.exit(f"bench/moe_layer.py --link-gbps: {reason}")
     check_ranks(args, args.nodes * args.ranks_per_node)
-    # Its warnings are that addresses of a rig have no names.
+    # It would warn that addresses of a rig have no names.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     with (
         TemporaryDirectory(prefix="commlib-layer-") as folder,

@@ -1,6 +1,6 @@
 """Our network namespaces on this host: made for one program, and gone with it.
 
-Their names say which program made them, so that no two runs clash and leftovers of a dead one can be told.
+Their names say which program made them, so that runs do not clash and leftovers of dead ones are recognised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RigError(RuntimeError):
 
 
 def why_not() -> str | None:
-    """Why there can be no rig here; None: there can."""
+    """Why no rig can be made here; None: one can."""
     if os.geteuid() != 0:
         return "network namespaces need root: run it as root, or with sudo"
     missing = [tool for tool in PACKAGES if shutil.which(tool) is None]
@@ -38,12 +38,12 @@ def why_not() -> str | None:
 
 
 def own_prefix(number: int) -> str:
-    """What the names of a namespace of this program begin with."""
+    """The beginning of the names of this program's namespaces."""
     return f"commlib.{os.getpid()}.{_started(os.getpid())}.{number}."
 
 
 def clean() -> list[str]:
-    """Remove what rigs of dead programs left behind; the namespaces removed."""
+    """Remove what rigs of dead programs left behind; return the namespaces removed."""
     leftovers = [name for name, alive in existing().items() if not alive]
     with signals_wait():
         remove(leftovers)
@@ -61,7 +61,7 @@ def existing() -> dict[str, bool]:
 
 
 def call(*argv: str) -> str:
-    """Run a command; what it prints."""
+    """Run a command; return its output."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RigError(f"{' '.join(argv)}: {done.stderr.strip() or f'exit {done.returncode}'}")
@@ -69,7 +69,7 @@ def call(*argv: str) -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number; None: there is none."""
+    """When a process started, which tells it from a later one of the same number; None: no such process."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:
@@ -82,7 +82,7 @@ def _namespaces() -> list[str]:
 
 
 def remove(namespaces: Sequence[str], patience: float = 2.0) -> None:
-    """End what runs in these namespaces, politely first, and delete those that exist."""
+    """End the processes in these namespaces, politely first, and delete those namespaces that exist."""
     present = [name for name in _namespaces() if name in namespaces]
     for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, patience)):
         deadline = time.monotonic() + seconds
@@ -101,7 +101,7 @@ def _processes(namespaces: Sequence[str]) -> list[int]:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Let signals that would end this program wait until the block is done."""
+    """Defer signals that would end this program until the block is done."""
     waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
     try:

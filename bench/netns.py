@@ -1,16 +1,16 @@
 """Nodes on one machine whose links are limited for real: network namespaces, a bridge, `tc tbf`.
 
     python bench/netns.py run --nodes 2 --gbit 1 -- torchrun --nproc-per-node 2 program.py
-    python bench/netns.py list            # rigs there are, and whether the program that made them lives
+    python bench/netns.py list            # existing rigs, and whether the program that made them lives
     python bench/netns.py clean           # remove those of programs that died without a word (SIGKILL)
 
 Needs root, iproute2 and util-linux. Each node is a namespace with one interface, ``eth0``; all are joined by
 a bridge in a namespace of its own, so that nothing of the host's network is touched and no address can clash.
-A node's link is limited in both directions: what it sends at its ``eth0``, what it receives at the bridge's
+A node's link is limited in both directions: what it sends, at its ``eth0``; what it receives, at the bridge's
 port towards it.
 
-Nodes made so share everything but the network: memory, /proc, process ids, files. Nothing but the
-environment (:meth:`Node.environment`) keeps UCX from going through shared memory between them.
+Such nodes share everything but the network: memory, /proc, process ids, files. Nothing but the environment
+(:meth:`Node.environment`) keeps UCX from going through shared memory between them.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from typing import Any
 from namespaces import RigError, call, clean, existing, own_prefix, remove, signals_wait, why_not
 
 INTERFACE = "eth0"  # of every node
-MASTER_PORT = 29511  # of rendezvous at node 0; a rig's ports are its own, so any will do
+MASTER_PORT = 29511  # of the rendezvous at node 0; a rig's ports are its own, so any will do
 _BRIDGE = "bridge0"
 _FORWARDING, _DISABLED = "3", "0"  # states of a bridge's port
 
-# A bucket must hold one send of 64 KiB, as TCP hands it to the interface. It is also what a link carries
+# A bucket must hold one send of 64 KiB, as TCP hands it to the interface. A link also carries this much
 # beyond its rate after a pause. 64 KiB reached 4.4 of 5 Gb/s here, 128 KiB 4.9.
 _BUCKET = 128 * 1024
-# What a full link's queue holds, in seconds of its rate.
+# How much a full link's queue holds, in seconds of its rate.
 _QUEUE_SECONDS = 0.032
 
 _SETTINGS = {
     "ipv6/conf/all/disable_ipv6": "1",  # its neighbours' chatter would be counted
-    # A namespace may choose among what its host allows everyone, which is reno and the host's default. Where
+    # A namespace may choose among those that its host allows everyone: reno and the host's default. Where
     # that is bbr, 4.6 of 5 Gb/s were reached, with reno 4.9.
     "ipv4/tcp_congestion_control": "reno",
     "ipv4/tcp_slow_start_after_idle": "0",  # operations come in bursts
-    "ipv4/tcp_no_metrics_save": "1",  # no connection learns from one before
+    "ipv4/tcp_no_metrics_save": "1",  # no connection learns from an earlier one
 }
 
 
@@ -57,8 +57,8 @@ _SETTINGS = {
 class LinkCount:
     """Bytes on one node's link, by the counters of the interfaces at its two ends.
 
-    They count packets as TCP hands them over, up to 64 KiB with one header: 440.4 MB of payload counted as
-    440.9 MB so, and as 443.7 MB where each packet of 9000 bytes was handed over by itself.
+    They count packets as TCP hands them over, up to 64 KiB with one header: 440.4 MB of payload were counted
+    as 440.9 MB, and as 443.7 MB where each packet of 9000 bytes was handed over by itself.
     """
 
     sent: int  # by the node
@@ -99,13 +99,13 @@ class Node:
         return f"port{self.index}"
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """What runs a command on this node, under a host name of its own: ``node0``, ``node1`` ..."""
+        """A command that runs ``argv`` on this node, under its own host name: ``node0``, ``node1`` ..."""
         rename = 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
         inside = ["unshare", "--uts", "sh", "-c", rename, f"node{self.index}", *argv]
         return ["ip", "netns", "exec", self.namespace, *inside]
 
     def environment(self) -> dict[str, str]:
-        """For what runs here: where torchrun, gloo and UCX find each other, and only over the link."""
+        """With it torchrun, gloo and UCX on this node find the others, and only over the link."""
         return {
             "COMMLIB_NODE": str(self.index),
             "COMMLIB_NODES": str(self.nodes),
@@ -122,8 +122,8 @@ class Node:
 class Rig:
     """Nodes with limited links, from ``__enter__`` to ``__exit__``; use it in a ``with`` statement.
 
-    The end takes everything down: after an exception, Ctrl-C, SIGTERM and SIGHUP as well (the latter two are
-    turned into SystemExit while a rig is open in the main thread). What still runs on a node is ended.
+    The end takes everything down, even after an exception, Ctrl-C, SIGTERM or SIGHUP (while a rig is open in
+    the main thread, the latter two become SystemExit). Processes that still run on a node are ended.
 
     Args:
         nodes: 2 to 250.
@@ -131,7 +131,7 @@ class Rig:
         mtu: bytes of a packet.
 
     Raises:
-        RigError: there can be no rig here, or a command failed.
+        RigError: no rig can be made here, or a command failed.
     """
 
     _serial = itertools.count()
@@ -183,7 +183,7 @@ class Rig:
         return child
 
     def run(self, argv: Sequence[str], *, timeout: float | None = None, **options: Any) -> list[int]:
-        """Run a command on every node at once; its exit codes by node.
+        """Run a command on every node at once; return its exit codes by node.
 
         Raises:
             subprocess.TimeoutExpired: one still runs after ``timeout`` seconds.
@@ -206,10 +206,10 @@ class Rig:
         return sum(qdisc["overlimits"] for text in shown for qdisc in json.loads(text))
 
     def cut(self, node: int) -> None:
-        """Let nothing through a node's link, as where a switch's port is disabled.
+        """Let nothing through a node's link, as when a switch's port is disabled.
 
         The node notices nothing, and its connections live: TCP sends again, less and less often, until the
-        link is back or it gives up (minutes). What the bridge has queued for the node still arrives.
+        link is back or it gives up (minutes). Packets that the bridge has queued for the node still arrive.
         """
         self._set_port(node, _DISABLED)
 
@@ -219,7 +219,7 @@ class Rig:
 
     @contextmanager
     def link_cut(self, node: int) -> Iterator[None]:
-        """A cut as long as the ``with`` block."""
+        """A cut that lasts as long as the ``with`` block."""
         self.cut(node)
         try:
             yield
@@ -227,7 +227,7 @@ class Rig:
             self.restore(node)
 
     def set_rate(self, node: int, gbit: float) -> None:
-        """Change the rate of one node's link, both directions, under whatever flows."""
+        """Change the rate of one node's link, both directions, also while data flows."""
         where = self.nodes[node]
         _limit("change", where.namespace, INTERFACE, gbit)
         _limit("change", self._switch, where.port, gbit)
@@ -251,7 +251,7 @@ class Rig:
         call(*inside, "address", "add", f"{node.address}/24", "dev", INTERFACE)
         call("ip", "-n", self._switch, "link", "set", node.port, "master", _BRIDGE, "up")
         call(*inside, "link", "set", INTERFACE, "up")
-        for other in self.nodes:  # nobody need ask for an address, which would be counted, and fail in a cut
+        for other in self.nodes:  # asking for an address would be counted, and fail during a cut
             if other is not node:
                 known = [other.address, "lladdr", _hardware(other.index), "nud", "permanent"]
                 call(*inside, "neighbour", "add", *known, "dev", INTERFACE)
@@ -268,7 +268,7 @@ class Rig:
             sys.exit(128 + number)
 
         if threading.current_thread() is not threading.main_thread():
-            return  # whose business signals are
+            return  # only the main thread handles signals
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, leave)
@@ -283,7 +283,7 @@ def _hardware(node: int) -> str:
 
 
 def _settle(namespace: str) -> None:
-    """Write the settings; those of a kernel that lacks one (IPv6) do not matter."""
+    """Write the settings; one that the kernel lacks (IPv6) does not matter."""
     lines = [
         f"! test -e /proc/sys/net/{name} || echo {value} >/proc/sys/net/{name}"
         for name, value in _SETTINGS.items()
@@ -303,7 +303,7 @@ def _limit(verb: str, namespace: str, device: str, gbit: float) -> None:
 
 
 def _bytes_of(namespace: str) -> dict[str, tuple[int, int]]:
-    """Of each interface: bytes sent and received."""
+    """Bytes sent and received, by interface."""
     links = json.loads(call("ip", "-n", namespace, "-s", "-j", "link", "show"))
     return {
         link["ifname"]: (link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]) for link in links

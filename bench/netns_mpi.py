@@ -1,7 +1,7 @@
 """Open MPI over a rig's nodes (netns.py): one mpirun on node 0, its ranks on all of them, node after node.
 
-mpirun starts its daemons on other nodes with a program that takes ``ssh``'s arguments. Here that is a script
-that enters the node's namespace. Between nodes ranks use TCP over the link, within a node shared memory.
+mpirun starts its daemons on other nodes with a program that takes ``ssh``'s arguments, here a script that
+enters the node's namespace. Between nodes ranks use TCP over the link, within a node shared memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from netns import INTERFACE, Rig
 
-# What mpirun hands on from node 0's environment to ranks on the other nodes; their own is set by the agent.
+# What mpirun passes from node 0's environment to ranks on the other nodes; the agent sets their own.
 _EVERYWHERE = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 
 
@@ -25,7 +25,7 @@ _EVERYWHERE = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")
 def mpirun(
     rig: Rig, ranks_per_node: int, argv: Sequence[str], **options: Any
 ) -> Iterator[subprocess.Popen[Any]]:
-    """A program under mpirun, ``ranks_per_node`` of it on every node; the process of mpirun."""
+    """Start a program under mpirun, ``ranks_per_node`` on every node; return mpirun's process."""
     with TemporaryDirectory(prefix="commlib-mpi-") as folder:
         agent, hosts = Path(folder, "agent"), Path(folder, "hosts")
         agent.write_text(_agent(rig))
@@ -46,7 +46,7 @@ def mpirun(
 
 
 def _agent(rig: Rig) -> str:
-    """A script that does what ssh does, told a node's address and a command."""
+    """A script that, given a node's address and a command, does what ssh does."""
     lines = ["#!/bin/sh", "address=$1; shift", "case $address in"]
     for node in rig.nodes:
         environment = [f"{name}={value}" for name, value in node.environment().items()]

@@ -1,4 +1,4 @@
-"""What `nodes.py` compares: the systems, and the ranks of several nodes that they run on."""
+"""The systems that `nodes.py` compares, and the ranks of several nodes that they run on."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Traffic = tuple[int, int]  # bytes that this rank's node sent and received
 
 
 class Meeting:
-    """Where ranks meet that share a host: a file of a place for each, mapped by all.
+    """Where ranks that share a host meet: a file with a place for each, mapped by all.
 
-    Nothing of it crosses a link. A rank may be one round ahead of another, so two rounds have places.
+    It uses no link. A rank may be one round ahead of another, so two rounds have places.
     """
 
     def __init__(self, path: Path, rank: int, size: int) -> None:
@@ -62,8 +62,8 @@ class Meeting:
 
 @dataclass(frozen=True)
 class NodesLaunch(Launch):
-    """Ranks of several nodes on one host. Their fences leave the links alone, and what an operation sends
-    over its node's link is noted."""
+    """Ranks of several nodes on one host. Their fences leave the links alone, and the bytes that an operation
+    sends over its node's link are noted."""
 
     nodes: int = 1
     meeting: Meeting | None = None
@@ -82,18 +82,18 @@ class NodesLaunch(Launch):
 
     def fenced(self, operation: Callable[[], Any]) -> tuple[Interval, Any]:
         moment = self._agreed_moment()
-        before = own_link()  # nobody sends now: all have come, and none goes on before the moment
+        before = own_link()  # no rank sends now: all have come, and none goes on before the moment
         _sleep_until(moment)
         interval, result = timed(operation)
-        self.fence()  # what TCP still had to acknowledge is over, too
+        self.fence()  # TCP's last acknowledgements are over, too
         sent, received = (now - then for now, then in zip(own_link(), before, strict=True))
         self.noted.append((sent, received))
         return interval, result
 
     def _agreed_moment(self) -> float:
-        """A little after all have come here."""
+        """A moment shortly after all have come here."""
         assert self.meeting is not None
-        # MPI moves what it has accepted to send only while it is called.
+        # MPI moves messages that it has accepted only while it is called.
         progress = (lambda: None) if self.comm is None else self.comm.Iprobe
         return self.meeting.latest(time.monotonic() + SETTLE_SECONDS, progress)
 
@@ -103,7 +103,7 @@ def _sleep_until(moment: float) -> None:
 
 
 class Counted(System):
-    """A system, given the job that fits it, and what each of its operations sent over this node's link."""
+    """A system with the job that fits it, and the bytes that each operation sent over this node's link."""
 
     def __init__(self, system: System, job: Job) -> None:
         self.name, self._system, self._job = system.name, system, job
@@ -121,7 +121,7 @@ class Counted(System):
 class BareTcp(System):
     """The rows that must cross, each once to a node, through plain sockets: nothing is gathered or summed.
 
-    What the links, and the cores that forward for them, allow.
+    It shows what the links, and the cores that forward for them, allow.
     """
 
     name = BARE
@@ -187,7 +187,7 @@ class Rows:
 def open_systems(
     launch: NodesLaunch, shape: Shape, job: Job, rows: Rows
 ) -> Iterator[tuple[list[Counted], dict[str, str]]]:
-    """All systems that can run here; and of those that cannot, why."""
+    """All systems that can run here, and the reasons why others cannot."""
     skipped = {}
     with ExitStack() as stack:
         bare = BareTcp(launch, rows, shape.hidden * shape.dtype.itemsize)

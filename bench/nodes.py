@@ -5,10 +5,10 @@
 
 For each number of nodes and rate it makes a rig (netns.py), and runs all systems on the same routing under
 one mpirun, in turns. "MB" is what crossed the busiest direction of any link, by the counters of the nodes'
-interfaces, headers and acknowledgements included. "Least" are the rows alone, each token once to each node
-that it must reach; "of limit" is the time these need at the link's rate over the time taken (a link carries
-128 KiB beyond its rate after a pause, so tiny operations exceed it). Every system's answer is checked in the
-same run.
+interfaces, headers and acknowledgements included. "Least" is the rows alone, each token once to each node
+that it must reach; "of limit" is the time that these need at the link's rate over the time taken (a link
+carries 128 KiB beyond its rate after a pause, so tiny operations exceed it). Every system's answer is checked
+in the same run.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, nodes: int, gbit: float) -> dict[str, Any]
 
 
 def busiest_bytes(per_node: list[list[list[int]]]) -> float:
-    """Of an operation: the median of what the busiest direction of any node's link carried."""
+    """The median of what the busiest direction of any node's link carried in an operation."""
     return statistics.median(max(map(max, iteration)) for iteration in zip(*per_node, strict=True))
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     reason = why_not()
     if reason:
         sys.exit(f"bench/nodes.py: {reason}")
-    # Its warnings are that addresses of a rig have no names.
+    # It would warn that addresses of a rig have no names.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     results = []
     for nodes in args.nodes:

@@ -4,9 +4,9 @@
     mpirun -n 2 python bench/overlap.py                 # on limited links, with the layer
     python bench/overlap.py --device cuda --ranks 4     # ranks are threads that share the GPU
 
-With several ranks each one's link is limited (`link_gbps=`): to `--link-gbps`, or so that the layer's
-communication takes as long as its experts do. One rank has no link; it measures the dispatch alone. What is
-compared, and what efficiency means: bench/overlap_matmul.py and bench/overlap_layer.py. Every value is
+With several ranks each rank's link is limited (`link_gbps=`): to `--link-gbps`, or so that the layer's
+communication takes as long as its experts do. One rank has no link; it measures the dispatch alone. For what
+is compared, and what efficiency means, see bench/overlap_matmul.py and bench/overlap_layer.py. Every value is
 checked in the same run, before anything is timed. A rank on the CPU needs a core for each compute thread, and
 one for each communication thread that does not wait for its link.
 """
@@ -84,7 +84,7 @@ def measure(ranks: Ranks, args: argparse.Namespace) -> Measured:
     """Called by all ranks."""
     if args.experts % ranks.size:
         raise ValueError(f"{args.experts} experts do not divide by {ranks.size} ranks")
-    dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16  # that experts compute best in
+    dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16  # the one experts compute fastest in
     plan = LayerPlan(shape_of(args, dtype), args.ffn_hidden, args.chunks, args.iters)
     layer, link = None, args.link_gbps
     if ranks.size > 1:
@@ -149,7 +149,7 @@ def layer_table(measured: Measured, args: argparse.Namespace, layer: LayerResult
 
 
 def notes(measured: Measured) -> list[str]:
-    """What has to be said of efficiencies above 100 %."""
+    """Notes on efficiencies above 100 %."""
     found = [
         f"{result.num_sms} {unit(measured)}, {text}"
         for result in measured.matmul
@@ -178,7 +178,7 @@ def publish(args: argparse.Namespace, measured: Measured) -> None:
     picture = args.plot or path.with_suffix(".png")
     try:
         plot(picture, measured)
-    except ImportError as error:  # a machine that is lent has what it has
+    except ImportError as error:  # a borrowed machine may lack it
         show(f"every sample: {path}; no figure: {error}")
     else:
         show(f"every sample: {path}; figure: {picture}")

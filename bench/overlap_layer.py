@@ -1,9 +1,9 @@
 """A whole MoE layer, forward and backward: the same MoELayer in sequence, in chunks, and as two batches.
 
-It has a shared expert, of the size of the others. On a link so slow that dispatch and combine (forward and
+It has a shared expert, of the size of the others. The link is so slow that dispatch and combine (forward and
 backward: four operations) take about as long as all experts do. In sequence the layer takes the sum of the
-two and a little more; docs/overlap.md has what overlap can reach. Efficiency is max(t_communication,
-t_compute) / t, with the operations alone and the experts alone as the two.
+two and a little more; docs/overlap.md says what overlap can reach. Efficiency is max(t_communication,
+t_compute) / t, where the two are the operations alone and the experts alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMUNICATION, COMPUTE, SEQUENCE, TWO_BATCHES = (
 ALONE = (COMMUNICATION, COMPUTE, COMPUTE + PARTED)
 OPERATIONS = 4  # dispatch and combine, and the adjoint of each
 WARMUP = 2
-# Of the norm. Weights' gradients are summed over chunks, each part rounded to the dtype.
+# Relative to the norm. Weights' gradients are summed over chunks, each part rounded to the dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -58,7 +58,7 @@ class LayerResult:
 
 
 class SharedExpert(nn.Module):
-    """What every token goes through: the same network as an expert's (SwiGLU)."""
+    """The expert that every token goes through: the same network as the others (SwiGLU)."""
 
     def __init__(self, hidden: int, ffn_hidden: int, **options: Any) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class SharedExpert(nn.Module):
 
 
 class Layer:
-    """One rank's layer and batch, and the ways it is run."""
+    """One rank's layer and batch, and the ways to run it."""
 
     def __init__(self, ranks: Ranks, plan: LayerPlan) -> None:
         self._ranks, self._shape, shape = ranks, plan.shape, plan.shape
@@ -95,7 +95,7 @@ class Layer:
         self.parameters = dict([*self.layer.named_parameters(), *self.shared.named_parameters("shared")])
 
     def _take_weights(self) -> None:
-        """Those of the unsharded layer."""
+        """Take the weights of the unsharded layer."""
         mine = slice(self.layer.experts.first, self.layer.experts.first + len(self.layer.experts.w1))
         for name, weight in self.layer.experts.named_parameters():
             weight.copy_(self.unsharded.experts.get_parameter(name)[mine])
@@ -109,12 +109,12 @@ class Layer:
         )
 
     def clear(self) -> None:
-        """No gradients any more."""
+        """Drop all gradients."""
         for leaf in (self.x, self.rows, *self.parameters.values()):
             leaf.grad = None
 
     def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """Forward and backward; parameters and x have their gradients then."""
+        """Forward and backward; then parameters and x have their gradients."""
         self.clear()
         with torch.enable_grad():
             out = forward(self.x)
@@ -153,7 +153,7 @@ class Layer:
             torch.autograd.backward([out, self.shared(self.x)], [out.detach(), self.upstream])
 
     def link_gbps(self) -> float:
-        """The rate at which what the layer sends takes as long as its experts do. Called by all ranks."""
+        """The rate at which the layer's rows take as long as its experts do. Called by all ranks."""
         seconds = self._ranks.fastest(Case(self.compute))
         local_experts = self._shape.experts // self._ranks.size
         mine = LinkRows.of(self.topk_idx, local_experts, self._ranks.rank)
@@ -161,8 +161,8 @@ class Layer:
         return OPERATIONS * rows * self._shape.hidden * self._shape.dtype.itemsize / seconds / 1e9
 
     def check(self, ways: dict[str, Case]) -> None:
-        """Raise WrongResults on all ranks unless each way has the values and gradients of the one before, and
-        the first those of the layer on one rank."""
+        """Raise WrongResults on all ranks unless each way gives the values and gradients of the one before,
+        and the first those of the layer on one rank."""
         wrong: list[str] = []
         with torch.enable_grad():
             out = self.unsharded(self.x)[0]
@@ -171,7 +171,7 @@ class Layer:
         for name, way in ways.items():
             with way.inside():
                 got = {"output": way.operation(), "gradient of x": self.x.grad}
-            # Ranks that share a GPU share the driver, too: one that reads a value before the others have
+            # Ranks that share a GPU share the driver, too: a rank that reads a value before the others have
             # queued their part of it keeps them from doing so.
             self._ranks.gather(None)
             got |= {f"gradient of {n}": p.grad for n, p in self.parameters.items()}
@@ -185,7 +185,7 @@ class Layer:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Of two tensors, relative to the norm of the second, if that is not 0."""
+    """The distance of two tensors, relative to the norm of the second, if that is not 0."""
     off, norm = float((got.float() - want.float()).norm()), float(want.float().norm())
     return off / norm if norm else off
 
@@ -223,7 +223,7 @@ def efficiency(samples: Samples, way: str) -> float:
 
 
 def alone(way: str) -> tuple[str, str]:
-    """What a way is held against."""
+    """The times that a way is compared with."""
     return COMMUNICATION, COMPUTE + PARTED if way.endswith(PARTED) else COMPUTE
 
 

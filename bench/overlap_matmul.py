@@ -1,8 +1,8 @@
 """A dispatch beside a matmul: each alone and both at once, with a partition and without, by number of SMs.
 
-SMs are communication threads on the CPU. The matmul is repeated so often that it takes about as long as the
-dispatch. Efficiency is max(t_communication, t_compute on its share) / t_both: 100 % means that the shorter of
-the two came for free.
+SMs are communication threads on the CPU. The matmul is repeated until it takes about as long as the dispatch.
+Efficiency is max(t_communication, t_compute on its share) / t_both: 100 % means that the shorter of the two
+came for free.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """What is measured: a job's dispatch over a link, beside a square matmul."""
+    """The measurement: a job's dispatch over a link, beside a square matmul."""
 
     shape: Shape
     size: int  # rows and columns of the matmul
@@ -49,7 +49,7 @@ class MatmulResult:
     """Seconds with one number of communication SMs of a rank, iteration by iteration.
 
     Attributes:
-        partition: SMs or cores that were asked for communication, given to it, and left to compute.
+        partition: SMs or cores asked for communication, given to it, and left to compute.
         repeats: of the matmul.
         compute_threads: of a rank, on the CPU, where it shares the cores with communication.
     """
@@ -81,7 +81,7 @@ class Matmul:
         return bool((self._c == self._a.shape[0]).all())
 
     def balance(self, ranks: Ranks, case: Case, other: Case) -> None:
-        """Make ``case``, which runs this, take about as long as another. Called by all ranks."""
+        """Make ``case``, which runs this, take about as long as ``other``. Called by all ranks."""
         self.repeats = TRIAL
         self.repeats = max(1, round(TRIAL * ranks.fastest(other) / ranks.fastest(case)))
 
@@ -101,7 +101,7 @@ class Workload:
         d.finish()
 
     def check(self) -> None:
-        """Raise WrongResults unless both at once yield what each must."""
+        """Raise WrongResults unless both, run at once, give right results."""
         self._matmul.clear()
         d = self._start()
         self._matmul.run()
@@ -119,7 +119,7 @@ class Workload:
 
 @contextmanager
 def computing(partition: commlib.SMPartition | None, threads: int | None) -> Iterator[None]:
-    """Inside a partition, if there is one, and with so many of torch's threads (None: as they are)."""
+    """Compute in a partition, if there is one, and with ``threads`` torch threads (None: unchanged)."""
     with ExitStack() as stack:
         if threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -159,7 +159,7 @@ def measure(ranks: Ranks, plan: MatmulPlan, job: Job, num_sms: int) -> MatmulRes
         compared = cases(free, None, "")
         compared[EVERYTHING] = Case(matmul.run, partial(computing, None, everything))
         if share is None:
-            del compared[SHARE]  # a GPU's SMs are only shared out by a partition
+            del compared[SHARE]  # only a partition shares out a GPU's SMs
         works = [free]
         if partition is not None:
             works.append(workload(partition))
@@ -181,13 +181,13 @@ def efficiency(samples: Samples, suffix: str) -> float | None:
     """max(t_communication, t_compute on its share) / t_both, of medians, with a partition (suffix PARTED) or
     without; None: not measured.
 
-    On a GPU without a partition compute has no share: it is held against the partition's.
+    On a GPU without a partition compute has no share: it is compared with the partition's.
     """
     return reached(samples, BOTH + suffix, alone(samples, suffix)) if BOTH + suffix in samples else None
 
 
 def alone(samples: Samples, suffix: str) -> tuple[str, str]:
-    """What both at once are held against."""
+    """The times that both at once are compared with."""
     shares = [SHARE + suffix, SHARE + PARTED, EVERYTHING]
     return COMMUNICATION + suffix, next(name for name in shares if name in samples)
 
@@ -211,12 +211,12 @@ def reached(samples: Samples, both: str, parts: Sequence[str]) -> float:
 
 
 def is_above(share: float) -> bool:
-    """More than 100 %, as it is shown."""
+    """Whether a share is shown as more than 100 %."""
     return round(100 * share) > 100
 
 
 def above(samples: Samples, both: str, parts: Sequence[str]) -> str:
-    """Why ``both`` reaches more than 100 %, where it does, though it contains what it is held against."""
+    """Why ``both`` reaches more than 100 %, where it does, though it contains what it is compared with."""
     if not is_above(reached(samples, both, parts)):
         return ""
     longer = max(parts, key=lambda part: statistics.median(samples[part]))
@@ -232,5 +232,5 @@ def above(samples: Samples, both: str, parts: Sequence[str]) -> str:
 
 
 def best(results: Sequence[MatmulResult]) -> MatmulResult:
-    """That of the highest efficiency, with a partition or without."""
+    """The result of the highest efficiency, with a partition or without."""
     return max(results, key=lambda r: max(efficiency(r.samples_s, suffix) or 0.0 for suffix in SUFFIXES))

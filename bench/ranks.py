@@ -1,4 +1,4 @@
-"""The ranks that a benchmark runs on, whatever their device: who they are, what they share, and one clock.
+"""The ranks that a benchmark runs on, whatever their device: their number, what they share, and one clock.
 
 On the CPU ranks are processes (:class:`common.Launch`); on a GPU they are threads that share it.
 """
@@ -33,7 +33,7 @@ class Ranks(ABC):
     rank: int
     size: int
     device: str
-    group: Any = None  # what ExpertParallel takes
+    group: Any = None  # for ExpertParallel
     cores: int | None = None  # of a rank; None: it is on a GPU
 
     @abstractmethod
@@ -46,15 +46,15 @@ class Ranks(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What the figures depend on besides the configuration."""
+        """Facts that the figures depend on besides the configuration."""
 
     @abstractmethod
     def partition(self, num_sms: int) -> commlib.SMPartition | None:
-        """One that all ranks here share, ``num_sms`` for the communication of each; None: it cannot be."""
+        """A partition that all ranks here share, ``num_sms`` for each to communicate; None: impossible."""
 
     @abstractmethod
     def fitting(self, num_sms: Sequence[int]) -> list[int]:
-        """Those numbers of communication SMs of a rank that the device has for all ranks."""
+        """The numbers of communication SMs of a rank for which the device has enough for all ranks."""
 
     def fastest(self, case: Case, iters: int = 7) -> float:
         """Seconds that a case takes where nothing disturbs it."""
@@ -86,7 +86,7 @@ class HostRanks(Ranks):
         self._take_cores()
 
     def _take_cores(self) -> None:
-        """Of its own, where there are as many as ranks: the kernel may leave two ranks on one."""
+        """Take cores of its own, where each rank can have some: the kernel may leave two ranks on one."""
         if self.size == 1 or usable_cores() < self.size or not hasattr(os, "sched_setaffinity"):
             return
         assert self.cores is not None
@@ -149,7 +149,7 @@ def on_ranks(device: str, size: int, fn: Callable[[Ranks], Any]) -> Any:
     """Call ``fn`` on every rank: of this launch on the CPU, on ``size`` threads on a GPU.
 
     Returns:
-        What rank 0 made of it (CPU: on its process, None on the others).
+        Rank 0's result (CPU: in its process, None in the others).
     """
     if device == "cpu":
         with Launch.session() as launch:
@@ -165,7 +165,7 @@ def on_ranks(device: str, size: int, fn: Callable[[Ranks], Any]) -> Any:
 
 
 def interleaved(ranks: Ranks, cases: Mapping[str, Case], iters: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each case, in changing order: who runs before decides what is in the caches."""
+    """Seconds of each case, in changing order: what ran before decides what is in the caches."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
     turns = random.Random(0)  # the same on all ranks
     with progress(ranks.rank, title, iters * len(cases)) as bar:

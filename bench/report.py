@@ -1,4 +1,4 @@
-"""How a benchmark tells what it found: tables of fixed width on stdout, and JSON beside them."""
+"""How a benchmark reports its findings: tables of fixed width on stdout, and JSON beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 import commlib
 from commlib import cuda
 
-# Not in git: the samples beside it are those that README and docs/ cite, and stay what they were.
+# Not in git: the samples beside it are those that README and docs/ cite, and must not change.
 RESULTS = Path(__file__).parent / "results/local"
 CUDA_ENVIRONMENT = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS")
 TABLE_WIDTH = 110
@@ -45,7 +45,7 @@ def table(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequen
 
 
 def machine(launch: Launch) -> dict[str, Any]:
-    """What the figures depend on besides the configuration."""
+    """Facts that the figures depend on besides the configuration."""
     return host() | {
         "ranks": launch.size,
         "threads_per_rank": torch.get_num_threads(),
@@ -88,12 +88,12 @@ def where(facts: dict[str, Any]) -> str:
 
 
 def device_name(facts: dict[str, Any]) -> str:
-    """For a file's name."""
+    """The device's name, for a file's name."""
     return slug(facts["gpu"]) if "gpu" in facts else "cpu"
 
 
 def markdown(title: str, columns: Sequence[str], sections: Iterable[Iterable[Sequence[str]]]) -> str:
-    """What :func:`table` shows, as a Markdown table."""
+    """The table of :func:`table` in Markdown."""
     lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "|".join("---" if place < 2 else "---:" for place in range(len(columns))) + "|")
     for section in sections:
@@ -108,7 +108,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file at once: whoever ends this program leaves the old text or the new one."""
+    """Replace a file at once: whenever this program is ended, the old text is there or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text)

@@ -1,4 +1,4 @@
-"""What one dispatch costs beside its rows, by number of ranks: worked out up to 2048, and measured up to 16.
+"""What one dispatch costs besides its rows, by number of ranks: computed up to 2048, and measured up to 16.
 
     python bench/scaling.py [--json FILE]
 
@@ -29,7 +29,7 @@ RING_BUDGET, LEAST_CHUNKS, MOST_CHUNKS = 64 << 20, 2, 32
 
 @dataclass(frozen=True)
 class Case:
-    """A dispatch with uniform routing, two hops, one communication lane."""
+    """A dispatch with uniform routing, two hops, one queue in each channel."""
 
     ranks: int
     node: int
@@ -63,7 +63,7 @@ class Case:
         return self.tokens * sum(shares) / len(shares)
 
     def sent(self) -> dict[str, float]:
-        """By one rank: messages and bytes in one dispatch."""
+        """Messages and bytes that one rank sends in one dispatch."""
         per_chunk = (max(CHUNK, CHUNK_HEADER + self.frame_bytes) - CHUNK_HEADER) // self.frame_bytes
         chunks = (self.nodes - 1) * max(1.0, self.frames() / per_chunk)
         rows = (self.nodes - 1) * self.frames() * self.hidden * self.itemsize
@@ -78,7 +78,7 @@ class Case:
         }
 
     def memory(self) -> dict[str, float]:
-        """Of one rank: bytes beside its slots."""
+        """Bytes of one rank besides its slots."""
         control = self.ranks * MAILBOX + 2 * self.ranks * WORD * self.count_words
         rings = 4 * (self.nodes - 1)
         chunks = LEAST_CHUNKS
@@ -113,7 +113,7 @@ def measure(case: Case) -> dict[str, float]:
             ranks_per_node=case.node,
         ) as ep:
             ep.dispatch(x, idx, weights)
-            ep.group.barrier()  # all have received what all have sent, and have said so
+            ep.group.barrier()  # all have received all rows, and have said so
             ep.dispatch(x, idx, weights)
             ep.group.barrier()
             stats = ep.stats()
@@ -178,7 +178,7 @@ def main() -> None:
         [replace(small, ranks=r, node=n) for r, n in ((4, 2), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))],
     )
     large = Case(ranks=16, node=8, experts=256, topk=8, tokens=4096, hidden=7168)
-    # More ranks than experts: experts are then replicated in practice; here their number grows.
+    # More ranks than experts: in practice experts are then replicated; here their number grows.
     predicted = show_predicted(
         console,
         [replace(large, ranks=r, experts=max(256, r)) for r in (16, 32, 64, 128, 256, 512, 1024, 2048)],

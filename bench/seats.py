@@ -13,8 +13,8 @@ from common import clock_id
 
 from commlib import cuda
 
-# Of torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, Cray's PALS, and Slurm. torchrun's first, since it may
-# be what mpirun or srun started; Slurm's last, since any of the others may run inside an allocation.
+# Of torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, Cray's PALS, and Slurm. torchrun's first, since mpirun
+# or srun may have started it; Slurm's last, since any of the others may run inside an allocation.
 LOCAL_RANK = (
     "LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -31,12 +31,12 @@ class NoSeat(Exception):
 
 @dataclass(frozen=True)
 class Seat:
-    """What decides which GPU a rank takes.
+    """The facts that decide which GPU a rank takes.
 
     Attributes:
         host: equal for the ranks that share GPUs; its name is the part before the slash.
-        local_rank: what the launcher calls it there; None: it does not say.
-        gpus: ids of those that this rank sees, in the order of their numbers.
+        local_rank: the rank's number there, by the launcher; None: it does not say.
+        gpus: ids of the GPUs that this rank sees, in the order of their numbers.
     """
 
     host: str
@@ -55,7 +55,7 @@ class Seat:
 
 
 def local_rank(environment: Mapping[str, str]) -> int | None:
-    """The place among the ranks of one host, as whoever launched this process says; None: it does not."""
+    """The place among the ranks of one host, as this process's launcher says; None: it does not."""
     for name in LOCAL_RANK:
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -82,7 +82,7 @@ def _of_one_host(ranks: Sequence[int], seats: Sequence[Seat]) -> list[int]:
     """The number of each of these ranks' GPU."""
     name = seats[0].host.partition("/")[0]
     if all(len(seat.gpus) == 1 for seat in seats) and len({seat.gpus for seat in seats}) == len(seats):
-        return [0] * len(seats)  # the launcher has dealt them out already
+        return [0] * len(seats)  # the launcher has already assigned them
     places = [seat.local_rank for seat in seats]
     if None in places or len(set(places)) < len(places):
         places = list(range(len(seats)))

@@ -1,9 +1,9 @@
-"""What TCP itself reaches on a rig's links: plain sockets between nodes, and nothing else.
+"""The rates that TCP itself reaches on a rig's links: plain sockets between nodes, and nothing else.
 
     python bench/streams.py --gbit 1 5 --nodes 2 4      # as root: makes rigs (netns.py) and measures them
 
-The figures say whether a rig's links are as fast as they were asked to be, and what the machine's cores leave
-of that when all nodes send at once. `nodes.py` holds the systems it compares against the same exchange.
+The figures say whether a rig's links are as fast as asked, and how much of that the machine's cores leave
+when all nodes send at once. `nodes.py` compares its systems with the same exchange.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Mesh:
         self._source, self._sinks = memoryview(bytes(CHUNK)), {p: bytearray(CHUNK) for p in self._peers}
 
     def exchange(self, send: dict[int, int], receive: dict[int, int]) -> None:
-        """Send and receive so many bytes to and from each node, all at the same time."""
+        """Send these numbers of bytes to the nodes, and receive these, all at the same time."""
         work = [self._pool.submit(self._send, peer, n) for peer, n in send.items() if n]
         work += [self._pool.submit(self._receive, peer, n) for peer, n in receive.items() if n]
         for part in work:
@@ -65,7 +65,7 @@ class Mesh:
 
 
 def _connect(address: str, index: int) -> socket.socket:
-    """Connect to a node that may not listen yet, and say who this is."""
+    """Connect to a node that may not listen yet, and send this node's index."""
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
@@ -98,14 +98,14 @@ def measure(nodes: int, gbit: float, megabytes: int, one_way: bool) -> tuple[flo
 
 
 def _on_node(index: int, nodes: int, size: int, one_way: bool) -> None:
-    """Exchange once to open the connections' windows, then measured: prints seconds of one exchange."""
+    """Exchange once to open the connections' windows, then measure: prints seconds of one exchange."""
     mesh = Mesh([Node(i, nodes, "").address for i in range(nodes)], index)
     others = [node for node in range(nodes) if node != index]
     sends = {node: size for node in others if not one_way or index == 0}
     gets = {node: size for node in others if not one_way or node == 0}
     every = dict.fromkeys(others, 1)
     for _ in range(2):
-        mesh.exchange(every, every)  # all have come
+        mesh.exchange(every, every)  # then all have come
         begin = time.monotonic()
         mesh.exchange(sends, gets)
         seconds = time.monotonic() - begin

@@ -48,18 +48,18 @@ class System:
         """Not timed: give back what the dispatch lent."""
 
     def wrong_rows(self, job: Job, received: Received) -> list[str]:
-        """What differs from what the job's dispatch must yield."""
+        """The differences from what the job's dispatch must yield."""
         return job.wrong_rows(received)
 
     def wrong_sum(self, job: Job, out: Tensor) -> list[str]:
-        """What differs from what the job's combine must yield."""
+        """The differences from what the job's combine must yield."""
         return job.wrong_sum(out)
 
     def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
         """One dispatch and one combine; when each began and ended on this rank. Called on all ranks.
 
         Args:
-            report: told of each difference from what the job expects; None: do not look.
+            report: called with each difference from what the job expects; None: do not look.
         """
         dispatched, received = launch.fenced(lambda: self.dispatch(job))
         wrong = [] if report is None else self.wrong_rows(job, received)
@@ -102,7 +102,7 @@ class Commlib(System):
         return Received(d.x, d.topk_idx, d.topk_weights)
 
     def redispatch(self, job: Job) -> Tensor:
-        """Timed: the rows again, with the routing of the dispatch before."""
+        """Timed: the rows again, with the previous dispatch's routing."""
         again = self._ep.dispatch(
             job.x, topk_weights=job.topk_weights, handle=self._handle, zero_copy=self.zero_copy
         )
@@ -126,7 +126,7 @@ class CommlibZeroCopy(Commlib):
 
 
 class BareLimit(System):
-    """The same rows moved with the same stores and no protocol: what the machine can do."""
+    """The same rows moved with the same stores and no protocol: the machine's limit."""
 
     name = LIMIT
 

@@ -23,7 +23,7 @@ def measure_throughput(
     with progress(launch.rank, "dispatch and combine", total * len(systems)) as bar:
         for i in range(total):
             report = wrong.append if i in (0, total - 1) else None
-            # Another order each time: who runs before decides what is in the caches.
+            # A new order each time: what ran before decides what is in the caches.
             for system in turns.sample(systems, len(systems)):
                 dispatched, combined = system.iterate(job, launch, report)
                 if i >= warmup:

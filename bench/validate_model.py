@@ -1,11 +1,11 @@
-"""Compare commlib.model with what others have published: bench/published.csv, row by row.
+"""Compare commlib.model with published results of others: bench/published.csv, row by row.
 
     python bench/validate_model.py              # the table
     python bench/validate_model.py --markdown   # as in docs/model.md
 
-Two predictions for each row. "docs": all constants are from datasheets and from what projects write, none is
-taken from the rows. "fitted": four constants are fitted on a row each; those are marked * and are left out
-of its summary. The table does not depend on the machine it is computed on.
+Two predictions for each row. "docs": all constants are from datasheets and projects' documentation, none from
+the rows. "fitted": four constants are fitted on a row each; these rows are marked * and left out of its
+summary. The table does not depend on the machine it is computed on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ("row", "what", "EP", "SMs", "published", "docs", "error", "fitted", "
 SUMMARY = ("", "docs: rows", "median", "max", "fitted: rows", "median", "max")
 MODES = ("throughput, one node", "throughput, several nodes", "latency, one node", "latency, several nodes")
 
-# The GPU that a row means, and what was assumed to tell.
+# The GPU that a row means, and the assumption behind it.
 GPUS = {
     "H800": ("H800", ""),
     "H100": ("H100", ""),
@@ -87,7 +87,7 @@ class Row:
 
 
 def read(path: Path = PUBLISHED) -> tuple[list[Row], dict[int, str]]:
-    """The rows that can be predicted, and for the others why not."""
+    """The rows that can be predicted, and why not for the others."""
     rows, left_out = [], {}
     with path.open(newline="") as lines:
         for number, line in enumerate(csv.DictReader(lines), 1):
@@ -107,7 +107,7 @@ def _row(number: int, line: dict[str, str]) -> Row:
         assumed += "c"
     if nodes > 1 and "EFA" in line["nic"]:
         assumed += "f"
-    # The two documents that say so; "top-4 groups" limits nothing on 4 nodes or fewer.
+    # Only these two documents say so; "top-4 groups" limits nothing on 4 nodes or fewer.
     limited = not latency and nodes > NODE_LIMIT and (line["version"] == "V1" or line["system"] == "UCCL-EP")
     measure, published, unit = _measure(line)
     config = Config(
@@ -141,7 +141,7 @@ def _row(number: int, line: dict[str, str]) -> Row:
 
 
 def _measure(line: dict[str, str]) -> tuple[str, float, str]:
-    """What the row's figure means in the model, the figure, and its unit."""
+    """The model's measure for the row's figure, the figure, and its unit."""
     if not line["gbytes_per_s"]:
         if not line["latency_us"]:
             raise ValueError("no figure")
@@ -176,7 +176,7 @@ def table_rows(rows: list[Row]) -> Iterator[list[str]]:
 
 
 def summary_rows(rows: list[Row]) -> Iterator[list[str]]:
-    """Absolute errors; rows that "fitted" was fitted on do not count for it."""
+    """Absolute errors; for "fitted", without the rows that it was fitted on."""
     groups = [(mode, [row for row in rows if row.mode == mode]) for mode in MODES]
     groups.append(("all", rows))
     groups.append(("all, GPU and network stated, no EFA", [r for r in rows if r.hardware_stated]))

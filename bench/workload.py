@@ -1,4 +1,4 @@
-"""The job every system is given, and what it must answer, computed without any communication."""
+"""The job that every system is given, and the right answer, computed without any communication."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WrongResults(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """What is moved. All ranks have the same."""
+    """The shape of what is moved, the same on all ranks."""
 
     tokens: int
     hidden: int
@@ -27,7 +27,7 @@ class Shape:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """As ExpertParallel and the baselines call them."""
+        """The sizes, by the names that ExpertParallel and the baselines have for them."""
         return {
             "num_experts": self.experts,
             "hidden": self.hidden,
@@ -54,7 +54,7 @@ class Job:
     topk_idx: Tensor  # [T, K] int64
     topk_weights: Tensor  # [T, K] float32
     expected: Received
-    y: Tensor  # [N, H] what this rank's experts make of the rows
+    y: Tensor  # [N, H] this rank's experts' outputs for the rows
     output: Tensor  # [N, H] an ordinary tensor for experts to write y to, before each combine
     expected_sum: Tensor  # [T, H] float32, not rounded to the rows' dtype
 
@@ -67,7 +67,7 @@ class Job:
         *,
         row_per_expert: bool = False,
     ) -> Job:
-        """Make this rank's tokens, and the other ranks' as well to know what must come from them.
+        """Make this rank's tokens, and the other ranks' too, to know what must come from them.
 
         An expert here scales a row by its rank's factor, so that a row summed from the wrong rank
         shows. Another kind of device draws other tokens.
@@ -99,7 +99,7 @@ class Job:
         )
 
     def wrong_rows(self, got: Received) -> list[str]:
-        """What differs, bit for bit, from the rows and metadata that must arrive."""
+        """The differences, bit for bit, from the rows and metadata that must arrive."""
         if got.rows.shape != self.expected.rows.shape:
             return [f"rows {list(got.rows.shape)}, not {list(self.expected.rows.shape)}"]
         pairs = {
@@ -134,14 +134,14 @@ def _tokens_of(shape: Shape, rank: int, device: torch.device | str) -> tuple[Ten
 
 
 def _pairs_of(x: Tensor, topk_idx: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each pair of token and expert as a token with one expert."""
+    """Each (token, expert) pair as a token with one expert."""
     return x.repeat_interleave(topk_idx.shape[1], 0), topk_idx.reshape(-1, 1), weights.reshape(-1, 1)
 
 
 def _rows_for(
     rank: int, local_experts: int, x: Tensor, topk_idx: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of a source's rows that go to `rank`, with ids as that rank counts its experts."""
+    """A source's rows that go to `rank`, with ids as that rank counts its experts."""
     mine = topk_idx // local_experts == rank
     goes = mine.any(1)
     local = torch.where(mine, topk_idx % local_experts, -1)
@@ -149,7 +149,7 @@ def _rows_for(
 
 
 def expert(rows: Tensor, rank: int) -> Tensor:
-    """What the experts of a rank make of a row."""
+    """The output of a rank's experts for rows."""
     return (rows.float() * (1 + rank / 4)).to(rows.dtype)
 
 

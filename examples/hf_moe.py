@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 examples/hf_moe.py --model mixtral --plot experts.png
     python examples/hf_moe.py
 
-A random Qwen3-MoE, Mixtral or GPT-OSS, made small, learns byte by byte the English text that every Python
-ships (the help topics of ``pydoc_data.topics``); nothing is downloaded. Each rank has its own text, and some
-of the experts. At the end comes a heat map: how many of all tokens chose each expert of each layer.
+A small random Qwen3-MoE, Mixtral or GPT-OSS learns, byte by byte, the English text that every Python ships
+(the help topics of ``pydoc_data.topics``); nothing is downloaded. Each rank has its own text, and some of the
+experts. At the end comes a heat map: how many of all tokens chose each expert of each layer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
         num_key_value_heads=2,
         head_dim=32,
         num_experts_per_tok=args.topk,
-        output_router_logits=True,  # and with them a loss for balance
+        output_router_logits=True,  # and with them a balance loss
         router_aux_loss_coef=0.01,
         pad_token_id=0,
         bos_token_id=1,
@@ -69,14 +69,14 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def batch(text: Tensor, args: argparse.Namespace, step: int) -> Tensor:
-    """``[B, CONTEXT]`` bytes of this rank's own."""
+    """``[B, CONTEXT]`` bytes of this rank's own text."""
     seed = 1000 * step + dist.get_rank()
     starts = torch.randint(len(text) - CONTEXT, (args.batch,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([text[start : start + CONTEXT] for start in starts.tolist()])
 
 
 def chosen(model: PreTrainedModel, ids: Tensor, topk: int) -> Tensor:
-    """``[layers, experts]``: how many tokens of all ranks chose each."""
+    """``[layers, experts]``: how many of all ranks' tokens chose each expert."""
     with torch.no_grad():
         logits = model(input_ids=ids, output_router_logits=True).router_logits
     counts = torch.stack(
@@ -161,5 +161,5 @@ if __name__ == "__main__":
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     main(arguments)
-    gc.collect()  # what uses the group, before it goes
+    gc.collect()  # collect what uses the group before it is destroyed
     dist.destroy_process_group()

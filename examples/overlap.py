@@ -3,9 +3,9 @@
     mpirun -n 2 python examples/overlap.py --plot overlap.png --trace overlap.json
 
 One rank's forward and backward of one block (attention, then experts over the ranks), three ways: sequential;
-``MoELayer(overlap_chunks=n)``; and ``TwoBatch``, two half batches in turns. The picture has a row for compute
-and one for communication each. ``--trace`` writes the last way for ui.perfetto.dev. On a machine with fewer
-than two cores for each rank the threads take turns, and the picture shows that, too.
+``MoELayer(overlap_chunks=n)``; and ``TwoBatch``, two half batches in turns. For each, the picture has a row
+for compute and one for communication. ``--trace`` writes the last way for ui.perfetto.dev. On a machine with
+fewer than two cores for each rank the threads take turns, and the picture shows that, too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ It learns, byte by byte, the English text that every Python ships: the help topi
 are replicated. ``--check`` also trains the unsharded model, all experts on one rank and without
 commlib, on the same batches, and compares the two losses step by step. Rounding alone can make a
 router choose the other of two experts that score the same (an estimated 3 to 4 % of such runs), and
-from there on the losses part; with ``--dtype float64`` that is out of the question.
+from there on the losses diverge; with ``--dtype float64`` that is out of the question.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def train(
     Args:
         args: sizes of the model and of its training.
         ep: communicator of the experts, or ``None``.
-        sources: batches for this process; several are taken one after another, so that the
-            load-balance loss is over the tokens of one rank in either case.
+        sources: batches for this process; several are taken one after another, so that in either
+            case the load-balance loss is over the tokens of one rank.
         finish: called with model and loss after each backward.
         show: title of the progress bar; ``None``: no output.
     """
