@@ -100,7 +100,7 @@ class Conversation(Group):
 
     @abstractmethod
     def tell(self, why: str, missing: Sequence[int]) -> None:
-        """Tell the others that this rank joins no further gather, perhaps because ranks are missing."""
+        """Tell the others that this rank joins no further gather, maybe because of ``missing`` ranks."""
 
     def __enter__(self) -> Conversation:
         return self
@@ -132,8 +132,8 @@ def _about_files(error: BaseException) -> str:
     )
 
 
-# Open from the beginning, and given up when a failure is told: a rank that has run out of open files can
-# still tell the others, even where its group needs a file for that.
+# Open from the beginning, and given up while ranks talk: a rank that has run out of open files can still
+# tell the others, even where its group needs a file for that.
 _spare: list[int] = []
 
 
@@ -237,7 +237,7 @@ class PostingGroup(Group):
 
         Raises:
             PeerTimeout: a rank did not come within 300 s.
-            CommError: a rank has departed.
+            CommError: a rank is gone.
         """
         with self.converse(_PATIENCE) as conversation:
             return conversation.allgather(data)

@@ -112,7 +112,7 @@ class TorchGroup(StoreGroup):
 class _Letters:
     """What ranks of an MPI communicator write to each other, in a duplicate of it that nothing else uses.
 
-    MPI's own gathers have no deadline, and do not say who is missing.
+    MPI's own gathers have no deadline, and do not say which ranks are missing.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -200,7 +200,7 @@ class MPIGroup(PostingGroup):
         return self._letters.conversations
 
     def _timeout(self, seconds: float) -> PeerTimeout:
-        """MPI does not say who is missing."""
+        """MPI does not say which ranks are missing."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         named = ", ".join(map(str, others))
         text = f"one or more of ranks {named} of the MPI communicator did not come within {seconds:.3g} s"

@@ -271,8 +271,8 @@ def sync_gradients(module: nn.Module, dp_group: dist.ProcessGroup | None = None)
 
     Args:
         module: with :class:`ShardedExperts` somewhere in it.
-        dp_group: the ranks that train the model together; None: torch.distributed's default group. It
-            contains all ranks of a communicator.
+        dp_group: the ranks that train the model together; None: torch.distributed's default group. It must
+            contain all ranks of a communicator.
 
     Raises:
         ValueError: the module has no Experts, not all ranks of their communicator are in the group, this

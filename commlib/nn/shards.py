@@ -326,7 +326,7 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """From its first step on, an optimizer with experts' parameters saves their states as they are saved.
+    """From its first step on, an optimizer saves experts' states the way experts themselves are saved.
 
     torch's own functions for state dicts first take a step, with an optimizer that has taken none.
     """
