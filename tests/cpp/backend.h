@@ -21,11 +21,11 @@ class Machine {
 };
 std::unique_ptr<Machine> make_machine();
 
-// Returns when the host may touch what the operations issued so far work on, also those that are not
-// asynchronous: on a GPU they all only queue.
+// Returns when the host may touch what the operations issued so far work on, synchronous ones included: on a
+// GPU they all only queue.
 void settle(Communicator& comm);
 
-// Waits for one expert's rows of a dispatch in waves, as the host of either backend can; throws what failed.
+// Waits for one expert's rows of a dispatch in waves, as the host of either backend can; throws its failure.
 void wait_expert(Communicator& comm, const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert);
 // Whether the operation, the last of those issued, is done.
 bool is_done(Communicator& comm, const Ticket& ticket);
@@ -33,7 +33,7 @@ bool is_done(Communicator& comm, const Ticket& ticket);
 // Values of Config::vector_ops; all must give the same bits.
 std::vector<std::string> vector_paths();
 
-// Of many rounds that differ by chance only, how many to take.
+// How many to take of many rounds that differ by chance only.
 int rounds(int many);
 
 }  // namespace commlib::testing

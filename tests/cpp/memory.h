@@ -1,4 +1,4 @@
-// Memory for tensors: what operations are given must be where the backend's kernels reach it.
+// Memory for tensors: operations need theirs where the backend's kernels reach it.
 #pragma once
 
 #include <cstddef>

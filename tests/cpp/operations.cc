@@ -10,7 +10,7 @@ Rows rows_of(const RankCase& r, bool weights) {
   return {r.x.data(), r.x_stride, r.tokens, weights, weights ? r.weights.data() : nullptr};
 }
 
-// A place for results, on a cache line or not: both ways of storing are taken.
+// Room for results, aligned to a cache line or not: both ways of storing are taken.
 Buffer room(Rank& self, int64_t bytes) { return Buffer(bytes, self.random.one_in(2) ? 0 : 8); }
 
 Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
@@ -39,7 +39,7 @@ UnderWay::~UnderWay() {
   }
 }
 
-// A communicator that has gone has finished its operations first.
+// A communicator that is gone has finished its operations first.
 void UnderWay::wait() const {
   const std::shared_ptr<Communicator> comm = std::exchange(comm_, {}).lock();
   if (comm) comm->wait(ticket_);

@@ -11,7 +11,7 @@ namespace commlib::testing {
 
 enum class RowsOf { tensor, receive_slot, lent_slot };
 
-// How a rank asks: may differ by rank, and must not change what comes out.
+// How a rank asks: may differ by rank, and must not change the results.
 struct Manner {
   bool async = false;
   bool zero_copy = false;           // layout="rank" only
@@ -21,7 +21,7 @@ struct Manner {
 };
 Manner random_manner(Random& random);
 
-// An operation that uses its owner's memory, and so is finished before that goes.
+// An operation that uses its owner's memory, and so is finished before that memory goes.
 class UnderWay {
  public:
   UnderWay() = default;
@@ -30,8 +30,8 @@ class UnderWay {
   UnderWay& operator=(UnderWay&&) = default;
   ~UnderWay();
 
-  // Results are there when it has returned, not before: a GPU's operations are all asynchronous. Throws if
-  // the operation has failed.
+  // Results are there only when it has returned: a GPU's operations are all asynchronous. Throws if the
+  // operation has failed.
   void wait() const;
   const Ticket& ticket() const { return ticket_; }
 
@@ -40,7 +40,7 @@ class UnderWay {
   Ticket ticket_;
 };
 
-// A routing that a plan is to fill in, and its memory.
+// A routing for a plan to fill in, and its memory.
 struct RoutingRoom {
   Int64s routes, rows_per_expert, offsets;
   RoutePlan view;
@@ -48,7 +48,7 @@ struct RoutingRoom {
   RoutingRoom() = default;
   // topk_idx must stay where it is.
   RoutingRoom(const Config& config, int ranks, int rank, const Int64s& topk_idx);
-  RoutingRoom(const Scenario& s, int rank);  // grouped where it is there
+  RoutingRoom(const Scenario& s, int rank);  // grouped where the scenario is
 };
 
 struct Dispatched {

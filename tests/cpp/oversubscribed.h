@@ -33,7 +33,7 @@ inline Config narrow_config(int ranks) {
   return config;
 }
 
-// What such a configuration has room for.
+// A scenario that such a configuration has room for.
 inline Scenario fitting(Config config, int ranks, Random& random) {
   config.max_tokens = config.capacity / ranks;
   return random_scenario(config, ranks, {}, random);

@@ -152,7 +152,7 @@ T staged(const Scenario& s, const RankCase& from, int64_t n, int64_t h, double* 
   return rounded;
 }
 
-// Which of the ranks' rows come to rank p in one sum, rounded once: 0: its own row by itself.
+// In which sum, rounded once, a row of rank q comes to rank p; 0: by itself.
 int sums_of(const Config& config, int p, int q) {
   if (config.net.node_of.empty() || !config.net.hierarchical ||
       config.net.node_of[p] == config.net.node_of[q])
@@ -161,8 +161,8 @@ int sums_of(const Config& config, int p, int q) {
 }
 
 // The combine at rank p: rows of all ranks in ascending order, the bias last, one rounding; rows of another
-// node are summed there, and take the place of the first of them. That it is near
-// the exact sum shows that this reference is itself right.
+// node are summed there, and take the place of the first of them. The reference is itself checked: it must be
+// near the exact sum.
 template <class T, class Acc>
 void sum_up(Scenario& s, int p) {
   RankCase& r = s.ranks[p];

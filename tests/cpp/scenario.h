@@ -1,4 +1,4 @@
-// One dispatch and one combine on all ranks: what each rank puts in, and what it must get out, worked out in
+// One dispatch and one combine on all ranks: what each rank puts in, and what it must get out, computed in
 // the plainest way by one thread.
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace commlib::testing {
 
 // Exactly `bytes` bytes, so that AddressSanitizer sees one too many; `shift` bytes past a cache line. Filled
-// with a pattern, so that what was not written is seen.
+// with a pattern, so that bytes left unwritten are seen.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes = 0, int64_t shift = 0);

@@ -142,7 +142,7 @@ void SlowNetwork::forge(int to, const void* header, size_t header_bytes, Bytes d
   changed_.notify_all();
 }
 
-// Any of those that are due, and none now and then. Read before its sender may let go.
+// Any message that is due, and none now and then. Read before its sender may let go.
 bool SlowNetwork::take(int rank, Message* message) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto& queue = under_way_[rank];
@@ -161,7 +161,7 @@ bool SlowNetwork::take(int rank, Message* message) {
   return true;
 }
 
-// The sender's memory goes: what is under way is read now.
+// The sender's memory goes: its messages under way are read now.
 void SlowNetwork::let_go(int from) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& queue : under_way_) {

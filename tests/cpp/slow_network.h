@@ -1,6 +1,6 @@
 // A network between the ranks of one process: late, in any order, and cut at will. Messages are read where
-// they lie when they are sent or when they arrive, as it happens: both must do. A Transport promises no
-// order, not even of the words that one rank tells another, so there is none here.
+// they lie either when they are sent or when they arrive, at random: both must do. A Transport promises no
+// order, not even of the words that one rank sends another, so there is none here.
 #pragma once
 
 #include <atomic>
@@ -24,14 +24,14 @@ class SlowNetwork {
 
   std::unique_ptr<Transport> transport(int rank);
 
-  // Nothing comes through to or from this rank, until mended; nothing is lost.
+  // Until mended, nothing comes through to or from this rank; nothing is lost.
   void cut(int rank) { set_cut(rank, true); }
   void mend(int rank) { set_cut(rank, false); }
-  // Words come through from one rank to another, and chunks do not, until no longer withheld.
+  // From one rank to another words come through, and chunks do not until no longer withheld.
   void withhold_chunks(int from, int to, bool withheld);
   // Whether messages of this rank have not arrived yet.
   bool has_under_way(int from);
-  // From now on every other message of this rank takes up to so long, and words four times as long, so that
+  // From now on every other message of this rank takes up to this long, and words four times as long, so that
   // others overtake them.
   void hold(int rank, int milliseconds);
   // Messages of words that came before older ones of the same sender.
@@ -41,9 +41,9 @@ class SlowNetwork {
   // Called, by the networks of all ranks, for each message as it arrives; may change what it brings.
   using Tamper = std::function<void(int to, const Header&, Bytes&)>;
   void tamper_with(Tamper tamper);
-  // The others hear that it is gone, where all that came from it has arrived.
+  // The others hear that it is gone, each once all that it sent there has arrived.
   void kill(int rank);
-  // The most bytes of chunks that ever were on their way to one rank.
+  // The most bytes of chunks that were ever on their way to one rank.
   size_t most_under_way() const { return most_under_way_.load(); }
 
  private:
@@ -70,7 +70,7 @@ class SlowNetwork {
   std::mutex mutex_;  // guards the members below it
   std::condition_variable changed_;
   std::vector<std::vector<Message>> under_way_;  // by receiver
-  std::vector<std::vector<int>> deaths_;         // by who is to hear of them
+  std::vector<std::vector<int>> deaths_;         // by the rank that is to hear of them
   std::vector<char> cut_;
   std::set<std::pair<int, int>> withheld_;  // from, to
   std::vector<int> hold_ms_;                // by sender

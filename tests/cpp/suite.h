@@ -1,4 +1,4 @@
-// Test files register themselves, so that the makefile that links them decides which tests there are.
+// Test files register themselves, so the makefile that links them decides which tests there are.
 #pragma once
 
 #include <vector>

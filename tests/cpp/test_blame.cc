@@ -1,4 +1,4 @@
-// Where the words of ranks that wait for each other lead to.
+// Where the words of ranks that wait for each other lead.
 #include <cstring>
 
 #include "protocol/failure.h"
@@ -43,7 +43,7 @@ struct Ranks {
   }
 };
 
-void blame_passes_through_those_who_wait_to_those_who_say_nothing() {
+void blame_passes_through_waiting_ranks_to_silent_ones() {
   Ranks ranks(40);
   for (int r = 0; r < 40; ++r) ranks.call(r, 9);
   check_equal(ranks.blamed_by(0, 9, bit_of(1)), bit_of(1), "blamed, where nobody says anything");
@@ -56,16 +56,16 @@ void blame_passes_through_those_who_wait_to_those_who_say_nothing() {
   check_equal(ranks.blamed_by(4, 9, bit_of(0)), bit_of(39), "blamed by another");
 }
 
-void in_a_circle_the_awaited_one_is_blamed() {
+void in_a_circle_the_awaited_rank_is_blamed() {
   Ranks ranks(3);
   for (int r = 0; r < 3; ++r) ranks.call(r, 9);
   for (int r = 0; r < 3; ++r) ranks.awaits(r, bit_of((r + 1) % 3));
   check_equal(ranks.blamed_by(0, 9, bit_of(1)), bit_of(1), "blamed");
 }
 
-void what_a_rank_said_is_past_when_it_takes_it_back_or_goes_on() {
+void what_a_rank_awaits_is_forgotten_when_withdrawn_or_past() {
   Ranks ranks(4);
-  for (int r = 0; r < 4; ++r) ranks.call(r, 0xffffffff);  // the last epoch before they begin again
+  for (int r = 0; r < 4; ++r) ranks.call(r, 0xffffffff);  // the last epoch before the wrap-around
   ranks.awaits(1, bit_of(2));
   check_equal(ranks.blamed_by(0, 0xffffffff, bit_of(1)), bit_of(2), "blamed");
   ranks.awaits_no_more(1);
@@ -75,8 +75,8 @@ void what_a_rank_said_is_past_when_it_takes_it_back_or_goes_on() {
   check_equal(ranks.blamed_by(0, 0, bit_of(1)), bit_of(1), "blamed, when it has called again");
 }
 
-// Rank 1 is still in the operation before.
-void who_has_not_come_is_not_blamed_while_it_waits_for_another() {
+// Rank 1 is still in the previous operation.
+void a_late_rank_is_not_blamed_while_it_waits_for_another() {
   Ranks ranks(4);
   for (int r = 0; r < 4; ++r) ranks.call(r, 9);
   ranks.call(0, 10);
@@ -85,13 +85,13 @@ void who_has_not_come_is_not_blamed_while_it_waits_for_another() {
   check_equal(ranks.blamed_by(0, 10, bit_of(1)), bit_of(2), "blamed");
 }
 
-const Suite suite({{"blame_passes_through_those_who_wait_to_those_who_say_nothing",
-                    blame_passes_through_those_who_wait_to_those_who_say_nothing},
-                   {"in_a_circle_the_awaited_one_is_blamed", in_a_circle_the_awaited_one_is_blamed},
-                   {"what_a_rank_said_is_past_when_it_takes_it_back_or_goes_on",
-                    what_a_rank_said_is_past_when_it_takes_it_back_or_goes_on},
-                   {"who_has_not_come_is_not_blamed_while_it_waits_for_another",
-                    who_has_not_come_is_not_blamed_while_it_waits_for_another}});
+const Suite suite({{"blame_passes_through_waiting_ranks_to_silent_ones",
+                    blame_passes_through_waiting_ranks_to_silent_ones},
+                   {"in_a_circle_the_awaited_rank_is_blamed", in_a_circle_the_awaited_rank_is_blamed},
+                   {"what_a_rank_awaits_is_forgotten_when_withdrawn_or_past",
+                    what_a_rank_awaits_is_forgotten_when_withdrawn_or_past},
+                   {"a_late_rank_is_not_blamed_while_it_waits_for_another",
+                    a_late_rank_is_not_blamed_while_it_waits_for_another}});
 
 }  // namespace
 }  // namespace commlib::testing

@@ -29,7 +29,7 @@ void dropped_rows_are_counted_and_the_others_arrive() {
     Config config = narrow_config(ranks);
     config.num_sms = 1 + round % 3;
     config.slots = 3;
-    if (round % 2 == 1) config.capacity = round;  // less than one rank's tokens
+    if (round % 2 == 1) config.capacity = round;  // fewer than one rank's tokens
     const Scenario s = oversubscribed(config, ranks, true, random);
     const Scenario other = with_other_values(s, random);
     int64_t dropped = 0;

@@ -128,7 +128,7 @@ void a_receive_slot_may_serve_two_combines_with_weight_gradients() {
   });
 }
 
-// Each rank writes its one slot again as soon as it may, and others are slower.
+// Each rank writes its one slot again as soon as it may, while others are slower.
 void a_slot_is_lent_again_when_all_have_pulled_from_it() {
   Random random(27);
   Config config = small_config(3);

@@ -51,7 +51,7 @@ void every_vector_path_moves_every_dtype_and_row_size() {
   }
 }
 
-void eight_ranks_deliver_in_order() {
+void rows_of_eight_ranks_arrive_in_order() {
   Random random(3);
   Config config = small_config(8);
   config.topk = 6;
@@ -173,7 +173,7 @@ void redispatch_equals_dispatch_along_the_same_routing() {
   }
 }
 
-// More than fit into one turn of any worker's lanes.
+// More tokens than fit into one turn of any worker's lanes.
 void many_tokens_take_many_turns() {
   Random random(12);
   Config config = small_config(2);
@@ -203,7 +203,7 @@ void many_tokens_take_many_turns() {
 const Suite suite(
     {{"rows_arrive_in_source_then_token_order", rows_arrive_in_source_then_token_order},
      {"every_vector_path_moves_every_dtype_and_row_size", every_vector_path_moves_every_dtype_and_row_size},
-     {"eight_ranks_deliver_in_order", eight_ranks_deliver_in_order},
+     {"rows_of_eight_ranks_arrive_in_order", rows_of_eight_ranks_arrive_in_order},
      {"ranks_may_have_different_numbers_of_workers", ranks_may_have_different_numbers_of_workers},
      {"weights_may_stay_at_home", weights_may_stay_at_home},
      {"experts_need_not_be_a_multiple_of_ranks", experts_need_not_be_a_multiple_of_ranks},

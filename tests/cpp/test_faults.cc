@@ -36,7 +36,7 @@ void check_broken(Rank& self, const Scenario& s) {
   check_equal(static_cast<int>(failure.record.cause), static_cast<int>(Cause::broken), "the cause");
 }
 
-// All ranks dispatch; then rank 1 stays away from `operation`, and the others must say so in time: each at
+// All ranks dispatch; then rank 1 stays away from `operation`, and the others must report it in time: each at
 // its own deadline, or at once when another has given up.
 using Operation = void (*)(Rank&, const Dispatched&, const Scenario&);
 
@@ -88,7 +88,7 @@ void a_rank_that_stays_away_from_combine_is_named_at_the_deadline() {
              OpKind::combine);
 }
 
-void who_waits_for_an_asynchronous_operation_gets_its_failure() {
+void waiting_for_an_asynchronous_operation_throws_its_failure() {
   stays_away(
       [](Rank& self, const Dispatched& d, const Scenario& s) {
         Manner manner;
@@ -156,7 +156,7 @@ void destruction_with_an_operation_under_way_ends_by_the_deadline() {
   });
 }
 
-// Rank 1 leaves in one way or another; the others, who wait with a deadline of a minute, know at once.
+// Rank 1 leaves in one way or another; the others, waiting with a deadline of a minute, know at once.
 void leaves(void (*leave)(Rank&)) {
   Random random(82);
   const Config config = small_config(3);
@@ -211,8 +211,8 @@ void a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all() {
   });
 }
 
-// Rank 0 combines, rank 2 dispatches, and rank 1 comes when both have said so.
-void a_mismatch_is_told_while_another_rank_is_late() {
+// Rank 0 combines, rank 2 dispatches, and rank 1 comes when both have published it.
+void a_mismatch_is_reported_while_another_rank_is_late() {
   Random random(86);
   const Config config = small_config(3);
   const Scenario s = random_scenario(config, 3, {}, random);
@@ -278,8 +278,8 @@ const Suite suite({
      a_rank_that_stays_away_from_combine_is_named_at_the_deadline},
     {"ids_changed_during_a_dispatch_are_found_before_they_do_harm",
      ids_changed_during_a_dispatch_are_found_before_they_do_harm},
-    {"who_waits_for_an_asynchronous_operation_gets_its_failure",
-     who_waits_for_an_asynchronous_operation_gets_its_failure},
+    {"waiting_for_an_asynchronous_operation_throws_its_failure",
+     waiting_for_an_asynchronous_operation_throws_its_failure},
     {"destruction_with_an_operation_under_way_ends_by_the_deadline",
      destruction_with_an_operation_under_way_ends_by_the_deadline},
     {"a_rank_that_closes_fails_the_others_at_once", a_rank_that_closes_fails_the_others_at_once},
@@ -287,7 +287,7 @@ const Suite suite({
     {"a_rank_that_gives_up_fails_the_others_at_once", a_rank_that_gives_up_fails_the_others_at_once},
     {"a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all",
      a_rank_that_combines_where_others_dispatch_is_a_mismatch_on_all},
-    {"a_mismatch_is_told_while_another_rank_is_late", a_mismatch_is_told_while_another_rank_is_late},
+    {"a_mismatch_is_reported_while_another_rank_is_late", a_mismatch_is_reported_while_another_rank_is_late},
     {"ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all",
      ranks_that_disagree_on_weights_or_overflow_are_a_mismatch_on_all},
     {"a_bad_expert_id_is_refused_before_anything_is_sent",

@@ -63,8 +63,8 @@ void many_operations(const Config& config, int ranks, uint64_t stream) {
   for (int i = 0; i < rounds(kRepeats); ++i) many_operations_once(config, ranks, random);
 }
 
-// Before the end of the epochs, and where all rounds are taken so far that every word has been written before
-// the wrap-around, as it is in a long run.
+// Before the end of the epochs; where all rounds are taken, far enough that every word has been written
+// before the wrap-around, as in a long run.
 uint32_t near_the_end() { return 0u - static_cast<uint32_t>(rounds(80)); }
 
 // Each word and each row passes through code that ThreadSanitizer sees.
@@ -133,7 +133,7 @@ void two_slots_are_enough_for_owned_results() {
   });
 }
 
-// Words that nobody has written yet must not be taken for those of the first operation after the wrap-around.
+// Words not written yet must not be taken for those of the first operation after the wrap-around.
 void a_communicator_may_start_just_before_the_wrap_around() {
   Random random(105);
   for (const uint32_t first : {0u - 1, 0u - 2, 0u}) {

@@ -70,7 +70,7 @@ void each_rank_on_a_node_of_its_own() {
   round_trips({0, 1, 2}, random);
 }
 
-// Of one dispatch, and its combine: chunks never outgrow the rings.
+// In one dispatch, and its combine: chunks never outgrow the rings.
 void memory_under_way_is_bounded() {
   Random random(304);
   Config config = on_nodes({0, 0, 1, 1}, true, random);
@@ -107,7 +107,7 @@ void a_cut_link_that_is_mended_loses_nothing() {
   });
 }
 
-void a_link_that_stays_cut_names_those_behind_it() {
+void a_link_that_stays_cut_names_the_ranks_behind_it() {
   Random random(306);
   Config config = on_nodes({0, 0, 1, 1}, true, random);
   config.timeout = 1;
@@ -150,7 +150,7 @@ void a_rank_that_dies_is_named_at_once() {
   dies(false, random);
 }
 
-// A token's rows lie on two nodes. One answers, closes and is gone before the other does.
+// A token's rows lie on two nodes. One answers, closes and is gone before the other answers.
 struct LateAnswer {
   Scenario s;
 
@@ -193,7 +193,7 @@ struct LateAnswer {
   }
 };
 
-void who_has_answered_and_is_gone_is_not_missed() {
+void a_rank_that_has_answered_and_is_gone_is_not_missed() {
   Random random(309);
   const LateAnswer late(random);
   in_ranks(late.s.config, 3, [&](Rank& self) { late(self); });
@@ -205,8 +205,8 @@ void run(Rank& self, OpKind kind, const Dispatched& known, const Scenario& value
   check_combine(self, *start_combine(self, known, values, {}), values);
 }
 
-// One rank closes as soon as it has done its part, and what it said before may come after that it has closed.
-// So an operation of another may fail that could have ended well, but never does one end with less than all.
+// One rank closes as soon as it has done its part, and its earlier words may come after that of its close. So
+// an operation of another may fail that could have ended well, but none ever ends with less than all.
 struct Early {
   int leaver;
   OpKind kind;
@@ -222,7 +222,7 @@ struct Early {
     if (self.rank == leaver) self.net->hold(leaver, hold_ms);
     self.meet();
     if (self.rank == leaver) {
-      run(self, kind, *d, *second);  // nobody leaves before it does
+      run(self, kind, *d, *second);  // no rank leaves before it does
       self.comm->close();
     } else {
       check_ends_well_or_blames_the_leaver(self, *d);
@@ -262,7 +262,7 @@ void a_rank_that_closes_early_fails_no_operation_in_silence() {
     const std::vector<int>& node_of = nodes[i % nodes.size()];
     const int ranks = static_cast<int>(node_of.size());
     Config config = on_nodes(node_of, random.one_in(2), random);
-    config.net.chunk_bytes = 4096;  // whoever leaves need not wait until its chunks are taken
+    config.net.chunk_bytes = 4096;  // the leaver need not wait until its chunks are taken
     config.net.chunks = 8;
     const Scenario first = random_scenario(config, ranks, {}, random);
     const Scenario second = with_other_values(first, random);
@@ -280,10 +280,11 @@ const Suite suite({{"two_nodes_of_two", two_nodes_of_two},
                    {"each_rank_on_a_node_of_its_own", each_rank_on_a_node_of_its_own},
                    {"memory_under_way_is_bounded", memory_under_way_is_bounded},
                    {"a_cut_link_that_is_mended_loses_nothing", a_cut_link_that_is_mended_loses_nothing},
-                   {"a_link_that_stays_cut_names_those_behind_it",
-                    a_link_that_stays_cut_names_those_behind_it},
+                   {"a_link_that_stays_cut_names_the_ranks_behind_it",
+                    a_link_that_stays_cut_names_the_ranks_behind_it},
                    {"a_rank_that_dies_is_named_at_once", a_rank_that_dies_is_named_at_once},
-                   {"who_has_answered_and_is_gone_is_not_missed", who_has_answered_and_is_gone_is_not_missed},
+                   {"a_rank_that_has_answered_and_is_gone_is_not_missed",
+                    a_rank_that_has_answered_and_is_gone_is_not_missed},
                    {"a_rank_that_closes_early_fails_no_operation_in_silence",
                     a_rank_that_closes_early_fails_no_operation_in_silence}});
 

@@ -1,4 +1,4 @@
-// Slots and leases: who may hold memory, and how long.
+// Slots and leases: what may hold memory, and how long.
 #include <thread>
 
 #include "operations.h"
@@ -110,8 +110,8 @@ void leases_may_be_released_on_any_thread() {
   });
 }
 
-// Words carry the lower half of an operation's number, which 2^31 operations later says "not yet".
-void nobody_waits_for_who_pulled_from_a_slot_long_ago() {
+// Words carry the lower half of an operation's number, which reads as "not yet" 2^31 operations later.
+void no_rank_waits_for_pulls_from_a_slot_long_ago() {
   SlotLayout layout{};
   const auto pool = std::make_shared<SlotPool>(nullptr, nullptr, layout, 1);
   pool->take()->pulled_in(7);
@@ -126,8 +126,8 @@ void nobody_waits_for_who_pulled_from_a_slot_long_ago() {
 const Suite suite({{"slots_in_use_are_counted_and_none_left_is_an_error",
                     slots_in_use_are_counted_and_none_left_is_an_error},
                    {"a_slot_under_way_is_waited_for", a_slot_under_way_is_waited_for},
-                   {"nobody_waits_for_who_pulled_from_a_slot_long_ago",
-                    nobody_waits_for_who_pulled_from_a_slot_long_ago},
+                   {"no_rank_waits_for_pulls_from_a_slot_long_ago",
+                    no_rank_waits_for_pulls_from_a_slot_long_ago},
                    {"a_lent_slot_serves_one_combine", a_lent_slot_serves_one_combine},
                    {"a_lease_keeps_memory_mapped_after_its_communicator",
                     a_lease_keeps_memory_mapped_after_its_communicator},

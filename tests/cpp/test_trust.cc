@@ -1,5 +1,5 @@
 // Messages that no rank of the job has sent, and messages that do not say what they should: none is acted on,
-// and nothing is written where it should not be, which AddressSanitizer would see.
+// and none writes where it should not, which AddressSanitizer would see.
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -32,7 +32,7 @@ Post words_at(uint64_t offset, uint64_t bytes = 8) {
 
 // -- who it is from
 
-// All ranks go there and back; then `forge` has messages come to rank 0 that no rank has sent.
+// All ranks go there and back; then `forge` makes messages come to rank 0 that no rank has sent.
 void after_a_round_trip(uint64_t seed, const std::function<void(Rank&)>& forge, bool goes_on) {
   Random random(seed);
   const Config config = on_two_nodes();
@@ -46,9 +46,9 @@ void after_a_round_trip(uint64_t seed, const std::function<void(Rank&)>& forge, 
   });
 }
 
-void who_does_not_prove_whom_it_is_is_not_heard() {
+void a_message_without_proof_of_its_sender_is_dropped() {
   const auto forge = [](Rank& self) {
-    // It would say for rank 3 that it has given up.
+    // Each would say that rank 3 has given up.
     const uint64_t left = 3 * sizeof(Signals) + offsetof(Signals, departed);
     const Bytes word(8, std::byte{2});
     std::vector<Header> forged(9, header_of(3, 0, words_at(left)));
@@ -75,7 +75,7 @@ void who_does_not_prove_whom_it_is_is_not_heard() {
 struct Forgery {
   const char* fault;
   Post post;
-  size_t bytes;  // that come
+  size_t bytes;  // received
 };
 
 // From rank 2 to rank 0, each of which is the other's gateway.
@@ -103,7 +103,7 @@ std::vector<Forgery> forgeries(const Config& config) {
       {"not its own", words_at(mine + sizeof(Signals) - 8, 16), 16},  // into the next signals
       {"not its own", words_at(counts), 8},                           // rank 0's
       {"not its own", words_at(most - 7), 8},                         // offset + bytes is 0
-      {"not its own", words_at(most - 7, 4096), 4096},                // and less than the block
+      {"not its own", words_at(most - 7, 4096), 4096},                // and below the block's size
       {"not its own", words_at(uint64_t{1} << 63, 8), 8},
       {"not its own", words_at(1 << 20, 8), 8},  // past the block
       {"no room", chunk(far, 64), 64},
@@ -112,7 +112,7 @@ std::vector<Forgery> forgeries(const Config& config) {
       {"size that there is not", chunk(0, 63), 63},
       {"size that there is not", chunk(0, 0), 0},
       {"size that there is not", chunk(0, 1 << 20), 1 << 20},
-      {"channel that there is not", chunk(0, 64, 16), 64},  // no rank has so many queues
+      {"channel that there is not", chunk(0, 64, 16), 64},  // no rank has that many queues
       {"channel that there is not", chunk(0, 64, UINT16_MAX), 64},
       {"channel that there is not", chunk(0, 64, 0, 2), 64},
       {"channel that there is not", chunk(0, 64, 0, 255), 64},
@@ -215,7 +215,7 @@ void names_the_sender(const Tampering& t, OpKind kind, uint64_t stream_seed) {
     self.meet();
     try {
       kind == OpKind::combine ? start_combine(self, *d, s, {})->under_way.wait() : dispatch();
-      check(self.rank != 0, "a chunk that does not fit is an error");  // others may have been through by then
+      check(self.rank != 0, "a chunk that does not fit is an error");  // others may have finished by then
     } catch (const CommFailure& e) {
       check(e.failure.record.blamed == bit_of(2), e.what());
       check(e.failure.record.cause == Cause::malformed || self.rank != 0, e.what());
@@ -224,7 +224,7 @@ void names_the_sender(const Tampering& t, OpKind kind, uint64_t stream_seed) {
   });
 }
 
-void rows_and_tokens_that_there_are_not_are_an_error_that_names_the_sender() {
+void rows_and_tokens_that_do_not_exist_are_an_error_that_names_the_sender() {
   const Config config = on_two_nodes();
   const FrameLayout layout = layout_of(config);
   constexpr int64_t frame = sizeof(ChunkHeader);
@@ -252,14 +252,15 @@ void rows_and_tokens_that_there_are_not_are_an_error_that_names_the_sender() {
   }
 }
 
-const Suite suite({{"who_does_not_prove_whom_it_is_is_not_heard", who_does_not_prove_whom_it_is_is_not_heard},
+const Suite suite({{"a_message_without_proof_of_its_sender_is_dropped",
+                    a_message_without_proof_of_its_sender_is_dropped},
                    {"a_message_that_does_not_fit_is_not_acted_on_and_its_rank_is_lost",
                     a_message_that_does_not_fit_is_not_acted_on_and_its_rank_is_lost},
                    {"a_message_that_does_not_fit_is_an_error_that_names_its_rank",
                     a_message_that_does_not_fit_is_an_error_that_names_its_rank},
                    {"a_chunk_that_comes_twice_is_an_error", a_chunk_that_comes_twice_is_an_error},
-                   {"rows_and_tokens_that_there_are_not_are_an_error_that_names_the_sender",
-                    rows_and_tokens_that_there_are_not_are_an_error_that_names_the_sender}});
+                   {"rows_and_tokens_that_do_not_exist_are_an_error_that_names_the_sender",
+                    rows_and_tokens_that_do_not_exist_are_an_error_that_names_the_sender}});
 
 }  // namespace
 }  // namespace commlib::testing

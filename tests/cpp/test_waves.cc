@@ -31,7 +31,7 @@ void results_are_those_of_a_dispatch_without_waves() {
   for (int round = 0; round < rounds(128); ++round) {
     const int ranks = 1 + round % 4;
     std::vector<Config> configs(ranks, small_config(ranks));
-    const int64_t experts = 1 + random.below(6 * ranks);  // also less than ranks, and less than waves on each
+    const int64_t experts = 1 + random.below(6 * ranks);  // also fewer than ranks, and than waves on each
     const int topk = 1 + static_cast<int>(random.below(5));
     const bool narrow = random.one_in(3);
     for (Config& c : configs) {
@@ -113,8 +113,8 @@ void the_first_experts_need_not_wait_for_rows_of_the_last() {
   }
 }
 
-// Rank 1 has told its counts, and then sends nothing.
-void who_waits_for_an_expert_of_a_failed_dispatch_gets_its_failure() {
+// Rank 1 has published its counts, and then sends nothing.
+void waiting_for_an_expert_of_a_failed_dispatch_throws_its_failure() {
   Random random(123);
   for (const bool late : {false, true}) {  // at once, or at the deadline
     Config config = small_config(2);
@@ -160,8 +160,8 @@ const Suite suite({{"results_are_those_of_a_dispatch_without_waves",
                    {"waves_and_other_operations_take_turns", waves_and_other_operations_take_turns},
                    {"the_first_experts_need_not_wait_for_rows_of_the_last",
                     the_first_experts_need_not_wait_for_rows_of_the_last},
-                   {"who_waits_for_an_expert_of_a_failed_dispatch_gets_its_failure",
-                    who_waits_for_an_expert_of_a_failed_dispatch_gets_its_failure},
+                   {"waiting_for_an_expert_of_a_failed_dispatch_throws_its_failure",
+                    waiting_for_an_expert_of_a_failed_dispatch_throws_its_failure},
                    {"ranks_that_disagree_on_waves_are_a_mismatch_on_all",
                     ranks_that_disagree_on_waves_are_a_mismatch_on_all}});
 

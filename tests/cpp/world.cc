@@ -37,7 +37,7 @@ Key test_key(int from, int to) {
 
 void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&)>& body) {
   const int size = static_cast<int>(configs.size());
-  static uint64_t worlds = 0;  // so that ranks do otherwise each time
+  static uint64_t worlds = 0;  // so that ranks act differently each time
   const uint64_t world = ++worlds << 32;
   Meeting meeting(size);
   SlowNetwork net(size, world);

@@ -13,7 +13,7 @@
 
 namespace commlib::testing {
 
-// A barrier of all ranks' threads. Once one has given up, nobody waits any more.
+// A barrier of all ranks' threads. Once one has given up, none waits any more.
 class Meeting {
  public:
   explicit Meeting(int size) : size_(size) {}
@@ -29,7 +29,7 @@ class Meeting {
   bool given_up_ = false;
 };
 
-// What one rank's thread works with. Whatever it destroys, the others' communicators are left alone.
+// What one rank's thread works with. Whatever it destroys, the others' communicators stay.
 struct Rank {
   int rank;
   std::shared_ptr<Communicator> comm;  // the only owner
@@ -38,7 +38,7 @@ struct Rank {
   SlowNetwork* net;  // between nodes, where there are several
 
   void meet() { meeting.meet(); }
-  void nap_sometimes();  // so that ranks come in another order each time
+  void nap_sometimes();  // so that ranks arrive in another order each time
 };
 
 // What messages from one rank to another show.

@@ -1,5 +1,5 @@
-// Ranks that stop in the middle of an operation, and ranks that wait for them through others. On a simulated
-// GPU time leaps, and no word of another node is there by a deadline: so this is the CPU's alone.
+// Ranks that stop in the middle of an operation, and ranks that wait for them through others. For the CPU
+// alone: on a simulated GPU time leaps, and no word of another node has come by a deadline.
 #include "../operations.h"
 #include "../suite.h"
 

@@ -1,4 +1,4 @@
-// What the memory of a rank on the CPU takes, and who keeps it.
+// How much memory a rank on the CPU takes, and what keeps it.
 #include <unistd.h>
 
 #include <cstring>

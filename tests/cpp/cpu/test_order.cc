@@ -1,4 +1,4 @@
-// Operations of a rank that are on its pool's thread, while its caller goes on.
+// Operations of a rank that run on its pool's thread, while its caller goes on.
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -20,8 +20,7 @@ void sleep_on_the_pool_thread(void*) {
 }
 
 // An operation that is slow on one rank still finds what the others called, however many dispatches have been
-// refused for want of capacity since: these hold no slot, so nothing but the protocol bounds how many there
-// are.
+// refused for want of capacity since: these hold no slot, so only the protocol bounds their number.
 void a_slow_operation_outlasts_many_refused_dispatches() {
   Random random(92);
   const Config config = narrow_config(2);
@@ -46,7 +45,7 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
     ends_late.held = nullptr;
     check(is_set(asleep), "rank 1's pool is held up");
     const DispatchedPtr slow = start_redispatch(self, *d, few, async);
-    // If refusals were to wait for rank 1's operation, it would have to go on some time.
+    // So that rank 1's operation goes on at some time, should refusals wait for it.
     std::thread timer;
     if (self.rank == 1) {
       timer = std::thread([&] {

@@ -1,5 +1,5 @@
 // The pool and the barrier of its workers, by themselves. Counters are plain: ThreadSanitizer sees where an
-// order that the pool promises is not there.
+// order that the pool promises is missing.
 #include <chrono>
 
 #include "../suite.h"
@@ -97,7 +97,7 @@ void many_threads_may_submit_and_wait() {
   }
 }
 
-void exceptions_reach_who_waits_and_the_next_job_runs() {
+void exceptions_reach_the_waiter_and_the_next_job_runs() {
   for (int workers = 1; workers <= 3; ++workers) {
     WorkerPool pool(workers, {}, nullptr);
     const auto expect = [&](const JobPtr& job, bool async, const char* text) {
@@ -126,7 +126,7 @@ void exceptions_reach_who_waits_and_the_next_job_runs() {
   }
 }
 
-void a_worker_that_throws_is_told_of_while_others_still_work() {
+void a_worker_that_throws_is_reported_while_others_still_work() {
   WorkerPool pool(2, {}, nullptr);
   for (const int thrower : {0, 1}) {
     std::atomic<bool> told{false};
@@ -164,7 +164,7 @@ void drain_and_destruction_finish_what_was_submitted() {
       for (int i = 0; i < 5; ++i) pool.submit(slow());
     }
     check_equal(finished, 10, "jobs finished");
-    WorkerPool idle(workers, {}, nullptr);  // is destroyed without ever having run a job
+    WorkerPool idle(workers, {}, nullptr);  // destroyed without having run a job
   }
 }
 
@@ -184,7 +184,7 @@ void a_waiting_user_may_interrupt() {
   pool.wait(*job);
 }
 
-void who_waits_for_its_turn_may_interrupt() {
+void a_wait_for_its_turn_may_be_interrupted() {
   std::atomic<bool> released{false};
   std::atomic<int> ran{0};
   WorkerPool pool(2, {}, [](bool) { return user_wants_out.load(); });
@@ -192,7 +192,7 @@ void who_waits_for_its_turn_may_interrupt() {
     while (!released.load()) sleep_us(100);
   }));
   user_wants_out = true;
-  // It is told of once, makes what is before it end, and the job runs in its turn: nothing is left in the
+  // It is reported once, makes the jobs before it end, and the job runs in its turn: nothing is left in the
   // queue.
   int told = 0;
   const auto end_others = [&] {
@@ -245,13 +245,13 @@ const Suite suite(
       every_worker_takes_each_job_once_and_finish_comes_last},
      {"jobs_run_one_after_another_in_the_order_submitted", jobs_run_one_after_another_in_the_order_submitted},
      {"many_threads_may_submit_and_wait", many_threads_may_submit_and_wait},
-     {"exceptions_reach_who_waits_and_the_next_job_runs", exceptions_reach_who_waits_and_the_next_job_runs},
-     {"a_worker_that_throws_is_told_of_while_others_still_work",
-      a_worker_that_throws_is_told_of_while_others_still_work},
+     {"exceptions_reach_the_waiter_and_the_next_job_runs", exceptions_reach_the_waiter_and_the_next_job_runs},
+     {"a_worker_that_throws_is_reported_while_others_still_work",
+      a_worker_that_throws_is_reported_while_others_still_work},
      {"a_job_lets_go_of_what_it_holds_before_it_is_done", a_job_lets_go_of_what_it_holds_before_it_is_done},
      {"drain_and_destruction_finish_what_was_submitted", drain_and_destruction_finish_what_was_submitted},
      {"a_waiting_user_may_interrupt", a_waiting_user_may_interrupt},
-     {"who_waits_for_its_turn_may_interrupt", who_waits_for_its_turn_may_interrupt},
+     {"a_wait_for_its_turn_may_be_interrupted", a_wait_for_its_turn_may_be_interrupted},
      {"an_interrupted_run_returns_when_all_workers_have", an_interrupted_run_returns_when_all_workers_have},
      {"a_job_holds_what_it_was_given_until_all_workers_have_returned",
       a_job_holds_what_it_was_given_until_all_workers_have_returned}});

@@ -19,7 +19,7 @@ namespace {
 constexpr int kMostRanks = 4;
 constexpr unsigned kSecondsToLive = 120;  // of a rank that hangs
 
-// What the ranks of one world share, in memory that forked processes have in common.
+// What the ranks of one world share, in memory common to forked processes.
 struct Board {
   pthread_barrier_t barrier;
   struct {
@@ -79,8 +79,8 @@ void be_rank(const SharedBoard& board, Config config, const Body& body) {
   _exit(status);
 }
 
-// Runs `body` on ranks that are processes, all on one node. Each must end by itself, but those that `killed`
-// has must end by SIGKILL.
+// Runs `body` on ranks that are processes, all on one node. Those in `killed` must end by SIGKILL, all others
+// by themselves.
 void in_processes(Config config, int ranks, const std::vector<int>& killed, const Body& body) {
   const SharedBoard board(ranks);
   std::array<pid_t, kMostRanks> pids{};

@@ -1,5 +1,5 @@
-// Tensors' memory, taken from CUDA once: to take or return it later may wait for every kernel that runs, and
-// a kernel may be waiting for the very rank that asks.
+// Tensors' memory, taken from CUDA once: taking or returning it later may wait for every kernel that runs,
+// and a kernel may be waiting for the very rank that asks.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ class Arena {
   void* take(size_t bytes);
   void give_back(void* memory);
   bool has(const void* address) const;
-  // Of writes past the end of what was taken, seen as it was given back; "": none since the last call.
+  // Reports writes past the end of what was taken, seen when it was given back; "": none since the last call.
   std::string take_overruns();
 
  private:

@@ -18,15 +18,15 @@ namespace commlib::testing {
 namespace {
 
 constexpr size_t kArenaBytes = size_t{256} << 20;
-// Tests leave it to the whole program's limit to end what hangs; here a kernel that waits must give up first.
+// Tests leave hangs to the whole program's limit; here a kernel that waits must give up first.
 constexpr double kLongestTimeout = 20;
 constexpr int kRankStreams = 8;  // made at the start
 
 Options asked;
 Arena arena;
 
-// Streams of one priority. Priorities keep them apart in hardware: what waits for a peer, what waits for rows
-// of an expert, and copies that either may depend on, must not queue behind each other.
+// Streams of one priority. Priorities keep them apart in hardware: a wait for a peer, a wait for an expert's
+// rows, and copies that either may depend on, must not queue behind each other.
 class Streams {
  public:
   void open(int priority, int count) {
@@ -107,7 +107,7 @@ class RealGpu : public Machine {
     return comm;
   }
 
-  // What it frees may wait for kernels of ranks that are not done, and keep others from launching theirs.
+  // Freeing it may wait for kernels of ranks that are not done, and keep others from launching theirs.
   void retire(std::shared_ptr<Communicator> comm) override {
     if (!comm) return;
     try {
@@ -153,7 +153,7 @@ void* allocate(size_t bytes) { return arena.take(bytes); }
 
 void release(void* memory) { arena.give_back(memory); }
 
-// Beside all kernels; either of the two may lie on the device.
+// Beside all kernels; either address may lie on the device.
 void copy_bytes(void* to, const void* from, size_t bytes) {
   if (bytes == 0) return;
   if (arena.has(to) && arena.has(from)) {

@@ -1,4 +1,4 @@
-// What is tried first on a GPU, from small to large: each needs what those before it have shown to work.
+// What is tried first on a GPU, from small to large: each test needs what those before it have shown to work.
 #pragma once
 
 #include <vector>

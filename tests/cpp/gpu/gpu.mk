@@ -1,4 +1,4 @@
-# The tests of the protocol on a GPU, without Python's module and PyTorch: the first thing to run there.
+# The tests of the protocol on a GPU, without the Python module and PyTorch: the first thing to run there.
 # Included by the Makefile; works by itself too: `make -f tests/cpp/gpu/gpu.mk -j gpu-cpp`.
 CXX ?= g++
 PYTHON ?= python3
@@ -11,7 +11,7 @@ GPU_CPP_ARGS ?=
 GPU_CPP_JOBS ?= $(shell nproc)
 SANITIZER ?= compute-sanitizer
 TOOL ?= memcheck
-# Whose warnings they are depends on the compiler: errors only with WERROR=-Werror (the Makefile: COMMLIB_WERROR=1).
+# Warnings depend on the compiler: errors only with WERROR=-Werror (the Makefile: COMMLIB_WERROR=1).
 WERROR ?=
 # -ffp-contract=off: the reference's sums have the kernels' bits.
 GPU_CPP_FLAGS := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) \
@@ -40,7 +40,7 @@ gpu-cpp-program:
 	@$(MAKE) --no-print-directory -j$(GPU_CPP_JOBS) -f tests/cpp/gpu/gpu.mk $(GPU_CPP_PROGRAM) \
 	  GPU_CPP_CUDA="$$($(gpu_cpp_compile))"
 
-# Nothing of libcuda, which only a machine with a driver has, and of the C++ library only what is inside.
+# Needs no libcuda, which only a machine with a driver has, and of the C++ library only what is linked in.
 # -rdynamic, -no-pie: names and addresses for the stacks of a test that hangs.
 $(GPU_CPP_PROGRAM): $(GPU_CPP_KERNELS) $(GPU_CPP_OBJECTS)
 	@echo "link $@"

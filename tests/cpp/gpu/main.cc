@@ -1,5 +1,5 @@
 // Runs the linked tests on a GPU; options.cc says how. Every line is out before the next thing happens, so
-// that a run that is cut shows where it was.
+// that a run that is cut off shows where it was.
 #include <cuda_runtime_api.h>
 #include <unistd.h>
 
@@ -28,7 +28,7 @@ constexpr Excuse kExcuses[] = {
     {"a_region_of_another_process_is_the_same_memory", "it writes and reads device memory on the host"},
 };
 
-// Parts of names of tests that wait for deadlines, lose ranks or delay a network: after all others.
+// Parts of the names of tests that wait for deadlines, lose ranks or delay a network: these run last.
 constexpr const char* kLate[] = {"node",  "cut",      "dies",     "left",       "gone",   "fails_the_others",
                                  "named", "mismatch", "deadline", "interrupts", "failure"};
 
@@ -62,7 +62,7 @@ bool is_test(const std::vector<Test>& tests, const std::string& name) {
   return std::any_of(tests.begin(), tests.end(), [&](const Test& t) { return t.name == name; });
 }
 
-// Those asked for. Throws std::invalid_argument if there are none, or a name is none.
+// The tests asked for. Throws std::invalid_argument if there are none, or if a name is no test's.
 std::vector<Test> chosen(const Options& options) {
   std::vector<Test> tests = all_tests();
   for (const Excuse& e : kExcuses) {
@@ -128,7 +128,7 @@ Outcome run(const Test& test) {
   return Outcome::passed;
 }
 
-// After an error of the device's nothing that follows would mean anything.
+// After an error of the device no later result means anything.
 void check_device(const Test& test) {
   const cudaError_t waited = cudaDeviceSynchronize();
   const cudaError_t left = cudaGetLastError();

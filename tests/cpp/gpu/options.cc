@@ -24,7 +24,7 @@ uint64_t seed_of(const std::string& text) {
   return value;
 }
 
-// Small enough to be typed. Not std::random_device, which would need a newer C library than the rest.
+// Small enough to type. Not std::random_device, which would need a newer C library than the rest.
 uint64_t any_seed() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return static_cast<uint64_t>(now.count() ^ getpid()) % 1'000'000'000;

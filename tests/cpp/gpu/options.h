@@ -12,9 +12,9 @@ struct Options {
   bool help = false, list = false;
   uint64_t seed = 0;
   std::vector<std::string> only, skip;  // parts of tests' names
-  std::string after;                    // the test to go on behind
+  std::string after;                    // go on behind this test
   double limit = 60;                    // seconds for each test
-  int fewer = 4;                        // of many rounds one in so many
+  int fewer = 4;                        // of many rounds, take one in this many
   int ranks_max = 64;
   bool managed = false;  // tensors in managed memory instead of pinned host memory
 };

@@ -25,7 +25,7 @@ constexpr int kMostFrames = 40;
 std::mutex ranks_mutex;
 std::map<int, const cuda::HostState*> ranks;
 
-// What the signal's handler leaves for the watchdog's thread.
+// What the signal handler leaves for the watchdog's thread.
 void* frames[kMostFrames];
 int frame_count = 0;
 std::atomic<bool> answered{false};
@@ -62,7 +62,7 @@ std::string name_of_thread(const std::string& id) {
   return name;
 }
 
-// A thread of the driver's may not answer.
+// A thread of the driver may not answer.
 void print_stack(pid_t id) {
   answered.store(false);
   if (syscall(SYS_tgkill, getpid(), id, SIGUSR2) != 0) return;
@@ -87,7 +87,7 @@ void print_stacks() {
   closedir(tasks);
 }
 
-// The communicator may have gone: the kernel looks whether there is memory.
+// The communicator may be gone: the system call checks whether there is memory.
 bool read_safely(const void* from, void* to, size_t bytes) {
   int ends[2];
   if (pipe(ends) != 0) return false;

@@ -1,4 +1,4 @@
-// Ends a test that takes too long, and says where everybody is.
+// Ends a test that takes too long, and prints where every thread is.
 #pragma once
 
 #include <condition_variable>
@@ -19,7 +19,7 @@ class Watchdog {
   Watchdog();
   ~Watchdog();
 
-  // From now on, `seconds` for this test; then everybody's stack is printed and the program ends with 3.
+  // From now on, `seconds` for this test; then every thread's stack is printed and the program ends with 3.
   void watch(const std::string& test, double seconds);
   void rest();
 
