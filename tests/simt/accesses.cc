@@ -1,17 +1,17 @@
-// Ordinary C++ accesses of kernels that g++ -fsanitize=thread has compiled: it calls these functions before
-// each one, and needs no library for it. They are preemption points, and looked at for races.
+// Ordinary C++ accesses of kernels compiled with g++ -fsanitize=thread, which calls these functions before
+// each one, without a library. They are preemption points, and checked for races.
 #include <cstddef>
 
 #include "simt/machine.h"
 
 namespace simt {
 
-// Whether there are such kernels in this program: cudart.h has another one where there are.
+// Whether this program has such kernels: where it has, cudart.h defines another one.
 __attribute__((weak)) bool accesses_are_seen() { return false; }
 
 namespace {
 
-constexpr int kRarer = 8;  // preemption here than at ptx::
+constexpr int kRarer = 8;  // preemption than at ptx::
 
 void access(const void* p, size_t bytes, Races::Kind kind, const void* code) {
   if (!on_machine || !self || !machine->races || self->fiber.holds(p)) return;

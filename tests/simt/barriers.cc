@@ -21,7 +21,7 @@ void for_lanes(Block& block, unsigned warp, uint32_t mask, const Action& action)
   machine->fail(text_of(kind, mask) + ": lane " + std::to_string(lane) + what);
 }
 
-// What a GPU would hang or misbehave on: waiting for lanes that cannot come.
+// Reports what would make a GPU hang or misbehave: waiting for lanes that cannot come.
 void check_can_meet(const Warp& warp, const Thread& me, Collective kind, uint32_t mask) {
   const uint32_t my_bit = 1u << me.lane();
   if (!(mask & my_bit)) fail(kind, mask, static_cast<int>(me.lane()), " is not in its own mask");
@@ -90,7 +90,7 @@ uint64_t collective(Collective kind, uint32_t mask, uint64_t value, int source) 
   Thread& me = *self;
   Block& block = *me.block;
   Warp& warp = block.warps[me.warp()];
-  mask &= warp.lanes;  // a full mask may name lanes that a short last warp does not have
+  mask &= warp.lanes;  // a full mask may name lanes that a short last warp lacks
   check_can_meet(warp, me, kind, mask);
   if (kind == Collective::shfl && !(mask >> source & 1)) {
     machine->fail(text_of(kind, mask) + ": reads lane " + std::to_string(source) +
@@ -110,7 +110,7 @@ uint64_t collective(Collective kind, uint32_t mask, uint64_t value, int source) 
   gathering = warp.gatherings.back();
   warp.gatherings.pop_back();
   give_results(block, me.warp(), kind, mask);
-  // Of the collectives only this one orders memory.
+  // The only collective that orders memory.
   if (kind == Collective::syncwarp) share_with_lanes(block, me.warp(), mask);
   if (kind == Collective::syncwarp && machine->races) machine->races->meet(block, me.warp(), mask);
   for_lanes(block, me.warp(), mask & ~(1u << me.lane()), [](Thread& t) { machine->make_ready(t); });

@@ -16,13 +16,13 @@ namespace {
 // -- mbarriers
 // --------------------------------------------------------------------------------------------------
 
-constexpr uint16_t kInitialised = 0x6d62;  // shared memory starts as garbage: that is no barrier
+constexpr uint16_t kInitialised = 0x6d62;  // shared memory starts as garbage, which is no barrier
 constexpr int32_t kMostBytes = (1 << 20) - 1;
-constexpr uint64_t kPollNs = 50;  // mbarrier_try_wait sleeps about so long
+constexpr uint64_t kPollNs = 50;  // mbarrier_try_wait sleeps about this long
 
 // What an mbarrier's 64-bit word holds here.
 struct Barrier {
-  int32_t bytes;   // expected in this phase and not yet come; below 0 while copies are ahead of expect
+  int32_t bytes;   // expected in this phase and yet to come; below 0 while copies are ahead of expect
   uint16_t valid;  // kInitialised
   uint8_t parity;  // of the current phase
   uint8_t flags;
@@ -96,7 +96,7 @@ BulkGroup& open_group() {
   return groups.back();
 }
 
-// Groups that this thread need not think of any more.
+// Forgets groups that no longer matter to this thread.
 void forget_done_groups() {
   auto& groups = self->groups;
   size_t done = 0;
@@ -105,7 +105,7 @@ void forget_done_groups() {
   self->first_group += done;
 }
 
-// Waits until the committed groups but the `pending` newest have nothing left of what `left` counts.
+// Waits until `left` is 0 in all committed groups but the `pending` newest.
 void await_groups(size_t pending, int BulkGroup::* left) {
   machine->preempt();
   self->polled = nullptr;
@@ -140,7 +140,7 @@ void finish_load(const Copy& copy) {
 
 bool advance(Copy& copy) {
   ++machine->changes;
-  // A thread that has exited has nobody left who counts its groups.
+  // Groups of a thread that has exited are not counted.
   BulkGroup* group = nullptr;
   if (copy.step != Copy::load && copy.thread->state != State::exited) {
     group = &copy.thread->groups[copy.group - copy.thread->first_group];
@@ -162,8 +162,8 @@ bool advance(Copy& copy) {
   return false;
 }
 
-// Shared memory goes with the block: what has not read it, for all that its thread knows, must not be under
-// way.
+// Shared memory goes with the block: no copy may be under way that, for all its thread knows, has yet to read
+// it.
 void check_stores_awaited(const Thread& thread) {
   for (const BulkGroup& group : thread.groups) {
     if (group.awaited_read || group.stores == 0) continue;
@@ -257,7 +257,7 @@ void bulk_commit() { open_group().committed = true; }
 void bulk_wait_read(size_t pending) { await_groups(pending, &BulkGroup::unread); }
 void bulk_wait_written() { await_groups(0, &BulkGroup::unwritten); }
 
-// Of the proxies only this is modelled: without the fence, a bulk copy may miss the thread's delayed stores.
+// The only proxy effect modelled: without the fence, a bulk copy may miss the thread's delayed stores.
 void fence_proxy_async() {
   machine->preempt();
   land_known_to(*self);

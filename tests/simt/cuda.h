@@ -6,7 +6,7 @@
 
 #include "simt/device.h"
 
-// CUDA's own headers may have come first.
+// CUDA's own headers may have been included first.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -26,7 +26,7 @@ struct Index {
 };
 }  // namespace simt
 
-// Those of the thread that runs; the scheduler sets them at each switch.
+// Of the running thread; the scheduler sets them at each switch.
 extern simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { simt::sync_threads(); }

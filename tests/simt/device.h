@@ -11,7 +11,7 @@ namespace simt {
 
 enum class Collective : uint8_t { syncwarp, shfl, ballot, any, all, match };
 
-// Waits for all lanes of `mask`; returns what the collective says to this lane.
+// Waits for all lanes of `mask`; returns the collective's result for this lane.
 uint64_t collective(Collective kind, uint32_t mask, uint64_t value = 0, int source = 0);
 void sync_threads();
 
@@ -25,7 +25,7 @@ uint64_t add_acquire_release(uint64_t* word, uint64_t v);
 uint64_t exchange_if(uint64_t* word, uint64_t expected, uint64_t desired);
 void add_relaxed(uint32_t* word, uint32_t v);
 
-// Whole, without any order with what comes before or after.
+// Whole, but not ordered with accesses before or after.
 uint64_t load_relaxed(const uint64_t* word);
 void store_relaxed(uint64_t* word, uint64_t v);
 

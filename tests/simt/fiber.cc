@@ -72,7 +72,7 @@ Stack take_stack(size_t bytes) {
   return {static_cast<std::byte*>(all) + kGuardBytes, bytes};
 }
 
-// Where the scheduler's own stack lies: AddressSanitizer wants to know on the way back to it.
+// Where the scheduler's own stack lies: AddressSanitizer must know on the way back to it.
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 
@@ -106,7 +106,7 @@ struct Fiber::Context {
   void* scheduler;
 
   // A stack as simt_switch leaves one: six registers, and `begin` to return to. Tops differ from stack to
-  // stack, otherwise all fibers compete for the same few sets of the caches.
+  // stack, otherwise all fibers would compete for the same few sets of the caches.
   void begin_on(const Stack& stack) {
     constexpr int kRegisters = 6;
     static size_t colour = 0;
@@ -153,7 +153,7 @@ void Fiber::suspend() { leave(false); }
 void Fiber::finish() {
   finished_ = true;
   leave(true);
-  std::abort();  // nobody resumes a finished fiber
+  std::abort();  // a finished fiber is not resumed
 }
 
 void Fiber::release() {

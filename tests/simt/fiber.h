@@ -20,10 +20,10 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   // Runs the fiber from where it stands until it suspends or finishes. The first time it takes a stack and
-  // calls `entry`, which must not return but call finish().
+  // calls `entry`, which must call finish() instead of returning.
   void resume(size_t stack_bytes, void (*entry)());
 
-  // On the fiber itself: back to whoever resumed it.
+  // On the fiber itself: back to the caller of resume().
   void suspend();
   [[noreturn]] void finish();
 

@@ -73,7 +73,7 @@ void Gpu::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   if (!off_) error_ = result.error;
   gone_on_.notify_all();
-  come_.wait(lock, [&] { return off_; });  // what is mapped or allocated may go only after the machine
+  come_.wait(lock, [&] { return off_; });  // mappings and allocations may go only after the machine
 }
 
 void Gpu::post(std::function<void(Machine&)> request) {

@@ -1,4 +1,4 @@
-// A simulated GPU that is on while threads of the host use it: kernels start when they are launched, and time
+// A simulated GPU that runs while threads of the host use it: kernels start when they are launched, and time
 // is real.
 #pragma once
 
@@ -20,7 +20,7 @@ namespace simt {
 class Gpu {
  public:
   explicit Gpu(const Config& config);  // kernels run on a thread of its own
-  ~Gpu();                              // drops what has not ended
+  ~Gpu();                              // drops kernels that have not ended
   Gpu(const Gpu&) = delete;
   Gpu& operator=(const Gpu&) = delete;
 
@@ -28,14 +28,14 @@ class Gpu {
   void launch(int stream, unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body,
               const void* mapped = nullptr);
   bool idle(int stream);         // whether all kernels of the stream have ended
-  void synchronize(int stream);  // returns when they have, or when something has gone wrong
+  void synchronize(int stream);  // returns when they have, or when an error was reported
   void synchronize();            // waits for all that was launched before, on all streams
-  std::string error();           // what went wrong, who did it, and the seed; empty so far
+  std::string error();           // what went wrong, in which thread, and the seed; or empty
 
-  // How kernels see this host memory: as it is, or in weak mode through a view of their own. May be asked
+  // How kernels see this host memory: as it is, or in weak mode through a view of their own. May be called
   // again.
   void* map(void* host, size_t bytes);
-  // What the host has written while no kernel saw this memory, all kernels see from now on.
+  // From now on all kernels see what the host has written while none saw this memory.
   void renew(void* host);
   void unmap(void* host);
 

@@ -26,7 +26,7 @@ constexpr std::align_val_t kSharedAlignment{128};
 
 constexpr uint64_t kSwitchNs = 1;  // virtual time of one switch: thousands of threads share a microsecond
 constexpr uint64_t kSpinNs = 20;   // sleep of a loop that polls without nanosleep
-constexpr int kSpins = 32;         // looks at unchanged memory that make such a loop
+constexpr int kSpins = 32;         // a loop with this many looks at unchanged memory polls
 
 void run_thread() {
   try {
@@ -151,7 +151,7 @@ void Machine::choose_schedule() {
   if (depth > 3) schedule_.thread = static_cast<int>(t.index);
 }
 
-// Null where those who can run are to stand still, while time passes for the host.
+// Null where the ready threads are to stand still, while time passes for the host.
 Thread* Machine::take_ready() {
   constexpr uint64_t kStopNs = 50'000;
   size_t i = random.below(ready_.size());
@@ -198,8 +198,8 @@ void Machine::preempt(int rarer) {
   self->fiber.suspend();
 }
 
-// Who keeps finding nothing new sleeps longer and longer. Otherwise thousands of polling threads would take
-// all switches, and never be asleep at the same time.
+// A thread that keeps finding nothing new sleeps longer and longer. Otherwise thousands of polling threads
+// would take all switches, and never be asleep at the same time.
 void Machine::sleep(uint64_t ns) {
   constexpr int kMostDoublings = 12;
   self->naps = self->change_at_nap == changes ? std::min(self->naps + 1, kMostDoublings) : 0;
@@ -234,9 +234,10 @@ void Machine::wake_sleepers() {
   }
 }
 
-// Nobody can run just now. Time passes faster than stores land, so that who polls sees some without others.
+// No thread can run now. Time passes faster than stores land, so that polling threads see some without
+// others.
 void Machine::idle() {
-  if (streams_.empty() || can_start()) return;  // since something has just landed
+  if (streams_.empty() || can_start()) return;  // because a store or copy has just landed
   const bool events = !sleepers_.empty() || !copies.empty();
   if (delayed > 0 && (!events || random.one_in(schedule_.landing))) return land_a_store();
   if (!events) return report_deadlock("no thread can run");
@@ -245,7 +246,7 @@ void Machine::idle() {
 
 // Everything waits for time. While polls find nothing new, ever larger leaps come on top of what the sleepers
 // asked for: a deadline of a minute expires after some 36 of them. With a host, which may be what they wait
-// for, leaps take the time that they say.
+// for, leaps take real time.
 void Machine::let_time_pass() {
   constexpr int kLargestLeap = 40;
   constexpr int kFirstWait = 14, kLargestWait = 20;  // of 16 us and 1 ms
@@ -265,15 +266,15 @@ void Machine::let_time_pass() {
   }
 }
 
-// With a host, deadlines of waits are longer than any test; but looks at why a wait does not end, every few
-// milliseconds, are to come at all moments.
+// With a host, deadlines of waits are longer than any test; but checks why a wait does not end, made every
+// few milliseconds, should come at all moments.
 uint64_t Machine::read_time() {
   constexpr size_t kOneIn = 256, kMostNs = 10'000'000;
   if (host_ && random.one_in(kOneIn)) now += random.below(kMostNs);
   return ++now;
 }
 
-// Late, and some much later than others; the more threads can run, the longer each takes to notice.
+// Late, and some copies much later than others; the more threads can run, the longer each takes to notice.
 void Machine::schedule(Copy copy) {
   const size_t most = size_t{1} << random.below(12);
   copy.due = now + 1 + random.below(most) * (1 + ready_.size() / 16);

@@ -1,5 +1,4 @@
-// The simulated machine: what blocks, warps and threads are, and the scheduler. Only the .cc files here use
-// it.
+// The simulated machine: blocks, warps and threads, and the scheduler. Only the .cc files here use it.
 #pragma once
 
 #include <array>
@@ -69,7 +68,7 @@ struct Thread {
 
   unsigned barriers = 0;  // __syncthreads passed
 
-  // Polling: what it last looked at, and how often since memory last changed.
+  // Polling: the word that it last looked at, and how often since memory last changed.
   const void* polled = nullptr;
   uint64_t seen = 0;
   uint64_t change_seen = 0;
@@ -87,7 +86,7 @@ struct Thread {
   unsigned lane() const { return index % kLanes; }
 };
 
-// Lanes that have come to one collective, and wait for the others of its mask.
+// Lanes that have arrived at one collective, and wait for the others of its mask.
 struct Gathering {
   Collective kind;
   uint32_t mask;
@@ -101,19 +100,19 @@ struct Warp {
   std::vector<Gathering> gatherings;
 };
 
-// A store that has not landed yet, and who may rely on it: whoever releases one he knows makes it land.
+// A store that has not landed yet, and the threads that know it: a release by one of them makes it land.
 struct DelayedStore {
   std::byte* to;
   alignas(16) std::byte value[16];
   unsigned bytes;
   unsigned warp;     // of the storing thread
-  uint32_t lanes;    // of that warp, which know it: the thread itself, and whom __syncwarp told
+  uint32_t lanes;    // of that warp that know it: the thread's own, and those that __syncwarp told
   bool block_knows;  // __syncthreads told all
-  uint64_t due;  // to the host: lands by itself only then, in real_time(); before, if it is released; or 0
+  uint64_t due;      // to the host: when it lands by itself, in real_time(), or earlier by a release; or 0
 };
 
-// Host memory that kernels see, in weak mode: the two sides have views of their own, so that what a kernel
-// has written comes to the host when a release says so, and not before by chance. See memory.cc.
+// Host memory that kernels see, in weak mode: the two sides have views of their own, so that a kernel's
+// stores come to the host when a release says so, and not before by chance. See memory.cc.
 struct Mapping {
   std::byte* host;
   std::byte* device;
@@ -142,7 +141,7 @@ struct Block {
   unsigned at_barrier = 0;
 
   std::vector<DelayedStore> delayed;
-  std::array<uint16_t, 512> delayed_at{};  // how many of them lie at addresses of this hash
+  std::array<uint16_t, 512> delayed_at{};  // how many lie at addresses of this hash
   int copies = 0;                          // bulk copies under way
   Races::Words barriers;                   // what is known at mbarriers
 
@@ -155,7 +154,7 @@ struct Block {
 
 // A bulk copy under way.
 struct Copy {
-  enum Step : uint8_t { load, read, write } step;  // what comes next; a store reads, and later writes
+  enum Step : uint8_t { load, read, write } step;  // the next step; a store reads, and later writes
   Block* block;
   Thread* thread;
   std::byte* to;
@@ -170,21 +169,21 @@ struct Copy {
   bool operator<(const Copy& other) const { return due > other.due; }
 };
 
-// The host, as a machine sees it that is on while threads of the host use it (gpu.cc).
+// The host, as seen by a machine that runs while threads of the host use it (gpu.cc).
 class Host {
  public:
   virtual ~Host() = default;
-  // Hands over what has come since. Often called.
+  // Hands over requests that have come since. Called often.
   virtual void take_in() = 0;
-  // Lets real time pass, until something comes or `ns` have passed; UINT64_MAX: however long it takes.
-  // Returns how long it took.
+  // Lets real time pass until a request comes or `ns` have passed; UINT64_MAX: however long it takes. Returns
+  // how long it took.
   virtual uint64_t wait(uint64_t ns) = 0;
   virtual void kernel_ended(int stream) = 0;
 };
 
 class Machine {
  public:
-  // With a host, run() goes on until an error is reported, also when nothing is left to do; only the thread
+  // With a host, run() goes on until an error is reported, even when nothing is left to do; only the thread
   // that runs it may call the others; and where time leaps, real time passes.
   explicit Machine(const Config& config, Host* host = nullptr)
       : config(config), random(config.seed), host_(host) {
@@ -200,13 +199,13 @@ class Machine {
 
   // Called by fibers.
   void preempt(int rarer = 1);              // lets others run, now and then
-  void sleep(uint64_t ns);                  // lets others run, and says that this thread only polls
-  void look(const void* word, uint64_t v);  // was a poll, perhaps: sleeps if nothing has changed for long
+  void sleep(uint64_t ns);                  // lets others run; this thread only polls
+  void look(const void* word, uint64_t v);  // perhaps a poll: sleeps if nothing has changed for long
   void block_current(State state);          // until make_ready
 
   struct Failed {};
   [[noreturn]] void fail(
-      const std::string& what);  // reports it of this thread; throws Failed through the kernel
+      const std::string& what);  // reports it for this thread; throws Failed through the kernel
 
   void make_ready(Thread& thread);
   void schedule(Copy copy);               // its next step
@@ -216,12 +215,12 @@ class Machine {
   const Config config;
   Random random;
   uint64_t now = 0;            // virtual, in ns
-  uint64_t changes = 0;        // of memory, exits and starts: what a polling thread may be waiting for
+  uint64_t changes = 0;        // of memory, exits and starts: a polling thread may wait for these
   size_t delayed_to_host = 0;  // stores, of all delayed ones
   size_t delayed = 0;          // stores, in all blocks
   std::vector<std::unique_ptr<Mapping>> mappings;
   std::unique_ptr<Races> races;  // null unless asked for
-  std::vector<Copy> copies;      // a heap, the next to come first
+  std::vector<Copy> copies;      // a heap, the next one first
 
  private:
   struct Sleeper {
@@ -229,13 +228,13 @@ class Machine {
     Thread* thread;
     bool operator<(const Sleeper& other) const { return wake > other.wake; }
   };
-  // Who and what is to be slow for a while. Gives the large skews that fair picks never come to.
+  // Which threads are slow for a while. Gives the large skews that fair picks never reach.
   struct Schedule {
     int stream = -1, block = -1, warp = -1, thread = -1;  // stream -1: none is slow; others -1: all
-    size_t steps = 1024;                                  // about how long it lasts
-    int tries = 4;                                        // to find somebody else
-    int stops = 0;   // when there is nobody else, that time passes, but for the host only
-    size_t landing;  // 1 in so many steps lands a store
+    size_t steps = 1024;                                  // roughly how long it lasts
+    int tries = 4;                                        // to find another thread
+    int stops = 0;   // how often, without another, time passes for the host only
+    size_t landing;  // 1 in this many steps lands a store
 
     bool is_slow(const Thread& t) const;
   };
@@ -270,8 +269,8 @@ class Machine {
 
 uint64_t real_time();  // in ns
 
-extern Machine* machine;              // that runs
-extern thread_local bool on_machine;  // whether this is the thread on which it does
+extern Machine* machine;              // the running one
+extern thread_local bool on_machine;  // whether this is the thread that runs it
 extern Thread* self;                  // whose fiber runs; null in the scheduler
 
 // report.cc

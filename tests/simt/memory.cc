@@ -2,12 +2,12 @@
 //
 // A GPU may show a thread's plain stores to others in any order and at any time until a release orders them.
 // In weak mode a store is therefore put aside with the set of threads that know it: its own, and those that
-// __syncwarp or __syncthreads brought up to date. It lands at a random moment, at the latest when one who
-// knows it releases, or touches the same 16 bytes.
+// __syncwarp or __syncthreads brought up to date. It lands at a random moment, at the latest when a thread
+// that knows it releases, or touches the same 16 bytes.
 //
-// Host memory that kernels see is read by threads of the host whenever they like, so there ordinary C++
-// stores count too. It has two views: what a thread has written into the device's is noticed when it next
-// lets others run, shares or releases, and goes to the host's as a store that is put aside.
+// Threads of the host read host memory that kernels see at any time, so there ordinary C++ stores count too.
+// It has two views: what a thread has written into the device's is noticed when it next lets others run,
+// shares or releases, and goes to the host's as a store that is put aside.
 #include <algorithm>
 #include <cstring>
 
@@ -16,9 +16,9 @@
 namespace simt {
 namespace {
 
-constexpr size_t kMostDelayed = 512;          // in a block: then each new one makes a random one land
+constexpr size_t kMostDelayed = 512;          // in a block: from then on each new one makes a random one land
 constexpr uintptr_t kGranule = 16;            // no access of the kernels crosses such a boundary
-constexpr size_t kMostNsToHost = 20'000'000;  // of a store: the host's threads need their time to miss it
+constexpr size_t kMostNsToHost = 20'000'000;  // of a store: the host's threads need time to miss it
 
 uintptr_t granule(const void* p) { return reinterpret_cast<uintptr_t>(p) / kGranule; }
 
@@ -26,7 +26,7 @@ bool knows(const Thread& t, const DelayedStore& store) {
   return store.block_knows || (store.warp == t.warp() && (store.lanes >> t.lane() & 1));
 }
 
-// Memory that this thread is about to touch has what it knows to be stored there.
+// Memory that this thread is about to touch gets the stores there that the thread knows.
 void land_known_at(const Thread& thread, const void* p) {
   Block& block = *thread.block;
   if (block.delayed_at[granule(p) % block.delayed_at.size()] == 0) return;
@@ -73,7 +73,7 @@ void copy_to_host(std::byte* to, const void* from, size_t bytes) {
   }
 }
 
-// What has just been written at p, in either view, is now in both.
+// Copies what has just been written at p, in either view, to the other.
 void mirror(const std::byte* p, const void* value, unsigned bytes) {
   Mapping* m = mapping_of(&Mapping::device, p);
   if (m) {
@@ -86,7 +86,7 @@ void mirror(const std::byte* p, const void* value, unsigned bytes) {
   }
 }
 
-// What the host has written since into the word at p comes to the device's view.
+// Brings what the host has since written into the word at p to the device's view.
 void fetch(const void* p) {
   Mapping* m = mapping_of(&Mapping::device, p);
   if (!m) return;
@@ -101,7 +101,7 @@ void fetch(const void* p) {
 }
 
 void write(std::byte* p, const void* value, unsigned bytes) {
-  if (std::memcmp(p, value, bytes) == 0) return;  // nothing that a polling thread could wait for
+  if (std::memcmp(p, value, bytes) == 0) return;  // no polling thread could wait for it
   copy_to_host(p, value, bytes);
   ++machine->changes;
   if (!machine->mappings.empty()) mirror(p, value, bytes);
@@ -128,7 +128,7 @@ void begin_access(const void* p, size_t bytes, const char* what, bool anywhere =
 void store(void* p, const void* value, unsigned bytes, const char* what) {
   begin_access(p, bytes, what);
   if (!machine->config.delay_stores) return write(static_cast<std::byte*>(p), value, bytes);
-  // An address out of bounds is to be reported now, with the stack of who stored.
+  // Reports an address out of bounds now, with the storing thread's stack.
   std::byte now[16];
   std::memcpy(now, p, bytes);
   delay(*self, p, value, bytes);

@@ -60,7 +60,7 @@ __device__ __forceinline__ void nanosleep(uint32_t ns) { simt::nanosleep(ns); }
 
 __device__ __forceinline__ float float_of_half(uint16_t bits) { return widen(Half{bits}); }
 
-// As the GPU, which keeps nothing of a NaN.
+// As on the GPU, which keeps nothing of a NaN.
 template <class T>
 uint32_t two_of_floats(float low, float high) {
   T a, b;

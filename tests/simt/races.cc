@@ -20,7 +20,7 @@ uint32_t actor_of(const Thread& thread, Actor actor) {
   return thread.clock.number * kActors + static_cast<uint32_t>(actor);
 }
 
-// Return addresses are kept as offsets from the program's begin.
+// Return addresses are kept as offsets from the program's start.
 uint32_t offset_of(const void* code) {
   return static_cast<uint32_t>(static_cast<const char*>(code) - &__executable_start);
 }
@@ -135,7 +135,7 @@ void Knowledge::add(const Knowledge& other) {
   }
 }
 
-// -- who knows what
+// -- which thread knows what
 // ----------------------------------------------------------------------------------------------
 
 uint32_t Races::block_number(const Block& block) {
@@ -145,8 +145,8 @@ uint32_t Races::block_number(const Block& block) {
   return it->second;
 }
 
-// Whatever has ended before a block starts comes before it: the host may have waited for it. Threads go on
-// where those of the same place in the stream's last kernel ended.
+// All that ended before a block starts is ordered before it: the host may have waited for it. Threads go on
+// where those of the same index in the stream's last kernel ended.
 void Races::start(Block& block) {
   forget(block.shared, block.kernel->shared_bytes);
   const uint32_t first = block_number(block) * kBlockThreads;
@@ -177,7 +177,7 @@ void Races::end(Thread& thread) {
 
 void Races::end(const Kernel& kernel) { ended_.add(kernel.known); }
 
-// All lanes now know what each did, and go on to their next steps.
+// All lanes now know what each has done, and go on to their next steps.
 void Races::renew(Block& block, unsigned warp, uint32_t lanes, Knowledge& known, Knowledge& fenced) {
   Thread* threads = &block.threads[warp * kLanes];
   for (uint32_t left = lanes; left; left &= left - 1) {
@@ -258,7 +258,7 @@ void Races::fence(Thread& thread) {
   ++c.own[0];
 }
 
-// -- who accesses what
+// -- accesses
 // -------------------------------------------------------------------------------------------
 
 Races::Byte& Races::byte_at(uintptr_t address) {
@@ -282,8 +282,8 @@ void Races::forget(const void* p, size_t bytes) {
   }
 }
 
-// Whether an access is over, for all that the thread knows. For the copy engine a write must not only be
-// known, but known at the last fence; what it has brought to shared memory itself, it knows.
+// Whether the thread knows that an access is over. For the copy engine a write must not only be known, but
+// known at the last fence; it knows what it has itself brought to shared memory.
 bool Races::knows(const Thread& thread, const Access& access, bool by_engine) {
   const Clock& c = thread.clock;
   const uint32_t actor = access.actor % kActors;
@@ -320,7 +320,7 @@ void Races::access_as(Thread& thread, Actor actor, uint32_t step, const void* p,
       }
       b.written = mine;
     } else {
-      // In place of one that comes before, or else of either.
+      // Replaces a read that is ordered before, or else either of the two.
       const auto goes = [&](const Access& r) {
         return r.step == 0 || r.actor == mine.actor || !conflicts(r);
       };
@@ -339,7 +339,7 @@ void Races::start_load(Thread& thread, Copy& copy, const void* code) {
   access_as(thread, Actor::load, copy.number, copy.to, copy.bytes, write, code);
 }
 
-// Who finds the phase ended knows it.
+// A thread that finds the phase ended knows the load.
 void Races::end_load(const Copy& copy) {
   Word& barrier = copy.block->barriers[copy.barrier];
   barrier.version = ++versions_;

@@ -19,12 +19,12 @@ struct Copy;
 struct Kernel;
 struct Thread;
 
-// Who accesses: a thread itself, and the copy engine for it, whose three kinds of accesses end each by
-// itself.
+// What accesses: a thread itself, and the copy engine for it, whose three kinds of accesses end
+// independently.
 enum class Actor : uint8_t { thread, load, store_read, store_write };
 constexpr uint32_t kActors = 4;
 
-// Shared by whoever refers to it, on one thread.
+// Shared by all that refer to it, on one thread.
 template <class T>
 class Ref {
  public:
@@ -44,7 +44,7 @@ class Ref {
   explicit operator bool() const { return p_ != nullptr; }
   bool operator==(const Ref& other) const { return p_ == other.p_; }
   const T& operator*() const { return p_->value; }
-  // To be changed: a copy, unless nobody else refers to it.
+  // For a change: a copy, unless nothing else refers to it.
   T& own() {
     if (!p_) {
       p_ = new Counted{1, T{}};
@@ -62,8 +62,8 @@ class Ref {
   Counted* p_ = nullptr;
 };
 
-// What is known to have happened: for each actor of each thread, the number of its newest step. A tree whose
-// equal parts are shared: threads that meet know the same.
+// Steps known to have happened: for each actor of each thread, the number of its newest. A tree whose equal
+// parts are shared: threads that meet know the same.
 class Knowledge {
  public:
   static constexpr uint32_t kWarpActors = 32 * kActors, kBlockWarps = 32;
@@ -71,7 +71,7 @@ class Knowledge {
   bool operator==(const Knowledge& other) const { return all_ == other.all_; }  // the very same
   uint32_t of(uint32_t actor) const;
   void set(uint32_t actor, uint32_t step);
-  // Those of a thread's actors, where they are newer.
+  // Sets the steps of a thread's actors, where they are newer.
   void set_own(uint32_t thread, const std::array<uint32_t, kActors>& steps);
   void add(const Knowledge& other);
 
@@ -88,15 +88,15 @@ class Knowledge {
   Ref<All> all_;
 };
 
-// Of a thread: what it knows of others, and apart from that, so that many threads can share it, of itself.
+// What a thread knows of others, and separately, so that many threads can share that, of itself.
 struct Clock {
   using Own = std::array<uint32_t, kActors>;
 
   uint32_t number = 0;           // of the thread
   uint32_t loads = 0;            // bulk loads so far
-  uint32_t store_steps = 0;      // groups of stores in the kernels before
-  Knowledge known, fenced;       // by itself, and by the copy engine: as it was at the last fence
-  Own own{}, own_fenced{};       // own[0], the thread's own step, grows when it tells others what it has done
+  uint32_t store_steps = 0;      // groups of stores in earlier kernels
+  Knowledge known, fenced;       // by itself, and by the copy engine: as of the last fence
+  Own own{}, own_fenced{};       // own[0], the thread's own step, grows when it releases what it has done
   const void* polled = nullptr;  // the word that it last acquired, and its version
   uint64_t version = 0;
 };
@@ -109,7 +109,7 @@ class Races {
   };
   using Words = std::unordered_map<const void*, Word>;
 
-  // -- who knows what
+  // -- which thread knows what
   void start(Block& block);
   void end(Thread& thread);
   void end(const Kernel& kernel);
@@ -121,13 +121,13 @@ class Races {
   void release_barrier(Thread& thread, const void* mbarrier);
   void fence(Thread& thread);
 
-  // -- who accesses what: reports what it finds
+  // -- accesses: these report what they find
   enum Kind : uint8_t { read = 0, write = 1, atomic_read = 2, atomic_write = 3 };
   void access(Thread& thread, const void* p, size_t bytes, Kind kind, const void* code);
   void start_load(Thread& thread, Copy& copy, const void* code);
   void end_load(const Copy& copy);
   void start_store(Thread& thread, const Copy& copy, const void* code);
-  // The first so many groups have read, or `written` too.
+  // The first `groups` groups have read, and if `written` written too.
   void know_stores(Thread& thread, uint64_t groups, bool written);
 
  private:
@@ -164,9 +164,9 @@ class Races {
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_ = 0;
   Page* last_ = nullptr;
-  Knowledge ended_;  // of all kernels that have
+  Knowledge ended_;  // of all kernels that have ended
 
-  // What acquiring a version of a word has last made of some knowledge: it is the same for many threads.
+  // The last result of acquiring a version of a word with some knowledge: the same for many threads.
   struct Acquired {
     uint64_t version = 0;
     Knowledge known, fenced, new_known, new_fenced;

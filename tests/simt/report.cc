@@ -1,4 +1,4 @@
-// What is said when something is wrong.
+// The text of errors.
 #include <sstream>
 
 #include "simt/machine.h"

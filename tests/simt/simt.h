@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU: each thread of each block is a fiber, and a seed decides who runs when.
+// Runs CUDA kernels on the CPU: each thread of each block is a fiber, and a seed decides which runs when.
 // Kernel sources include cuda/ptx.cuh, compiled with -DCOMMLIB_SIMT; tests include this file. See README.md.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace simt {
 
 struct Config {
   uint64_t seed = 1;               // the whole run follows from it
-  int preempt = 16;                // 1 in so many accesses through ptx:: lets others run first; 0: none
+  int preempt = 16;                // 1 in this many accesses through ptx:: lets others run first; 0: none
   bool delay_stores = false;       // weak mode: ptx::store_global lands late unless a release orders it
   bool find_races = false;         // accesses that nothing orders are errors, whether or not they went wrong
   int sms = 1 << 30;               // blocks that can be resident at a time, of all streams together
@@ -22,7 +22,7 @@ struct Config {
 };
 
 struct Result {
-  std::string error;  // what went wrong, who did it, and the seed; empty if every kernel ended
+  std::string error;  // what went wrong, in which thread, and the seed; empty if every kernel ended
   uint64_t seed;
   uint64_t switches;    // between fibers
   uint64_t virtual_ns;  // what globaltimer() came to
@@ -38,11 +38,11 @@ class Simulation {
   explicit Simulation(const Config& config);
   ~Simulation();
 
-  // Queues a kernel; each of its grid * block threads calls `body`. As threads are dropped where they stand
-  // once something has failed, `body` should own no memory.
+  // Queues a kernel; each of its grid * block threads calls `body`, which should own no memory, because
+  // threads are dropped where they stand once something has failed.
   void launch(int stream, unsigned grid, unsigned block, size_t shared_bytes, std::function<void()> body);
 
-  // Runs what was launched to its end, or to the first error. After an error nothing more can be launched.
+  // Runs all that was launched to its end, or to the first error. After an error nothing can be launched.
   Result run();
 
  private:

@@ -1,5 +1,5 @@
-# The CUDA backend on the CPU, under AddressSanitizer and UBSan: with the bulk copy engine and without it. And once
-# more, looking for races.
+# The CUDA backend on the CPU, under AddressSanitizer and UBSan, with the bulk copy engine and without it; and
+# once more to look for races.
 # Included by the Makefile; works by itself too: `make -f tests/simt/simt.mk test-simt`.
 CXX ?= g++
 SEED ?=
@@ -12,7 +12,7 @@ SIMT_RUN = $(if $(SEED),--seed $(SEED))
 SIMT_SHIM := $(filter-out tests/simt/test_%,$(wildcard tests/simt/*.cc)) tests/cpp/main.cc
 SIMT_TESTS := $(wildcard tests/simt/test_*.cc)
 
-# The whole backend, by the tests of tests/cpp/. Of CUDA it takes the headers, and no library.
+# The whole backend, by the tests of tests/cpp/. It takes CUDA's headers, and no library.
 SIMT_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
   $(abspath $(dir $(realpath $(shell command -v nvcc 2>/dev/null)))..) /usr/local/cuda,\
   $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
@@ -21,7 +21,7 @@ SIMT_BACKEND := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) $(filter-out csrc/n
   $(filter-out %/cudart.cc,$(wildcard tests/simt/runtime/*.cc))
 SIMT_KERNELS := csrc/cuda/launch.cu tests/simt/runtime/cudart.cc
 
-# Of each pair, what does not depend on the engine is compiled once.
+# What does not depend on the engine is compiled once for each pair.
 objects = $(addsuffix .o,$(addprefix $(SIMT)/$(1)/,$(2)))
 SIMT_PROGRAMS := $(SIMT)/kernels-bulk $(SIMT)/kernels-plain \
   $(if $(SIMT_CUDA),$(SIMT)/backend-bulk $(SIMT)/backend-plain $(SIMT)/backend-races)
@@ -65,7 +65,7 @@ endef
 # The machine itself, at every step of every thread.
 $(foreach file,machine barriers races,$(SIMT)/any/tests/simt/$(file).cc.o): SIMT_FLAGS := \
   $(filter-out -O1 -fsanitize=address%,$(SIMT_FLAGS)) -O3
-# g++ has one sanitizer at a time; accesses.cc is the other's library.
+# g++ runs one sanitizer at a time; accesses.cc is the other's library.
 $(SIMT)/races/%.o: SIMT_FLAGS := $(filter-out -fsanitize=address%,$(SIMT_FLAGS)) -fsanitize=thread
 $(foreach kind,any with-bulk no-bulk races,$(eval $(call simt_rules,$(kind))))
 

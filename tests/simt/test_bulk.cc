@@ -1,4 +1,4 @@
-// Rows through shared memory, by the copy engine where there is one; and what it catches.
+// Rows through shared memory, by the copy engine where there is one; and the errors that it catches.
 #include <functional>
 #include <string>
 #include <vector>
@@ -31,7 +31,7 @@ struct CopyRows {
   uint64_t* done;  // grows by one with each block, when its rows are written
 };
 
-// The warp's part of shared memory: a ring of rows, and for each the barrier on which its load counts.
+// The warp's part of shared memory: a ring of rows, and for each row the barrier that counts its load.
 struct Ring {
   uint64_t* loaded;
   std::byte* stages;
@@ -135,7 +135,7 @@ void test_rows_through_shared_memory_are_right_for_every_seed() {
   }
 }
 
-// One block of one warp runs `kernel`, with as much shared memory; returns the error.
+// One block of one warp runs `kernel`, with `shared_bytes` of shared memory; returns the error.
 std::string error_of(const std::function<void()>& kernel, size_t shared_bytes = 256,
                      bool delay_stores = false, uint64_t seed_of_run = seed()) {
   Config config;
@@ -218,7 +218,7 @@ void test_misused_mbarriers_are_reported() {
                    ptx::bulk_load(s.data, global_bytes, 16, s.barrier + 1);
                  }),
                  "no fence_mbarrier_init", "unfenced");
-  // 16 bytes more are expected than come, or a phase is awaited in which nothing is loaded.
+  // 16 more bytes are expected than come, or a phase is awaited in which nothing is loaded.
   check_contains(error([](Shared s) {
                    ptx::mbarrier_expect(s.barrier, 32);
                    ptx::bulk_load(s.data, global_bytes, 16, s.barrier);

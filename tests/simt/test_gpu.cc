@@ -1,4 +1,4 @@
-// A GPU that is on while threads of the host use it.
+// A GPU that runs while threads of the host use it.
 #include <chrono>
 #include <string>
 #include <thread>
@@ -85,7 +85,7 @@ void deadlines_take_their_time() {
   check(took.count() < 5, "and soon after it");
 }
 
-// Lanes write ordinary words of mapped memory; lane 0 tells the host. Of 50 runs, those in which it missed
+// Lanes write ordinary words of mapped memory; lane 0 notifies the host. In how many of 50 runs it missed
 // one.
 template <class Meet>
 int runs_in_which_the_host_misses_a_word(bool delay_stores, const Meet& meet) {
@@ -103,8 +103,7 @@ int runs_in_which_the_host_misses_a_word(bool delay_stores, const Meet& meet) {
           seen->values[threadIdx.x] = threadIdx.x + 1;
           meet();
           if (threadIdx.x == 0) ptx::store_release_sys(&seen->flag, 1);
-          while (ptx::load_acquire_sys(&seen->flag) != 2)
-            ptx::nanosleep(100);  // keeps what it knows to itself
+          while (ptx::load_acquire_sys(&seen->flag) != 2) ptx::nanosleep(100);  // releases nothing
         },
         seen);
     while (load(&words.flag) == 0) std::this_thread::yield();
@@ -122,7 +121,7 @@ int runs_in_which_the_host_misses_a_word(bool delay_stores, const Meet& meet) {
   return missed;
 }
 
-void the_host_misses_what_was_not_released_in_weak_mode() {
+void the_host_misses_unreleased_stores_in_weak_mode() {
   const auto vote = [] { __ballot_sync(0xffffffff, 1); };
   const auto barrier = [] { __syncwarp(); };
   check_equal(runs_in_which_the_host_misses_a_word(true, barrier), 0, "runs of 50, with __syncwarp");
@@ -160,8 +159,7 @@ const Suite suite({
     {"kernels_run_while_others_are_launched", kernels_run_while_others_are_launched},
     {"host_and_kernel_may_wait_for_each_other", host_and_kernel_may_wait_for_each_other},
     {"deadlines_take_their_time", deadlines_take_their_time},
-    {"the_host_misses_what_was_not_released_in_weak_mode",
-     the_host_misses_what_was_not_released_in_weak_mode},
+    {"the_host_misses_unreleased_stores_in_weak_mode", the_host_misses_unreleased_stores_in_weak_mode},
     {"an_error_ends_all_waits", an_error_ends_all_waits},
     {"a_gpu_may_be_switched_off_at_any_time", a_gpu_may_be_switched_off_at_any_time},
 });

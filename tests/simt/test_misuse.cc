@@ -1,4 +1,4 @@
-// Warp collectives and __syncthreads: what they return, and that their misuse is reported.
+// Warp collectives and __syncthreads: their results, and that their misuse is reported.
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -21,7 +21,7 @@ std::string error_of(unsigned threads, const std::function<void()>& kernel, uint
   return simulation.run().error;
 }
 
-// Whatever the order in which threads come, the same misuse is found; its wording depends on who came last.
+// In whatever order threads come, the same misuse is found; the wording depends on which came last.
 void check_reported(unsigned threads, const std::function<void()>& kernel,
                     const std::vector<std::string>& one_of) {
   for (uint64_t i = 0; i < 20; ++i) {
@@ -76,7 +76,7 @@ void test_a_short_last_warp_may_name_all_lanes() {
 void test_lanes_at_different_collectives_are_reported() {
   check_reported(32, [] { threadIdx.x == 9 ? __syncwarp() : static_cast<void>(__ballot_sync(kAll, 1)); },
                  {"waits at __ballot_sync(0xffffffff)", "lane 9 waits at __syncwarp(0xffffffff)"});
-  // Not the same mask, and each waits for the other.
+  // Different masks, and each half waits for the other.
   check_reported(32, [] { __syncwarp(threadIdx.x < 16 ? 0x0001ffff : 0xffff8000); },
                  {"__syncwarp(0xffff8000): lane", "__syncwarp(0x1ffff): lane"});
 }

@@ -1,4 +1,4 @@
-// Races are found in every run, however it went; and what orders accesses is none.
+// Races are found in every run, however it went; ordered accesses are none.
 #include <functional>
 #include <string>
 
@@ -21,7 +21,7 @@ struct Shared {
 
 using Kernel = std::function<void(Shared&)>;
 
-// Each kernel on a stream of its own. They end together: whatever has ended before a kernel starts is
+// Each kernel on a stream of its own. They end together, because all that ended before a kernel starts is
 // ordered.
 std::string error_of(const std::vector<Kernel>& kernels, unsigned threads, unsigned blocks,
                      uint64_t seed_of_run) {
@@ -131,7 +131,7 @@ void releases_order_what_acquirers_do() {
                                                receives(warp)});
 }
 
-void additions_pass_on_what_all_who_added_know() {
+void additions_pass_on_what_all_adders_know() {
   const Kernel adds = [](Shared& s) {
     put(s, threadIdx.x);
     simt::add_release(&s.flag, 1);
@@ -270,7 +270,7 @@ void a_warp_shares_what_one_lane_loads() {
   check_race("with a vote", {ring([] { __all_sync(kAll, 1); })});
 }
 
-// Ordinary stores, then a bulk load: somebody on the way from one to the other must fence.
+// Ordinary stores, then a bulk load: some thread on the way from one to the other must fence.
 void the_copy_engine_needs_a_fence() {
   const auto alone = [](bool fence) -> Kernel {
     return [=](Shared& s) {
@@ -319,7 +319,7 @@ const Suite with_engine({
 const Suite suite({
     {"barriers_order_accesses_and_votes_do_not", barriers_order_accesses_and_votes_do_not},
     {"releases_order_what_acquirers_do", releases_order_what_acquirers_do},
-    {"additions_pass_on_what_all_who_added_know", additions_pass_on_what_all_who_added_know},
+    {"additions_pass_on_what_all_adders_know", additions_pass_on_what_all_adders_know},
     {"relaxed_atomics_race_only_with_ordinary_accesses", relaxed_atomics_race_only_with_ordinary_accesses},
     {"what_the_host_may_have_waited_for_is_over", what_the_host_may_have_waited_for_is_over},
 });

@@ -1,4 +1,4 @@
-// The shim itself: what it runs rightly, and that it catches kernels that are wrong.
+// The shim itself: that it runs kernels rightly, and catches kernels that are wrong.
 #include <string>
 #include <vector>
 
@@ -232,7 +232,7 @@ void test_kernels_of_a_stream_run_in_order_and_streams_side_by_side() {
     uint64_t go = 0;
     uint32_t wrong = 0;
     Simulation simulation(config_of(seed() + i, true));
-    // The first kernel waits for the other stream; its store has landed, released or not, when the second
+    // The first kernel waits for the other stream; its store, released or not, has landed when the second
     // runs.
     simulation.launch(0, 1, 1, 0, [&] {
       while (ptx::load_acquire_sys(&go) == 0) ptx::nanosleep(100);
@@ -247,7 +247,7 @@ void test_kernels_of_a_stream_run_in_order_and_streams_side_by_side() {
   }
 }
 
-// -- weak mode: who knows of a store
+// -- weak mode: which threads know of a store
 // --------------------------------------------------------------------------------
 
 void test_a_thread_sees_its_own_delayed_stores_in_order() {
@@ -278,7 +278,7 @@ int runs_that_miss_a_store(const Meet& meet) {
       ptx::store_global(&v[threadIdx.x], {{1, 1, 1, 1}});
       meet();
       if (threadIdx.x == 0) ptx::store_release_sys(&flag, 1);
-      while (ptx::load_acquire_sys(&flag) != 2) ptx::nanosleep(100);  // keeps what it knows to itself
+      while (ptx::load_acquire_sys(&flag) != 2) ptx::nanosleep(100);  // releases nothing
     });
     simulation.launch(1, 1, 32, 0, [&] {
       while (ptx::load_acquire_sys(&flag) == 0) ptx::nanosleep(100);
@@ -296,7 +296,7 @@ void test_syncwarp_orders_stores_and_shuffles_do_not() {
   check_equal(runs_that_miss_a_store([] { __syncwarp(); }), 0,
               "runs of 50 that miss a store after __syncwarp");
   check_equal(runs_that_miss_a_store([] { __syncthreads(); }), 0, "the same after __syncthreads");
-  // Half warps meet, then one of each half: what a lane knows it passes on.
+  // Half warps meet, then one lane of each half: a lane passes on what it knows.
   check_equal(runs_that_miss_a_store([] {
                 __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffff : 0xffff0000);
                 if (threadIdx.x % 16 == 0) __syncwarp(0x00010001);

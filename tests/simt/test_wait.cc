@@ -4,7 +4,7 @@
 #include "cpp/suite.h"
 #include "simt/cuda.h"
 #include "simt/simt.h"
-// In this order: it wants what is above.
+// In this order: it needs the includes above.
 #include "cuda/worker.cuh"
 
 namespace commlib::testing {
@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kEpoch = 7;
 constexpr Call kCall{OpKind::combine, 0, 0};
 
-// Rank 0, which waits, and what rank 1 has told it.
+// Rank 0, which waits, and what rank 1 has published to it.
 struct Waiter {
   Signals signals[2]{};
   cuda::DeviceState state{};
@@ -33,7 +33,7 @@ struct Waiter {
   }
 };
 
-// Rank 1 has done its part and closed. That it has closed comes first; its call comes `steps` of the
+// Rank 1 has done its part and closed. The word that it has closed comes first; its call comes `steps` of the
 // simulation after rank 0 begins to look why its wait does not end, and its rows last.
 void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps) {
   simt::Config config;

@@ -101,7 +101,7 @@ void* allocate(size_t bytes) {
 void release(void* memory) { std::free(memory); }
 
 void copy_bytes(void* to, const void* from, size_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, bytes);  // neither place may be null, not even for nothing
+  if (bytes > 0) std::memcpy(to, from, bytes);  // neither pointer may be null, even for no bytes
 }
 
 }  // namespace commlib::testing

@@ -1,5 +1,5 @@
 // Device memory is host memory, allocated to the byte; streams, kernels and asynchronous copies are those of
-// the simulated GPU. What csrc/cuda/ does not call is not here.
+// the simulated GPU. Only what csrc/cuda/ calls is here.
 #include "simt/runtime/cudart.h"
 
 #include <atomic>
@@ -31,7 +31,7 @@ size_t most_shared() { return chip.shared_per_sm - kReservedShared; }  // of a b
 
 struct Kernel {
   KernelFacts facts;
-  size_t most_shared;  // as it was last set
+  size_t most_shared;  // as last set
 };
 
 std::mutex mutex;  // guards the variables below it
@@ -45,7 +45,7 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
-// Once a kernel has gone wrong, nothing else goes right.
+// Once a kernel has failed, every call fails.
 cudaError_t health() { return result(gpu->error().empty() ? cudaSuccess : cudaErrorLaunchFailure); }
 
 void* allocate(size_t bytes, std::map<void*, size_t>& in) {

@@ -1,5 +1,5 @@
 // The CUDA runtime on simulated GPUs: cudart.cc defines its functions, so that csrc/cuda/ links without
-// libcudart. Included before csrc/cuda/launch.cu, which g++ compiles here: it has what nvcc adds to the
+// libcudart. Included before csrc/cuda/launch.cu, which g++ compiles here: it provides what nvcc adds to the
 // runtime's headers.
 #pragma once
 
@@ -14,7 +14,7 @@
 struct CUstream_st {
   int number;
 };
-// Each record queues a store of its number; to wait for the event is to wait for the last.
+// Each record queues a store of its number; waiting for the event means waiting for the last store.
 struct CUevent_st {
   std::shared_ptr<uint64_t> reached = std::make_shared<uint64_t>(0);
   std::atomic<uint64_t> records{0};
@@ -24,15 +24,15 @@ namespace simt {
 
 inline int number_of(cudaStream_t stream) { return stream ? stream->number : 0; }
 
-bool accesses_are_seen();  // of kernels, the ordinary C++ ones: see accesses.cc
+bool accesses_are_seen();  // the ordinary C++ ones of kernels: see accesses.cc
 #ifdef __SANITIZE_THREAD__
 bool accesses_are_seen() { return true; }
 #endif
 
-// What all functions work on; set while nobody calls any.
+// What all functions work on; set while none is being called.
 extern Gpu* gpu;
 
-// What device it says it is; a test may set another while there is no communicator.
+// The device that it claims to be; a test may set another while there is no communicator.
 struct Chip {
   int major;  // of its compute capability
   size_t shared_per_sm;
@@ -43,8 +43,7 @@ size_t allocated_bytes();    // on the device, now
 // Whether GPUs can count in each other's memory.
 extern bool peers_have_atomics;
 
-// nvcc tells the runtime which kernels there are. Here a kernel is known when its attributes are first asked
-// for.
+// nvcc tells the runtime which kernels exist. Here a kernel is known once its attributes are first asked for.
 struct KernelFacts {
   size_t argument_bytes;
   void (*call)(const void* kernel, const void* argument);

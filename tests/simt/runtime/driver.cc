@@ -58,7 +58,7 @@ CUresult mem_release(CUmemGenericAllocationHandle allocation) {
   return close(file_of(allocation)) == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-// A fabric handle is the allocation's own number: good in this process, while it lives.
+// A fabric handle is the allocation's own number: valid in this process, while the allocation lives.
 CUresult mem_export(void* file, CUmemGenericAllocationHandle allocation, CUmemAllocationHandleType kind,
                     unsigned long long) {
   const int mine = kind == CU_MEM_HANDLE_TYPE_FABRIC ? file_of(allocation) : dup(file_of(allocation));

@@ -1,4 +1,4 @@
-// What only the CUDA backend has: words between host and kernels, ways to share memory, room for all blocks.
+// What only the CUDA backend has: words between host and kernels, ways to share memory, limits on blocks.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -40,7 +40,7 @@ void a_user_who_interrupts_ends_the_wait() {
 }
 
 // An operation that only queues may fail unseen.
-void closing_tells_what_no_call_has_told() {
+void closing_reports_what_no_call_has_reported() {
   Random random(203);
   Config config = small_config(2);
   config.timeout = 0.3;
@@ -54,7 +54,7 @@ void closing_tells_what_no_call_has_told() {
       const auto error =
           check_throws<CommFailure>([&] { self.comm->close(); }, "to close after a combine without rank 1");
       check(error.failure.peers() == std::vector<int>{1}, "it is named");
-      self.comm->close();  // told once
+      self.comm->close();  // reported once
     }
     self.meet();
   });
@@ -159,7 +159,7 @@ void a_destructor_waits_for_no_other_rank() {
   for (const char* share : {"none", "fd"}) {
     Config config = small_config(2);
     config.share = share;
-    config.timeout = 10;  // by which a destructor that waits would fail rank 1
+    config.timeout = 10;  // so that a destructor that waits would fail rank 1
     const Communicators ranks = connected(*machine, config);
     Communicators another = connected(*machine, small_config(1));
     start_empty_combine(*another[0]);
@@ -204,7 +204,7 @@ void a_heap_is_used_again_only_when_other_processes_have_gone() {
   }
 }
 
-// While nobody of rank 0's host waits for it.
+// While no thread of rank 0's host waits for it.
 void a_peer_that_dies_ends_kernels_that_wait_for_it() {
   const auto machine = make_machine();
   Child other;
@@ -244,7 +244,7 @@ void a_wait_for_an_event_may_be_interrupted() {
   cudaEventDestroy(event);
 }
 
-// A stream that stands still until it is told to go on.
+// A stream that stands still until told to go on.
 class SideStream {
  public:
   SideStream() {
@@ -271,7 +271,7 @@ class SideStream {
 
 void memory_is_kept_until_streams_have_passed_their_use_of_it() {
   const auto machine = make_machine();
-  constexpr size_t kBytes = 4321;  // nobody else's
+  constexpr size_t kBytes = 4321;  // a size that nothing else has
   SideStream user;
   const auto uses = std::make_shared<cuda::StreamUses>();
   uses->note(0, user.get());
@@ -341,7 +341,7 @@ const Suite suite({
     {"a_heap_is_used_again_only_when_other_processes_have_gone",
      a_heap_is_used_again_only_when_other_processes_have_gone},
     {"a_destructor_waits_for_no_other_rank", a_destructor_waits_for_no_other_rank},
-    {"closing_tells_what_no_call_has_told", closing_tells_what_no_call_has_told},
+    {"closing_reports_what_no_call_has_reported", closing_reports_what_no_call_has_reported},
     {"a_user_who_interrupts_ends_the_wait", a_user_who_interrupts_ends_the_wait},
     {"a_rank_whose_process_has_gone_is_named_at_once", a_rank_whose_process_has_gone_is_named_at_once},
     {"virtual_memory_may_be_shared_by_file_descriptor", virtual_memory_may_be_shared_by_file_descriptor},

@@ -7,7 +7,7 @@
 namespace commlib::testing {
 namespace {
 
-// Makes the device one with so much shared memory, as long as it lives.
+// Gives the device this much shared memory, as long as this object lives.
 class SharedMemory {
  public:
   explicit SharedMemory(size_t per_sm) : before_(simt::chip) { simt::chip.shared_per_sm = per_sm; }
@@ -20,7 +20,7 @@ class SharedMemory {
 };
 
 // 99 KB for a block, as on compute capability 12.x. Shared memory is allocated to the byte, so a warp whose
-// part lay outside of it would be found out; rows are long enough to go round every ring.
+// part lay outside would be caught; rows are long enough to go round every ring.
 void rings_are_as_large_as_shared_memory_allows() {
   Random random(202);
   const SharedMemory shared(100 << 10);
@@ -61,12 +61,12 @@ void communicators_that_come_and_go_take_no_more_memory() {
     config.hidden = hidden;
     for (const auto& comm : connected(*machine, config)) comm->close();
   };
-  // All of the same shape: of another one the memory is used again.
+  // All of the same shape: the next one uses the memory again.
   use_one(2, 32);
   const size_t two_ranks = simt::allocated_bytes();
   for (int i = 0; i < 4; ++i) use_one(2, 32);
   check_equal(simt::allocated_bytes(), two_ranks, "bytes after five of one shape");
-  // Each of another shape: what nobody takes again is freed when the next ones connect.
+  // Each of another shape: memory that none takes again is freed when the next ones connect.
   for (int i = 1; i < 6; ++i) use_one(2, 32 + 8 * i);
   use_one(2, 32);
   check_equal(simt::allocated_bytes(), two_ranks, "bytes after many shapes");
@@ -82,8 +82,8 @@ void communicators_that_come_and_go_take_no_more_memory() {
 }
 
 // As in a layer in chunks: each rank plans further dispatches while rows of the first are on their way, on a
-// device with one SM more for each rank than its rows take. With none more, plans of some ranks would keep
-// rows of others from starting, on which they wait.
+// device with one SM more for each rank than its rows take. Without it, plans of some ranks would keep rows
+// of others, which they wait for, from starting.
 void plans_beside_rows_need_one_sm_more_for_each_rank() {
   Random random(204);
   constexpr int kRanks = 3, kBlocks = 2, kChunks = 3;
@@ -111,7 +111,7 @@ void a_plan_is_not_far_ahead_of_what_is_queued() {
   Random random(205);
   Config config = small_config(2);
   config.timeout = 20;
-  for (int round = 0; round < 3; ++round) {  // of which in one plans queue with the rest
+  for (int round = 0; round < 3; ++round) {  // in one of which plans queue with the rest
     const Scenario s = random_scenario(config, 2, {}, random), t = random_scenario(config, 2, {}, random);
     in_ranks(config, 2, [&](Rank& self) {
       const DispatchedPtr known = start_dispatch(self, s, {});

@@ -1,4 +1,4 @@
-// Who reaches whose memory: the NVLink domain, and atomics, on devices that are made up.
+// Which GPU reaches which memory: the NVLink domain, and atomics, on made-up devices.
 #include <cstring>
 
 #include "cpp/backend.h"
@@ -24,7 +24,7 @@ class Set {
   bool before_;
 };
 
-// The attribute alone made one node of two hosts.
+// Judged by the attribute alone, two hosts became one node.
 void fabric_memory_is_what_can_be_made_not_what_the_device_says() {
   const auto machine = make_machine();
   int says = 0;
@@ -83,7 +83,7 @@ void gpus_that_cannot_count_in_each_others_memory_are_refused() {
   check_contains(error.what(), "GPU 0 has no native atomics in the memory of GPU 1", "the text");
   const std::string mine = cuda::facts_of(0).uuid;
   check_equal(cuda::device_with(mine), 0, "the device of a UUID");
-  cuda::require_peer_access(1, std::string(32, 'f'));  // not to be seen here: nothing is known
+  cuda::require_peer_access(1, std::string(32, 'f'));  // not visible here: nothing is known
   check_throws<std::runtime_error>([&] { cuda::require_peer_access(1, mine); }, "by UUID");
 }
 
