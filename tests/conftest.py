@@ -14,7 +14,7 @@ import pytest
 
 # Ranks that share a GPU wait for each other on it. CUDA must then neither load a kernel while one runs,
 # which can wait for the device to be idle, nor put the streams of two ranks into one hardware queue. It
-# reads both when it starts.
+# reads both settings when it starts.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
@@ -26,8 +26,8 @@ from commlib import ExpertParallel, cuda
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
 
-# A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP, and what is executed inherits
-# that. It does not inherit handlers: with one here, tests may send their programs both.
+# A shell ignores SIGINT for what it starts in the background, and nohup SIGHUP, and executed programs inherit
+# that. They do not inherit handlers: with one here, tests may send their programs both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)  # the tests go on
@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def gpu_at_rest(request, monkeypatch):
-    """A test leaves the GPU idle and in order, or is the last one: a process keeps an error of CUDA's."""
+    """A test leaves the GPU idle and in order, or is the last one: a process keeps a CUDA error."""
     if not request.node.get_closest_marker("gpu"):
         yield
         return
@@ -61,7 +61,7 @@ def gpu_at_rest(request, monkeypatch):
 
 
 def trouble_with_gpu(seconds):
-    """What keeps the GPU from becoming idle in so many seconds; nothing, if it becomes idle."""
+    """What keeps the GPU from becoming idle in ``seconds``; nothing if it becomes idle."""
     found = [f"it is not idle after {seconds:g} s"]
 
     def wait():
@@ -142,7 +142,7 @@ def in_processes(tmp_path):
 def pytest_pyfunc_call(pyfuncitem):
     """Where there is a GPU, a test that forks ranks runs in a process that sees none.
 
-    What has used CUDA, or autograd beside it, cannot be forked.
+    A process that has used CUDA, or autograd beside it, cannot be forked.
     """
     if "torch_ranks" not in pyfuncitem.fixturenames or not torch.cuda.is_available():
         return None
@@ -163,7 +163,7 @@ def pytest_pyfunc_call(pyfuncitem):
 def torch_ranks(tmp_path):
     """``run(main, size)``: ``main(rank)`` in processes of a default process group; what each returned.
 
-    An error of one is raised here.
+    An error in one is raised here.
     """
 
     def run(main, size):

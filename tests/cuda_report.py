@@ -1,10 +1,10 @@
-"""What the compiler made of the CUDA kernels: registers, stack, spills, and instructions that must be there.
+"""What the compiler made of the CUDA kernels: registers, stack, spills, and required instructions.
 
     python tests/cuda_report.py [80 90a 100]
 
-Prints one row for each kernel and target, and exits with 1 on a spill, on a stack frame that is more than the
+Prints one row for each kernel and target, and exits with 1 on a spill, on a stack frame larger than the
 record of a failed wait, where an expected instruction is missing, or where something slow is back: more
-system-scope barriers than there need be, a second load in a grid barrier's polling loop, a longer sum loop.
+system-scope barriers than needed, a second load in a grid barrier's polling loop, a longer sum loop.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ EXPECTED_BULK = {
     "combine_kernel": ["UBLKCP.S.G", "SYNCS.PHASECHK.*TRYWAIT", "FENCE.VIEW.ASYNC.G"],
 }
 
-# What may not come back. At most so many system-scope barriers in a kernel, by target: each waits until all
+# What may not come back. The most system-scope barriers in a kernel, by target: each waits until everything
 # that this SM has written is seen everywhere.
 # Three of them are for the words of a wait that lasts.
 MOST_SYSTEM_BARRIERS = {"plan_kernel": {80: 10, 90: 10, 100: 10}}
 # Grid barriers of a kernel: each polls one word, and nothing that waits for it. A loop that loads a second
-# one at each turn counts for none.
+# word at each turn does not count.
 POLLING = {"combine_kernel": 1}
 # Additions that wait for their sum: of each grid barrier, and where words go to other nodes, those of a wait
 # that lasts among them. Rows need no barrier: their places come with them.
@@ -58,7 +58,7 @@ MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}
 
 @dataclass(frozen=True)
 class Instruction:
-    """Where it lies, its name, and what follows."""
+    """Its address, name and operands."""
 
     at: int
     op: str
@@ -67,7 +67,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """What lies between a branch back and where it goes."""
+    """The instructions between a backward branch and its target."""
 
     first: int
     last: int
@@ -132,7 +132,7 @@ class Kernel:
         return sorted(len(loop.ops) / loop.count(load) for loop in sums)
 
     def slow(self) -> list[str]:
-        """What is back that had been mended."""
+        """Slow code that had been mended and is back."""
         found = []
         barriers, most = self.system_barriers(), MOST_SYSTEM_BARRIERS.get(self.base, {}).get(self.target)
         if most is not None and barriers > most:
@@ -183,7 +183,7 @@ def kernel_name(mangled: str) -> str:
 
 
 def compile_for(arch: str, target: Path) -> dict[str, Kernel]:
-    """Compile the kernels for one target, and read what ptxas says of them."""
+    """Compile the kernels for one target, and read ptxas's report on them."""
     sys.path.insert(0, str(ROOT / "csrc"))
     import nvcc
 

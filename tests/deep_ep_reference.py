@@ -1,4 +1,4 @@
-"""What DeepEP's calls must give, in plain PyTorch, and how the tests make them."""
+"""The results that DeepEP's calls must give, in plain PyTorch, and how the tests make the calls."""
 
 import contextlib
 
@@ -51,7 +51,7 @@ def on_ranks(world, call, kind=deep_ep.Buffer, **options):
 
 
 def laid_out(buffer, world, rank):
-    """The arguments of ``Buffer.dispatch`` that its layout gives."""
+    """The arguments of ``Buffer.dispatch`` that come from its layout."""
     per_rank, per_node, per_expert, mask, _ = buffer.get_dispatch_layout(
         world.topk_idx[rank], world.num_experts
     )
@@ -60,7 +60,7 @@ def laid_out(buffer, world, rank):
 
 
 def top_k(world, rank):
-    """The arguments of a dispatch about experts."""
+    """A dispatch's arguments about experts."""
     return dict(topk_idx=world.topk_idx[rank], topk_weights=world.topk_weights[rank])
 
 
@@ -110,5 +110,5 @@ def finish(result, asynchronous):
 
 
 def bytes_of(tensor):
-    """To compare NaNs by."""
+    """For comparing NaNs."""
     return tensor.cpu().contiguous().view(torch.uint8)

@@ -1,6 +1,6 @@
 """Every model of transformers with an expert plan that can be made tiny: spread over ranks, and unsharded.
 
-``make test-hf-all``. Prints what each came to, and fails where a model was made and computes something else.
+``make test-hf-all``. Prints each one's result, and fails where a model was made and computes something else.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RANKS, TOKENS = 2, 9
 TOLERANCE, OF_GRADIENTS = 1e-4, 1e-3  # float32, sums in another order
 REFUSED = "experts that share something cannot be spread"  # parallelize says so, before it changes anything
 LEAST = (
-    50  # models that must be found right; fewer: something is wrong with this program, or with transformers
+    50  # models that must be found right; with fewer, this program or transformers is wrong
 )
 
-# What configs call their sizes. Those that a config does not have are left out.
+# The names of sizes in configs. Those that a config lacks are left out.
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -102,7 +102,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def configs() -> list[type[PreTrainedConfig]]:
-    """Those whose plan has experts to be dispatched, also where they are a part of another's."""
+    """Those whose plan dispatches experts, also where they are a part of another config."""
     found = {}
     for kind in CONFIG_MAPPING:
         with contextlib.suppress(Exception):  # one whose packages are missing
@@ -138,7 +138,7 @@ def tiny_model(config: type[PreTrainedConfig]) -> torch.nn.Module:
 
 
 def _classes_for(config: type[PreTrainedConfig]) -> list[Any]:
-    """Models of a config that is a part of another's, which the Auto classes do not know."""
+    """Models of a config that is a part of another, which the Auto classes do not know."""
     try:
         module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
@@ -160,7 +160,7 @@ def outputs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(out: torch.Tensor) -> torch.Tensor:
-    """Not of squares: some models end with a norm, and those add up to a constant."""
+    """Not of squares: some models end with a norm, and their squares add up to a constant."""
     pattern = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     return (out * pattern).sum()
 

@@ -73,7 +73,7 @@ def unsharded(model, batches):
 
 
 def whole_gradients(by_rank, like):
-    """Of the sum of the ranks' losses, from each rank's: experts' lie apart, all others add up."""
+    """Of the sum of the ranks' losses, from each rank's: experts' are separate, all others add up."""
     found = {}
     for name, want in like.items():
         parts = [None if grads[name] is None else grads[name].as_subclass(torch.Tensor) for grads in by_rank]

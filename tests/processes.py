@@ -1,4 +1,4 @@
-"""Ranks that are forked processes: for start-up without a launcher, and with ranks that die in it."""
+"""Ranks that are forked processes: for start-up without a launcher, and with ranks that die during it."""
 
 import contextlib
 import gc
@@ -20,7 +20,7 @@ HANG_SECONDS = 60  # a rank that is still there then is killed
 
 
 class FileGroup(Group):
-    """Processes that gather through files. A rank that has left is an error, as it is with MPI and gloo."""
+    """Processes that gather through files. A rank that is gone is an error, as with MPI and gloo."""
 
     def __init__(self, place, rank, size):
         self.place, self.rank, self.size, self.round = Path(place), rank, size, 0
@@ -41,7 +41,7 @@ class FileGroup(Group):
         return pickle.loads(file.read_bytes())
 
     def leave(self):
-        """As a rank that dies: at once, and in the middle of whatever it does."""
+        """Like a rank that dies: at once, and in the middle of whatever it does."""
         (self.place / f"left.{self.rank}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -49,8 +49,8 @@ class FileGroup(Group):
 def run_processes(main, size, place):
     """``main(group)`` in a process for each rank; what each returned or raised, None where it was killed."""
     pids = []
-    # What earlier tests have left is the parent's: a child that collected it would change its descriptors, or
-    # close communicators whose threads it does not have.
+    # Earlier tests' leftovers are the parent's: a child that collected them would change its descriptors, or
+    # close communicators whose threads it lacks.
     gc.collect()
     gc.freeze()
     for rank in range(size):
@@ -98,7 +98,7 @@ def descriptors():
 
 
 def memory_of(rank):
-    """A descriptor of memory that says whose it is."""
+    """A descriptor of memory that holds its rank."""
     fd = os.memfd_create(f"heap {rank}")
     os.write(fd, b"heap of rank %d" % rank)
     return fd
@@ -106,10 +106,10 @@ def memory_of(rank):
 
 @contextlib.contextmanager
 def no_more_descriptors(but=0):
-    """This process can open so many files inside, and no more."""
+    """Inside, this process can open ``but`` more files, and no more."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     top = max(map(int, os.listdir("/proc/self/fd")))
-    filled = [os.dup(0)]  # what lies below the limit, which is one of numbers
+    filled = [os.dup(0)]  # those below the limit, which is on numbers
     while filled[-1] < top:
         filled.append(os.dup(0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (filled[-1] + 1 + but, before[1]))

@@ -155,7 +155,7 @@ def expected_expert_layout(world: World, rank: int, align: int) -> Expected:
 
 
 def copies_of_tokens(world: World, rank: int) -> Tensor:
-    """To how many ranks each of a rank's tokens goes: ``[T, 1]`` int64, on the world's device."""
+    """How many ranks each of a rank's tokens goes to: ``[T, 1]`` int64, on the world's device."""
     counts = [
         sum(any(e in world.experts_of(r) for e in chosen) for r in range(world.size))
         for chosen in world.topk_idx[rank].tolist()

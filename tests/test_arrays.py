@@ -34,7 +34,7 @@ def test_numpy_in_numpy_out(dtype, read_only):
 
 
 def test_an_array_on_a_device_that_torch_does_not_see_is_a_clear_error():
-    class DeviceArray:  # what a CuPy array is to us, on a machine without CUDA
+    class DeviceArray:  # stands for a CuPy array, on a machine without CUDA
         def __dlpack__(self, **_):
             raise BufferError("no stream")
 
@@ -63,7 +63,7 @@ class Exporter:
 
 
 def numpy_call(ep, **changed):
-    """dispatch and combine of good arrays but for those changed."""
+    """dispatch and combine of good arrays, except those in ``changed``."""
     rows = np.ones((4, 64), np.float32)
     good = dict(x=rows, topk_idx=np.array([[0, 7]] * 4), topk_weights=np.ones((4, 2), np.float32))
     d = ep.dispatch(**{name: changed.get(name, value) for name, value in good.items()})

@@ -80,7 +80,7 @@ def test_inputs_live_until_the_operation_is_done(device):
 
 
 def slow(world):
-    """A communicator whose rows take 2 ms each, so that what comes between is in the middle of it."""
+    """A communicator whose rows take 2 ms each, so that what follows a call comes in the middle of it."""
     return ExpertParallel(link_gbps=world.hidden * 4 / 0.002 / 1e9, num_sms=2, **world.config())
 
 
@@ -154,7 +154,7 @@ def test_what_an_operation_kept_goes_when_it_is_done():
 
 
 def test_an_operation_needs_no_more_than_its_inputs_and_results(device):
-    """What else it works with is its own, and lives as long as it does, whoever has its event or not."""
+    """All else that it uses is its own, and lives as long as it does, whether or not its event is kept."""
     world = make_world([64, 40], hidden=64, device=device)
 
     def rank_main(rank):

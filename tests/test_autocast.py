@@ -58,7 +58,7 @@ def test_grouped_mm_leaves_float64_alone_and_refuses_a_mixture(device):
 @pytest.mark.parametrize("options", [{}, dict(overlap_chunks=3), dict(shared=True)])
 def test_the_layer_under_autocast_is_the_unsharded_one_under_autocast(device, travels, options):
     def make(ep):
-        with lock:  # torch.manual_seed is the process's, and ranks are threads
+        with lock:  # torch.manual_seed is global to the process: ranks are threads here
             torch.manual_seed(1)
             shared = nn.Linear(HIDDEN, HIDDEN, device=device) if options.get("shared") else None
             before = nn.Linear(HIDDEN, HIDDEN, device=device)

@@ -217,7 +217,7 @@ def test_ops_called_by_themselves_check_as_dispatch_does(device):
 
 
 def test_the_routing_is_the_librarys_own(device):
-    """Whatever the program does with its tensors later, a handle goes the first way."""
+    """Whatever the program does with its tensors later, a handle keeps the first routing."""
     idx, weights = torch.tensor([[0, 7]] * 4, device=device), torch.rand(4, 2, device=device)
 
     def rank_main(rank):
@@ -358,7 +358,7 @@ def test_a_rank_that_cannot_start_is_named_to_the_others(device):
     assert texts[0] == texts[2] == f"rank 1 could not start: ValueError: {texts[1]}"
 
 
-def test_ranks_that_disagree_are_told_who_says_what(device):
+def test_ranks_that_disagree_are_told_which_rank_says_what(device):
     def rank_main(rank):
         config = {**CONFIG, "hidden": 64 + 64 * (rank == 2), "topk": 1 + (rank == 0)}
         with pytest.raises(commlib.ConfigMismatch) as caught:

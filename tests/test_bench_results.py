@@ -1,4 +1,4 @@
-"""Benchmarks leave the checkout clean: they write to no file of git's, which README and docs/ cite."""
+"""Benchmarks leave the checkout clean: they write to no file in git, which README and docs/ cite."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ def git(*arguments, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """One of its own, with this one's programs."""
+    """A separate checkout, with this one's programs."""
     tree = tmp_path_factory.mktemp("checkout")
     for name in filter(None, git("ls-files", "-z").split("\0")):
         if (ROOT / name).is_file():
@@ -60,7 +60,7 @@ def test_a_benchmark_leaves_the_checkout_as_it_was(launch, checkout, program, ra
 
 
 def test_where_benchmarks_write_is_one_place_that_git_ignores():
-    """Also what is not run above, for it needs a GPU or root."""
+    """Also those not run above, because they need a GPU or root."""
     sources = {path.name: path.read_text() for path in sorted((ROOT / "bench").glob("*.py"))}
     places = {name: re.findall(r'"[^" ]*results[^" ]*"', text) for name, text in sources.items()}
     assert {name: found for name, found in places.items() if found} == {"report.py": ['"results/local"']}

@@ -1,4 +1,4 @@
-"""How the modules are built, and how a machine comes by modules that another one has built."""
+"""How the modules are built, and how a machine gets modules that another one has built."""
 
 import subprocess
 import sys
@@ -102,7 +102,7 @@ def test_warnings_of_tests_in_cpp_are_errors_only_when_asked_for(value, asked, t
 
 
 def make_wheel(module, directory, sources, modules=("_core", "_cuda")):
-    """One of the right Python that says it was built from these sources."""
+    """A wheel for the right Python that claims to be built from these sources."""
     suffix = module.SUFFIX.removesuffix(".so")
     with zipfile.ZipFile(directory / "commlib_ep-0.1.0-cp300-cp300-linux_x86_64.whl", "w") as archive:
         for name in modules:
@@ -125,7 +125,7 @@ def test_the_modules_of_a_wheel_of_these_sources_are_taken(module, tmp_path):
     ("sources", "modules", "said"),
     [("feedbeef", ("_core", "_cuda"), "of other sources, feedbeef"), (None, ("_core",), "no commlib/_cuda")],
 )
-def test_other_sources_or_a_missing_module_are_said_and_nothing_is_taken(
+def test_other_sources_or_a_missing_module_are_reported_and_nothing_is_taken(
     module, tmp_path, capsys, sources, modules, said
 ):
     package = tmp_path / "commlib"

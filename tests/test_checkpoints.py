@@ -33,7 +33,7 @@ from commlib.nn import (
 
 
 def numbered(model, optimizer, first):
-    """Give every parameter, and its state, numbers that say which expert and which place they are of."""
+    """Give every parameter, and its state, numbers that say which expert and position they belong to."""
     for i, (name, p) in enumerate(sorted(model.named_parameters())):
         for j, tensor in enumerate((p.data, *optimizer.state[p].values())):
             if tensor.dim():
@@ -159,7 +159,7 @@ def test_saved_from_fsdp2_and_loaded_unsharded_and_by_fsdp2(torch_ranks, tmp_pat
         model = sharded(whole.state_dict())
         other = stepped(model, adamw)
         for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-            for name in ("exp_avg", "exp_avg_sq"):  # a function of the parameter, wherever it is
+            for name in ("exp_avg", "exp_avg_sq"):  # a function of the parameter, wherever that is
                 optimizer.state[q][name] = q.detach() + len(name)
                 other.state[p][name] = p.detach() + len(name)
         exchange(model, other, dcp.save)
@@ -231,7 +231,7 @@ def test_an_asynchronous_checkpoint(torch_ranks, tmp_path):
 
 
 def test_whole_state_dicts_by_torchs_functions(torch_ranks):
-    """Where all ranks hold as many experts; elsewhere DTensor cannot, and says so."""
+    """Where all ranks hold equally many experts; elsewhere DTensor cannot, and says so."""
     whole = full(Model(8, None))
 
     def main(rank):
@@ -296,7 +296,7 @@ def test_another_ranks_file_is_refused_and_its_own_is_loaded(torch_ranks, tmp_pa
 
 @pytest.mark.parametrize("given", ["a mesh", "a group"])
 def test_a_process_group_that_is_destroyed_while_the_user_keeps_it(torch_ranks, given):
-    """commlib does not keep it, and does not take what is still there for one that can be used."""
+    """commlib does not keep it, and does not take what is left of it for a usable one."""
 
     def main(rank):
         mesh = init_device_mesh("cpu", (2,))

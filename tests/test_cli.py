@@ -1,4 +1,4 @@
-"""The ``commlib`` command. test_model has its calibration, test_nodes its view of nodes."""
+"""The ``commlib`` command. test_model tests its calibration, test_nodes its view of nodes."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_version_says_what_this_build_can_use(monkeypatch, capsys, why_not, said
 
 
 def test_the_module_is_the_command():
-    """Also where it is not installed, but built in place."""
+    """Also where it is built in place instead of installed."""
     command = [sys.executable, "-m", "commlib.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith(f"commlib {commlib.__version__}, CUDA backend: ")

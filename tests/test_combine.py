@@ -172,7 +172,7 @@ def test_two_batches_in_flight_do_not_disturb_each_other(device):
 
 
 def test_experts_are_told_apart():
-    """The stand-in experts differ, or the other tests would not see a row at the wrong expert."""
+    """The stand-in experts differ; otherwise the other tests would not see a row at the wrong expert."""
     assert len({expert_scale(e) for e in range(4)}) == 4
 
 

@@ -171,7 +171,7 @@ has_effects = pytest.mark.skipif(not compiling.HAS_EFFECTS, reason="this PyTorch
 @has_effects
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_an_operation_whose_result_is_not_used_is_not_left_out(device, backend):
-    """One rank may have no use for it, but the others wait."""
+    """One rank may not need it, but the others wait."""
     world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
         d = ep.dispatch(world.x[0], world.topk_idx[0])
@@ -189,7 +189,7 @@ def test_an_operation_whose_result_is_not_used_is_not_left_out(device, backend):
 
 @has_effects
 def test_operations_are_chained_in_the_programs_order(device):
-    """In forward and backward, also those of two communicators that have nothing to do with each other."""
+    """In forward and backward, also those of two unrelated communicators."""
     graphs = []
 
     def keep(graph, example_inputs):
@@ -197,7 +197,7 @@ def test_operations_are_chained_in_the_programs_order(device):
         return make_boxed_func(graph.forward)
 
     def effects(graph):
-        """Names of our ops, each of which must take the token of the one before."""
+        """Names of our ops, each of which must take the token of the previous one."""
         found = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.with_effects]
         for before, after in itertools.pairwise(found):
             token = after.args[0]

@@ -1,4 +1,4 @@
-"""What ranks say to each other at start-up: who is missing, who has failed, and how they try again."""
+"""What ranks say to each other at start-up: which are missing, which have failed, and how they try again."""
 
 import pickle
 import signal
@@ -16,12 +16,12 @@ from commlib.conversation import Group, gather
 from commlib.group import StoreGroup, ThreadGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": "float32", "device": "cpu"}
-LONG = 100.0  # seconds: that a failure is told by waiting for this deadline, a test's own limit would show
+LONG = 100.0  # seconds: a failure reported only at this deadline would exceed a test's own limit
 SHORT = 0.2
 
 
 class ObjectGroup(Group):
-    """A user's own, written for objects: it pickles what it is given, which need not concern commlib."""
+    """A user's own, written for objects: it pickles what it is given, which commlib need not know."""
 
     def __init__(self, meeting, said, rank):
         self._meeting, self._said, self.rank, self.size = meeting, said, rank, len(said)
@@ -72,7 +72,7 @@ def construct(group, **config):
 
 
 @all_groups
-def test_everyone_has_what_everyone_said(world):
+def test_every_rank_has_what_every_rank_said(world):
     def main(group):
         with group.converse(LONG) as talk:
             first = gather(talk, "first", {"rank": group.rank, "pair": (1, None)})
@@ -146,7 +146,7 @@ def test_little_is_left_behind():
 
 
 @ours
-def test_all_that_are_missing_are_named(world):
+def test_all_missing_ranks_are_named(world):
     groups = world(4)
     errors = on_ranks([groups[0], groups[2]], lambda group: construct(group, startup_timeout=SHORT))
     for error in errors:
@@ -157,7 +157,7 @@ def test_all_that_are_missing_are_named(world):
 
 @ours
 def test_after_a_rank_was_missing_all_can_try_again(world):
-    """It need not know that the others have waited for it: it may have failed before it could."""
+    """It need not know that the others waited for it: it may have failed before it could."""
     groups = world(3)
     errors = on_ranks(groups[:2], lambda group: construct(group, startup_timeout=SHORT))
     assert all(isinstance(error, commlib.PeerTimeout) for error in errors)
@@ -171,7 +171,7 @@ def test_the_timeout_bounds_start_up_unless_told_otherwise(world):
 
 
 @pytest.mark.parametrize("asked", ["has_left", "has_exited"])
-def test_one_that_comes_and_goes_between_two_looks_has_come(asked):
+def test_a_rank_that_comes_and_goes_between_two_looks_has_come(asked):
     looked, gone = threading.Event(), threading.Event()
 
     def main(group):
@@ -225,7 +225,7 @@ BAD = {
 
 @all_groups
 @pytest.mark.parametrize("name", BAD)
-def test_an_argument_that_one_rank_cannot_use_is_told_to_all(world, name):
+def test_an_argument_that_one_rank_cannot_use_is_reported_to_all(world, name):
     errors = on_ranks(world(3), lambda group: construct(group, **(BAD[name] if group.rank == 1 else {})))
     assert isinstance(errors[1], TypeError | ValueError)
     for error in errors[::2]:
@@ -234,7 +234,7 @@ def test_an_argument_that_one_rank_cannot_use_is_told_to_all(world, name):
 
 
 def failing_on(rank, name, error, monkeypatch):
-    """Let a function of commlib.bootstrap fail on the thread that calls itself by this rank's name."""
+    """Let a function of commlib.bootstrap fail on the thread that has this rank's name."""
     right = getattr(bootstrap, name)
 
     def or_fail(*args):
@@ -265,7 +265,7 @@ def test_a_rank_that_fails_anywhere_tells_all_others(world, step, error, monkeyp
 
 
 @ours
-def test_a_failure_is_heard_while_a_third_rank_is_waited_for(world):
+def test_a_failure_is_reported_while_a_third_rank_is_awaited(world):
     groups = world(3)  # rank 2 never comes
     errors = on_ranks(groups[:2], lambda group: construct(group, topk=2 - 2 * group.rank))
     assert isinstance(errors[1], ValueError)
@@ -298,7 +298,7 @@ def test_the_build_is_known_here():
 # -- torchrun starts its ranks again
 
 
-def test_what_an_earlier_attempt_left_in_the_store_is_not_heard(monkeypatch):
+def test_what_an_earlier_attempt_left_in_the_store_is_ignored(monkeypatch):
     store = dist.HashStore()
 
     def attempt(number, ranks):

@@ -56,7 +56,7 @@ BLOCKS = {
 
 
 def drawn(block):
-    """With weights that are not zero, and large enough that GPT-OSS's clamps clamp some."""
+    """With weights that are not zero, and large enough for GPT-OSS's clamps to clamp some."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for t in (*block.parameters(), *block.buffers()):
@@ -130,7 +130,7 @@ def test_layouts_without_biases_hold_what_the_layer_has(layout):
     ],
 )
 def test_an_expert_computes_by_linear_layers_with_what_is_laid_out(layout, names):
-    """As the owners of the layouts do: ``F.linear`` with each matrix."""
+    """As the libraries of the layouts do: ``F.linear`` with each matrix."""
     state = state_of_layer()
     w1, w3, w2 = (to_layout(state, layout)[name] for name in names)
     if layout == "torchtitan":

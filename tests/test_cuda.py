@@ -89,7 +89,7 @@ def everything(world, rank, num_sms=None, apart=0):
 
     Args:
         apart: rows of x, y and bias lie this many elements further apart than they are long, so that
-            no row but the first begins where 16 bytes would.
+            no row but the first is aligned to 16 bytes.
     """
 
     def spread(rows):
@@ -114,7 +114,7 @@ def everything(world, rank, num_sms=None, apart=0):
 
 
 def check_equal_on_both(world, **options):
-    """Every bit that the GPU's ranks get is the CPU's."""
+    """Ranks on the GPU get the CPU's results, bit for bit."""
 
     def on(device):
         there = world.to(device)
@@ -333,7 +333,7 @@ def test_wait_orders_the_stream_on_which_it_is_called(idx):
 
 
 def never_combine(x, idx, then, **config):
-    """All ranks dispatch, all but rank 1 combine, and go on with ``then(ep)``; what that raised, by rank."""
+    """All ranks dispatch, all but rank 1 combine, and go on with ``then(ep)``; the errors raised, by rank."""
 
     def rank_main(rank):
         with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG, **config) as ep:
@@ -382,7 +382,7 @@ def test_a_failed_combine_is_raised_by_the_next_call(x, idx):
 
 
 @gpu
-def test_a_failed_combine_is_raised_at_the_end_if_nobody_asks_before(x, idx):
+def test_a_failed_combine_is_raised_at_the_end_if_no_call_raised_it(x, idx):
     def rank_main(rank):
         meeting = resolve_group()
         with ExpertParallel(timeout=1.0, startup_timeout=60.0, **CONFIG) as ep:

@@ -122,7 +122,7 @@ def test_combine_sums_rows_weights_and_biases_with_one_rounding(
 
     def bias(rank, which):
         g = torch.Generator().manual_seed(77 * which + rank)
-        # Of other sizes than the sums: what is rounded twice comes out otherwise.
+        # Of other magnitudes than the sums: rounding twice gives other results.
         return (torch.randint(1, 100, world.x[rank].shape, generator=g) / 64).bfloat16() * 3 ** (which + 1)
 
     def call(buffer, rank):
@@ -137,7 +137,7 @@ def test_combine_sums_rows_weights_and_biases_with_one_rounding(
         want = expected_sums(world, rank, lambda r: rows_for(world, r))
         want = want + sum(bias(rank, i).float() for i in range(biases))
         same(sums, want.bfloat16())
-        if weighted:  # every place of them, also of experts of other ranks, as DeepEP's own test has it
+        if weighted:  # in every place, also for experts of other ranks, as in DeepEP's own test
             same(weights, expected_sums(world, rank, lambda r: values(r, world.topk, 5)))
         else:
             assert weights is None
@@ -339,7 +339,7 @@ def test_more_rows_than_worst_tokens_are_an_error():
 
 
 def test_batches_may_be_larger_than_any_before():
-    """Nobody says beforehand how large they are."""
+    """Their size is not given beforehand."""
     world = make_world([6000, 1], 2, 2, 8, holes=0, **BF16)
 
     def call(buffer, rank):

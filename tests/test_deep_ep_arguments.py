@@ -1,4 +1,4 @@
-"""commlib.compat.deep_ep: what is refused, what its buffers are made with, and how it is installed."""
+"""commlib.compat.deep_ep: the calls that it refuses, the options of its buffers, and its installation."""
 
 import subprocess
 import sys
@@ -104,7 +104,7 @@ def test_dispatch_refuses_before_anything_is_sent(text):
         good = dict(x=WORLD.x[rank]) | laid_out(buffer, WORLD, rank) | top_k(WORLD, rank)
         with pytest.raises(kind, match=text):
             buffer.dispatch(**(good | wrong))
-        return buffer.dispatch(**good)[0]  # goes on as if nothing had been
+        return buffer.dispatch(**good)[0]  # goes on as if nothing had happened
 
     for rank, x in enumerate(on_ranks(WORLD, call)):
         assert torch.equal(x, expected_rank_layout(WORLD, rank).x)
@@ -350,7 +350,7 @@ def test_buffers_may_be_dropped_and_their_handles_used_with_others():
             buffer = Buffer(None)
             got = buffer.dispatch(WORLD.x[rank], **laid_out(buffer, WORLD, rank), **top_k(WORLD, rank))
             del buffer
-            other = Buffer(None)  # as where a larger one is made, with calls of the other under way
+            other = Buffer(None)  # as when a larger one is made, with calls of the other under way
             sums = other.combine(got[0], got[4], got[2])[0]
             again = other.dispatch(WORLD.x[rank].float(), got[4])[0]
         assert torch.equal(again, got[0].float())

@@ -1,7 +1,6 @@
 """The calls that Megatron-Core, vLLM and SGLang make of DeepEP, in their order, over commlib's module.
 
-What stands around them is written anew here, as small as it goes. docs/deepep.md says which versions are
-meant.
+The code around them is written anew here, as small as possible. docs/deepep.md says which versions are meant.
 """
 
 import pytest
@@ -23,7 +22,7 @@ def close(got, want, **tolerance):
     torch.testing.assert_close(got.cpu(), want.to(got.dtype).cpu(), **tolerance)
 
 
-# -- Megatron-Core: two functions of autograd around the calls, which are asynchronous -----------------------
+# -- Megatron-Core: two autograd functions around the calls, which are asynchronous --------------------------
 
 
 def sizes_for(group_size, hidden_bytes):
@@ -36,7 +35,7 @@ def sizes_for(group_size, hidden_bytes):
 
 
 class Calls:
-    """What each of Megatron's calls is given beside its tensors."""
+    """The arguments of Megatron's calls beside tensors."""
 
     def __init__(self, buffer, asynchronous):
         self.buffer, self.asynchronous = buffer, asynchronous
@@ -100,7 +99,7 @@ class FusedCombine(torch.autograd.Function):
 
 
 def through_local_experts(x, idx, weights, counts, first):
-    """Permuted by expert, computed, weighted and put back, as the flex dispatcher does it unfused."""
+    """Permuted by expert, computed, weighted and put back, as in the flex dispatcher without fusion."""
     token, place = (idx >= 0).nonzero(as_tuple=True)
     order = idx[token, place].argsort(stable=True)
     token, place = token[order], place[order]
@@ -127,7 +126,7 @@ def needing_grad(*tensors):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_megatrons_dispatcher_forward_and_backward(asynchronous):
-    """Two micro-batches are under way, as in a pipeline. float32 on the CPU, to compare gradients by."""
+    """Two micro-batches are under way, as in a pipeline. float32 on the CPU, to compare gradients."""
     worlds = [make_world([6, 0, 9, 4], E, K, H, seed=s, holes=0.2) for s in range(2)]
 
     def call(buffer, rank):
@@ -179,7 +178,7 @@ def test_megatrons_dispatcher_in_bfloat16(device):
 
 
 class HighThroughput:
-    """prepare_async and finalize_async: each issues, and returns what receives."""
+    """prepare_async and finalize_async: each issues, and returns the function that receives."""
 
     def __init__(self, buffer, rank, config):
         self.buffer, self.config = buffer, config
@@ -237,7 +236,7 @@ class HighThroughput:
 
 
 def sum_of_experts(x, ids, weights):
-    """A rank's part of the layer, on rows that carry the ids of its experts; in the dtype of the rows."""
+    """A rank's part of the layer, on rows with the ids of its experts; in the dtype of the rows."""
     scales = torch.tensor([expert_scale(e) for e in range(E)], device=x.device)
     factors = (scales[ids.clamp(min=0)] * weights).masked_fill(ids < 0, 0).sum(1, keepdim=True)
     return (x.float() * factors).bfloat16()
@@ -392,7 +391,7 @@ def test_expanded_rows_go_through_grouped_experts(device):
 
 
 def test_second_interface_gradients_go_back_along_the_handle(device):
-    """Backward of an expanding dispatch is a combine with gradients of weights; of a combine, a dispatch."""
+    """Backward of an expanding dispatch is a combine with weight gradients; of a combine, a dispatch."""
     world = make_world([5, 7], 4, 2, H, torch.bfloat16, holes=0.2, device=device)
 
     def call(buffer, rank):

@@ -17,7 +17,7 @@ TABLES = dict(re.findall(r"^### `([\w.]+)`\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE
 
 
 def rows_of(name):
-    """Arguments and what is said of them, in order."""
+    """Arguments and their descriptions, in order."""
     for line in TABLES.get(name, "").splitlines()[2:]:
         arguments, way, _ = (cell.strip() for cell in line.strip("|").split("|"))
         assert way in WAYS, line
@@ -25,7 +25,7 @@ def rows_of(name):
 
 
 def public():
-    """Names of what callers call, with the arguments that each takes."""
+    """Names of public callables, with the arguments that each takes."""
     for name in deep_ep.__all__:
         thing = getattr(deep_ep, name)
         if inspect.isclass(thing) and not issubclass(thing, Exception):

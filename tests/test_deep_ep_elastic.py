@@ -72,7 +72,7 @@ def test_dispatch_gives_rows_by_rank_or_by_expert(device, world, expand, asynchr
         assert handle.num_recv_tokens_per_expert_list == counts
 
 
-@pytest.mark.parametrize("alignment", [1, 4])  # not drawn: that would be few worlds of each, of no tokens
+@pytest.mark.parametrize("alignment", [1, 4])  # not drawn: each would get few worlds, without tokens
 @pytest.mark.parametrize("expand", [False, True])
 @relaxed
 @given(world=worlds())
@@ -176,7 +176,7 @@ def test_combine_is_the_way_back(device, world, expand, asynchronous, biases, al
 
 
 def test_values_of_other_ranks_experts_do_not_come_back(device):
-    """V2 sums no weights: what lies in places of other ranks' experts may be anything."""
+    """V2 sums no weights: places of other ranks' experts may hold anything."""
     world = make_world([4, 7], 4, 3, 8, holes=0.3, device=device, **BF16)
 
     def call(buffer, rank):
@@ -193,7 +193,7 @@ def test_without_multiple_reduction_a_rank_does_not_round_its_sums(device):
 
     def call(buffer, rank):
         handle = buffer.dispatch(world.x[0], **top_k(world, 0), num_experts=2, do_expand=True)[3]
-        # 256 + 1 has no bfloat16; with the bias of -256 what matters is when that is found.
+        # 256 + 1 is no bfloat16; with the bias of -256 it matters when the sum is rounded.
         y = torch.tensor([[256.0], [1.0]], device=device).expand(2, 8).bfloat16()
         return buffer.combine(y.contiguous(), handle, bias=torch.full_like(world.x[0], -256.0))[0]
 

@@ -88,8 +88,8 @@ def test_a_call_returns_before_rows_have_moved_and_its_event_waits(device):
     assert on_ranks(world, call) == [True, True]
 
 
-def test_results_are_complete_after_the_event_whoever_waits(device):
-    """fp8 rows are taken apart when somebody waits: once, also if two threads do."""
+def test_results_are_complete_after_the_event_whichever_thread_waits(device):
+    """fp8 rows are taken apart when a thread waits: once, also if two do."""
     world = world_of([300, 200], device)
 
     def call(buffer, rank):
@@ -116,7 +116,7 @@ def test_results_are_complete_after_the_event_whoever_waits(device):
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_the_wait_may_be_in_another_inference_mode_than_the_call(device, inside):
-    """The mode is one of a thread, and another thread may wait."""
+    """The mode belongs to a thread, and another thread may wait."""
     world = world_of([30, 20], device)
 
     def call(buffer, rank):
@@ -160,7 +160,7 @@ def test_what_fails_after_an_event_is_not_forgotten():
 
 
 def test_later_calls_come_after_an_asynchronous_dispatch(device):
-    """Of the same buffer along its handle: whether or not its event was waited for."""
+    """Of the same buffer along its handle, whether or not its event was waited for."""
     world = world_of([300, 200], device)
 
     def call(buffer, rank):
@@ -190,7 +190,7 @@ def test_tensors_are_not_read_before_the_previous_event(device):
     world = world_of([5, 7], device)
 
     def later(*pairs):
-        """Zeros that become values, and the event of that."""
+        """Zeros that become values, and the event at which they do."""
         targets = [torch.zeros_like(value) for value in pairs]
         steps = [lambda t=t, v=v: t.copy_(v) for t, v in zip(targets, pairs, strict=True)]
         return (*targets, EventHandle._of((), steps))
@@ -337,7 +337,7 @@ def test_what_is_no_event_is_refused(wrong):
 
 
 def test_the_result_of_a_call_that_was_not_asynchronous_is_nothing_to_wait_for():
-    """As callers do that pass on whatever they got."""
+    """Callers may pass on whatever they got."""
     world = world_of([2])
 
     def call(buffer, rank):
@@ -359,7 +359,7 @@ def test_there_is_no_stream_without_a_gpu(monkeypatch):
 
 
 class NotedStream:
-    """What is asked of a CUDA stream, and of its events, in order."""
+    """Notes the calls on a CUDA stream, and on its events, in order."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -383,7 +383,7 @@ class NotedTensor:
         self.log.append(f"a tensor is {stream.name}'s, too")
 
 
-def test_on_a_gpu_results_are_finished_on_a_stream_whoever_waits(monkeypatch):
+def test_on_a_gpu_results_are_finished_on_a_stream_whichever_thread_waits(monkeypatch):
     """With streams that only note: no GPU is needed to see the order."""
     log = []
     users, ours = NotedStream("the user's", log), NotedStream("ours", log)

@@ -11,7 +11,7 @@ KINDS = ("bf16", "fp8", "int8", "float32")
 
 step = st.tuples(
     st.sampled_from(["dispatch", "again", "combine", "wait"]),
-    st.integers(0, 5),  # which of the handles, or events, there are by then
+    st.integers(0, 5),  # which of the handles, or events, made by then
     st.sampled_from(KINDS),
     st.booleans(),  # asynchronous
     st.booleans(),  # with weights, or with top-k
@@ -31,7 +31,7 @@ def as_kind(x, kind):
 
 
 def plain(rows):
-    """To compare by, on the CPU."""
+    """For comparing, on the CPU."""
     rows = rows if isinstance(rows, tuple) else (rows,)
     return [t.cpu().float() for t in rows]
 

@@ -23,7 +23,7 @@ def dispatch_everywhere(world: World, num_sms: int = 1, **options):
 
 
 def check(got, want):
-    """What was got, on whatever device, is what was wanted, bit for bit."""
+    """The result, on whatever device, is the wanted one, bit for bit."""
     equal = dict(rtol=0, atol=0, check_device=False)
     torch.testing.assert_close(got.x, want.x, **equal)
     torch.testing.assert_close(got.topk_weights, want.topk_weights, **equal)

@@ -15,7 +15,7 @@ SOURCES = [
     *(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cc", ".h", ".cu", ".cuh", ".py")),
     ROOT / "setup.py",
 ]
-# Where the environment is read or set: by these with a name in quotes, or with names that others hold.
+# Where the environment is read or set: by these with a name in quotes, or with names held elsewhere.
 READS = re.compile(r'(?:environ(?:\.get|\.setdefault)?[(\[]|getenv\()\s*"(\w+)"')
 HELD = re.compile(r'"((?:RANK|WORLD_SIZE|MASTER_\w+|(?:OMPI|MV2|PMI|SLURM|UCX)_[A-Z_]+))"')
 
@@ -32,7 +32,7 @@ def test_every_environment_variable_is_in_the_table():
 
 
 def test_where_the_environment_is_read_names_are_spelt_out():
-    """Else the test above would not see them."""
+    """Otherwise the test above would not see them."""
     indirect = {
         (source.name, line.strip())
         for source in SOURCES
@@ -60,7 +60,7 @@ def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
     assert commands.count("program.py") == 4
     (tmp_path / "program.py").write_text(program.removeprefix("python\n"))
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    # Of two lines one is for root and one for others: Open MPI may take both from root.
+    # One line is for root and one for others: with these, Open MPI runs both as root.
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMP_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, "1")
     shell = ["bash", "-ec", commands]

@@ -1,4 +1,4 @@
-"""Ranks that hang, die or do something else: every other rank says so, in time, and can go on to exit."""
+"""Ranks that hang, die or do something else: every other rank reports it in time, and can go on to exit."""
 
 import ctypes
 import errno
@@ -87,7 +87,7 @@ def test_all_missing_ranks_are_named(device):
     error = failures(rank_main, 4, device)[0]
     assert isinstance(error, commlib.PeerTimeout)
     assert error.peers == [1, 2, 3]
-    assert error.phase in ("counts", "call")  # one warp of a GPU waits for those, another for these
+    assert error.phase in ("counts", "call")  # one warp of a GPU waits for the former, another for the latter
     assert "has not made a call yet" in str(error)
 
 
@@ -218,7 +218,7 @@ def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
 
 
 def test_epochs_wrap_around(monkeypatch):
-    """Operation numbers are 32 bits wide: 2**32 of them must not be an end."""
+    """Operation numbers are 32 bits wide: 2**32 operations must not be the end."""
     from commlib import bootstrap
 
     make = bootstrap._config
@@ -337,7 +337,7 @@ def test_a_dead_rank_is_noticed_at_once_with_and_without_pidfds(in_processes, pi
 
 
 def test_threads_that_cannot_start_are_an_error():
-    """On the rank where it is; the interpreter goes on, and so does the next communicator."""
+    """On the rank where they fail; the interpreter goes on, and so does the next communicator."""
     program = """
 import resource, torch, commlib
 sizes = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, device="cpu")

@@ -16,14 +16,14 @@ from commlib.fd_exchange import _Exchange, close_fds, exchange_fds
 from commlib.group import Group
 
 NOBODY = 65534
-LONG = 600.0  # seconds: a test that waits for this deadline is cut, and fails
+LONG = 600.0  # seconds: a test that waits for this deadline is cut off, and fails
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 
 
 @pytest.fixture
 def room(monkeypatch):
-    """An empty directory for temporary files that all users may enter; nothing may be left in it."""
+    """An empty directory for temporary files, open to all users; nothing may be left in it."""
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         monkeypatch.setattr(tempfile, "tempdir", place)
@@ -102,7 +102,7 @@ def test_ranks_of_this_process_stay_as_they_are(in_processes, room):
 
 
 def as_stranger(user, act):
-    """What ``act`` returns in another process, of another user unless None."""
+    """What ``act`` returns in another process, which runs as ``user`` unless None."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -166,7 +166,7 @@ def test_another_user_is_not_let_in(in_processes, room):
 
 
 @pytest.mark.parametrize("user", [pytest.param(NOBODY, marks=as_root), None])
-def test_a_stranger_who_gets_in_is_not_heard(in_processes, room, user):
+def test_a_stranger_that_gets_in_is_ignored(in_processes, room, user):
     def act(path):
         for directory in glob.glob(f"{room}/commlib-*"):
             os.chmod(directory, 0o755)

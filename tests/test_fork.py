@@ -1,4 +1,4 @@
-"""A forked process may not use its parent's communicator, and does not end it either."""
+"""A forked process may not use its parent's communicator, and does not end it."""
 
 import gc
 import os
@@ -118,7 +118,7 @@ def test_results_in_the_heap_may_go_in_a_child(in_processes):
 
 
 def test_a_child_that_exits_by_itself_ends_nothing(in_processes):
-    """As a data loader's worker that a script forks: its interpreter ends, with atexit and all."""
+    """Like a data loader's worker forked by a script: its interpreter ends, with atexit and all."""
 
     def main(group):
         ep = ExpertParallel(group, device="cpu", timeout=30.0, num_sms=2, **CONFIG)
@@ -149,7 +149,7 @@ def test_ranks_that_are_threads_of_a_child_use_torch_at_once():
     """Without remake_torch_threads three of four such children fail."""
     x, ranks = torch.ones(1000, 1000), 8
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # not as torch has it by itself, or new threads do not care
+    torch.set_num_threads(2)  # unlike torch's default, with which new threads do not care
 
     def child():
         together = threading.Barrier(ranks)

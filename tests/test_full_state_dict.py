@@ -68,7 +68,7 @@ def test_a_whole_state_dict_has_the_names_of_the_state_dict(torch_ranks, experts
 
 
 class Halved(torch.nn.Module):
-    """Says its state in half precision."""
+    """Gives its state in half precision."""
 
     def __init__(self, model):
         super().__init__()

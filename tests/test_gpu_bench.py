@@ -1,4 +1,4 @@
-"""The GPU benchmarks: what they compute, on the CPU with stand-ins for CUDA's events; all of it on a GPU."""
+"""The GPU benchmarks: their computations, on the CPU with stand-ins for CUDA's events; all of it on a GPU."""
 
 import contextlib
 import json
@@ -82,7 +82,7 @@ def test_sm_choices_are_those_that_fit_and_all_sms(measuring):
 
 
 def test_a_communicators_memory_is_gone_before_the_next_one_is_made(measuring, monkeypatch):
-    """On a GPU two heaps of 8 ranks at once are most of its memory."""
+    """Two heaps of 8 ranks at once would take most of a GPU's memory."""
     made, alive = [], []
     right = measuring.open_commlib
 
@@ -128,7 +128,7 @@ EVENTS = [
     Event.of(PLAN, 210, 212),
     Event.of(PLAN, 210, 214),
     Event.of(ROWS, 250, 260),
-    Event.of(ROWS, 400, 500),  # in nobody's window
+    Event.of(ROWS, 400, 500),  # in no operation's window
 ]
 
 

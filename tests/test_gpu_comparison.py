@@ -1,4 +1,4 @@
-"""Ranks with a GPU each: which GPU is whose, and what is compared, with stand-ins for GPUs and NCCL."""
+"""Ranks with a GPU each: which rank has which GPU, and what is compared, with stand-ins for GPUs and NCCL."""
 
 import json
 import subprocess
@@ -155,7 +155,7 @@ def test_what_is_missing_or_fails_has_one_line_and_the_others_run(compare, fault
     for name, why in reasons.items():
         assert found["missing"][name].startswith(why)
         (line,) = [line for line in table if name in line]
-        assert why[:35] in line  # on one line, whatever else there is to say
+        assert why[:35] in line  # on one line, however long the reason
         assert (
             len([line for line in done.stdout.splitlines() if line.startswith(f"{name}: not timed: ")]) == 1
         )

@@ -1,4 +1,4 @@
-"""What tests/conftest.py does for tests that need a GPU, with one that is made up."""
+"""What tests/conftest.py does for tests that need a GPU, with a made-up one."""
 
 import os
 import subprocess

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 GPU = Path(__file__).parent / "gpu"
-ABOUT_STEPS = {"test_gpu_stages", "test_gpu_hygiene"}  # which need no GPU, but name what does
+ABOUT_STEPS = {"test_gpu_stages", "test_gpu_hygiene"}  # need no GPU, but name tests that do
 STAND_INS = """
 import sys
 sys.path.insert(0, {gpu!r})
@@ -29,7 +29,7 @@ HANG = "'import time; time.sleep(600)'"
 
 @pytest.fixture
 def run(tmp_path):
-    """Run steps, given as Python, in a process of their own; returns it, and what it wrote, by step."""
+    """Run steps, given as Python, in a process of their own; returns it, and its results, by step."""
 
     def run(steps, *options, **env):
         program = tmp_path / "steps.py"
@@ -250,7 +250,7 @@ def probe(monkeypatch):
 
 
 class Kernel:
-    """One that runs until it is told to end."""
+    """A kernel that runs until told to end."""
 
     def __init__(self, over):
         self.over = over

@@ -30,10 +30,10 @@ def test_sync_gradients_makes_them_those_of_the_mean_loss(torch_ranks, ep_ranks)
     def main(rank):
         groups = [dist.new_group(range(i, i + ep_ranks)) for i in range(0, 4, ep_ranks)]
         model = Model(8, connect(8, groups[rank // ep_ranks]))
-        model.after.extra = nn.Parameter(torch.ones(3))  # never used
+        model.after.extra = nn.Parameter(torch.ones(3))  # unused
         model(batch(rank, 0)).backward()
         if rank:
-            model.after.bias.grad = None  # as a parameter that only rank 0 has used
+            model.after.bias.grad = None  # like a parameter that only rank 0 has used
         sync_gradients(model)
         assert model.after.extra.grad is None
         del model.after.extra
@@ -116,7 +116,7 @@ def test_in_process_ranks_clip_and_scale_and_step(device):
     """Without torch.distributed; on a GPU the optimizer's and the scaler's own kernels take the gradients."""
 
     def model_of(ep):
-        with lock:  # torch.manual_seed is the process's, and ranks are threads
+        with lock:  # torch.manual_seed is global to the process: ranks are threads here
             return Model(8, ep, device=device).to(device)
 
     def rank_main(rank):
@@ -218,7 +218,7 @@ def test_what_is_not_trained_needs_no_other_rank_and_sparse_gradients_are_refuse
 
 
 def test_gradients_in_a_dtype_of_their_own(torch_ranks):
-    """One that a rank lacks is zero in that dtype; ranks that differ in it are told."""
+    """One that a rank lacks is zero in that dtype; ranks whose dtypes differ get an error."""
 
     def main(rank):
         model = Model(8, connect(8))
@@ -252,7 +252,7 @@ def with_a_hook_of_its_own(model):
     return copied
 
 
-LOSES = {  # ways in which a gradient might forget what it is a part of: (before backward, after it)
+LOSES = {  # ways in which a gradient might forget that it is a shard: (before backward, after it)
     "scaled by hand": (None, lambda p: setattr(p, "grad", p.grad / 1.0)),
     "copied while frozen": (frozen_copy, None),
     "another hook": (with_a_hook_of_its_own, None),
@@ -279,7 +279,7 @@ def test_a_gradient_does_not_forget_that_it_is_a_shard(torch_ranks, how):
 
 
 def test_gradients_that_one_replica_lacks(torch_ranks):
-    """Rank 3 had no backward, nor has rank 2, which holds the other half of its communicator's experts."""
+    """Rank 3 had no backward, nor had rank 2, which holds the other half of its communicator's experts."""
 
     def main(rank):
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -307,7 +307,7 @@ def other_order(model):
     model.before = model._modules.pop("before")
 
 
-UNLIKE = {  # what one rank's model has otherwise, and what is said about it
+UNLIKE = {  # how one rank's model differs, and the error's text
     "shorter": (
         shorter,
         r"rank 0 has after.weight \[32, 32\] float32, rank 2 has after.weight \[1\] float32",
@@ -327,7 +327,7 @@ UNLIKE = {  # what one rank's model has otherwise, and what is said about it
 
 @pytest.mark.parametrize("how", UNLIKE)
 def test_models_that_differ_by_rank_are_not_averaged(torch_ranks, how):
-    """gloo ends the process where messages have different sizes, and adds up what has the same."""
+    """gloo ends the process where messages have different sizes, and adds up those of the same size."""
 
     def main(rank):
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -349,7 +349,7 @@ def test_models_that_differ_by_rank_are_not_averaged(torch_ranks, how):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_clipping_where_ranks_have_no_gradients_in_other_dtypes_than_float32(torch_ranks, dtype):
-    """A rank without experts, and one whose experts have no gradients, send numbers as large as others'."""
+    """A rank without experts, and one whose experts have no gradients, send numbers of the others' size."""
 
     def main(rank):
         model = Model(3, connect(3, dtype=dtype)).to(dtype)
@@ -424,7 +424,7 @@ def test_a_grad_scaler_skips_a_step_on_all_ranks_or_on_none(torch_ranks):
 
 
 def test_a_gradient_is_an_ordinary_tensor_otherwise(torch_ranks):
-    """Nothing but what decides for all parameters speaks with other ranks."""
+    """Only operations that decide for all parameters speak with other ranks."""
 
     def main(rank):
         model = Model(8, connect(8))

@@ -14,7 +14,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 
 def said(stdout):
-    """What the ranks printed. Their lines may run into each other: they share one pipe."""
+    """What the ranks printed. Their lines may run together: they share one pipe."""
     return re.findall(r"ok rank \d of \d", stdout)
 
 

@@ -1,4 +1,4 @@
-"""Communicators that do not know max_tokens: results are those of one that did, before and after it grows."""
+"""Communicators without max_tokens: results are those of one that had it, before and after it grows."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def test_results_are_those_of_a_communicator_that_was_large_enough(world, layout
 
 
 def test_one_grows_once_for_each_batch_that_does_not_fit(device):
-    """And by powers of two, so that few do not."""
+    """And by powers of two, so that few batches do not fit."""
     world = make_world([9, 4, 0], num_experts=5, device=device, holes=0.0)
     wanted = everywhere(world)
     most = max(len(want.x) for want in wanted)
@@ -163,7 +163,7 @@ def test_nothing_is_dropped(device):
 
 
 def test_more_tokens_than_any_communicator_has_room_for_must_go_somewhere(monkeypatch):
-    """Only rows that arrive are seen by all ranks; tokens without experts make none."""
+    """All ranks see only rows that arrive; tokens without experts make none."""
     monkeypatch.setattr("commlib.expert_parallel.ANY_TOKENS", 4)
     world = make_world([9, 1], num_experts=4, holes=0.0)
     sparse = world.topk_idx[0].clone()
@@ -248,7 +248,7 @@ def test_the_error_says_how_many_rows_there_would_be():
 
 
 def test_one_that_is_closed_while_it_grows_is_closed():
-    """By a signal handler, say, which knows the heap of before only."""
+    """By a signal handler, say, which knows only the old heap."""
     world = make_world([6], num_experts=4, holes=0.0)
 
     def rank_main(rank):
@@ -269,7 +269,7 @@ def test_one_that_is_closed_while_it_grows_is_closed():
 
 
 def grow_in_threads(rank, turns=6):
-    """Two communicators at once, each in a thread of its own; ranks come to them in another order."""
+    """Two communicators at once, each in a thread of its own; ranks come to them in different orders."""
     world = make_world([40, 40], num_experts=4, hidden=8, topk=1, holes=0.0, dtype=torch.float32)
     said = []
 
@@ -298,7 +298,7 @@ IN_THREADS = sorted(6 * [(0, [0.0, 10.0]), (1, [1.0, 11.0])])
 
 
 def test_two_that_grow_in_threads_of_a_process_do_not_meet_each_other(torch_ranks):
-    """Rows of one went to the other, and nobody noticed: ranks numbered growths in the order they came."""
+    """Rows of one once went to the other, unnoticed: ranks numbered growths in the order they came."""
     for said in torch_ranks(grow_in_threads, 2):
         assert said == IN_THREADS
 

@@ -79,7 +79,7 @@ def test_numbers_that_are_none_are_an_error(found):
 
 
 def test_ancestors_are_this_process_and_those_that_started_it():
-    """Seen in a child: whatever started pytest may have ended."""
+    """Seen in a child: the process that started pytest may have ended."""
     code = "from commlib import launcher\nfor began in launcher._ancestors(): print(began.get('AGE'))"
     began = os.environ | {"AGE": "child"}
     said = subprocess.run([sys.executable, "-c", code], env=began, capture_output=True, text=True).stdout

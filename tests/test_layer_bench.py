@@ -52,7 +52,7 @@ def test_bytes_are_those_of_rows_for_each_rank_and_for_each_expert(measure):
         assert found["sent_bytes"]["gloo all-to-all"] == found["sent_bytes"]["MPI all-to-all"]
     for ours, theirs in zip(*(one["sent_bytes"][name] for name in ALL[:2]), strict=True):
         assert ours % each == 0 and 0 < theirs - ours <= counts
-    # Two ranks: both experts of a token are another rank's with a chance of 1 in 6, one of them in 4 of 6.
+    # Two ranks: a token has both experts on the other rank with a chance of 1 in 6, one of them in 4 of 6.
     ours, theirs = (sum(two["sent_bytes"][name]) for name in ALL[:2])
     assert ours < theirs - 2 * counts
 
@@ -64,7 +64,7 @@ def test_experts_and_ranks_may_get_no_tokens(measure):
     assert sorted(found["samples_s"]) == sorted(ALL)
 
 
-def test_what_cannot_run_is_said(measure):
+def test_what_cannot_run_is_named(measure):
     done, found = measure(PROGRAM, 2, launcher="torchrun")
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(found["samples_s"]) == sorted(ALL[:2])
@@ -134,7 +134,7 @@ def test_links_limit_all_systems_alike(monkeypatch, tmp_path, capsys):
     moe_layer.main([*SMALL, "--link-gbps", "0.1", "--json", str(path)])
     found = json.loads(path.read_text())
     assert sorted(found["samples_s"]) == sorted(ALL)
-    rows_each_way = 32 * 4 * 4  # at least so many bytes of rows, forward and backward
+    rows_each_way = 32 * 4 * 4  # the fewest bytes of rows, forward and backward
     for per_node in found["traffic"].values():
         assert len(per_node) == 2 and all(len(turns) == 2 for turns in per_node)
         assert min(min(turn) for turns in per_node for turn in turns) > rows_each_way

@@ -61,7 +61,7 @@ def test_a_cut_that_is_mended_in_time_loses_nothing():
             assert "ok" in said, said
 
 
-def test_a_cut_past_the_deadline_is_an_error_that_names_those_behind_it():
+def test_a_cut_past_the_deadline_is_an_error_that_names_the_ranks_behind_it():
     with netns.Rig(NODES, 1.0) as rig:
         ranks = start(rig, 100_000, 2)
         await_line(ranks[0], "round 3")
@@ -71,7 +71,7 @@ def test_a_cut_past_the_deadline_is_an_error_that_names_those_behind_it():
             assert error, said
             far = {0, 1} if rank >= RANKS else {2, 3}
             named = {int(n) for n in re.findall(r"\d+", re.search(r"for ranks? ([\d, ]+)", error[0])[1])}
-            # Who gave up on a rank of this node first may have been faster than this rank's own deadline.
+            # Another rank may have given up on one of this node first, before this rank's own deadline.
             assert named & far or "gave up" in error[0], error[0]
             assert "phase" in error[0] and "epoch" in error[0]
 
@@ -80,17 +80,17 @@ def test_a_rank_that_is_killed_is_named_at_once():
     with netns.Rig(NODES, 1.0) as rig:
         ranks = start(rig, 100_000, 50)
         await_line(ranks[0], "round 3")
-        # What was started is unshare's child, which became it.
+        # The process started has become the rank's, by exec.
         ranks[3].send_signal(signal.SIGKILL)
         started = time.monotonic()
         said = outputs(ranks, 40)
-        assert time.monotonic() - started < 40  # and not only at the deadline
+        assert time.monotonic() - started < 40  # well before the deadline
         for rank in range(3):
             assert re.search(r"PeerTimeout: .*rank 3", said[rank]), said[rank]
 
 
 def test_a_slow_node_holds_back_the_others_and_their_memory_is_bounded():
-    """A node must not queue what another's link cannot take: 130 MB go to it in each round, rings hold 64."""
+    """A node must not queue more than another's link takes: 130 MB go to it in each round, rings hold 64."""
     with netns.Rig(NODES, 4.0) as rig:
         ranks = start(rig, 4, 60, 12_000)
         await_line(ranks[0], "round 2")

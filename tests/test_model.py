@@ -43,7 +43,7 @@ def machine(**values) -> Hardware:
 
 
 def chosen_experts(routing: UniformRouting, tokens: int) -> np.ndarray:
-    """[tokens, E] bool: what tokens with uniform scores choose."""
+    """[tokens, E] bool: the experts that tokens with uniform scores choose."""
     scores = np.random.default_rng(0).random((tokens, routing.experts))
     if routing.node_limit is not None:
         best = scores.reshape(tokens, routing.nodes, -1).max(2)
@@ -315,7 +315,7 @@ def test_a_file_that_is_not_hardware_is_named(tmp_path, content):
 
 @pytest.fixture
 def validation(monkeypatch):
-    """bench/validate_model.py, which finds its neighbours as a program does."""
+    """bench/validate_model.py, which imports its neighbours as when run as a program."""
     monkeypatch.syspath_prepend(str(BENCH))
     import validate_model
 

@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_unsharded_layer(device, dtype, ex
                 layer = make_layer(ep, experts, dtype, device)
             x, upstream = inputs(rank, tokens[rank], dtype, device)
             layer.router(x)
-            ep.group.barrier()  # on a GPU no rank may wait there for one that still starts its matmuls
+            ep.group.barrier()  # on a GPU no rank may wait for one that still starts its matmuls
             out, x_grad = run(layer, x, upstream)
             return (out, x_grad, layer.router.weight.grad), [p.grad for p in expert_parameters(layer)]
 

@@ -1,5 +1,5 @@
-"""The rig that limits links: bench/netns.py. Counts decide here, never a clock, but for an upper bound that
-no slow machine can break: what came through a limited link in the time it took.
+"""The rig that limits links: bench/netns.py. Counts decide here, not clocks, but for one upper bound that no
+slow machine can break: how much came through a limited link in the time it took.
 """
 
 import json
@@ -21,7 +21,7 @@ WHY_NOT = namespaces.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no rig here: {WHY_NOT}")
 
 PAYLOAD = 4_000_000
-# Sends so many bytes in one connection, and waits for the receiver to say that it has them all.
+# Sends a number of bytes in one connection, and waits for the receiver to say that it has them all.
 RECEIVE = """
 import socket
 server = socket.create_server(("", 4000))
@@ -73,7 +73,7 @@ def test_a_transfer_is_held_to_the_rate_and_counted_at_both_ends():
         sender, receiver = (b - a for a, b in zip(before, rig.counts(), strict=True))
 
     assert held > 0
-    limited = PAYLOAD - 256 * 1024  # two full buckets are not
+    limited = PAYLOAD - 256 * 1024  # except two full buckets
     assert limited * 8 <= rate * 1e9 * seconds * 1.1
     for count in (sender.sent, sender.switch_received, receiver.switch_sent, receiver.received):
         assert PAYLOAD < count < 1.05 * PAYLOAD
@@ -93,7 +93,7 @@ def test_a_connection_outlives_a_cut_and_a_slower_link():
         assert receiver.stdout.readline() == "connected\n"
         rig.set_rate(1, 0.1)
         with rig.link_cut(1):
-            time.sleep(0.1)  # what the switch had queued for the node arrives
+            time.sleep(0.1)  # packets that the switch had queued for the node arrive
             before = rig.counts()[1]
             time.sleep(0.3)
             through = rig.counts()[1] - before
@@ -128,7 +128,7 @@ def test_a_failure_to_make_it_leaves_nothing():
 
 
 def start_program(body="signal.pause()"):
-    """A program of its own with a rig; its process, once the rig is up."""
+    """A separate program with a rig; its process, once the rig is up."""
     program = (
         f"import signal, sys; sys.path.insert(0, {str(BENCH)!r}); import netns\n"
         f"with netns.Rig(2, 1.0) as rig:\n"

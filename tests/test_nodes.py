@@ -1,4 +1,4 @@
-"""Ranks on several nodes, over UCX: everything as on one node, and what each error says."""
+"""Ranks on several nodes, over UCX: everything as on one node, and the text of each error."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ def load_no_ucx(paths):
 
 
 def need_ucx(device):
-    """A GPU machine may lack it, and commlib is then built without its headers."""
+    """A GPU machine may lack it, and commlib is then built without UCX's headers."""
     if device == "cuda":
         try:
             ucx.load()
@@ -211,7 +211,7 @@ def test_a_different_order_of_calls_is_an_error_across_nodes():
 
 
 def listening():
-    """Where this process listens for TCP: (address, port) as the kernel writes them."""
+    """Where this process listens for TCP: (address, port) in the kernel's notation."""
     own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_socket(fd)}
     found = set()
     for table in ("tcp", "tcp6"):
@@ -255,7 +255,7 @@ def test_every_ordered_pair_of_ranks_has_a_key_of_its_own():
     assert shown[0, 1] != ucx.message_keys("cd" * 32, 0, 4)[1][0]
 
 
-def test_a_rank_with_another_secret_is_not_heard(monkeypatch):
+def test_a_rank_with_another_secret_is_ignored(monkeypatch):
     x, idx = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
     config = dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, timeout=1.0)
     right = ucx.message_keys
@@ -340,7 +340,7 @@ def test_the_rule_for_routing():
     assert direct / 8 == pytest.approx(ranks.sum().item() / 20000, rel=0.02)
     assert hops / 8 == pytest.approx(far.any(1).sum().item() / 20000, rel=0.02)
     assert t.choose("auto", 32, 8) == "hierarchical" and t.choose("direct", 32, 8) == "direct"
-    # With one rank on each node there is no second hop to gain from.
+    # With one rank on each node a second hop gains nothing.
     assert Topology((0, 1), ("a", "b")).choose("auto", 32, 8) == "direct"
 
 

@@ -14,7 +14,7 @@ from commlib.overlap import TwoBatch, take_turns
 
 HIDDEN, FFN, EXPERTS, TOPK = 32, 24, 6, 2
 TOKENS = [9, 0, 4]  # fewer than chunks on some ranks
-SEED_LOCK = threading.Lock()  # ranks are threads here, and torch's seed is the process's
+SEED_LOCK = threading.Lock()  # ranks are threads here, and torch's seed is global to the process
 
 
 def make_layer(ep, device, **options):
@@ -124,7 +124,7 @@ def test_chunks_overlap_in_forward_and_backward(device):
 
     on_ranks(device, watch)
     # d: dispatches, c: combines, r: dispatches along known routes, issued when a chunk's experts begin. In
-    # backward all three chunks' gradients are under way at first, then a combine more for each chunk done.
+    # backward all three chunks' gradients are under way at first, then one more combine for each chunk done.
     assert seen == [["d3 r0 c0", "d3 r0 c1", "d3 r0 c2", "d3 r3 c3", "d3 r3 c4", "d3 r3 c5"]] * len(TOKENS)
 
 
@@ -135,7 +135,7 @@ def test_a_number_of_chunks_below_one_is_refused():
 
 @pytest.mark.parametrize("how", ["chunks", "shared", "two batches"])
 def test_checkpointing_ends_the_second_forward_in_the_middle(device, how):
-    """By an exception, with operations under way that nobody waits for."""
+    """By an exception, with operations under way that are never waited for."""
     options = {"chunks": {"overlap_chunks": 3}, "shared": {"shared": True}, "two batches": {}}[how]
 
     def run(rank, ep, save):

@@ -1,4 +1,4 @@
-"""The benchmarks of overlap and of limited links: what they compute, and that they check what they time."""
+"""The benchmarks of overlap and of limited links: their computations, and that they check what they time."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_efficiency_is_the_longer_of_both_alone_over_both(overlap):
 
 
 def test_an_efficiency_above_100_percent_is_explained(overlap, capsys):
-    """By the spread of its samples, by what is quicker in parts, or by SMs that the baseline did not have."""
+    """By the spread of its samples, by work that is quicker in parts, or by SMs that the baseline lacked."""
     from overlap import Measured, notes
     from overlap_layer import LayerResult
     from overlap_matmul import MatmulResult

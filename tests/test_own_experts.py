@@ -49,7 +49,7 @@ class GeluExperts(Experts):
 
 
 def moved_biases(model):
-    """They begin as zero: move each by the expert that it is of."""
+    """They begin as zero: move each by its expert's number."""
     experts = model.moe.experts
     with torch.no_grad():
         for name in ("up_bias", "down_bias", "factor"):
@@ -74,7 +74,7 @@ def test_values_are_those_of_each_expert_by_itself():
 
 
 def test_they_train_under_ddp_as_the_unsharded_model_does(torch_ranks):
-    """Ranks hold 3 and 4 of 7; the norm is clipped, and what they have in the end is gathered."""
+    """Ranks hold 3 and 4 of 7; the norm is clipped, and the final weights are gathered."""
     whole = moved_biases(Model(7, None, experts=GeluExperts))
     losses = train_unsharded(whole, torch.optim.AdamW(whole.parameters(), 1e-2), 2, range(4), 0.5)
     wanted = {name: t.clone() for name, t in whole.state_dict().items()}
@@ -94,7 +94,7 @@ def test_they_train_under_ddp_as_the_unsharded_model_does(torch_ranks):
             for name, t in state.items():
                 torch.testing.assert_close(t, wanted[name], rtol=1e-3, atol=1e-5)
         again = Model(7, model.moe.ep, experts=GeluExperts, seed=5)
-        again.load_state_dict(wanted)  # of all experts: cut
+        again.load_state_dict(wanted)  # of all experts: sliced
         for name in again.moe.experts.weight_names:
             part = wanted[f"moe.experts.{name}"][rows_of(again)]
             assert torch.equal(again.moe.experts.get_parameter(name), part)

@@ -37,7 +37,7 @@ def tracked():
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """What is in git, and what an sdist of it has that was made without nvcc among leftovers of builds."""
+    """What is in git, and what is in an sdist of it, made without nvcc among leftovers of builds."""
     names = tracked()
     if names is None:
         pytest.skip("no git checkout")
@@ -83,7 +83,7 @@ print(commlib.__file__)
 
 
 def test_the_sdists_wheel_is_installed_and_used_without_nvcc_or_a_compiler(sdist, tmp_path):
-    """Dependencies are those of this environment: they are not this test's matter."""
+    """Dependencies are those of this environment, which this test does not check."""
     pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
     making = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist[0])]
     built = subprocess.run(
@@ -112,7 +112,7 @@ def test_the_sdists_wheel_is_installed_and_used_without_nvcc_or_a_compiler(sdist
     assert done.stdout.startswith(str(packages))
 
 
-def test_no_text_names_somebody_elses_distribution():
+def test_no_text_names_another_projects_distribution():
     names = tracked()
     if names is None:
         pytest.skip("no git checkout")

@@ -87,6 +87,6 @@ def test_a_communicator_must_fit_its_partition():
 
 
 @pytest.mark.skipif(commlib.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_reason_is_told():
+def test_without_a_gpu_the_reason_is_given():
     with pytest.raises(RuntimeError, match="CUDA is not available to commlib: "):
         SMPartition(comm=8, device="cuda")

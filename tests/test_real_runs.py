@@ -18,7 +18,7 @@ from commlib.nn import clip_grad_norm_, fully_shard_experts
 ROOT = Path(__file__).parent.parent
 EXPERTS, RANKS, MAX_NORM = 10, 4, 0.5  # 10 on 4 ranks: 2, 3, 2, 3
 BEFORE, AFTER = range(3), range(3, 6)  # steps until the checkpoint, and from it on
-# In float32 only the order of sums differs. Under autocast it decides how numbers are rounded to bfloat16.
+# In float32 only the order of sums differs. Under autocast that order decides how numbers round to bfloat16.
 TOLERANCE = {None: 1e-6, torch.bfloat16: 2**-8}
 
 
@@ -110,7 +110,7 @@ def test_training_saved_and_gone_on_with_elsewhere(torch_ranks, tmp_path, how, a
     train_unsharded(again, optimizer_of(again), RANKS, BEFORE, MAX_NORM, autocast)
     if autocast is None:
         for got, want in zip(restored.parameters(), again.parameters(), strict=True):
-            assert (got - want).norm() < 1e-5 * want.norm()  # AdamW makes much of the last bits of small ones
+            assert (got - want).norm() < 1e-5 * want.norm()  # AdamW amplifies small ones' last bits
 
 
 def test_a_transformers_trainer_trains_the_unsharded_model(launch, tmp_path):
@@ -147,7 +147,7 @@ def test_a_transformers_trainer_trains_the_unsharded_model(launch, tmp_path):
 
 
 def test_a_spread_transformers_model_is_trained_saved_and_resumed_by_our_trainer(launch, tmp_path):
-    """Three ranks as one would, and from their checkpoint in the middle, two ranks go on in the same way."""
+    """Three ranks train as one would, and two ranks go on alike from their checkpoint in the middle."""
     program = str(ROOT / "tests/programs/hf_moe_trainer.py")
 
     def run(name, ranks, *checkpoint):

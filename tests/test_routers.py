@@ -220,24 +220,24 @@ def balanced(**options):
 
 
 def moved(loads, speed):
-    """What one update makes of biases of zero."""
+    """Biases of zero after one update."""
     mean = loads.sum() / len(loads)
     return speed * (mean - loads).sign()
 
 
 def test_the_bias_moves_by_the_load_of_all_ranks():
-    """Of several layers; ranks alone would move theirs otherwise."""
+    """Of several layers; a rank's own load would move its biases otherwise."""
 
     def rank_main(rank):
         layers = nn.ModuleList([MoELayer(HIDDEN, 16, 8, TOPK, None, router=balanced()) for _ in range(2)])
         for i, layer in enumerate(layers):
             layer.router.weight.data.copy_(tokens(8, seed=5 + i))
         counts = []
-        for step in range(3 if rank else 1):  # as many forwards as it likes, and none by rank 2
+        for step in range(3 if rank else 1):  # ranks may differ in their number of forwards; rank 2 has none
             if rank < 2:
                 counts.append([layer(batch(rank, step))[1].tokens_per_expert for layer in layers])
         with torch.no_grad():
-            layers[0](batch(rank, 9))  # is no training
+            layers[0](batch(rank, 9))  # not training
         layers[1].eval()(batch(rank, 9))
         layers.train()
         loads = [torch.stack(c).sum(0) if c else torch.zeros(8) for c in zip(*counts, strict=True)]
@@ -254,7 +254,7 @@ def test_the_bias_moves_by_the_load_of_all_ranks():
         for load, total, bias in zip(loads, totals, biases, strict=True):
             assert torch.equal(bias, moved(total, 0.25))
             alone += not torch.equal(bias, moved(load, 0.25))
-    assert alone >= 3  # of six: what a rank's own load would have made
+    assert alone >= 3  # of six: those that a rank's own load would have moved otherwise
 
 
 def test_load_becomes_even():

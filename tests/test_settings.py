@@ -1,4 +1,4 @@
-"""Arguments of ExpertParallel: what is taken, and as what."""
+"""Arguments of ExpertParallel: which values are taken, and as what."""
 
 from decimal import Decimal
 from fractions import Fraction

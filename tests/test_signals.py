@@ -1,4 +1,4 @@
-"""Ctrl-C, signal handlers, and a process that is stopped: waits end where they should, and only there."""
+"""Ctrl-C, signal handlers, and a stopped process: waits end where they should, and only there."""
 
 import os
 import shutil
@@ -18,17 +18,17 @@ from commlib import ExpertParallel
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32, "device": "cpu"}
 CONFIG_TEXT = "dict(num_experts=8, hidden=64, topk=2, max_tokens=8, dtype=torch.float32, device='cpu')"
 X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
-DEADLINE = 40.0  # of operations, for which nothing here waits
-SOON = 15.0  # on a machine that does other things as well
+DEADLINE = 40.0  # of operations; nothing here waits for it
+SOON = 15.0  # on a machine that does other things too
 
 
 def after(seconds, number):
-    """Send this process a signal, as the shell does on Ctrl-C."""
+    """Send this process a signal after ``seconds``, as the shell does on Ctrl-C."""
     threading.Timer(seconds, lambda: os.kill(os.getpid(), number)).start()
 
 
 def interrupted(in_processes, rank_0, num_sms=2):
-    """Ctrl-C comes to rank 0 in ``rank_0(ep, d)``, while it waits for rank 1, which does nothing."""
+    """Ctrl-C comes to rank 0 in ``rank_0(ep, d)``, while that waits for rank 1, which does nothing."""
 
     def main(group):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -99,14 +99,14 @@ def test_ctrl_c_ends_a_wait(in_processes, where):
 
 
 @pytest.mark.parametrize("use", ["combine", "wait"])
-def test_ctrl_c_is_heard_when_what_is_waited_for_comes_at_that_moment(in_processes, use):
+def test_ctrl_c_is_handled_when_what_is_awaited_comes_at_that_moment(in_processes, use):
     def main(group):
         ep = ExpertParallel(group, timeout=DEADLINE, num_sms=1, **CONFIG)
         d = ep.dispatch(X, IDX)
 
         def handler(number, frame):
             group.barrier()
-            time.sleep(1)  # for rank 1, which was not to move before
+            time.sleep(1)  # for rank 1, which must not move before
             raise KeyboardInterrupt
 
         if group.rank == 1:
@@ -121,7 +121,7 @@ def test_ctrl_c_is_heard_when_what_is_waited_for_comes_at_that_moment(in_process
                 else:
                     ep.combine(d.x, d.handle, async_op=True)[1].wait()
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        d = ep.dispatch(X, IDX)  # which works, for the operation itself was done
+        d = ep.dispatch(X, IDX)  # works, because the operation itself was done
         back = ep.combine(d.x, d.handle)
         ep.close()
         return torch.equal(back, 2 * X)
@@ -130,8 +130,8 @@ def test_ctrl_c_is_heard_when_what_is_waited_for_comes_at_that_moment(in_process
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_a_signal_is_heard_while_a_communicator_goes_that_nobody_has_closed(in_processes, error):
-    """Python drops what is raised while it lets go of an object."""
+def test_a_signal_is_handled_while_an_unclosed_communicator_goes(in_processes, error):
+    """Python drops errors raised while it lets go of an object."""
 
     def handler(number, frame):
         raise error
@@ -152,7 +152,7 @@ def test_a_signal_is_heard_while_a_communicator_goes_that_nobody_has_closed(in_p
         began = time.monotonic()
         try:
             del d, ep
-            for _ in range(2):  # Python looks for what is pending when a loop goes on
+            for _ in range(2):  # Python handles pending signals when a loop goes on
                 pass
             raised = None
         except error:
@@ -214,7 +214,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_signal_handler_may_not_use_it_in_the_middle_of_an_operation(in_processes, use):
-    """It would wait for what it interrupts. The operation goes on after it."""
+    """It would wait for the operation that it interrupts, which goes on after it."""
 
     def main(group):
         with ExpertParallel(group, timeout=DEADLINE, num_sms=2, **CONFIG) as ep:
@@ -285,7 +285,7 @@ def test_communication_goes_on_while_a_program_keeps_the_gil(in_processes):
 
 
 def keep_the_gil(n, file):
-    """Compute 3 ** n, in one piece; whether the file was there at its end, and not at its beginning."""
+    """Compute 3 ** n, in one piece; whether the file was there at the end, and not at the beginning."""
     if file.exists():
         return True
     _ = 3**n
@@ -293,7 +293,7 @@ def keep_the_gil(n, file):
 
 
 def test_programs_that_tests_start_get_signals_however_the_tests_were_started(tmp_path):
-    """In a shell's background, or under nohup, these are ignored; what is executed inherits that."""
+    """In a shell's background, or under nohup, these are ignored; executed programs inherit that."""
     test = "import os, signal, subprocess, sys\n\n\ndef test_they_end_it():\n" + "".join(
         f"    code = 'import os; os.kill(os.getpid(), {number}); os._exit(9)'\n"
         f"    done = subprocess.run([sys.executable, '-c', code], stderr=subprocess.DEVNULL)\n"
@@ -359,4 +359,4 @@ time.sleep(0.2)
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == status, done.stderr
-    assert time.monotonic() - began < 2 * SOON  # with the time that PyTorch takes to come
+    assert time.monotonic() - began < 2 * SOON  # including the time to import PyTorch

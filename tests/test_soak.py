@@ -1,4 +1,4 @@
-"""The soak (tests/soak): some of its runs, and that it finds what it looks for. `make soak` has many runs."""
+"""The soak (tests/soak): some of its runs, and that it finds what it looks for. `make soak` does many."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_every_rank_of_runs_with_faults_ends_as_it_should():
 @pytest.mark.parametrize(
     ("plant", "what"), [("wrong_value", "AssertionError: Tensor-likes"), ("hang", "hang (5.00 s)")]
 )
-def test_what_goes_wrong_is_told_with_its_seed(plant, what):
+def test_what_goes_wrong_is_reported_with_its_seed(plant, what):
     done = soak("--runs", 2, "--seed", 5, "--plant", plant, "--limit", 5)
     assert done.returncode == 1, done.stdout + done.stderr
     for seed in (5, 6):
@@ -72,7 +72,7 @@ def test_a_rank_may_end_right_or_by_an_error_that_names_the_rank_at_fault():
     assert not ends_of_three(STOPPED, error((0,)), error((1,)))
 
 
-def test_errors_say_whom_they_blame():
+def test_errors_say_which_ranks_they_blame():
     first = commlib.PeerTimeout("a text", 0, [3, 4], "combine", "arrival", 2)
     assert blamed(first) == (3, 4)
     for text, ranks in {

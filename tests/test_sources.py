@@ -12,7 +12,7 @@ MOST_LINES = 500
 
 
 def allowed() -> dict[str, set[str]]:
-    """What docs/architecture.md says that each folder includes."""
+    """The folders that each folder includes, according to docs/architecture.md."""
     folders: dict[str, set[str]] = {}
     for folder, includes in ROW.findall((ROOT / "docs/architecture.md").read_text()):
         named = set(re.findall(r"`(\w+)`", includes))
@@ -33,7 +33,7 @@ def test_every_folder_of_the_core_is_described() -> None:
 
 
 def test_no_folder_includes_one_that_comes_after_it() -> None:
-    """So there is no circle: each folder is described after all that it includes."""
+    """So there is no circle: each folder is described after all those it includes."""
     folders = allowed()
     order = list(folders)
     for folder, includes in folders.items():

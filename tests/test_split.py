@@ -78,7 +78,7 @@ def test_a_handle_can_be_split_as_well(device, with_weights):
 
 
 def test_backward_starts_at_finish_and_ends_at_the_start_of_the_operation(device):
-    """What lies between the halves runs in between, in backward too."""
+    """Work between the halves runs between them, in backward too."""
     world = make_world([6, 6], device=device)
     order: list[list[str]] = [[], []]
 
@@ -94,7 +94,7 @@ def test_backward_starts_at_finish_and_ends_at_the_start_of_the_operation(device
             (d.x.sum() + other.sum()).backward()
 
     commlib.run_ranks(rank_main, 2, device=device)
-    # The combine that carries the gradient back was issued before the gradient of what lay in between.
+    # The combine that carries the gradient back was issued before the gradient of the work in between.
     assert order == [["other 1", "x"]] * 2
 
 

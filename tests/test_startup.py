@@ -1,6 +1,6 @@
 """Start-up of ranks that are processes.
 
-With a GPU each, on cores that stand for the CUDA backend's; with too few open files.
+With a GPU each, on stand-ins for the CUDA backend's cores; with too few open files.
 """
 
 import contextlib

@@ -92,7 +92,7 @@ def test_rows_counts_and_their_order_are_torchtitans(torch_ranks):
             assert torch.equal(got, want)
 
 
-def test_a_rank_to_whose_experts_nobody_sends(torch_ranks):
+def test_a_rank_whose_experts_receive_nothing(torch_ranks):
     def main(rank):
         layers = [build(config, rank, 4) for config in (moe_config(EXPERTS), ours())]
         for moe in layers:
@@ -108,7 +108,7 @@ def test_a_rank_to_whose_experts_nobody_sends(torch_ranks):
 
 
 def counted(f):
-    """What ``f`` returns, and how often this rank's one communicator has sent meanwhile."""
+    """What ``f`` returns, and how often this rank's only communicator has sent meanwhile."""
     before = communicator().stats() if integration._communicators else {}
     result = f()
     sent = communicator().stats()
@@ -142,7 +142,7 @@ def test_layers_that_are_alike_share_a_communicator_and_others_do_not(torch_rank
 
 
 def test_batches_may_grow(torch_ranks):
-    """Also past what a communicator has room for at first."""
+    """Also beyond a communicator's room at first."""
 
     def main(rank):
         moe = wired(build(ours(), rank, 2), expert_mesh(2))

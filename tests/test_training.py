@@ -64,7 +64,7 @@ def test_ddp_leaves_experts_alone_and_divides_their_gradients(torch_ranks, optio
         model = Model(10, connect(10))
         mine = [p.detach().clone() for p in expert_parameters(model)]
         with torch.no_grad():
-            model.before.weight += rank  # DDP's to mend
+            model.before.weight += rank  # DDP must mend it
         ddp = DistributedDataParallel(Deep(model), **options)
         assert all(torch.equal(a, b) for a, b in zip(mine, expert_parameters(model), strict=True))
         ddp(batch(rank, 0)).backward()
@@ -75,7 +75,7 @@ def test_ddp_leaves_experts_alone_and_divides_their_gradients(torch_ranks, optio
 
 @pytest.mark.parametrize("inside", [Model, MoELayer, Experts])
 def test_ddp_leaves_experts_alone_in_modules_that_rename_their_parameters(torch_ranks, inside):
-    """torch's checkpoint_wrapper leaves its own name out of those of its parameters, but not in all ways."""
+    """torch's checkpoint_wrapper leaves its own name out of its parameters' names, but not in all ways."""
     wanted = unsharded_gradients(8, 2)
 
     def main(rank):
@@ -97,7 +97,7 @@ def test_ddp_leaves_experts_alone_in_modules_that_rename_their_parameters(torch_
 
 
 def test_ddp_leaves_alone_what_experts_have_beside_their_weights(torch_ranks):
-    """A mask, parameters of a parametrization: clipping sees their gradients on all ranks, too."""
+    """A mask, parameters of a parametrization: clipping sees their gradients on all ranks too."""
 
     def changed(model, first, count):
         weight_norm(model.moe.experts, "w1", dim=0)

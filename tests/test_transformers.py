@@ -60,7 +60,7 @@ def test_logits_losses_and_gradients_are_those_of_the_unsharded_model(name, impl
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_bfloat16(name):
-    """Experts see the same rows and weights as unsharded; only the sum over experts is rounded elsewhere."""
+    """Experts see the same rows and weights as unsharded ones; only the sum over experts rounds elsewhere."""
     model = model_of(name, dtype=torch.bfloat16)
     batches = [batch(rank) for rank in range(RANKS)]
     wanted, gradients = unsharded(model, batches)
@@ -70,7 +70,7 @@ def test_rows_of_bfloat16(name):
 
 @pytest.mark.parametrize("recompute", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_experts_without_rows_and_ranks_with_one_token(recompute):
-    """Experts that no token goes to have gradients, of zero: what waits for them would wait for ever."""
+    """Experts that no token goes to have gradients, of zero: code that waits for them would wait for ever."""
     model = model_of("mixtral")
     with torch.no_grad():
         for layer in model.model.layers:  # all tokens to experts 1 and 2, which are on rank 1
@@ -116,7 +116,7 @@ def test_one_communicator_serves_all_layers_and_grows_with_the_batch(monkeypatch
         return logits, ep.stats()["growths"]
 
     for rank, (logits, growths) in enumerate(on_ranks(model, main)):
-        assert growths >= 2  # more rows than for 3 tokens, but not at once for the most
+        assert growths >= 2  # beyond the rows of 3 tokens, but not at once to the most
         for got, ids in zip(logits, batches[rank], strict=True):
             torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert len(made) == RANKS
@@ -244,7 +244,7 @@ def test_ranks_with_different_models_are_refused_on_all():
 
 @pytest.mark.parametrize("wrong", ["is quantised", "takes a model of transformers, got Linear"])
 def test_a_model_that_one_rank_refuses_is_refused_on_all(wrong, monkeypatch):
-    monkeypatch.setattr(parallel, "START_SECONDS", 20.0)  # what is told needs no deadline
+    monkeypatch.setattr(parallel, "START_SECONDS", 20.0)  # a reported error needs no deadline
     models = [model_of("mixtral"), nn.Linear(2, 2) if "Linear" in wrong else model_of("mixtral")]
     models[1].is_quantized = True
 

@@ -146,8 +146,8 @@ def test_a_saved_model_is_that_of_the_hub(name, torch_ranks, tmp_path):
         assert torch.equal(state[key], value), key
 
 
-def test_saving_on_one_rank_says_who_did_not_come(torch_ranks, tmp_path, monkeypatch):
-    """And not after torch's half an hour: transformers' Trainer saves on the first rank alone."""
+def test_saving_on_one_rank_says_which_ranks_did_not_come(torch_ranks, tmp_path, monkeypatch):
+    """And does so before torch's half hour: transformers' Trainer saves on the first rank alone."""
     monkeypatch.setattr("commlib.integrations.transformers.parallel.START_SECONDS", 1.0)
 
     def main(rank):
@@ -308,8 +308,8 @@ def test_a_state_dict_of_parts_is_not_saved_as_the_model(torch_ranks, tmp_path):
     torch.testing.assert_close(again.state_dict(), model.state_dict())
 
 
-def test_ranks_that_are_not_all_there_are_generate_by_themselves(torch_ranks):
-    """The others have no model, and are not asked whether they have ended."""
+def test_a_part_of_the_ranks_generates_by_itself(torch_ranks):
+    """The other ranks have no model, and are not asked whether they have ended."""
     model = model_of("mixtral")
     options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
     wanted = [model.generate(batch(i, tokens=4), **options) for i in range(2)]

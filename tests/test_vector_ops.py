@@ -80,7 +80,7 @@ def test_every_sixteen_bit_value_survives(path, dtype):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_to_nearest_even_as_in_torch(path, dtype):
-    """A 16-bit value times an fp32 weight: products all over the range, ties and subnormals among them."""
+    """A 16-bit value times an fp32 weight: products all over the range, including ties and subnormals."""
     g = torch.Generator().manual_seed(1)
     bits = torch.randint(-(2**15), 2**15, (4096,), generator=g).to(torch.int16)
     values = bits.view(dtype)
@@ -115,6 +115,6 @@ def test_multicast_copies_to_every_target_and_nowhere_else(path):
             assert bool((frame[64 + offset + n :] == 7).all())
 
 
-def test_an_unknown_path_names_those_there_are():
+def test_an_unknown_path_names_the_known_ones():
     with pytest.raises(ValueError, match="plain"):
         _core.multicast("sse9", [], 0, 0)

@@ -162,12 +162,12 @@ def test_what_cannot_be_waited_for_is_an_error(device):
 
 
 def test_a_rank_that_does_not_send_is_an_error_not_a_hang(device):
-    """Rank 1 is slow past the deadline: rank 0's wait ends by it, and the failure is raised."""
+    """Rank 1 is slow beyond the deadline: rank 0's wait ends by then, and the failure is raised."""
     world = last_wave_world(device)
 
     def rank_main(rank):
         gbps = world.hidden * 4 / 2 / 1e9 if rank else None  # two seconds a row
-        # On a GPU the operation of rank 1 fails unseen when rank 0 gives up: closing tells.
+        # On a GPU the operation of rank 1 fails unseen when rank 0 gives up: closing reports it.
         told = pytest.raises(commlib.PeerTimeout, match=r"rank 0 (gave up on it first|has given up on it)")
         unseen = rank == 1 and device == "cuda"
         with told if unseen else nullcontext(), ExpertParallel(link_gbps=gbps, **world.config()) as ep:
@@ -194,7 +194,7 @@ def test_in_waves_on_some_ranks_only_is_an_error():
             except commlib.CallMismatch as error:
                 assert "called dispatch with weights, in_waves" in str(error)
                 return True
-            except commlib.CommError:  # the other rank has told first
+            except commlib.CommError:  # the other rank has reported it first
                 return False
 
     assert True in commlib.run_ranks(rank_main, 2)

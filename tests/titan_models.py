@@ -19,7 +19,7 @@ WEIGHTS = ("w1_EFD", "w3_EFD", "w2_EDF")
 
 
 def moe_config(experts, dispatcher=AllToAllTokenDispatcher.Config, **options):
-    """Of a layer with so many experts; ``options`` are the dispatcher's."""
+    """Of a layer with ``experts`` experts; ``options`` are the dispatcher's."""
     return MoE.Config(
         num_experts=experts,
         router=TokenChoiceTopKRouter.Config(
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """As torchtitan's models are: blocks in ``layers``, by number, and what it asks for besides."""
+    """Like torchtitan's models: blocks in ``layers``, by number, and what else it asks for."""
 
     tok_embeddings = norm = lm_head = None
     enable_weight_tying = False
@@ -93,7 +93,7 @@ class Layers(nn.Module):
 
 
 def compile_as_torchtitan(model, backend):
-    """As its ``apply_compile``, which also takes its whole configuration."""
+    """Like its ``apply_compile``, which also takes its whole configuration."""
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in model.layers.values():

@@ -1,4 +1,4 @@
-"""Whether a wheel has both modules, and runs where it may be taken to: on any Linux since 2021.
+"""Whether a wheel has both modules, and runs wherever it may be taken: on any Linux since 2021.
 
     python tests/wheel_report.py build/wheel/*.whl
 
@@ -44,7 +44,7 @@ def symbols_of(module: Path) -> str:
 
 
 def faults(wheel: Path) -> list[str]:
-    """What speaks against a wheel."""
+    """What is wrong with a wheel."""
     found = []
     with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(wheel) as archive:
         for name in MODULES:
