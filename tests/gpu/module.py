@@ -54,7 +54,7 @@ def take(wheels: Path, package: Path) -> bool:
 
 
 def unpack(archive: zipfile.ZipFile, name: str, package: Path) -> None:
-    """Beside the old file, then in its place: who has the old one loaded keeps it."""
+    """Beside the old file, then in its place: a process that has loaded the old one keeps it."""
     new = package / f"{name}.new"
     new.write_bytes(archive.read(f"commlib/{name}"))
     os.replace(new, package / name)

@@ -1,8 +1,8 @@
 """Runs a command that may hang, crash or leave processes behind, and is done with it when its time is up.
 
 A command and all that it starts are found as descendants of this process, to which Linux is told to give
-orphans. They are ended in four steps: which processes there are is written down; Pythons get SIGABRT, on
-which faulthandler writes the stack of every thread; then SIGTERM for all; then SIGKILL.
+orphans. They are ended in four steps: the processes are listed; Pythons get SIGABRT, on which faulthandler
+writes the stack of every thread; then SIGTERM for all; then SIGKILL.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Ended:
     Attributes:
         verdict: PASSED, FAILED or CUT.
         seconds: from its start to the end of all its processes.
-        why: exit status or signal of a failed one, why a cut one was cut; else empty.
+        why: exit status or signal of a failed one, the reason why one was cut; else empty.
         tail: the end of its output.
     """
 
@@ -49,7 +49,7 @@ class Ended:
 
 
 def adopt_orphans() -> None:
-    """Make processes whose parent ended children of this one, where there is Linux."""
+    """On Linux, make processes whose parent has ended children of this one."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -106,7 +106,7 @@ def _judge(status: int) -> tuple[str, str]:
 
 
 class _Output:
-    """What a command prints, for as long as somebody wants to read it."""
+    """What a command prints, for as long as it is to be read."""
 
     def __init__(self, process: subprocess.Popen[bytes], sink: Sink) -> None:
         assert process.stdout is not None
@@ -121,11 +121,11 @@ class _Output:
         return self._tail.decode(errors="replace")
 
     def say(self, text: str) -> None:
-        """Put in a line of our own."""
+        """Insert a line of our own."""
         self._take(f"== {text}\n".encode())
 
     def pump(self, seconds: float, until: Callable[[], bool]) -> bool:
-        """Pass output on until something is so, or for so long; whether it became so."""
+        """Pass output on until a condition holds, or for ``seconds``; whether it holds."""
         deadline = time.monotonic() + seconds
         while not (done := until()) and time.monotonic() < deadline:
             pause = min(0.05, max(deadline - time.monotonic(), 0.0))
@@ -136,7 +136,7 @@ class _Output:
         return done
 
     def drain(self) -> None:
-        """Pass on what is there, without waiting for more; of one that never ceases, only so much."""
+        """Pass on the output that is there, without waiting for more; of endless output, a bounded part."""
         for _ in range(1024):
             if not (self._open and self._selector.select(0)):
                 break
@@ -166,7 +166,7 @@ class _Tree:
         self._process, self._others = process, others
 
     def alive(self) -> list[int]:
-        """All of them that still run, parents first."""
+        """All that still run, parents first."""
         self._process.poll()
         children = _children_of()
         found = [pid for pid in children.get(os.getpid(), ()) if pid not in self._others]
@@ -175,7 +175,7 @@ class _Tree:
         return [pid for pid in found if not self._reaped(pid)]
 
     def end(self, output: _Output) -> None:
-        """End it as gently as that can be done in a bounded time."""
+        """End it as gently as bounded time allows."""
         pids = self.alive()
         output.say("time is up for: " + "; ".join(map(_describe, pids)))
         pythons = [pid for pid in pids if _is_python(pid)]
@@ -196,7 +196,7 @@ class _Tree:
             output.say("cannot be ended: " + "; ".join(map(_describe, self.alive())))
 
     def _reaped(self, pid: int) -> bool:
-        """Whether it is an orphan that has ended, which is ours to bury."""
+        """Whether it has ended; an orphan that has is reaped here."""
         if pid == self._process.pid:
             return self._process.returncode is not None
         with contextlib.suppress(ChildProcessError):
@@ -221,7 +221,7 @@ def _children_of() -> dict[int, list[int]]:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, and what follows in /proc; nothing for one that is gone."""
+    """State, parent, and the fields after them in /proc; nothing for one that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -45,7 +45,7 @@ COLUMNS = ("step", "stage", "result", "seconds", "limit", "why")
 
 @dataclass
 class Report:
-    """What has come of the steps so far, in three files."""
+    """The results of the steps so far, in three files."""
 
     machine: dict[str, Any]
     chosen: Sequence[Step]
@@ -59,7 +59,7 @@ class Report:
         self._log: IO[bytes] = self._path("log").open("wb", buffering=0)
 
     def put(self, data: bytes) -> None:
-        """To the log and to stdout; whether anybody reads stdout does not matter."""
+        """To the log and to stdout, whether or not stdout is read."""
         self._log.write(data)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.buffer.write(data)
@@ -69,7 +69,7 @@ class Report:
         self.put(f"{text}\n".encode())
 
     def write(self) -> None:
-        """JSON and Markdown of what is known by now."""
+        """JSON and Markdown of the results by now."""
         content = {
             "machine": self.machine,
             "seconds": round(time.monotonic() - self.begin, 1),
@@ -82,7 +82,7 @@ class Report:
         return name in self.ended and self.ended[name].verdict == PASSED
 
     def count(self) -> Counter[str]:
-        """Steps by what came of them."""
+        """Steps by result."""
         return Counter(self._of(step).verdict for step in self.chosen)
 
     def table(self) -> str:
@@ -145,19 +145,19 @@ class Report:
         return self.directory / f"{self.name}.{suffix}"
 
     def _replace(self, suffix: str, text: str) -> None:
-        """Whoever is killed leaves the old file or the new one."""
+        """A process killed here leaves the old file or the new one."""
         new = self._path(f"{suffix}.new")
         new.write_text(text)
         new.replace(self._path(suffix))
 
 
 def _last_lines(text: str) -> list[str]:
-    """With files named as in the repository, wherever it lay."""
+    """With files named as in the repository, wherever that was."""
     return text.replace(f"{ROOT}/", "").splitlines()[-TAIL_LINES:]
 
 
 def run_all(report: Report, budget: float, words: dict[str, str]) -> None:
-    """Every step in its turn, as far as the budget goes."""
+    """Every step in turn, as far as the budget goes."""
     for step in report.chosen:
         left = budget - ENDING - (time.monotonic() - report.begin)
         limit = min(step.limit, left)
@@ -184,7 +184,7 @@ def run_step(report: Report, step: Step, limit: float, words: dict[str, str]) ->
 
 
 def fill(part: str, words: dict[str, str]) -> str:
-    """Put the words in; other braces are the command's own."""
+    """Insert the words; other braces are the command's own."""
     return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
 
 
@@ -197,7 +197,7 @@ def environment_of(step: Step) -> dict[str, str]:
 
 
 def choose(steps: Sequence[Step], stages: Sequence[int], names: Sequence[str]) -> list[Step]:
-    """Those of the stages, or with these names, in their order; and before them what they need."""
+    """The steps of the stages, or with these names, in order; before them the steps that they need."""
     if unknown := set(names) - {step.name for step in steps}:
         raise ValueError(f"no such step: {', '.join(sorted(unknown))}; see --list")
     if stages and not any(step.stage in stages for step in steps):
@@ -237,7 +237,7 @@ def facts() -> dict[str, Any]:
 
 
 def name_of(machine: dict[str, Any], args: argparse.Namespace) -> tuple[str, str]:
-    """How this run's files begin, and what its own are called."""
+    """The prefix of this run's files, and the name of its own."""
     begin = f"{slug(machine['GPU']) if machine['driver'] else 'no-gpu'}-{datetime.date.today()}"
     chosen = "steps" if args.steps else f"stage{'-'.join(map(str, args.stage))}" if args.stage else "stages"
     return begin, f"{begin}-{chosen}"

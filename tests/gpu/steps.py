@@ -1,7 +1,7 @@
 """What `make gpu` does, step by step: the list, and nothing else.
 
-In a command {python} is the interpreter, {make} make, {results} where results go and {name} how this run's
-files begin. Paths are relative to the repository.
+In a command {python} is the interpreter, {make} make, {results} the results' directory and {name} the prefix
+of this run's files. Paths are relative to the repository.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 # Ranks that share a GPU wait for each other on it: load no kernel meanwhile, and give each stream a queue.
 IN_PROCESS = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-# To watch all of PyTorch's kernels being loaded takes a sanitizer long. Its program's first run has one rank,
-# which waits for nobody, and loads all that the next one needs.
+# A sanitizer takes long to watch all of PyTorch's kernels being loaded. Its program's first run has one rank,
+# which waits for no other, and loads all that the next run needs.
 SANITIZED = {**IN_PROCESS, "CUDA_MODULE_LOADING": "LAZY"}
 
 MODULE = "module"  # the step that makes commlib importable
@@ -25,11 +25,11 @@ class Step:
     """One command with a limit of its own.
 
     Attributes:
-        name: unique; what STEPS chooses by.
-        stage: what STAGE chooses by.
+        name: unique; STEPS chooses by it.
+        stage: STAGE chooses by it.
         limit: seconds.
         environment: variables in addition to those of the runner.
-        needs: the step without whose success this one is not run.
+        needs: a step that must have passed before this one is run.
     """
 
     name: str
@@ -47,7 +47,7 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def tests(name: str, limit: float, stage: int = 2) -> Step:
-    """The tests of one file, in a process of their own, which an error of CUDA's does not leave."""
+    """The tests of one file, in a process of their own, which a CUDA error does not outlive."""
     return Step(f"test_{name}", stage, LOADING + limit, pytest(f"tests/test_{name}.py"))
 
 
@@ -120,7 +120,7 @@ STEPS = (
     figures("gpu-t128", 3, 90, "gpu", *DECODING, "--budget", "70"),
     figures("overlap", 3, 150, "overlap", *ON_GPU),
     figures("link", 3, 120, "dispatch_combine", "--preset", "h800", *ON_GPU),
-    # 4. What takes long: the compiler, programs of their own, sanitizers.
+    # 4. Slow steps: the compiler, separate programs, sanitizers.
     tests("compile", 120, stage=4),
     tests("nodes", 60, stage=4),
     tests("gpu_bench", 150, stage=4),

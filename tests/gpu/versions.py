@@ -50,7 +50,7 @@ LONGEST = 20  # seconds for a program to answer
 
 
 def ask(*command: str) -> str:
-    """What a program answers, or why it does not."""
+    """A program's answer, or why there is none."""
     if not shutil.which(command[0]):
         return "none"
     try:

@@ -3,7 +3,7 @@
 # Included by the Makefile.
 MEGATRON_VENV ?= .venv-megatron
 MEGATRON_BIN := $(abspath $(MEGATRON_VENV))/bin
-# Where python3.12 is pyenv's, it may be one that only says where to find it.
+# pyenv's python3.12 may be a shim that only says where to find one.
 PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12; do \
   "$$p" -c pass 2>/dev/null && echo "$$p" && break; done)
 

@@ -1,6 +1,6 @@
 """Megatron-Core's flexible token dispatcher over ``commlib.compat.deep_ep``, beside its all-to-all one.
 
-The dispatchers alone, on the CPU: what Megatron's layers have around them needs a GPU.
+The dispatchers alone, on the CPU: the rest of Megatron's layers needs a GPU.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ HIDDEN, EXPERTS, TOPK, TOKENS = 16, 8, 3, 10
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron():
-    """Megatron's module of dispatchers, imported where ``deep_ep`` is commlib's; other tests have none."""
+    """Megatron's module of dispatchers, imported where ``deep_ep`` is commlib's, as in no other test."""
     before = set(sys.modules)
     compat.install()
     from megatron.core.transformer.moe import token_dispatcher
@@ -30,7 +30,7 @@ def megatron():
 
 
 class HostStream:
-    """In place of the streams and events by which the all-to-all dispatcher copies counts to the host."""
+    """In place of the streams and events with which the all-to-all dispatcher copies counts to the host."""
 
     def wait_stream(self, stream):
         pass
@@ -103,7 +103,7 @@ def batch(rank, micro=0, dtype=torch.float32, of=range(EXPERTS)):
 
 
 def routed(logits, dropped=0.0):
-    """Probabilities and map ``[tokens, EXPERTS]``; such a part of them is left out, as beyond a capacity."""
+    """Probabilities and map ``[tokens, EXPERTS]``; the part ``dropped`` is left out, as beyond a capacity."""
     probs, idx = logits.softmax(-1).topk(TOPK, -1)
     kept = torch.rand(probs.shape, generator=torch.Generator().manual_seed(7)) >= dropped
     dense = torch.zeros_like(logits).scatter(1, idx, probs * kept)
@@ -137,7 +137,7 @@ def plain(x, probs, routing_map):
 
 
 def step(layer, x, logits, dropped=0.0):
-    """Output, gradients of tokens and logits, and what else the layer says."""
+    """Output, gradients of tokens and logits, and the layer's other results."""
     out, *rest = layer(x, *routed(logits, dropped))
     (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
     return out.detach(), x.grad, logits.grad, *(it.detach() for it in rest)
@@ -187,11 +187,11 @@ def test_places_beyond_the_capacity_are_left_out(torch_ranks, megatron):
         return flex[:3], step(lambda *given: [plain(*given)], *batch(rank), dropped=0.6)
 
     for flex, wanted in torch_ranks(main, 2):
-        assert (wanted[0].abs().sum(-1) == 0).any()  # a token of which nothing is left
+        assert (wanted[0].abs().sum(-1) == 0).any()  # a token with nothing left
         torch.testing.assert_close(flex, wanted)
 
 
-def test_a_rank_whose_experts_nobody_chooses(torch_ranks, megatron):
+def test_a_rank_whose_experts_no_token_chooses(torch_ranks, megatron):
     def main(rank):
         one = dispatcher(megatron, "flex", groups_of(rank, 2, 1))
         flex = step(lambda *given: run(one, *given), *batch(rank, of=range(4)))

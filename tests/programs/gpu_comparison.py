@@ -1,6 +1,6 @@
 """`bench/dispatch_combine.py --device cuda` on CPUs: gloo in NCCL's place, stand-ins for what needs a GPU.
 
-The first argument names what goes wrong, by commas; the others are the benchmark's.
+The first argument names what goes wrong, separated by commas; the others are the benchmark's.
 """
 
 import functools
@@ -29,7 +29,7 @@ def exchange(parts):
 
 
 def lay_out(chunks, into, at, by_major):
-    """Write chunks one after the other; an empty group of ``by_major`` takes a row, as in PyTorch."""
+    """Write chunks one after another; an empty group of ``by_major`` takes a row, as in PyTorch."""
     into.fill_(float("nan") if into.is_floating_point() else -7)
     place = 0
     for i, chunk in enumerate(chunks):

@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-CYCLES = 100_000_000  # of a kernel whose time tells the clock's rate
-BEHIND = 0.3  # seconds that work on another stream has to get through beside the kernel
+CYCLES = 100_000_000  # of a kernel whose duration shows the clock's rate
+BEHIND = 0.3  # seconds in which work on another stream must get through beside the kernel
 MIB = 1 << 20
 
 Call = Callable[[], object]
 
 
 class Kernels:
-    """Kernels of one thread that run for as long as one likes."""
+    """Kernels of one thread that run for a chosen time."""
 
     def __init__(self) -> None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -43,7 +43,7 @@ class Kernels:
         self.hz = CYCLES / (begin.elapsed_time(end) * 1e-3)
 
     def start(self, seconds: float, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """What has happened when it ends."""
+        """The event of its end."""
         with torch.cuda.stream(stream):
             torch.cuda._sleep(int(seconds * self.hz))
             return stream.record_event()
@@ -140,7 +140,7 @@ class Runtime:
 
 
 def find_runtime() -> str:
-    """The file of the one that this process has loaded; else a name that the linker may know."""
+    """The file of the runtime that this process has loaded; else a name that the linker may know."""
     with open("/proc/self/maps") as maps:
         loaded = {line.split()[-1] for line in maps if "/libcudart" in line}
     return min(loaded) if loaded else f"libcudart.so.{(torch.version.cuda or '13').partition('.')[0]}"
@@ -267,7 +267,7 @@ def part_c(probe: Probe) -> None:
         torch.cuda.synchronize()
         ended = probe.kernels.start(
             0.03, torch.cuda.default_stream()
-        )  # which PyTorch's streams do not wait for
+        )  # PyTorch's streams do not wait for it
         blocked.wait_event(ended)
         probe.kernels.start(1e-6, blocked)
         events = {n: probe.kernels.start(1e-6, s) for n, s in streams.items() if n != name}

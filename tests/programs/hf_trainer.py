@@ -1,7 +1,6 @@
 """transformers.Trainer, with what it does by default, around a model that holds a MoELayer.
 
-Started by torchrun; writes what was logged, and the weights at the end. Nothing in it knows of ranks but the
-communicator.
+Started by torchrun; writes what was logged, and the weights at the end. Only the communicator knows of ranks.
 """
 
 import gc
@@ -55,7 +54,7 @@ def train(out):
         max_grad_norm=0.05,
         logging_steps=1,
         save_steps=STEPS,
-        save_only_model=True,  # of optimizers it writes what the first rank has
+        save_only_model=True,  # it would write only the first rank's optimizer state
         report_to=[],
         use_cpu=True,
         ddp_backend="gloo",

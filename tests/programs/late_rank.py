@@ -1,4 +1,4 @@
-"""Rank 1 fails before it can tell anybody; the others say who is missing; then all construct once more.
+"""Rank 1 fails before it can tell any other; the others say which is missing; then all construct once more.
 
 Argument: an empty folder.
 """

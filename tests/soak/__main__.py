@@ -51,7 +51,7 @@ class Soak:
     def __init__(self, args: argparse.Namespace, first: int) -> None:
         self.args = args
         self.waiting = list(reversed(range(first, first + args.runs)))
-        self.running: dict[int, tuple[Plan, int]] = {}  # by process: and where it writes its outcome
+        self.running: dict[int, tuple[Plan, int]] = {}  # by process, with the pipe for its outcome
         self.table: dict[str, Counter[str]] = defaultdict(Counter)
         self.longest: Counter[str] = Counter()
         self.failed: list[int] = []
@@ -73,7 +73,7 @@ class Soak:
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.setsid()  # Ctrl-C is for the parent, with which all ends
+            os.setsid()  # Ctrl-C is for the parent; all end with it
             end_with_parent()
             outcome = Run(plan, self.args.limit, self.args.verbose).run()
             os.write(writer, json.dumps(summary(outcome)).encode())

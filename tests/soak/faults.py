@@ -15,12 +15,12 @@ EXIT_STATUS = 7  # of a rank that leaves by os._exit
 
 @dataclass(frozen=True)
 class Kind:
-    """What a fault means to those around it.
+    """What a fault means to its rank and to the others.
 
     Attributes:
         ends: how its own rank may end, beside "right" and with an error that names another fault's rank.
         harms: whether others may end with an error that names its rank.
-        hangs: whether only a deadline ends it for the others.
+        hangs: whether the others end only at a deadline.
         planted: no run may have it: it stands for a fault of commlib's.
         at_start: whether it may also come while ranks make their communicator.
     """
@@ -32,7 +32,7 @@ class Kind:
     at_start: bool = False
 
 
-ANY_ERROR = "CommError"  # or one derived of it, whomever it names
+ANY_ERROR = "CommError"  # or a subclass, whichever rank it names
 KINDS = {
     "kill": Kind(ends=("signal 9",), at_start=True),
     "stop": Kind(ends=(ANY_ERROR,), hangs=True, at_start=True),  # goes on when all others have ended
@@ -82,7 +82,7 @@ class End:
         errors: names of the exception's classes.
         peers: ranks that it names.
         trouble: what else went wrong after it.
-        seconds: from the begin of the run.
+        seconds: from the start of the run.
     """
 
     name: str
@@ -112,7 +112,7 @@ def blamed(error: BaseException) -> tuple[int, ...]:
 
 
 def judge(plan: Plan, ends: list[End]) -> list[str]:
-    """What is wrong with the ends of a run's ranks; nothing, if all ended as they should."""
+    """What is wrong with the ends of a run's ranks; nothing if all ended as they should."""
     harmful = {fault.victim for fault in plan.faults if KINDS[fault.kind].harms}
     wrong = []
     for rank, end in enumerate(ends):

@@ -22,13 +22,13 @@ STEPS = (
     "backward",
     "crowded",
 )
-LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one by its own end
+LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one rank by exiting
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 PATIENCE = 60.0  # a communicator's timeout where nothing waits for it: longer than a run may take
 # Where a fault is a hang, once all ranks have started. A busy machine may keep one from running for a second.
 HASTE = 5.0
 START_HASTE = 6.0  # where a rank does not start
-WORLDS = 2  # steps take turns with so many routings
+WORLDS = 2  # routings that steps take in turns
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
         return [make_world(*shape, seed=WORLDS * self.seed + i) for i in range(WORLDS)]
 
     def capacity(self, worlds: list[World]) -> int:
-        """Room for the rows that any rank receives, which is too little for all rows of all ranks."""
+        """Room for the rows that any rank receives, but not for all rows of all ranks."""
         received = [
             sum(int(((idx >= experts.start) & (idx < experts.stop)).any(1).sum()) for idx in world.topk_idx)
             for world in worlds
@@ -120,7 +120,7 @@ def draw(seed: int, kinds: list[str]) -> Plan:
         dtype=g.choice(list(DTYPES)),
         slots=g.randint(4, 8),
         sms=g.randint(1, 2),
-        grows=random.Random(f"{seed} grows").random() < 0.25,  # apart: what other seeds have drawn stays
+        grows=random.Random(f"{seed} grows").random() < 0.25,  # separate, so that older seeds draw as before
         steps=tuple(steps),
         faults=faults,
         leave=g.choice(LEAVES),
@@ -146,6 +146,6 @@ def _draw_fault(g: random.Random, kind: str, victim: int, steps: int) -> Fault:
 
 
 def with_plant(plan: Plan, plant: str) -> Plan:
-    """The plan with one fault that no run may have: what tests the soak itself."""
+    """The plan with one fault that no run may have, to test the soak itself."""
     fault = Fault(plant, victim=plan.ranks - 1, step=1, middle=False, delay=0.0, choice=0)
     return replace(plan, tokens=(9,) * plan.ranks, faults=(fault,))

@@ -1,4 +1,4 @@
-"""One rank of a run: a process that makes the plan's steps, and in which its faults happen."""
+"""One rank of a run: a process that takes the plan's steps, and in which its faults happen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def connect_to_store(place: Path) -> dist.TCPStore:
 
 
 class Planned(Exception):
-    """What the program itself raises."""
+    """An error that the program itself raises."""
 
 
 class Leaves(BaseException):
@@ -71,13 +71,13 @@ class Rank:
         self.ep: commlib.ExpertParallel | None = None
 
     def run(self) -> None:
-        """All of it; writes how it ended."""
+        """The whole rank; writes how it ended."""
         sys.unraisablehook = lambda it: self.trouble.append(f"ignored: {it.exc_value!r} in {it.object!r}")
         try:
             end = self._end()
             gc.collect()  # what was dropped is closed
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        except KeyboardInterrupt as late:  # it had ended, and was about to say so
+        except KeyboardInterrupt as late:  # it had ended, and was about to write so
             end = End(type(late).__name__)
         for child in self.children:
             self._reap(child)
@@ -261,7 +261,7 @@ class Rank:
 
 
 def be_rank(plan: Plan, rank: int, place: Path, notices: int) -> None:
-    """What a process does that was forked to be a rank: it does not come back but to leave."""
+    """The whole life of a process forked to be a rank: it returns only to exit."""
     said = os.open(place / f"said.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)

@@ -1,4 +1,4 @@
-"""One run: its ranks are forked, what is to happen to them happens, and how each ended is judged."""
+"""One run: its ranks are forked, their faults happen, and how each ended is judged."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Run:
         os.close(self._write_end)
 
     def _look(self) -> None:
-        """Wait a little, hear what ranks ask for, and see who has ended."""
+        """Wait a little, read what ranks ask for, and see which have ended."""
         if select.select([self.notices], [], [], _TICK)[0]:
             asked = os.read(self.notices, NOTICE)
             if asked:
@@ -119,7 +119,7 @@ class Run:
             os.kill(self.alive[rank], number)
 
     def _let_go(self) -> None:
-        """Those who stay until the others have ended."""
+        """Let ranks go on that stay until the others have ended."""
         stay = [f for f in self.plan.faults if f.kind == "stop" or (f.kind == "close" and f.choice % 2)]
         waiting = {fault.victim for fault in stay}
         if self.alive and set(self.alive) <= waiting:
@@ -149,7 +149,7 @@ class Run:
         return End(name, text="" if said is None else f"after {said['name']}")
 
     def _tell(self, outcome: Outcome) -> None:
-        """What one needs to know of a run that went wrong."""
+        """Print what a reader needs to know of a run that went wrong."""
         how = f"FAILED seed {self.plan.seed}: {'; '.join(outcome.wrong)}"
         lines = [how if outcome.wrong else f"seed {self.plan.seed}", f"  plan: {self.plan}"]
         for rank, end in enumerate(outcome.ends):

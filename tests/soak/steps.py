@@ -30,7 +30,7 @@ ALIGN = 4
 
 
 class Reference:
-    """What a rank must get. Worked out before the run begins, so that ranks do not wait for it."""
+    """What a rank must get, computed before the run begins, so that ranks do not wait for it."""
 
     def __init__(self, plan: Plan, rank: int) -> None:
         self.worlds, self.rank = plan.worlds(), rank
@@ -48,21 +48,21 @@ class Reference:
 
     @functools.cache  # noqa: B019
     def combined(self, world: int, weighted: bool) -> torch.Tensor:
-        """The sum of what experts made of each token."""
+        """The sum of experts' results for each token."""
         w = self.worlds[world]
         weights = w.topk_weights if weighted else [torch.ones_like(t) for t in w.topk_weights]
         return expected_combine(replace(w, topk_weights=weights), self.rank)
 
     @functools.cache  # noqa: B019
     def copies(self, world: int) -> torch.Tensor:
-        """The sum of the rows that came of each token."""
+        """The sum of the rows sent for each token."""
         w = self.worlds[world]
         return copies_of_tokens(w, self.rank) * w.x[self.rank].double()
 
 
 @contextlib.contextmanager
 def _reused(ep: commlib.ExpertParallel) -> Iterator[None]:
-    """Take what memory has become free for values of one's own, and see that they stay until all is done."""
+    """Fill memory that has become free with values, and check that they stay until all is done."""
     gc.collect()
     mine = [torch.full((size,), 7.0) for size in (8, 64, 512, 4096, 1 << 16) for _ in range(16)]
     yield
@@ -95,7 +95,7 @@ class Step:
         self.world: World = reference.worlds[self.at]
         experts = self.world.experts_of(rank)
         self.scales = torch.tensor([expert_scale(e) for e in experts] or [0.0], dtype=torch.float64)
-        # Exact, and rows of another step are not taken for this one's.
+        # Exact, so that rows of another step are not taken for this one's.
         self.scale = 2.0 ** shared.randint(0, 3)
         # The fault "other_call" must differ from all calls of steps: it has no weights, and overflow="drop",
         # which means nothing where the communicator grows.
@@ -183,10 +183,10 @@ class Step:
         self.check_sum(self.x.grad)
 
     def _crowded(self) -> None:
-        """All rows of all ranks to one of them: more than it has room for, where it has not."""
+        """All rows of all ranks to one of them: more than it has room for, unless it grows."""
         self.idx = torch.full_like(self.idx, -1)
         self.idx[:, 0] = 0
-        self.weights = self.world.topk_weights[self.rank]  # no call like that of the fault "other_call"
+        self.weights = self.world.topk_weights[self.rank]  # unlike the call of the fault "other_call"
         tokens = [len(x) for x in self.world.x]
         grows = self.ep.settings.grows
         capacity = sum(tokens) if grows else self.ep.settings.capacity_on(self.ep.size)
@@ -202,7 +202,7 @@ class Step:
         assert torch.equal(out[:kept], self.x[:kept]) and not out[kept:].any()
 
     def _dropped(self) -> None:
-        """An asynchronous step that lets go of all that nobody needs but the operations under way."""
+        """An asynchronous step that lets go of all that only the operations under way need."""
         self.idx = self.idx.clone()
         if self.weighted:
             self.weights = self.weights.clone()
