@@ -28,9 +28,7 @@ from commlib.nn import ShardedExperts
 RANKS, TOKENS = 2, 9
 TOLERANCE, OF_GRADIENTS = 1e-4, 1e-3  # float32, sums in another order
 REFUSED = "experts that share something cannot be spread"  # parallelize says so, before it changes anything
-LEAST = (
-    50  # models that must be found right; with fewer, this program or transformers is wrong
-)
+LEAST = 50  # models that must be found right; with fewer, this program or transformers is wrong
 
 # The names of sizes in configs. Those that a config lacks are left out.
 SIZES: dict[str, Any] = {

@@ -199,7 +199,7 @@ def test_a_rank_that_comes_and_goes_between_two_looks_has_come(asked):
     assert on_ranks(ThreadGroup.world(2), main) == [None, None]
 
 
-def test_a_rank_that_returns_early_is_no_riddle():
+def test_a_rank_that_returns_early_is_named():
     def rank_main(rank):
         return rank if rank == 1 else construct(None)
 

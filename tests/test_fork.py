@@ -82,7 +82,7 @@ def two_ranks(in_processes, rank_main):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_to_use_the_parents_is_an_error(in_processes, use):
+def test_using_the_parents_is_an_error(in_processes, use):
     def rank_main(ep):
         with ExpertParallel(commlib.group.SingleGroup(), device="cpu", **CONFIG) as own:
             d = own.dispatch(X, IDX, async_op=True)
@@ -94,7 +94,7 @@ def test_to_use_the_parents_is_an_error(in_processes, use):
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_to_end_the_parents_is_silent_and_quick(in_processes, end):
+def test_ending_the_parents_is_silent_and_quick(in_processes, end):
     assert two_ranks(in_processes, lambda ep: in_child(lambda: ENDS[end](ep))) is None
 
 

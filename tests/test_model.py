@@ -129,7 +129,7 @@ def test_two_hops_by_hand():
     config = Config(ranks=4, tokens=100, hidden=500, topk=4, experts=4, ranks_per_node=2)
     traffic = config.traffic
     assert (traffic.received, traffic.node_rows, traffic.network, traffic.link) == (400, 200, 100, 200)
-    assert traffic.stores == 400 + 100  # deliveries as gateway, and one copy to send from
+    assert traffic.stores == 400 + 100  # rows passed on as gateway, and one copy to send from
     assert traffic.loads == 400 + 200  # sums as gateway, and over nodes at home
     direct = dataclasses.replace(config, direct=True).traffic
     assert (direct.network, direct.link, direct.stores) == (200, 100, 400)

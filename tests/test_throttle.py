@@ -1,4 +1,4 @@
-"""A limited link: rows take their time, and arrive unchanged."""
+"""A throttled rank: rows take their time, and arrive unchanged."""
 
 import time
 
@@ -10,7 +10,7 @@ from test_dispatch import check
 import commlib
 from commlib import ExpertParallel
 
-BURST_S = 0.0005  # idle time that a link may make up for, and ends too near to wait for
+BURST_S = 0.0005  # idle time that the throttle may make up for, and ends too near to wait for
 
 
 def two_way_world(device):

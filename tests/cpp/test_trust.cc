@@ -30,7 +30,7 @@ Post words_at(uint64_t offset, uint64_t bytes = 8) {
   return {PostKind::words, Direction::outward, 0, 0, offset, bytes};
 }
 
-// -- who it is from
+// -- which rank it is from
 
 // All ranks go there and back; then `forge` makes messages come to rank 0 that no rank has sent.
 void after_a_round_trip(uint64_t seed, const std::function<void(Rank&)>& forge, bool goes_on) {

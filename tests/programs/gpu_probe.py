@@ -265,9 +265,7 @@ def part_c(probe: Probe) -> None:
     shared = {}
     for name, blocked in streams.items():
         torch.cuda.synchronize()
-        ended = probe.kernels.start(
-            0.03, torch.cuda.default_stream()
-        )  # PyTorch's streams do not wait for it
+        ended = probe.kernels.start(0.03, torch.cuda.default_stream())  # PyTorch's streams do not wait for it
         blocked.wait_event(ended)
         probe.kernels.start(1e-6, blocked)
         events = {n: probe.kernels.start(1e-6, s) for n, s in streams.items() if n != name}

@@ -25,7 +25,7 @@ struct Result {
   std::string error;  // what went wrong, in which thread, and the seed; empty if every kernel ended
   uint64_t seed;
   uint64_t switches;    // between fibers
-  uint64_t virtual_ns;  // what globaltimer() came to
+  uint64_t virtual_ns;  // the last value of globaltimer()
 
   bool ok() const { return error.empty(); }
 };

@@ -15,7 +15,7 @@ void kernels_are_loaded_and_one_block_fits() {
   check(shape.shared_bytes > cuda::facts_of(0).shared_per_sm / 2, "a block has an SM for itself");
 }
 
-// Here and there and back, for memory of one kind.
+// To the device, within it and back, for memory of one kind.
 void check_copies(std::byte* device, const char* what) {
   const Buffer first(100'000), back(100'000);
   for (int64_t i = 0; i < first.bytes(); ++i) first.data()[i] = static_cast<std::byte>(i * 7);
@@ -121,7 +121,7 @@ void rows_of(int64_t hidden, DType dtype, int ranks) {
 void rows_of_16_bytes_are_copied_in_bulk() { rows_of(4, DType::f32, 1); }
 void rows_of_3072_bytes_are_copied_in_bulk() { rows_of(1536, DType::bf16, 1); }
 void rows_of_14336_bytes_are_copied_in_bulk() { rows_of(7168, DType::bf16, 1); }
-void rows_of_odd_sizes_are_copied_without() {
+void rows_of_odd_sizes_are_not_copied_in_bulk() {
   for (const int64_t hidden : {1, 31, 1537}) rows_of(hidden, DType::bf16, 1);
 }
 void every_dtype_is_summed() {
@@ -187,7 +187,7 @@ const std::vector<Test>& first_tests() {
       {"rows_of_16_bytes_are_copied_in_bulk", rows_of_16_bytes_are_copied_in_bulk},
       {"rows_of_3072_bytes_are_copied_in_bulk", rows_of_3072_bytes_are_copied_in_bulk},
       {"rows_of_14336_bytes_are_copied_in_bulk", rows_of_14336_bytes_are_copied_in_bulk},
-      {"rows_of_odd_sizes_are_copied_without", rows_of_odd_sizes_are_copied_without},
+      {"rows_of_odd_sizes_are_not_copied_in_bulk", rows_of_odd_sizes_are_not_copied_in_bulk},
       {"every_dtype_is_summed", every_dtype_is_summed},
       {"two_ranks_plan", two_ranks_plan},
       {"two_ranks_dispatch", two_ranks_dispatch},

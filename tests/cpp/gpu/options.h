@@ -23,7 +23,7 @@ struct Options {
 Options parse(int argc, char** argv);
 const char* usage();
 
-// A test, or what is left of it, needs what this run does not have.
+// A test, or the rest of it, needs something that this run lacks.
 class NotRun : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
