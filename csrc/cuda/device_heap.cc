@@ -19,11 +19,7 @@ constexpr const char* kOutOfMemory =
     "memory.";
 constexpr const char* kUnreachable =
     "Every GPU must reach the memory of every other (NVLink, or PCIe without an IOMMU in between): see "
-    "nvidia-smi topo -p2p r.";
-constexpr const char* kNoAtomics =
-    "Ranks count each other's arrivals in peers' memory, which PCIe alone may not let them: see nvidia-smi "
-    "topo "
-    "-p2p a. Such GPUs can be nodes of their own (ranks_per_node=1), with UCX in between.";
+    "nvidia-smi topo -p2p r. Others can be nodes of their own (ranks_per_node=1), with UCX in between.";
 
 constexpr const char* kNotShared =
     "ranks in several processes need GPUs whose memory one process can share with another by file descriptor "
@@ -172,11 +168,6 @@ void require_peer_access(int device, int owner) {
   check(cudaDeviceCanAccessPeer(&can, device, owner), "cudaDeviceCanAccessPeer");
   if (!can)
     throw std::runtime_error(gpus[0] + " cannot reach the memory of " + gpus[1] + ". " + kUnreachable);
-  check(cudaDeviceGetP2PAttribute(&can, cudaDevP2PAttrNativeAtomicSupported, device, owner),
-        "cudaDeviceGetP2PAttribute");
-  if (!can)
-    throw std::runtime_error(gpus[0] + " has no native atomics in the memory of " + gpus[1] + ". " +
-                             kNoAtomics);
 }
 
 void require_peer_access(int device, const std::string& uuid) {

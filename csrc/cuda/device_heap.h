@@ -14,7 +14,7 @@ namespace commlib::cuda {
 enum class Share : uint8_t { fd = 0, fabric = 1, none = 2 };
 Share share_named(const std::string& name);
 
-// Throws std::runtime_error unless kernels on `device` can load, store and count in the memory of `owner`.
+// Throws std::runtime_error unless kernels on `device` can load and store in the memory of `owner`.
 void require_peer_access(int device, int owner);
 // The same for the GPU that has this UUID, as far as this process sees it: CUDA_VISIBLE_DEVICES may hide it.
 void require_peer_access(int device, const std::string& uuid);

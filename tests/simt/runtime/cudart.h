@@ -40,8 +40,8 @@ struct Chip {
 extern Chip chip;
 extern int resident_blocks;  // at most, of all streams; as for `chip`
 size_t allocated_bytes();    // on the device, now
-// Whether GPUs can count in each other's memory.
-extern bool peers_have_atomics;
+// Whether a GPU can use the memory of another.
+extern bool peers_reach_each_other;
 
 // nvcc tells the runtime which kernels exist. Here a kernel is known once its attributes are first asked for.
 struct KernelFacts {

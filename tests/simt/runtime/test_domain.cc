@@ -1,4 +1,4 @@
-// Which GPU reaches which memory: the NVLink domain, and atomics, on made-up devices.
+// Which GPU reaches which memory: the NVLink domain, and peers, on made-up devices.
 #include <cstring>
 
 #include "cpp/backend.h"
@@ -73,14 +73,14 @@ void a_gpu_that_is_not_registered_is_in_no_domain() {
   check_equal(cuda::domain_key(info), none, "with links on its own host alone");
 }
 
-void gpus_that_cannot_count_in_each_others_memory_are_refused() {
+void gpus_that_cannot_reach_each_others_memory_are_refused() {
   const auto machine = make_machine();
   cuda::require_peer_access(0, 1);
-  const Set atomics(&simt::peers_have_atomics, false);
+  const Set reach(&simt::peers_reach_each_other, false);
   cuda::require_peer_access(0, 0);
   const auto error =
-      check_throws<std::runtime_error>([] { cuda::require_peer_access(0, 1); }, "peers without atomics");
-  check_contains(error.what(), "GPU 0 has no native atomics in the memory of GPU 1", "the text");
+      check_throws<std::runtime_error>([] { cuda::require_peer_access(0, 1); }, "peers out of reach");
+  check_contains(error.what(), "GPU 0 cannot reach the memory of GPU 1", "the text");
   const std::string mine = cuda::facts_of(0).uuid;
   check_equal(cuda::device_with(mine), 0, "the device of a UUID");
   cuda::require_peer_access(1, std::string(32, 'f'));  // not visible here: nothing is known
@@ -92,8 +92,8 @@ const Suite suite({
      fabric_memory_is_what_can_be_made_not_what_the_device_says},
     {"a_domain_is_a_cluster_and_a_clique", a_domain_is_a_cluster_and_a_clique},
     {"a_gpu_that_is_not_registered_is_in_no_domain", a_gpu_that_is_not_registered_is_in_no_domain},
-    {"gpus_that_cannot_count_in_each_others_memory_are_refused",
-     gpus_that_cannot_count_in_each_others_memory_are_refused},
+    {"gpus_that_cannot_reach_each_others_memory_are_refused",
+     gpus_that_cannot_reach_each_others_memory_are_refused},
 });
 
 }  // namespace
