@@ -347,7 +347,7 @@ LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const Route
 }
 
 PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& routing,
-                                 const LocalSumPlan& stage, std::byte* out, std::byte* out_weights) const {
+                                 const LocalSumPlan& local_sum, std::byte* out, std::byte* out_weights) const {
   PullPlan plan{};
   plan.dtype = config_.dtype;
   plan.hidden = config_.hidden;
@@ -360,8 +360,8 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& rou
   plan.bias = input.bias;
   plan.bias_stride = input.bias_stride;
   plan.out_weights = out_weights;
-  if (!stage.expand_to && !stage.weights) plan.own_y = stage.y;
-  plan.own_stride = stage.y_stride;
+  if (!local_sum.expand_to && !local_sum.weights) plan.own_y = local_sum.y;
+  plan.own_stride = local_sum.y_stride;
   plan.placement = placement_;
   plan.layout = layout_;
   return plan;

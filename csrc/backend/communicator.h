@@ -284,7 +284,7 @@ class Communicator {
   UnpackPlan unpack_plan(const RoutePlan& routing, const Received& received, const SlotLease& lease) const;
   LocalSumPlan local_sum_plan(const CombineInput& input, const RoutePlan& routing,
                               const CombineSlot& slot) const;
-  PullPlan pull_plan(const CombineInput& input, const RoutePlan& routing, const LocalSumPlan& stage,
+  PullPlan pull_plan(const CombineInput& input, const RoutePlan& routing, const LocalSumPlan& local_sum,
                      std::byte* out, std::byte* out_weights) const;
 
   const Config config_;

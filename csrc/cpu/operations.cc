@@ -231,14 +231,14 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutePlan& rout
   CombineSlot slot = combine_slot(input, routing);
   if (!slot.in_place) await_writable(*slot.lease, call);
   call.slot = static_cast<uint8_t>(slot.lease->index());
-  const LocalSumPlan stage = local_sum_plan(input, routing, slot);
-  const PullPlan pull = pull_plan(input, routing, stage, out, out_weights);
+  const LocalSumPlan local_sum = local_sum_plan(input, routing, slot);
+  const PullPlan pull = pull_plan(input, routing, local_sum, out, out_weights);
 
   auto op = context(call, announce(call));
-  const auto part = [this, op, stage, pull, users_rows = slot.users_rows](CpuWorker& w, Job&) {
+  const auto part = [this, op, local_sum, pull, users_rows = slot.users_rows](CpuWorker& w, Job&) {
     const OpId& id = op->id;
     start_pull(w, pull, peers_, id);
-    sum_local_rows(w, stage, rows_pulled_from_y(w, pull, config_.rank));
+    sum_local_rows(w, local_sum, rows_pulled_from_y(w, pull, config_.rank));
     arrive(w, peers_, id.epoch);
     PullPlan mine = pull;
     uint8_t slots[kMaxRanks];

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   if (ok) {
     if (w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
     start_pull(w, pull, common.peers, common.id);
-    sum_local_rows(w, op.stage, rows_pulled_from_y(w, op.pull, common.peers.rank));
+    sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, op.pull, common.peers.rank));
     arrive(w, common.peers, common.id.epoch);
     ok = w.once([&] {
       return collect_calls(w, common.peers, common.id.epoch, common.id.call, w.slots()) &&

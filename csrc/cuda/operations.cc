@@ -146,8 +146,8 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutePlan& rou
   call.slot = static_cast<uint8_t>(slot.lease->index());
   CombineOp op{};
   op.common = params(call, static_cast<uint32_t>(++epoch_));
-  op.stage = local_sum_plan(input, routing, slot);
-  op.pull = pull_plan(input, routing, op.stage, out, out_weights);
+  op.local_sum = local_sum_plan(input, routing, slot);
+  op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
   op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), epoch_, &op.reuse_epoch);
   launch_combine(shape_, config_.dtype, op);

@@ -119,10 +119,10 @@ struct WavesOp {
 
 struct CombineOp {
   OpParams common;
-  LocalSumPlan stage;
+  LocalSumPlan local_sum;
   PullPlan pull;
   bool users_rows;  // the slot holds a tensor of the user's
-  // The slot that rows are staged in was pulled from in operation `reuse_epoch`.
+  // The slot that rows are summed into was pulled from in operation `reuse_epoch`.
   bool reused;
   uint32_t reuse_epoch;
 };

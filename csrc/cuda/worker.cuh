@@ -21,8 +21,8 @@ struct WarpShared {
     return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kWeightBytes, 128));
   }
   // Slots of the ring in a sum, of so many bytes each.
-  __host__ __device__ static constexpr int sum_slots(int ring_bytes, int slot_bytes) {
-    return ring_bytes / slot_bytes < kBarriers ? ring_bytes / slot_bytes : kBarriers;
+  __host__ __device__ static constexpr int sum_stages(int ring_bytes, int stage_bytes) {
+    return ring_bytes / stage_bytes < kBarriers ? ring_bytes / stage_bytes : kBarriers;
   }
   std::byte* ring;
   uint64_t* barriers;  // [kBarriers], one for each slot of the ring
@@ -303,22 +303,22 @@ class WarpWorker {
 
   // Ring slots are taken in turn, and each mbarrier flips its phase each time round.
   struct Turn {
-    int slot = 0;
+    int stage = 0;
     uint32_t parity = 0;
-    __device__ void next(int slots) {
-      if (++slot < slots) return;
-      slot = 0;
+    __device__ void next(int stages) {
+      if (++stage < stages) return;
+      stage = 0;
       parity ^= 1;
     }
   };
   __device__ void await_ring(Turn turn) const {
-    while (!ptx::mbarrier_try_wait(&shared_.barriers[turn.slot], turn.parity)) {
+    while (!ptx::mbarrier_try_wait(&shared_.barriers[turn.stage], turn.parity)) {
     }
   }
-  __device__ void load_into_ring(int slot, int slot_bytes, const std::byte* src, int64_t bytes) const {
-    uint64_t* barrier = &shared_.barriers[slot];
+  __device__ void load_into_ring(int stage, int stage_bytes, const std::byte* src, int64_t bytes) const {
+    uint64_t* barrier = &shared_.barriers[stage];
     ptx::mbarrier_expect(barrier, static_cast<uint32_t>(bytes));
-    ptx::bulk_load(shared_.ring + slot * slot_bytes, src, static_cast<uint32_t>(bytes), barrier);
+    ptx::bulk_load(shared_.ring + stage * stage_bytes, src, static_cast<uint32_t>(bytes), barrier);
   }
 
   template <class Ready, class Late>

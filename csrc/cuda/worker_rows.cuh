@@ -16,10 +16,10 @@ constexpr int kLongestChunk = kSumPieces * kPieceBytes;  // of a row in a sum
 
 // The ring in multicast: how many slots, and how many chunks are loaded ahead of the one that is stored. A
 // slot is loaded again when the stores of its last chunk have been read, up to kSendPending chunks later.
-constexpr int kSendSlots = 4;
+constexpr int kSendStages = 4;
 constexpr int kSendAhead = 2;
-constexpr int kSendPending = kSendSlots - kSendAhead - 1;
-static_assert(kSendSlots <= WarpShared::kBarriers && kSendPending >= 0);
+constexpr int kSendPending = kSendStages - kSendAhead - 1;
+static_assert(kSendStages <= WarpShared::kBarriers && kSendPending >= 0);
 
 __device__ inline bool WarpWorker::all_aligned(uintptr_t bits) const {
   return __all_sync(kAllLanes, bits % 16 == 0);
@@ -53,25 +53,25 @@ __device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* s
 // Lane 0 loads chunks of the row ahead; each lane stores them to its own target. When a chunk is loaded, all
 // but each lane's newest kSendPending groups of stores must have read their slots.
 __device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
-  const int slot_bytes = op_.ring_bytes / kSendSlots;
+  const int stage_bytes = op_.ring_bytes / kSendStages;
   Turn ahead = turn_;
   int64_t loaded = 0;
   const auto load_next = [&] {
-    const int64_t n = bytes - loaded < slot_bytes ? bytes - loaded : slot_bytes;
+    const int64_t n = bytes - loaded < stage_bytes ? bytes - loaded : stage_bytes;
     ptx::bulk_wait_read<kSendPending>();
     __syncwarp();
-    if (lane_ == 0) load_into_ring(ahead.slot, slot_bytes, src + loaded, n);
-    ahead.next(kSendSlots);
+    if (lane_ == 0) load_into_ring(ahead.stage, stage_bytes, src + loaded, n);
+    ahead.next(kSendStages);
     loaded += n;
   };
   for (int i = 0; i < kSendAhead && loaded < bytes; ++i) load_next();
-  for (int64_t sent = 0; sent < bytes; sent += slot_bytes) {
+  for (int64_t sent = 0; sent < bytes; sent += stage_bytes) {
     if (loaded < bytes) load_next();
-    const int64_t n = bytes - sent < slot_bytes ? bytes - sent : slot_bytes;
+    const int64_t n = bytes - sent < stage_bytes ? bytes - sent : stage_bytes;
     await_ring(turn_);
-    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.slot * slot_bytes, static_cast<uint32_t>(n));
+    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.stage * stage_bytes, static_cast<uint32_t>(n));
     ptx::bulk_commit();
-    turn_.next(kSendSlots);
+    turn_.next(kSendStages);
   }
 }
 
@@ -162,32 +162,32 @@ __device__ inline void store_pieces(std::byte* dst, const Sum16<T> (&sums)[kUnro
 template <class T, int kUnroll, bool kWeighted>
 __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes) {
   constexpr int kChunk = kUnroll * kPieceBytes;
-  const int slots = WarpShared::sum_slots(op_.ring_bytes, kChunk);
+  const int stages = WarpShared::sum_stages(op_.ring_bytes, kChunk);
   Turn ahead = turn_;
   int load_at = 0, load_row = 0;
-  const auto load_next = [&](int slot) {
+  const auto load_next = [&](int stage) {
     const int n = bytes - load_at < kChunk ? bytes - load_at : kChunk;
-    if (lane_ == 0) load_into_ring(slot, kChunk, terms.items[load_row].row + load_at, n);
+    if (lane_ == 0) load_into_ring(stage, kChunk, terms.items[load_row].row + load_at, n);
     if (++load_row < terms.count) return;
     load_row = 0;
     load_at += kChunk;
   };
-  for (int i = 0; i < slots && load_at < bytes && terms.count > 0; ++i) {
-    load_next(ahead.slot);
-    ahead.next(slots);
+  for (int i = 0; i < stages && load_at < bytes && terms.count > 0; ++i) {
+    load_next(ahead.stage);
+    ahead.next(stages);
   }
   for (int at = 0; at < bytes; at += kChunk) {
     Sum16<T> sums[kUnroll];
     for (int j = 0; j < terms.count; ++j) {
-      const std::byte* slot = shared_.ring + turn_.slot * kChunk + lane_ * 16;
+      const std::byte* stage = shared_.ring + turn_.stage * kChunk + lane_ * 16;
       await_ring(turn_);
       ptx::Vec16 row[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) row[u] = ptx::load_shared(slot + u * kPieceBytes);
+      for (int u = 0; u < kUnroll; ++u) row[u] = ptx::load_shared(stage + u * kPieceBytes);
       add_pieces<kWeighted>(sums, row, shared_.weights, j);
       __syncwarp();  // all lanes have read the slot
-      if (load_at < bytes) load_next(turn_.slot);
-      turn_.next(slots);
+      if (load_at < bytes) load_next(turn_.stage);
+      turn_.next(stages);
     }
     store_pieces(dst, sums, at + lane_ * 16, bytes);
   }
