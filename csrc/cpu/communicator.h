@@ -62,7 +62,6 @@ class CpuCommunicator final : public Communicator {
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
   Ticket start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last, bool async, Held held);
   Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async, Held held);
-  void run_transfer(Transfer& t, CpuWorker& w);
   void run_in_waves(Transfer& t, CpuWorker& w, Job& job);
   [[noreturn]] void raise_failed(OpContext& op);
   // A worker ran into an error of its own: its fellows and the other ranks need not wait for it.

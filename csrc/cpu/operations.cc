@@ -3,8 +3,7 @@
 #include <vector>
 
 #include "cpu/communicator.h"
-#include "protocol/internode/combine.h"
-#include "protocol/internode/dispatch.h"
+#include "protocol/operations.h"
 
 namespace commlib {
 
@@ -94,26 +93,15 @@ Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, 
     t->unpack.rows_per_expert = t->rows_per_expert.data();
   }
   if (!t->source_rows.empty()) t->unpack.source_rows = t->source_rows.data();
+  if (!t->slots.empty()) t->send.slots = t->slots.data();
   const auto part = [this, t](CpuWorker& w, Job& job) {
-    t->in_waves ? run_in_waves(*t, w, job) : run_transfer(*t, w);
+    t->in_waves ? run_in_waves(*t, w, job) : run_dispatch(w, t->send, t->unpack, peers_, t->op->id);
   };
   return start(t->op, part, [t] { t->lease.reset(); }, async, std::move(held));
 }
 
-void CpuCommunicator::run_transfer(Transfer& t, CpuWorker& w) {
-  SendPlan send = t.send;
-  uint8_t slots[kMaxRanks];
-  send.slots = t.slots.empty() ? slots : t.slots.data();
-  if (t.slots.empty() && !collect_calls(w, peers_, t.op->id.epoch, t.op->id.call, slots)) return;
-  if (!move_rows(w, send, peers_, t.op->id)) return;
-  unpack(w, t.unpack);
-  w.flush();
-}
-
 void CpuCommunicator::run_in_waves(Transfer& t, CpuWorker& w, Job& job) {
-  SendPlan send = t.send;
-  send.slots = t.slots.data();
-  move_in_waves(w, send, t.unpack, t.waves_of_routes.data(), peers_, t.op->id.epoch,
+  move_in_waves(w, t.send, t.unpack, t.waves_of_routes.data(), peers_, t.op->id.epoch,
                 [&](int wave) { pool_->unpacked(job, wave); });
 }
 
@@ -236,20 +224,7 @@ Ticket CpuCommunicator::combine(const CombineInput& input, const RoutePlan& rout
 
   auto op = context(call, announce(call));
   const auto part = [this, op, local_sum, pull, users_rows = slot.users_rows](CpuWorker& w, Job&) {
-    const OpId& id = op->id;
-    start_pull(w, pull, peers_, id);
-    sum_local_rows(w, local_sum, rows_pulled_from_y(w, pull, config_.rank));
-    arrive(w, peers_, id.epoch);
-    PullPlan mine = pull;
-    uint8_t slots[kMaxRanks];
-    mine.slots = slots;
-    const bool ok = collect_calls(w, peers_, id.epoch, id.call, slots) &&
-                    await_arrivals(w, peers_, peers_.near, kLastWave, id.epoch) &&
-                    pull_all(w, mine, peers_, id);
-    finish_pull(w, peers_, id.epoch, ok);
-    // Rows of a receive slot are the user's tensor, which may be written as soon as this returns; the next
-    // operation of this rank may put weight gradients beside them.
-    if (ok && users_rows && w.index() == 0) await_pulled(w, peers_, id.epoch);
+    run_combine(w, local_sum, pull, peers_, op->id, users_rows, true);
   };
   const auto last = [lease = std::move(slot.lease), epoch = epoch_] { lease->pulled_in(epoch); };
   return start(op, part, last, async, std::move(held));

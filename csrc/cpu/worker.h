@@ -102,6 +102,7 @@ class CpuWorker {
     flush();
     return ok;
   }
+  uint8_t* slots() { return slots_; }
   template <class Ask>
   bool once(Ask ask) {
     return ask();
@@ -187,6 +188,7 @@ class CpuWorker {
   OpContext& op_;
   int index_;
   int count_;
+  uint8_t slots_[kMaxRanks];
   alignas(Term) std::byte list_[(kMaxTopk + 1) * sizeof(Term)];
 };
 

@@ -6,8 +6,7 @@
 #pragma once
 
 #include "cuda/worker_rows.cuh"
-#include "protocol/internode/combine.h"
-#include "protocol/internode/dispatch.h"
+#include "protocol/operations.h"
 
 namespace commlib::cuda {
 
@@ -33,18 +32,9 @@ template <class Worker>
 __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant__ RowsOp op) {
   Worker w(op.common);
   SendPlan send = op.send;
-  send.slots = op.slots;
-  bool ok = true;
-  if (!send.is_fresh()) {
-    ok = w.once([&] {
-      if (w.index() == 0) announce(w, op);
-      return collect_calls(w, op.common.peers, op.common.id.epoch, op.common.id.call, w.slots());
-    });
-    send.slots = w.slots();
-  }
-  ok = ok && move_rows(w, send, op.common.peers, op.common.id);
-  if (ok) unpack(w, unpack_plan_of(op));
-  w.flush();
+  send.slots = send.is_fresh() ? op.slots : nullptr;
+  if (!send.is_fresh() && w.index() == 0) announce(w, op);
+  run_dispatch(w, send, unpack_plan_of(op), op.common.peers, op.common.id);
 }
 
 // A fresh dispatch in waves. However it ends, no stream waits for it after that.
@@ -81,23 +71,9 @@ template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineOp op) {
   SumWorker<T, Worker> w(op.common);
   const OpParams& common = op.common;
-  bool ok = !op.reused || w.once([&] { return await_pulled(w, common.peers, op.reuse_epoch); });
-  PullPlan pull = op.pull;
-  pull.slots = w.slots();
-  if (ok) {
-    if (w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
-    start_pull(w, pull, common.peers, common.id);
-    sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, op.pull, common.peers.rank));
-    arrive(w, common.peers, common.id.epoch);
-    ok = w.once([&] {
-      return collect_calls(w, common.peers, common.id.epoch, common.id.call, w.slots()) &&
-             await_arrivals(w, common.peers, common.peers.near, kLastWave, common.id.epoch);
-    });
-  }
-  ok = ok && pull_all(w, pull, common.peers, common.id);
-  finish_pull(w, common.peers, common.id.epoch, ok);
-  // Rows of a receive slot are the user's tensor, which may be written when this kernel is done.
-  if (ok && op.users_rows && w.index() == 0) await_pulled(w, common.peers, common.id.epoch);
+  const bool ok = !op.reused || w.once([&] { return await_pulled(w, common.peers, op.reuse_epoch); });
+  if (ok && w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
+  run_combine(w, op.local_sum, op.pull, common.peers, common.id, op.users_rows, ok);
 }
 
 }  // namespace commlib::cuda

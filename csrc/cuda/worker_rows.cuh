@@ -69,7 +69,8 @@ __device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* 
     if (loaded < bytes) load_next();
     const int64_t n = bytes - sent < stage_bytes ? bytes - sent : stage_bytes;
     await_ring(turn_);
-    if (mine) ptx::bulk_store(mine + sent, shared_.ring + turn_.stage * stage_bytes, static_cast<uint32_t>(n));
+    if (mine)
+      ptx::bulk_store(mine + sent, shared_.ring + turn_.stage * stage_bytes, static_cast<uint32_t>(n));
     ptx::bulk_commit();
     turn_.next(kSendStages);
   }

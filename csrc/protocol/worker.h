@@ -39,6 +39,7 @@
 //                              have all flushed: workers may have one of them speak for several, and one that
 //                              comes with ok = false is not spoken for
 //   once(ask)                  what ask() says; one of several workers may ask for all
+//   slots()                    [ranks], for collect_calls: of all workers that share an answer
 //
 // Single lanes call these:
 //
