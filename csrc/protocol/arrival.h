@@ -10,8 +10,8 @@
 
 namespace commlib {
 
-// Whether this worker, which has flushed and speaks for `workers` of its rank, completes the count of all of
-// them. The counter is then 0 again, for the operation that comes next. All lanes.
+// Whether this worker, which has flushed and speaks for `workers` of its rank, completes the count of all the
+// rank's workers. The counter is then 0 again, for the next operation. All lanes.
 template <class Worker>
 COMMLIB_HD bool is_last(Worker& w, int counter, int workers) {
   return w.all(w.lane() != 0 || w.completes(w.counter(counter), static_cast<uint64_t>(workers),

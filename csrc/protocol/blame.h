@@ -1,15 +1,16 @@
-// Who is to blame for a wait that does not end. A rank that waits for another may itself be waited for: a
-// gateway for the ranks behind it, a rank of an earlier operation for one of a later. So whoever has waited
-// for half its deadline tells all ranks whom it waits for, and so does whoever hears that it is waited for;
-// at the deadline a rank follows these words to the ranks that say nothing. One that is stopped, or computes
-// or has left for good says nothing, and one behind a cut link is not heard.
+// Which ranks are to blame for a wait that does not end. A rank that waits for another may itself be waited
+// for: it may be a gateway that waits for the ranks behind it, or still be in an earlier operation. So a rank
+// that has waited for half its deadline tells all ranks which ones it waits for, and so does a rank that
+// reads that another waits for it; at the deadline a rank follows these words to the ranks that say nothing.
+// A rank that is stopped, computes or has departed for good says nothing, and one behind a cut link is not
+// heard.
 #pragma once
 
 #include "protocol/notify.h"
 
 namespace commlib {
 
-// Whether `peer` has come as far as this operation. A call word is overwritten by that of a later call only.
+// Whether `peer` has reached this operation. Only the word of a later call overwrites a call word.
 template <class Worker>
 COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t epoch) {
   const uint64_t word = w.read(&peers.signals_from(peer).calls[epoch % kCallRing]);
@@ -29,7 +30,7 @@ COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
   return newest;
 }
 
-// Of the ranks that an operation waits for, and those that have not come to it.
+// The ranks that an operation waits for, and those that have not reached it.
 template <class Worker>
 COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch, uint64_t awaited) {
 #pragma unroll 1
@@ -39,7 +40,7 @@ COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch
   return awaited;
 }
 
-// Whom rank p says that it waits for.
+// The ranks that rank p says it waits for.
 template <class Worker>
 COMMLIB_HD uint64_t awaited_by(Worker& w, const PeerTable& peers, int p) {
   uint64_t ranks = 0;
@@ -62,7 +63,8 @@ COMMLIB_HD bool is_awaited(Worker& w, const PeerTable& peers) {
   return false;
 }
 
-// Puts a word about this rank's waits in place of `before`, with all ranks, unless another worker has.
+// Replaces `before`, the word about this rank's waits, by `word` at all ranks, unless another worker has
+// replaced it.
 template <class Worker>
 COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, int half, uint64_t before, uint64_t word) {
   if (!w.replace(&peers.signals_to(peers.rank).awaits[half], before, word)) return;
@@ -76,7 +78,7 @@ COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, int half, uin
 }
 
 // Says that this rank waits for `ranks`, besides those that it has named since its newest call; none: that it
-// waits for nobody. When one wait has ended well, other workers whose waits go on say theirs again.
+// waits for no rank. When one wait has ended well, other workers that still wait publish theirs again.
 template <class Worker>
 COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, uint64_t ranks) {
   const uint32_t newest = ranks ? tag_of(newest_call(w, peers, peers.rank)) : 0;
@@ -89,8 +91,8 @@ COMMLIB_HD void publish_awaited(Worker& w, const PeerTable& peers, uint64_t rank
   }
 }
 
-// Where the words of ranks that wait lead to, from `late`: those that say nothing. None, where all wait for
-// each other in a circle.
+// The ranks to which the words of waiting ranks lead from `late`: those that say nothing. None where all wait
+// for each other in a circle.
 template <class Worker>
 COMMLIB_HD uint64_t silent_ranks(Worker& w, const PeerTable& peers, uint64_t late) {
   uint64_t silent = late, seen = 0;

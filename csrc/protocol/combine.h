@@ -64,8 +64,9 @@ COMMLIB_HD int64_t own_row(const PullPlan& plan, int64_t t, int rank, int64_t no
   return none;
 }
 
-// This rank's rows for its own tokens, which nobody else pulls, where they are read from y. They lie side by
-// side, for rows are in order of their source: from the row of the first such token to that of the last.
+// This rank's rows for its own tokens, which no other rank pulls, where they are read from y. They lie side
+// by side, because rows are in order of their source: from the row of the first such token to that of the
+// last.
 template <class Worker>
 COMMLIB_HD Span rows_pulled_from_y(Worker& w, const PullPlan& plan, int rank) {
   if (!plan.own_y) return {0, 0};
@@ -82,7 +83,7 @@ COMMLIB_HD Span rows_pulled_from_y(Worker& w, const PullPlan& plan, int rank) {
   return {first, 1 - last};
 }
 
-// `skip`: rows that nobody pulls from the slot.
+// `skip`: rows that no rank pulls from the slot.
 template <class Worker>
 COMMLIB_HD void sum_local_rows(Worker& w, const LocalSumPlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
@@ -116,7 +117,7 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
   }
 }
 
-// What token t gets from this node at place j of its routes, and, after them, the bias.
+// What token t gets from this node by its route j; after the routes, the bias.
 COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, int64_t t, int j) {
   if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
   const int64_t route = plan.routes[t * plan.width + j];
@@ -148,7 +149,7 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
   }
 }
 
-// This worker has pulled all its rows of the operation, or, unless `ok`, failed. The last worker tells the
+// This worker has pulled all its rows of the operation or, if not `ok`, failed. The last worker tells the
 // rows' owners that they may write there again. All workers call it together.
 template <class Worker>
 COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {

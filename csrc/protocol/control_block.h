@@ -10,12 +10,12 @@
 
 namespace commlib {
 
-// A dispatch in waves has so many; the rows of any other operation arrive all at once, as the last one does.
+// The waves of a dispatch in waves; rows of any other operation arrive all at once, as the last wave does.
 constexpr int kWaves = 4;
 constexpr int kLastWave = kWaves - 1;
 
-// Calls that a source may be ahead of a reader that still wants to know about an older one. Each call in
-// flight holds a slot, so kMaxSlots bounds the distance and no word is overwritten unread.
+// How many calls a source may be ahead of a reader that still needs an older one. Each call in flight holds a
+// slot, so kMaxSlots bounds the distance and no word is overwritten unread.
 constexpr int kCallRing = 64;
 constexpr int kMaxSlots = 32;
 
@@ -28,10 +28,10 @@ struct alignas(64) Signals {
   // Tags: the last operation whose rows from src are in place, at the receiver (dispatch) or in src's own
   // slot, ready to be pulled (combine). arrived[i] is of wave i of a dispatch in waves; the last is of whole
   // operations as well. Written (release) by the last of src's workers to flush its part, which has acquired
-  // what the others counted in before (see protocol/arrival.h); read by the owner of the block (acquire).
-  // Where src is on another node, src's gateway here writes it, and only for dispatches.
+  // what the others wrote before they counted (see protocol/arrival.h); read by the owner of the block
+  // (acquire). Where src is on another node, src's gateway on this node writes it, and only for dispatches.
   // Tags never go back, so a late reader cannot miss one: src's workers begin an operation only after all of
-  // them have ended the one before, and operations move rows in the order of their epochs.
+  // them have ended the one before it, and operations move rows in the order of their epochs.
   uint64_t arrived[kWaves];
   // Tag: the last operation of which src has pulled all its rows. Written by the last of src's workers
   // (release), like `arrived`; the owner reads it (acquire) before it writes again into a slot from which
@@ -41,24 +41,24 @@ struct alignas(64) Signals {
   // Notified by src after it has changed any of its words for this rank. The owner sleeps on it while it
   // waits for src, so no word wakes a thread that waits for another source.
   EventCount event;
-  // 1: src has closed and none of its kernels runs, so that it touches this rank's memory no more. Where src
-  // is another process on a GPU. Written by src, last of all; read by the owner before it uses the memory
+  // 1: src has closed and none of its kernels runs, so it no longer touches this rank's memory. Only where
+  // src is another process on a GPU. Written by src, last of all; read by the owner before it uses the memory
   // again.
   uint64_t detached;
   // calls[epoch % kCallRing], tag = epoch: the call that src made at this epoch (release / acquire).
   uint64_t calls[kCallRing];
   // Tags: kClosed once src has closed its communicator, kGaveUp once it has failed; the values are the ranks
-  // that it blames, there when both tags are. Written by src (release); read by owners that wait, at their
-  // naps (acquire), which fail at once.
+  // that it blames, complete once both tags are there. Written by src (release); read by waiting owners at
+  // their naps (acquire), which then fail at once.
   uint64_t departed[2];
-  // The ranks that src waits for, and has for long; each half is valid by itself. Tag: the newest call of src
-  // when it wrote so; it is past once src has made another, or writes that it waits for no rank. See
-  // protocol/blame.h.
+  // The ranks that src waits for, and has long waited for; each half is valid by itself. Tag: the newest call
+  // of src when it wrote the word, which is out of date once src has made another call, or writes that it
+  // waits for no rank. See protocol/blame.h.
   uint64_t awaits[2];
 };
 
-// Addresses of one rank's memory, as mapped here. Of a rank on another node only what this rank writes for
-// it, as a copy here that the network takes there: its own signals and counts.
+// Addresses of one rank's memory, as mapped here. For a rank on another node, only a copy here of what this
+// rank writes for it, its own signals and counts, which the network takes there.
 struct PeerBlock {
   Signals* signals;  // [ranks], by source
   uint64_t* counts;  // [2][ranks][count_words], by parity of the dispatch, then source
@@ -81,7 +81,7 @@ struct PeerTable {
   COMMLIB_HD Signals& signals_to(int p) const { return peer[p].signals[rank]; }
   COMMLIB_HD Signals& signals_from(int p) const { return peer[rank].signals[p]; }
   // Counts of two dispatches alternate between two areas. A source writes the area of dispatch d again
-  // at d + 2; it has then read everyone's words of d + 1, which each rank published after it had read
+  // at d + 2; it has then read every rank's words of d + 1, which each rank published after it had read
   // all words of d.
   COMMLIB_HD uint64_t* counts(int owner, int source, uint32_t dispatch) const {
     return peer[owner].counts + ((dispatch & 1) * size + source) * count_words;

@@ -9,9 +9,9 @@ namespace commlib {
 
 COMMLIB_HD int64_t count_words(const Placement& placement) { return placement.ranks + placement.max_count(); }
 
-// To rank p go [ranks] row counts and [experts of p] counts, each word tagged with the dispatch: it is value
-// and flag in one, and orders nothing else. That this rank's slot may be written is what its call says.
-// Workers share the ranks.
+// Sends rank p [ranks] row counts and [experts of p] counts, each word tagged with the dispatch: it is value
+// and flag in one, and orders nothing else. The call says that this rank's slot may be written. Workers share
+// the ranks.
 template <class Worker>
 COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placement& placement,
                                const SourceCounts& counts, uint32_t dispatch) {
@@ -31,7 +31,7 @@ COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placemen
 // Where rows go, from all counts.
 struct CountsResult {
   int64_t* base;             // [ranks]: this rank's first row at each rank
-  int64_t* received;         // [ranks]: rows each rank receives in all
+  int64_t* received;         // [ranks]: all rows that each rank receives
   int64_t* source_rows;      // [ranks]: rows this rank receives from each source
   int64_t* rows_per_expert;  // [own experts]
   int64_t* group_firsts;     // [sources][own experts]: see Slot
@@ -44,7 +44,7 @@ struct CountSum {
 };
 
 // Sums word i of every source's `words`: that of rank i, or of own expert i - ranks. Looks at several sources
-// at once, for a look at another's word takes long, and waits only for words that are not there yet.
+// at once, because a look at another's word takes long, and waits only for words that are not there yet.
 template <class Worker>
 COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i, int64_t words,
                           const CountsResult& result, CountSum* sum) {
@@ -104,8 +104,8 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placemen
   return w.all(ok);
 }
 
-// Each rank says what it calls, and which of its slots the call may use. Nobody is woken for it: counts, or
-// rows in place, follow and wake those who wait. Only before a redispatch do ranks wait for the call itself.
+// Each rank says what it calls, and which of its slots the call may use. This wakes no thread: counts, or
+// rows in place, follow and wake those that wait. Ranks wait for the call itself only before a redispatch.
 template <class Worker>
 COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, Call call) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
@@ -119,8 +119,8 @@ COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, uint32_t epoch, 
   }
 }
 
-// Reads every rank's call at this epoch, and the slot it lends: false if one is missing at the deadline, or
-// called something else.
+// Reads every rank's call at this epoch, and the slot it lends: false if a call is missing at the deadline,
+// or does not agree with this rank's.
 template <class Worker>
 COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, uint32_t epoch, Call mine, uint8_t* slots) {
   bool ok = true;

@@ -1,4 +1,4 @@
-// Dispatch: rows go straight from the source's tensor to their final place in the receivers' slots.
+// Dispatch: rows go straight from the source's tensor to their final position in the receivers' slots.
 #pragma once
 
 #include "protocol/arrival.h"
@@ -22,7 +22,7 @@ struct SendPlan {
   SlotLayout layout;
   const uint8_t* slots;  // [ranks]: the slot that each rank lends to this dispatch
 
-  // Otherwise receivers know the routing already, and rows bring no more than weights.
+  // If not, receivers know the routing already, and rows bring nothing but weights.
   COMMLIB_HD bool is_fresh() const { return ordinals != nullptr; }
 };
 
@@ -83,8 +83,8 @@ COMMLIB_HD void send_row_metadata(Worker& w, const SendPlan& plan, const PeerTab
   write_row_metadata(w, plan, peers, rank_of(route), row_of(route), of);
 }
 
-// Metadata goes rank by rank, apart from the rows, where small stores between rows would wait for the owners
-// of their cache lines: one sequential stream of them at a time. A GPU's stores wait for nobody, and go with
+// Where small stores between rows would wait for the owners of their cache lines, metadata goes rank by rank,
+// apart from the rows, in one sequential stream of stores at a time. A GPU's stores do not wait, and go with
 // the rows.
 template <class Worker>
 COMMLIB_HD void send_metadata(Worker& w, const SendPlan& plan, const PeerTable& peers) {

@@ -1,5 +1,5 @@
-// What a wait that does not end leaves behind, and how a waiting rank finds out why: from the words that
-// other ranks left with it. Plain words, so that a GPU can write the record.
+// The record of a wait that does not end, and how a waiting rank finds out why: from the words that other
+// ranks wrote for it. Plain words, so that a GPU can write the record.
 #pragma once
 
 #include "protocol/blame.h"
@@ -23,11 +23,11 @@ struct FailureRecord {
   OpKind op;
   Phase phase;
   int32_t peer;      // the first of those blamed
-  int32_t reporter;  // departed: the rank that said so: it gave up on those blamed, or is itself the one
+  int32_t reporter;  // departed: the rank that said so; it gave up on those blamed, or is blamed itself
   uint32_t epoch;
   uint32_t call;        // what this rank called, packed
   uint32_t their_call;  // mismatch: what `peer` called instead, packed
-  uint64_t awaited;     // whom this rank waited for, as a mask; often those blamed
+  uint64_t awaited;     // the ranks that this one waited for, as a mask; often those blamed
   uint64_t blamed;      // as a mask
   uint64_t last_call;   // the newest call word of `peer`, 0: none yet
   uint64_t waited_ns;
@@ -54,7 +54,7 @@ template <class Worker>
 COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                                         Phase phase) {
   const uint64_t late = late_ranks(w, peers, id.epoch, awaited);
-  uint64_t others = 0;  // that somebody else waits for: they hold up all ranks
+  uint64_t others = 0;  // that some rank waits for: they hold up all ranks
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) others |= awaited_by(w, peers, p);
   const uint64_t silent = silent_ranks(w, peers, late | others) & ~bit_of(peers.rank);
@@ -75,7 +75,7 @@ COMMLIB_HD FailureRecord malformed_record(Worker& w, const PeerTable& peers, con
   return new_record(w, peers, id, Cause::malformed, bit_of(peer), bit_of(peer), phase);
 }
 
-// Whether any rank made another call at this place in the order: the cause, whatever else is late for it.
+// Whether any rank made another call at this epoch: the cause, whatever else is late because of it.
 template <class Worker>
 COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const OpId& id,
                                         FailureRecord* record) {
@@ -89,7 +89,7 @@ COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const
   return false;
 }
 
-// How rank p left, or 0; whom it blames.
+// How rank p departed, or 0; and the ranks that it blames.
 template <class Worker>
 COMMLIB_HD uint32_t how_departed(Worker& w, const PeerTable& peers, int p, uint64_t* blamed) {
   const uint64_t low = w.read(&peers.signals_from(p).departed[0]);
@@ -99,8 +99,8 @@ COMMLIB_HD uint32_t how_departed(Worker& w, const PeerTable& peers, int p, uint6
   return *blamed && tag_of(high) == tag_of(low) ? tag_of(low) : 0;
 }
 
-// Whether a rank left that this operation needs: one that gave up, whichever it is, or one that closed its
-// communicator before it came here. The awaited ones first: their own word is the best reason.
+// Whether a rank that this operation needs has departed: any rank that gave up, or one that closed its
+// communicator before it reached this operation. Awaited ranks first: their own word is the best reason.
 template <class Worker>
 COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                                  Phase phase, FailureRecord* record) {
@@ -110,14 +110,14 @@ COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& 
     const int p = (first + i) % peers.size;
     uint64_t blamed = 0;
     const uint32_t how = p == peers.rank ? 0 : how_departed(w, peers, p, &blamed);
-    if (how == 0) continue;  // to ask what it called last takes more words
+    if (how == 0) continue;  // asking what it called last takes more words
     // What a rank of this node did before it closed is in place; from another node it may still be on its
     // way.
     const auto did_its_part = [&] {
       return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, id.epoch);
     };
     if (how == kClosed && did_its_part()) continue;
-    // Who gave up on others may not have heard for whom those wait.
+    // A rank that gave up on others may not have heard which ranks those wait for.
     const uint64_t silent = blamed == bit_of(p) ? 0 : silent_ranks(w, peers, blamed);
     *record = new_record(w, peers, id, Cause::departed, awaited, silent ? silent : blamed, phase);
     record->reporter = p;
@@ -126,8 +126,8 @@ COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& 
   return false;
 }
 
-// Why a wait cannot end, if other ranks' words say so. `left` is read first: who made another call said so
-// before it gave up (release), so a mismatch is never told as "gave up".
+// Why a wait cannot end, if other ranks' words say so. `departed` is read first: a rank that made another
+// call said so before it gave up (release), so a mismatch is never reported as "gave up".
 template <class Worker>
 COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited, Phase phase,
                            FailureRecord* record) {
@@ -138,8 +138,9 @@ COMMLIB_HD bool find_cause(Worker& w, const PeerTable& peers, const OpId& id, ui
   return departed;
 }
 
-// What a wait for some ranks does besides, now and then; and when it has ended well, if others may have been
-// told of it: `awaited` is none then. `long_wait`: for half its deadline. Whether others know of it now.
+// What a wait for some ranks also does now and then, and once more when it has ended well, if others may have
+// been told of it: `awaited` is then none. `long_wait`: it has lasted half its deadline. Returns whether
+// others know of it now.
 template <class Worker>
 COMMLIB_HD bool announce_wait(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                               bool long_wait) {

@@ -14,7 +14,7 @@ COMMLIB_HD void send_words(Worker& w, const PeerTable& peers, int p, const uint6
          {PostKind::words, Direction::outward, 0, p, offset, static_cast<uint64_t>(n) * 8});
 }
 
-// Rank p is to see the words from `first` on, which all lanes have written.
+// Makes rank p see the n words from `first` on, which all lanes have written.
 template <class Worker>
 COMMLIB_HD void notify(Worker& w, const PeerTable& peers, int p, const uint64_t* first, int64_t n) {
   if (peers.is_near(p)) return w.notify(peers.signals_to(p));

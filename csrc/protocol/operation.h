@@ -1,4 +1,4 @@
-// Operations, and what ranks say of those that they call.
+// Operations, and what ranks say about their calls.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +23,8 @@ constexpr const char* name_of(Phase phase) {
   return names[static_cast<int>(phase)];
 }
 
-// What a rank says of one of its calls: the operation, the slot that it lends to it, and what must agree on
-// all ranks. Fits in the value of a tagged word.
+// What a rank says about one of its calls: the operation, the slot that the rank lends to it, and what must
+// agree on all ranks. Fits in the value of a tagged word.
 struct Call {
   OpKind op = OpKind::none;
   uint8_t slot = 0;
@@ -43,7 +43,7 @@ constexpr uint16_t kCallHasWeights = 1;  // weights (dispatch) or their gradient
 constexpr uint16_t kCallDrops = 2;       // overflow="drop"
 constexpr uint16_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
 
-// Which operation: its place in the one order that all ranks keep, and what this rank calls there.
+// Which operation: its number in the one order that all ranks keep, and what this rank calls there.
 struct OpId {
   Call call;
   uint32_t epoch;

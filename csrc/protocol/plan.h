@@ -12,7 +12,7 @@
 namespace commlib {
 
 // A route names one row of one rank: rank << 32 | row. A token has at most min(topk, ranks) of them, in
-// ascending order of rank; kNoRoute ends the list wave_arrived. Sums are taken in this order.
+// ascending order of rank; kNoRoute ends the list early. Sums are taken in this order.
 constexpr int64_t kNoRoute = -1;
 COMMLIB_HD constexpr int64_t make_route(int rank, int64_t row) {
   return static_cast<int64_t>(rank) << 32 | row;
@@ -38,7 +38,7 @@ struct SourceCounts {
 constexpr int64_t kNoBadId = INT64_MAX;
 
 // The ranks that own an expert of token t, as a mask; adds to the counts of the experts. An id outside
-// [-1, experts) is taken as -1, and the place of the first such is kept in *bad. Reads several ids before it
+// [-1, experts) is taken as -1, and the index of the first such is kept in *bad. Reads several ids before it
 // looks at any, and the owners of all of them: one trip to memory each.
 template <class Worker>
 COMMLIB_HD uint64_t ranks_of_token(Worker& w, const RouterOutput& in, int64_t t, uint32_t* per_expert,
@@ -101,8 +101,8 @@ COMMLIB_HD void place_routes(Worker& w, const RouterOutput& in, int64_t* routes,
 }
 
 // ordinals [tokens][topk]: which of this rank's rows for its expert each is, in the order of tokens. `next`
-// [experts]: the first of this worker's part; counts on. Rows that are dropped later are the last of theirs.
-// Reads several ids before it looks at any.
+// [experts]: the first of this worker's part; is counted up. Rows that are dropped later are their expert's
+// last. Reads several ids before it looks at any.
 template <class Worker>
 COMMLIB_HD void number_rows_of_experts(Worker& w, const RouterOutput& in, int32_t* ordinals, uint32_t* next) {
   constexpr int kAtOnce = 4;
@@ -111,7 +111,7 @@ COMMLIB_HD void number_rows_of_experts(Worker& w, const RouterOutput& in, int32_
   const int64_t* id = in.topk_idx + begin;
   const int64_t* end = in.topk_idx + part.end * in.topk;
   int32_t* ordinal = ordinals + begin;
-  // As long as any lane has some left: the lanes number theirs together.
+  // As long as any lane has ids left: the lanes number theirs together.
   for (; id - w.lane() < end; id += kAtOnce * w.lanes(), ordinal += kAtOnce * w.lanes()) {
     int32_t expert[kAtOnce];
 #pragma unroll
@@ -126,8 +126,8 @@ COMMLIB_HD void number_rows_of_experts(Worker& w, const RouterOutput& in, int32_
   }
 }
 
-// Takes one token's routes that lie at or past `capacity` off, and their experts off the counts; returns how
-// many.
+// Removes one token's routes that lie at or past `capacity`, and takes their experts off the counts; returns
+// how many.
 template <class Worker>
 COMMLIB_HD int drop_token_overflow(Worker& w, const RouterOutput& in, int64_t t, int64_t* route,
                                    SourceCounts counts, int64_t capacity) {
@@ -163,7 +163,7 @@ COMMLIB_HD int64_t drop_overflow(Worker& w, const RouterOutput& in, int64_t* rou
 }
 
 // layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows. One worker
-// writes offsets [experts + 1] from the number of rows of each expert, and returns the number of rows in all.
+// writes offsets [experts + 1] from the number of rows of each expert, and returns the number of all rows.
 template <class Worker>
 COMMLIB_HD int64_t group_offsets(Worker& w, const int64_t* rows_per_expert, int64_t experts, int64_t align,
                                  int64_t* offsets) {

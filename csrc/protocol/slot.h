@@ -1,4 +1,4 @@
-// A slot: the place in a rank's symmetric heap that receives the rows of one dispatch, or holds the rows
+// A slot: the part of a rank's symmetric heap that receives the rows of one dispatch, or holds the rows
 // of one combine while their sources pull them.
 #pragma once
 
@@ -34,8 +34,8 @@ struct SlotLayout {
   COMMLIB_HD int64_t bytes() const { return align_up(group_firsts_at() + group_counts * 8, 4096); }
 };
 
-// Parallel arrays, one entry for each row; and what the rows of a fresh dispatch need of its plan, which only
-// the slot's own rank writes and reads.
+// Parallel arrays, one entry for each row; and what the rows of a fresh dispatch need from its plan, which
+// only the slot's own rank writes and reads.
 struct Slot {
   std::byte* rows;         // [capacity][row_bytes]
   int32_t* tokens;         // [capacity]: the row's token at its source

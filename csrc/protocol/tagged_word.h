@@ -24,7 +24,7 @@ COMMLIB_HD constexpr uint64_t ranks_of_half(uint64_t word, int half) {
 }
 
 // Whether a tag is that of operation `wanted` or of a later one. Tags count modulo 2^32; right as long as two
-// ranks are less than 2^31 operations apart.
+// ranks are fewer than 2^31 operations apart.
 COMMLIB_HD constexpr bool reached(uint32_t tag, uint32_t wanted) {
   return static_cast<int32_t>(tag - wanted) >= 0;
 }

@@ -1,13 +1,13 @@
 // A throttle emulates a slower link: rows that leave a rank in dispatch, or come to it in combine, take as
-// long as they would on a link of that rate. For measuring here what a slower interconnect leaves; rows of a
-// rank for itself do not count.
+// long as they would on a link of that rate. Serves to measure here what a slower interconnect leaves; a
+// rank's rows for itself do not count.
 #pragma once
 
 #include "protocol/plan.h"
 
 namespace commlib {
 
-// A throttle that was idle may make up for so much: a thread that slept too long catches up.
+// How much time an idle throttle may make up for: a thread that slept too long catches up.
 constexpr uint64_t kThrottleBurstNs = 200'000;
 
 struct ThrottleRate {

@@ -24,11 +24,11 @@ struct UnpackPlan {
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
 };
 
-constexpr int64_t kMisplaced = -2;  // what the source wrote of a row does not fit its counts
+constexpr int64_t kMisplaced = -2;  // what the source wrote about a row does not fit its counts
 
 // The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
-// each source has numbered its own. So a place needs no other row's. -1: another rank's expert. That it lies
-// in its group is checked here, for the numbers are another rank's, and memory of this one depends on them.
+// each source has numbered its own, so it does not depend on other entries. -1: another rank's expert. Checks
+// that it lies in its group, because the numbers are another rank's, and memory of this one depends on them.
 COMMLIB_HD int64_t expanded_row_of(const UnpackPlan& plan, int64_t i, int64_t source) {
   if (!plan.source_rows) return plan.expand_to[i];
   const int64_t e = plan.slot.experts[i];
@@ -74,7 +74,7 @@ COMMLIB_HD void copy_row_metadata(Worker& w, const UnpackPlan& plan, Span part) 
 // Metadata of this worker's unique rows as it lies in the slot -> what the caller asked for.
 template <class Worker>
 COMMLIB_HD void unpack_metadata(Worker& w, const UnpackPlan& plan) {
-  if (!plan.source_rows && !plan.out_weights) return;  // a known routing, which has it all but weights
+  if (!plan.source_rows && !plan.out_weights) return;  // a known routing has all of it but weights
   const Span part = w.share(plan.rows);
   int64_t source = -1, source_end = plan.source_rows ? 0 : plan.rows;
   for (int64_t n = part.begin + w.lane(); n < part.end; n += w.lanes()) {
@@ -128,8 +128,8 @@ COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
   }
 }
 
-// Everything but the rows, once the metadata of all of them is there. Each worker has to do with unique rows
-// of its own, here and where it copies them, so workers need not wait for each other.
+// Everything but the rows, once the metadata of all rows is there. Each worker handles the same unique rows
+// here as where it copies them, so workers need not wait for each other.
 template <class Worker>
 COMMLIB_HD void prepare_unpacking(Worker& w, const UnpackPlan& plan) {
   unpack_metadata(w, plan);

@@ -4,8 +4,8 @@
 // The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
 // experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its grouped
 // rows, those in later waves' groups as well. So once waves 0 to i are unpacked, every row of wave i's
-// experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, because where rows
-// lie in the groups comes from it; it does not depend on waves. Between nodes there are none: metadata
+// experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, because it says
+// where rows lie in the groups; it does not depend on waves. Between nodes there are no waves: metadata
 // travels with rows there.
 #pragma once
 
@@ -43,7 +43,7 @@ COMMLIB_HD void plan_waves(Worker& w, const SendPlan& plan, uint8_t* of_routes) 
   }
 }
 
-// Metadata of all rows, before any of them.
+// Sends the metadata of all rows, before any row.
 template <class Worker>
 COMMLIB_HD void send_metadata_ahead(Worker& w, const SendPlan& plan, const PeerTable& peers) {
   if (!Worker::kMetadataWithRows) return send_metadata(w, plan, peers);

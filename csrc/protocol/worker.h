@@ -21,7 +21,7 @@
 //                              add apart, one rounding at the end; no terms: zeros
 //   zero(dst, bytes)
 //   throttled()                whether the rank's link is emulated to be slower
-//   pass_throttle(bytes)       waits until they have had their time on it
+//   pass_throttle(bytes)       waits until the bytes have had their time on that link
 //   flush()                    orders what this worker wrote before what it publishes or adds next
 //   await_change(internode, seen, ranks)
 //                              waits until `progress` is no longer `seen`; ranks: a mask of those that are to
@@ -36,16 +36,16 @@
 // All lanes of all workers call these together:
 //
 //   gather(ok)                 flushes; the number of workers that this one speaks for from then on, which
-//                              have all flushed: workers may have one of them speak for several, and one that
-//                              comes with ok = false is not spoken for
-//   once(ask)                  what ask() says; one of several workers may ask for all
+//                              have all flushed: one worker may speak for several, but not for one that comes
+//                              with ok = false
+//   once(ask)                  what ask() returns; one of several workers may ask for all
 //   slots()                    [ranks], for collect_calls: of all workers that share an answer
 //
 // Single lanes call these:
 //
 //   publish(word, value)       a release store
 //   read(word)                 an acquire load
-//   store_relaxed(word, value) a store that is whole and orders nothing: all there is to know is in the word
+//   store_relaxed(word, value) a store that is whole and orders nothing: the word says everything by itself
 //   load_relaxed(word)         a load that orders nothing
 //   counter(i)                 one of kCounters that the workers of this rank share, 0 when they begin
 //   completes(counter, n, all) adds n, acquire and release; whether that makes `all`, and sets it back to 0
@@ -55,7 +55,7 @@
 //   post(outbox, post)         hands something to the network
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
 //   mismatch(peer, theirs)     records that the peer made another call; always false
-//   malformed(peer, phase)     records that the peer sent what does not fit the operation
+//   malformed(peer, phase)     records that the peer sent something that does not fit the operation
 #pragma once
 
 #include <utility>

@@ -81,7 +81,7 @@ struct QueueEnd {
   COMMLIB_HD bool has_room(Worker& w) const {
     return w.all(state().chunks - w.read(word(0)) < static_cast<uint64_t>(internode.shape.chunks));
   }
-  // Sends the chunk: all queues have written their frames.
+  // Sends the chunk: all lanes have written their frames.
   template <class Worker>
   COMMLIB_HD void send(Worker& w, const FrameLayout& layout, int64_t frames, bool last,
                        int64_t cursor) const {
@@ -106,8 +106,8 @@ struct QueueEnd {
   COMMLIB_HD bool arrived(Worker& w) const {
     return w.all(w.read(word(state().chunks)) == state().chunks + 1);
   }
-  // Whether the chunk is one of this operation, and fits(frame) holds of its frames. If not, whoever sent it
-  // is to blame, and the operation has failed.
+  // Whether the chunk is one of this operation, and fits(frame) holds of its frames. If not, its sender is to
+  // blame, and the operation has failed.
   template <class Worker, class Fits>
   COMMLIB_HD bool check(Worker& w, const FrameLayout& layout, Fits fits) const {
     const int64_t frames = header().frames;
@@ -170,14 +170,14 @@ struct InternodeQueue {
   }
 };
 
-// The progress as they are before any queue looks for something to do. Lanes read one after another, and one
-// that read later than the others looked must not wait for what those have missed.
+// The progress as it is before any lane looks for something to do. Lanes read it one after another, and one
+// that read it after the others looked must not wait for what those have missed.
 template <class Worker>
 COMMLIB_HD uint64_t oldest_progress(Worker& w, const Internode& internode) {
   return static_cast<uint64_t>(w.lowest(static_cast<int64_t>(w.read(internode.progress))));
 }
 
-// Whether this worker sends to other nodes, and passes on what comes from there.
+// Whether this worker sends to other nodes, and passes on what comes from them.
 template <class Worker>
 COMMLIB_HD bool has_queue(Worker& w, const PeerTable& peers) {
   return Worker::kInternode && peers.internode && w.index() < peers.internode->shape.queues;
@@ -185,7 +185,7 @@ COMMLIB_HD bool has_queue(Worker& w, const PeerTable& peers) {
 
 // -- which rows go where
 
-// The route of a token to one of `ranks`, at place j or after; `width`: there is none.
+// The index, j or later, of a token's first route to one of `ranks`; `width`: there is none.
 COMMLIB_HD int route_to(const int64_t* route, int width, int j, uint64_t ranks) {
   for (; j < width && route[j] != kNoRoute; ++j) {
     if (has(ranks, rank_of(route[j]))) return j;
@@ -224,7 +224,7 @@ COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk
   for (int k = w.lane(); k < topk; k += w.lanes()) frame.experts()[k] = static_cast<int32_t>(topk_idx[k]);
 }
 
-// What frames of other ranks say of rows is checked before it is used: a row may go to any position of the
+// What other ranks' frames say about rows is checked before it is used: a row may go to any position of the
 // slot.
 COMMLIB_HD bool all_in(const int32_t* values, int n, int64_t begin, int64_t end) {
   for (int i = 0; i < n; ++i) {
@@ -238,8 +238,8 @@ COMMLIB_HD bool places_fit(const Frame& frame, const SlotLayout& layout, const I
          all_in(frame.rows(), count_bits(internode.served), -1, layout.capacity);
 }
 
-// One chunk of a source's frames for one gateway, if there is room: fill(frame, token) writes each. Whether
-// anything was sent.
+// Sends one chunk of a source's frames for one gateway, if there is room: fill(frame, token) writes each.
+// Returns whether anything was sent.
 template <class Worker, class Fill>
 COMMLIB_HD bool send_frames(Worker& w, const QueueEnd& to, const FrameLayout& layout, const int64_t* routes,
                             int width, int64_t tokens, uint64_t serves, Fill fill) {

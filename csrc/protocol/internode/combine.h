@@ -1,7 +1,7 @@
 // Combine from other nodes. A source asks each gateway for its tokens, with their rows at the ranks that the
 // gateway serves; the gateway sums those rows, in ascending order of rank, with one rounding, and one row for
 // each (token, node) comes back. Answers come in order of token, so the source sums a token as soon as the
-// next answer of each gateway that it needs is there, in the order in which its routes name them.
+// next answer of each gateway that it needs is there, in the order in which its routes name the gateways.
 #pragma once
 
 #include "protocol/combine.h"
@@ -74,7 +74,7 @@ COMMLIB_HD bool request_fits(const CombineQueue& c, const Frame& frame) {
          (!c.with_weights || all_in(frame.experts(), plan.topk, -1, plan.placement.experts));
 }
 
-// One chunk of answers for a source, if it has asked and there is room.
+// Sends one chunk of answers to a source, if it has asked and there is room.
 template <class Worker>
 COMMLIB_HD bool answer_source(Worker& w, const CombineQueue& c, int s) {
   const QueueEnd from = c.from_source(s), to = c.to_source(s);
@@ -109,7 +109,7 @@ COMMLIB_HD uint64_t gateways_of(const CombineQueue& c, const int64_t* route) {
   return gateways;
 }
 
-// Whether the next answer of a gateway is there. Takes chunks that have no more.
+// Whether the next answer of a gateway is there. Takes chunks that have no more answers.
 template <class Worker>
 COMMLIB_HD bool has_answer(Worker& w, const CombineQueue& c, const QueueEnd& from) {
   while (!from.finished() && from.arrived(w)) {
@@ -127,7 +127,7 @@ COMMLIB_HD bool has_answer_for(Worker& w, const CombineQueue& c, const QueueEnd&
          (*from.frame(c.answer, from.state().cursor).token() == t || from.refuse(w));
 }
 
-// Gradients of topk_weights come with the rows of those who own the experts.
+// Gradients of topk_weights come with the rows of the ranks that own the experts.
 template <class Worker>
 COMMLIB_HD void take_weights(Worker& w, const CombineQueue& c, int64_t t) {
   const PullPlan& plan = c.plan;
@@ -188,8 +188,8 @@ COMMLIB_HD bool sum_tokens(Worker& w, const CombineQueue& c, int64_t* t, int64_t
   return moved;
 }
 
-// Everything that can be done now; `awaited`: from whom something must come for the queue to go on, as a
-// mask, none when it has finished.
+// Does everything that can be done now; `awaited`: the ranks from which something must come for the queue to
+// go on, as a mask, none when it has finished.
 template <class Worker>
 COMMLIB_HD bool advance_combine(Worker& w, const CombineQueue& c, int64_t* t, int64_t end,
                                 uint64_t* awaited) {
@@ -206,7 +206,7 @@ COMMLIB_HD bool advance_combine(Worker& w, const CombineQueue& c, int64_t* t, in
     const QueueEnd to = c.to_gateway(g), from = c.from_gateway(g);
     if (to.finished() && from.finished()) continue;
     unfinished |= bit_of(from.end.peer);
-    // An answer may be there, and wait for another gateway's for the same token: who sent it has done its
+    // An answer may be there, and wait for another gateway's for the same token: its sender has done its
     // part, may have closed since, and is not to blame.
     if (!to.finished() || !from.arrived(w)) *awaited |= bit_of(from.end.peer);
   }
@@ -225,7 +225,7 @@ COMMLIB_HD CombineQueue combine_queue(const PullPlan& plan, const PeerTable& pee
           with_weights};
 }
 
-// Asks for as much as there is room for, before anybody waits for anything.
+// Asks for as much as there is room for, before anything is waited for.
 template <class Worker>
 COMMLIB_HD void start_pull(Worker& w, const PullPlan& plan, const PeerTable& peers, const OpId& id) {
   if (!has_queue(w, peers)) return;

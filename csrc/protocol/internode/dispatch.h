@@ -1,5 +1,5 @@
-// Dispatch to other nodes. Each queue's worker is source and gateway at once, and never waits for one while
-// it could do the other's work: so no two ranks can wait for each other.
+// Dispatch to other nodes. Each queue's worker is source and gateway at once, and never waits as one while it
+// could work as the other: so no two ranks can wait for each other.
 #pragma once
 
 #include "protocol/dispatch.h"
@@ -56,7 +56,7 @@ COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchQueue& d, int g) {
                      });
 }
 
-// Passes one token's row on to those ranks of this node that want it.
+// Passes one token's row on to the ranks of this node that want it.
 template <class Worker>
 COMMLIB_HD void pass_row_on(Worker& w, const DispatchQueue& d, const Frame& frame) {
   const SendPlan& plan = d.plan;
@@ -89,8 +89,8 @@ COMMLIB_HD bool frame_fits(const DispatchQueue& d, const Frame& frame) {
   return true;
 }
 
-// This queue has passed on all that a source has for this node. The last of the queues to say so tells the
-// ranks served that the source's rows are in place; as in protocol/arrival.h, it has acquired what the others
+// This queue has passed on all that a source has for this node. The last queue to say so tells the ranks
+// served that the source's rows are in place; as in protocol/arrival.h, it has acquired what the others
 // wrote.
 template <class Worker>
 COMMLIB_HD void arrive_for_source(Worker& w, const DispatchQueue& d, int s) {
@@ -104,7 +104,7 @@ COMMLIB_HD void arrive_for_source(Worker& w, const DispatchQueue& d, int s) {
   }
 }
 
-// One chunk of a source, if it is there.
+// Passes on one chunk of a source, if it is there.
 template <class Worker>
 COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchQueue& d, int s) {
   const QueueEnd from = d.from_source(s);
@@ -116,7 +116,8 @@ COMMLIB_HD bool pass_chunk_on(Worker& w, const DispatchQueue& d, int s) {
   return true;
 }
 
-// Everything that can be done now; `awaited`: whom the queue needs yet, as a mask, none when it has finished.
+// Does everything that can be done now; `awaited`: the ranks that the queue still needs, as a mask, none when
+// it has finished.
 template <class Worker>
 COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchQueue& d, uint64_t* awaited) {
   bool moved = false;
@@ -132,7 +133,7 @@ COMMLIB_HD bool advance_dispatch(Worker& w, const DispatchQueue& d, uint64_t* aw
   return moved;
 }
 
-// Sends what there is room for, before anybody waits for anything.
+// Sends what there is room for, before anything is waited for.
 template <class Worker>
 COMMLIB_HD void start_internode(Worker& w, const DispatchQueue& d) {
   for (int g = 0; g < d.internode.gateways; ++g) {

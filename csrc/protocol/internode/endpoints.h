@@ -4,11 +4,11 @@
 // want it; the gateway, a rank of that node, passes it on through mapped memory. With direct routing every
 // rank on another node is a gateway of its own, which serves itself only: the protocol is the same.
 //
-// Rows travel in chunks, through channels. A channel goes one way, from one rank to one other, and has two
+// Rows travel in chunks, through channels. A channel goes one way, from one rank to another, and has two
 // equal rings of chunks, one at each end. A sender fills chunk n in its ring and posts it; the network puts
 // it at the same position of the receiver's ring and then says so in a word. The receiver says how many
 // chunks it has taken, and the sender is never more than a ring ahead of that: memory is bounded, and a slow
-// rank holds back those that send to it, and no other.
+// rank holds back the ranks that send to it, and no others.
 #pragma once
 
 #include "protocol/control_block.h"
@@ -22,7 +22,7 @@ struct ChannelShape {
   int32_t chunks;  // of a ring: a power of two
   int32_t queues;  // each has rings of its own: worker i of the sender fills those that worker i empties
 
-  // Of a chunk of a queue in the rings of a channel's end, and of its word.
+  // The position of a queue's chunk in the rings of a channel's end, and of its word.
   COMMLIB_HD int64_t position(int queue, uint64_t chunk) const {
     return int64_t{queue} * chunks + static_cast<int64_t>(chunk & static_cast<uint64_t>(chunks - 1));
   }
@@ -32,7 +32,7 @@ struct ChannelShape {
 struct QueueState {
   uint64_t chunks;    // sent or taken, in all operations
   int64_t cursor;     // sending: the next token; receiving: the next frame of the chunk
-  uint64_t finished;  // the last operation (its epoch) for which it has come to the end
+  uint64_t finished;  // the last operation (its epoch) that it has finished
 };
 
 struct ChannelEnd {
@@ -68,12 +68,12 @@ struct Internode {
   ChannelEnd from_gateway[kMaxRanks];  // [gateways], homeward
   ChannelEnd from_source[kMaxRanks];   // [sources], outward: those whose gateway this rank is
   ChannelEnd to_source[kMaxRanks];     // [sources], homeward
-  // [sources]: queues that have passed on all rows of a source in the dispatch under way. Added by this
-  // rank's workers (acquire and release); the last of them sets it back to 0.
+  // [sources]: queues that have passed on all rows of a source in the dispatch under way. This rank's workers
+  // add to it (acquire and release); the last of them sets it back to 0.
   uint64_t* passed_on;
 };
 
-// The rank that brings rows of rank p here. A gateway that waits for p itself says so: see blame.h.
+// The rank that brings rows of rank p here. A gateway that itself waits for p says so: see blame.h.
 COMMLIB_HD int brought_by(const PeerTable& peers, int p) {
   const int by = peers.is_near(p) ? p : peers.internode->brought_by[p];
   return by == peers.rank ? p : by;

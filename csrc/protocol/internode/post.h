@@ -5,7 +5,7 @@
 
 namespace commlib {
 
-// What goes through the network, and what the header of each message says. Nothing of it is trusted where it
+// What goes through the network, and what the header of each message says. None of it is trusted where it
 // arrives: see net/inspection.h and, for what chunks hold, channel.h.
 enum class PostKind : uint8_t {
   chunk,  // rows; number: of the chunk, counted from 0
@@ -26,7 +26,7 @@ struct Post {
 };
 
 // Posts of a GPU's workers, in mapped memory of the host, for the network's thread. Entry i holds posts i,
-// i + size, ... Workers of a CPU call that thread's object instead.
+// i + size, ... CPU workers call that thread's object instead.
 struct OutboxEntry {
   // n: free for post n; n + 1: holds post n. The worker that took ticket n waits for n, writes the post and
   // then n + 1 (release); the network's thread reads that (acquire), takes the post and writes n + size
