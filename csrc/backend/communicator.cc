@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kFlushSeconds = 5;  // for what is on its way to other nodes when a communicator is closed
 constexpr double kHandOverSeconds = 1;
-constexpr int kMaxQueues = 16;  // GPUs have workers enough to fill any link several times over
+constexpr int kMaxQueues = 16;  // GPUs have enough workers to fill any link several times over
 
 }  // namespace
 
@@ -38,7 +38,7 @@ int64_t Communicator::control_bytes() const {
   return align_up(signals + counts, 4096);
 }
 
-// Words say "before the first operation", also where epochs wrap around soon.
+// Makes words say "before the first operation", also where epochs soon wrap around.
 void Communicator::write_first_words(std::byte* control) const {
   const uint64_t before = tagged(config_.first_epoch - 1, 0);
   auto* signals = reinterpret_cast<Signals*>(control);
@@ -120,14 +120,14 @@ void Communicator::check_usable() const {
 
 namespace {
 
-// By the system's clock: ThreadSanitizer does not know of mutexes that are locked by the steady one.
+// By the system's clock: ThreadSanitizer does not know of mutexes that are locked by the steady clock.
 std::chrono::system_clock::time_point next_nap() {
   return std::chrono::system_clock::now() + std::chrono::milliseconds(static_cast<int>(kNapSeconds * 1e3));
 }
 
 }  // namespace
 
-// Another thread's operation may take as long as a deadline, and Ctrl-C gets a thread out of that, too.
+// Another thread's operation may take as long as a deadline; Ctrl-C ends the wait for that, too.
 Communicator::Issue::Issue(Communicator& comm, Of of)
     : comm_(comm), lock_(comm.issue_mutex_, std::defer_lock) {
   comm.check_can_wait();
@@ -184,7 +184,7 @@ void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) 
   gave_up_.store(true, std::memory_order_release);
   end_waits();
   announce_departure(Departure::of(how, blamed));
-  // Who exits at the error is not to be blamed for that by ranks that have not heard why.
+  // If this rank exits at the error, ranks that have not heard why must not blame it for that.
   if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
 }
 
@@ -230,7 +230,7 @@ void Communicator::close() {
   if (!home_.is_here()) return;
   if (is_issuing_here()) return give_up("a signal handler closed it in the middle");
   if (closed_.exchange(true, std::memory_order_acq_rel)) return;
-  // Who waits no more for what is under way must not wait for it here, where the others may never come.
+  // A user who no longer waits for what is under way must not wait for it here: the others may never come.
   const std::string why = "it was interrupted (Ctrl-C) with operations under way, and closed";
   if (interrupted_.load(std::memory_order_relaxed)) give_up(why);
   bool interrupted = false;
@@ -283,7 +283,7 @@ void Communicator::note_uses(const std::vector<uintptr_t>& addresses, uintptr_t 
 }
 
 Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing) {
-  // Rows that lie in a slot already, in their order and unweighted, are pulled from there.
+  // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
   const bool plain = !routing.expand_to && !input.weights && input.stride == layout_.row_bytes;
   auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
   if (!lease) return {take_slot(), false, false};

@@ -1,5 +1,5 @@
 // One rank of an expert-parallel group: what Python talks to, and what all backends have in common. The CPU's
-// is in cpu/communicator.h, that of CUDA GPUs in cuda/communicator.h.
+// is in cpu/communicator.h, the one of CUDA GPUs in cuda/communicator.h.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,7 @@ struct Config {
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
   double timeout = 60.0;
-  double link_gbps = 0;      // GB/s of this rank's link, to be emulated; 0: no limit
+  double link_gbps = 0;      // emulated limit of this rank's link, in GB/s; 0: none
   NetConfig net;             // across nodes
   uint32_t first_epoch = 1;  // for tests of the wrap-around
   InterruptCheck interrupted = nullptr;
@@ -46,10 +46,10 @@ struct Config {
   // CUDA
   int device = 0;
   uintptr_t stream = 0;  // of communication
-  // Of plans; 0: the same. Another only where each rank of this process finds an SM for its plan beside those
-  // for the rows of all: see cuda/plan.cuh.
+  // Of plans; 0: the same. A different one only where each rank of this process finds an SM for its plan
+  // beside those for all ranks' rows: see cuda/plan.cuh.
   uintptr_t plan_stream = 0;
-  std::shared_ptr<void> stream_owner;  // keeps both from being used by others; null: the caller does
+  std::shared_ptr<void> stream_owner;  // keeps others from using either stream; null: the caller does
   std::string share;                   // how heaps reach other processes: "fd", "fabric" or "none"
 };
 
@@ -71,7 +71,7 @@ struct Rows {
   const std::byte* weights = nullptr;  // [count][topk]
 };
 
-// RouterOutput that a dispatch found, and that later operations use again.
+// The route plan, which a dispatch found and later operations use again.
 struct RoutePlan {
   const int64_t* topk_idx = nullptr;  // [tokens][topk]
   int64_t* routes = nullptr;          // [tokens][width]
@@ -92,11 +92,11 @@ struct Received {
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
 };
 
-// A dispatch whose counts are known and whose rows have not moved yet, or, in waves, may be moving. Until
-// they do it has the turn: no other operation of the communicator is issued, because rows move in the order
-// of epochs (see Signals::arrived).
+// A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they
+// move it has the turn: no other operation of the communicator is issued, because rows move in the order of
+// epochs (see Signals::arrived).
 struct PendingDispatch {
-  std::shared_ptr<void> turn;  // given up without finish_dispatch, it ends the communicator
+  std::shared_ptr<void> turn;  // dropped without finish_dispatch, it ends the communicator
   uint64_t number = 0;         // of the operation; words carry its lower half
   uint32_t epoch = 0;
   Call call;
@@ -120,7 +120,7 @@ struct CombineInput {
   int64_t bias_stride = 0;
 };
 
-// What a rank leaves with every other when it goes: see Signals::left.
+// What a rank writes for every other when it departs: see Signals::departed.
 struct Departure {
   uint64_t words[2];
 
@@ -136,8 +136,8 @@ class Network;
 class NetworkMemory;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
-// What keeps alive the memory that an asynchronous operation uses, until it is done. Where a stream orders
-// operations, that of the memory does so too, and nothing need be held (CUDA).
+// Keeps the memory that an asynchronous operation uses alive until it is done. Where a stream orders
+// operations (CUDA), the memory's stream orders its use too, and nothing need be held.
 using Held = std::shared_ptr<void>;
 
 class Communicator {
@@ -147,50 +147,50 @@ class Communicator {
   Communicator& operator=(const Communicator&) = delete;
 
   virtual PeerAddress address() = 0;
-  // Maps the others' heaps. All ranks keep theirs until all have connected (a barrier of the caller's).
+  // Maps the others' heaps. Each rank keeps its heap until all have connected (a barrier of the caller's).
   virtual void connect(const std::vector<PeerAddress>& peers) = 0;
 
-  // Plans, sends counts and waits for everyone's; fills in routes, rows_per_expert and offsets, on a GPU
-  // later than it returns. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
+  // Plans, sends counts and waits for every rank's; fills in routes, rows_per_expert and offsets, on a GPU
+  // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
   // order in which wait_expert may ask for them; needs expand_to, and ranks of one node.
   virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights,
                                                           bool drop, bool in_waves) = 0;
-  // Moves the rows. `routing` now has expand_to where the layout wants them. On a CPU the ticket is done
-  // already unless `async`.
+  // Moves the rows. `routing` now has expand_to where the layout wants it. On a CPU the ticket is already
+  // done unless `async`.
   virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                                  const Received& received, bool async, Held held = nullptr) = 0;
-  // The rows of other tensors along a known routing; `lease` receives the slot where rows stay in it.
+  // Moves the rows of other tensors along a known routing; `lease` receives the slot if rows stay in it.
   virtual Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
                             std::shared_ptr<SlotLease>* lease, Held held = nullptr) = 0;
   virtual Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
                          std::byte* out_weights, bool async, Held held = nullptr) = 0;
   virtual void wait(const Ticket& ticket) = 0;
   // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
-  // it returns; throws what failed. CUDA: for what `stream` does next, also after a failure, which the next
+  // it returns; throws the failure. CUDA: for what `stream` does next, also after a failure, which the next
   // call throws.
   virtual void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                            uintptr_t stream) = 0;
-  // CUDA: waits until the event, recorded on the communication stream, is done; throws what failed.
+  // CUDA: waits until the event, recorded on the communication stream, is done; throws the failure.
   virtual void wait_event(uintptr_t) { check_usable(); }
-  // Waits until all operations issued are done; throws what failed.
+  // Waits until all operations issued are done; throws the failure.
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
   virtual void check_health() { check_usable(); }
   // A slot to write rows for combine into.
   virtual std::shared_ptr<SlotLease> lend_slot() = 0;
 
-  // CUDA: what `stream` has queued when a tensor at one of these addresses goes may still use it. Addresses
-  // that are not the first row of a slot in use are passed over.
+  // CUDA: work that `stream` has queued when a tensor at one of these addresses goes may still use it. Skips
+  // addresses that are not the first row of a slot in use.
   void note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream);
 
-  // Finishes what is under way, and tells the others. Throws, when all that is done, what has failed and no
-  // call has told yet, or Interrupted. May be called twice. Does nothing in a forked child. In a signal
-  // handler that came in the middle of an operation it ends that; the rest is then left to the next call.
+  // Finishes what is under way, and tells the others. Then throws a failure that no call has reported yet, or
+  // Interrupted. May be called twice. Does nothing in a forked child. In a signal handler that interrupted an
+  // operation, ends the operation; the next call does the rest.
   void close();
-  // After an error between two halves of an operation: the others need not wait.
+  // After an error between two halves of an operation: the other ranks need not wait.
   void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
-  // Whether this is the process that made it, and not one forked from that.
+  // Whether this is the process that made it, and not a fork of that process.
   bool is_here() const { return home_.is_here(); }
 
   const Config& config() const { return config_; }
@@ -212,25 +212,25 @@ class Communicator {
 
   // Waits until operations under way have given their slots back, however they end.
   virtual void drain() = 0;
-  // The same; where the user wants out before that, either throws Interrupted or makes them end.
+  // The same; if the user wants out before that, either throws Interrupted or makes the operations end.
   virtual void drain_unless_interrupted() = 0;
-  // The same; before it throws Interrupted, it gives up for this reason.
+  // The same; gives up for this reason before it throws Interrupted.
   void drain_or_give_up(const std::string& why);
-  // Leaves a word with every rank: this one is gone.
+  // Writes a word for every rank: this one has departed.
   virtual void announce_departure(const Departure& departure) = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
-  // Lets operations under way end, for the communicator is of no use any more.
+  // Lets operations under way end, because the communicator is of no use any more.
   virtual void end_waits() {}
   // close() is through: nothing is under way, and everything but what the user still holds can go.
   virtual void has_closed() {}
 
-  // The right to issue an operation, which one thread at a time has. Throws CommFailure where there can be
-  // none: in a forked child, in a signal handler that came in the middle of one, or see check_usable.
+  // The right to issue an operation, which one thread at a time has. Throws CommFailure where no operation
+  // can be issued: in a forked child, in a signal handler that interrupted one, or see check_usable.
   class Issue {
    public:
-    // Of an operation, which waits until a dispatch that has begun has moved its rows; or of what belongs to
-    // that dispatch, or to none.
+    // Of an operation, which waits until a dispatch that has begun has moved its rows; or of a call that
+    // belongs to that dispatch, or to none.
     enum class Of { operation, pending_dispatch };
     explicit Issue(Communicator& comm, Of of = Of::operation);
     ~Issue();
@@ -244,7 +244,7 @@ class Communicator {
     Communicator& comm_;
     std::unique_lock<std::timed_mutex> lock_;
   };
-  // The turn is the dispatch's from the end of its first half to the end of its second.
+  // The dispatch has the turn from the end of its first half to the end of its second.
   void begin_turn(PendingDispatch& dispatch);
   void end_turn(PendingDispatch& dispatch);
   // Throws unless this thread can wait for the operations of this communicator.
@@ -255,7 +255,7 @@ class Communicator {
   void write_first_words(std::byte* control) const;
   // heaps: by rank; null: on another node.
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
-  // Connects to ranks on other nodes, if there are any: all ranks' addresses are known.
+  // Connects to ranks on other nodes, if any: all ranks' addresses are known.
   void make_network(std::unique_ptr<NetworkMemory> memory);
   void connect_network(const std::vector<PeerAddress>& peers, Signals* signals);
   void announce_departure_far(const Departure& departure);
@@ -266,12 +266,12 @@ class Communicator {
   void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
-  // Results of a combine: not where other ranks pull rows from.
+  // A combine's results must not lie where other ranks pull rows from.
   void check_out(const std::byte* out) const;
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;
 
   std::shared_ptr<SlotLease> take_slot();
-  // The slot that combine pulls from: that of y, if it lies in one in the order received, else a free one.
+  // The slot that combine pulls from: y's, if y lies in one in the order received, else a free one.
   struct CombineSlot {
     std::shared_ptr<SlotLease> lease;
     bool in_place;
@@ -298,8 +298,8 @@ class Communicator {
   std::atomic<double> timeout_;
 
   const HomeProcess home_;
-  // Set when the communicator is of no use any more (release): operations of its own look at it where they
-  // begin and where they wait (acquire), and end. Never reset.
+  // Set when the communicator is of no use any more (release): its operations read it where they begin and
+  // where they wait (acquire), and end. Never reset.
   std::atomic<bool> gave_up_{false};
   // The user has stopped waiting for operations under way (Ctrl-C): close() does not wait for others either.
   std::atomic<bool> interrupted_{false};
@@ -309,7 +309,7 @@ class Communicator {
   uint32_t dispatches_;
 
  private:
-  // Whose turn it is, while a dispatch has it, and which thread has begun that. Guarded by issue_mutex_.
+  // The turn, while a dispatch has it, and the thread that began that dispatch. Guarded by issue_mutex_.
   std::optional<std::weak_ptr<void>> turn_;
   std::thread::id turn_of_;
   std::condition_variable_any turn_ended_;
@@ -318,7 +318,7 @@ class Communicator {
     return issuer_.load(std::memory_order_relaxed) == std::this_thread::get_id();
   }
 
-  // Who has issue_mutex_. Orders nothing: a thread asks only whether it is itself.
+  // The thread that has issue_mutex_. Orders nothing: a thread asks only whether it is that one.
   std::atomic<std::thread::id> issuer_{};
   mutable std::mutex broken_mutex_;  // guards broken_, which threads of the backend set as well
   std::string broken_;

@@ -33,7 +33,7 @@ std::string last_words(const FailureRecord& r) {
          std::to_string(tag_of(r.last_call)) + ")";
 }
 
-// Those that this rank waited for, and that wait themselves.
+// The ranks that this one waited for and that wait themselves.
 std::string held_up_text(const FailureRecord& r, bool one) {
   const std::vector<int> held_up = ranks_in(r.awaited & ~r.blamed);
   return held_up.empty() ? ""

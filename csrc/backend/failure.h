@@ -9,13 +9,13 @@
 
 namespace commlib {
 
-// A wait that did not end, as rank `rank` tells it.
+// A wait that did not end, as rank `rank` reports it.
 struct Failure {
   int rank = 0;
   FailureRecord record{};
   std::string detail;  // Cause::broken, Cause::lost: why
 
-  std::vector<int> peers() const;  // who was waited for
+  std::vector<int> peers() const;  // the ranks waited for
 };
 
 std::string describe(const Failure& failure);

@@ -1,4 +1,4 @@
-// Who holds which slot of this rank's heap.
+// Which slots of this rank's heap are held, and by what.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,13 @@ class SlotLease {
   int index() const { return index_; }
   Slot slot() const;
   // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished
-  // it.
+  // that operation.
   void pulled_in(uint64_t epoch);
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
   void use();
-  // CUDA: what `stream` has queued when the lease ends may still use the slot.
+  // CUDA: work that `stream` has queued when the lease ends may still use the slot.
   void use_on(uintptr_t stream);
 
  private:
@@ -44,8 +44,8 @@ class SlotLease {
 
 class SlotPool : public std::enable_shared_from_this<SlotPool> {
  public:
-  // Which free slot is taken. The first: then no more are ever touched than are needed. Or the one that has
-  // been free longest: then what is still queued from its last use is soonest done.
+  // Which free slot is taken. The first, so that no more are ever touched than are needed; or the one that
+  // has been free longest, so that what is still queued from its last use is soonest done.
   enum class Choice { first, longest_free };
 
   // `heap` keeps the memory at `slots` mapped.
@@ -54,7 +54,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   // A free slot, or null.
   std::shared_ptr<SlotLease> take();
-  // The lease of the slot at whose first row `address` points, or null.
+  // The lease of the slot whose first row lies at `address`, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
   // Whether `address` lies in any slot.
   bool holds(const std::byte* address) const;
@@ -66,7 +66,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   virtual ~SlotPool() = default;
 
  private:
-  // A lease ends whose slot these streams use. Must not throw.
+  // A lease ends while these streams use its slot. Must not throw.
   virtual void note_uses(int, const std::vector<uintptr_t>&) {}
 
   friend class SlotLease;
@@ -78,7 +78,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
     uint64_t freed = 0;  // when, in leases that have ended
   };
 
-  // Words tell 2^31 operations apart. No rank is ever so many behind: it is not asked about one so old.
+  // Words tell 2^31 operations apart. No rank is ever that far behind, so none is asked about one that old.
   static constexpr uint64_t kLongAgo = uint64_t{1} << 30;
 
   const HomeProcess home_;

@@ -18,7 +18,7 @@ std::shared_ptr<void> BufferPool::take(size_t bytes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-      // A buffer much larger than needed stays for those who need it.
+      // A buffer much larger than needed stays for results that need it.
       if (it->bytes < bytes || it->bytes > 2 * bytes) continue;
       found = *it;
       idle_.erase(it);

@@ -1,4 +1,4 @@
-// Memory of owned results. A fresh mapping of 50 MB costs more page faults than the copy into it takes, so
+// Memory of owned results. The page faults of a fresh mapping of 50 MB cost more than the copy into it, so
 // results go back to a small pool when their tensors die, as with a caching allocator on a GPU.
 #pragma once
 

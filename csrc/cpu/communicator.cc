@@ -20,8 +20,8 @@ CpuCommunicator::CpuCommunicator(const Config& config)
 CpuCommunicator::~CpuCommunicator() {
   try {
     close();
-  } catch (const std::exception&) {  // an operation has failed, and a destructor has nobody to tell
-  } catch (const Interrupted&) {     // nor here: what was under way has been given up
+  } catch (const std::exception&) {  // an operation has failed, and a destructor cannot report it
+  } catch (const Interrupted&) {     // nor this: what was under way has been given up
   }
 }
 

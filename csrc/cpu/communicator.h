@@ -32,13 +32,13 @@ class CpuCommunicator final : public Communicator {
   int64_t touched_bytes() override;
   bool has_exited(int rank) override;
 
-  // Memory for so many rows, that goes back to the communicator's pool of buffers with its last owner.
+  // Memory for `rows` rows, which goes back to the communicator's pool of buffers with its last owner.
   std::shared_ptr<void> new_rows(int64_t rows);
   int64_t idle_bytes() const { return static_cast<int64_t>(buffers_->idle_bytes()); }
   const char* vector_ops_name() const { return ops_->name; }
 
   // For benchmarks: one worker's send_rows or pull_rows and nothing else, over the routing of a dispatch
-  // whose slots are not in use. The machine's own limit for this routing and these stores.
+  // whose slots are not in use. Shows the machine's own limit for this routing and these stores.
   void bare_send(const Rows& rows, const RoutePlan& routing);
   void bare_pull(const RoutePlan& routing, std::byte* out);
 
@@ -50,7 +50,7 @@ class CpuCommunicator final : public Communicator {
   void announce_departure(const Departure& departure) override;
   void has_closed() override;
 
-  // Calls `wait`, and remembers if the user wanted out.
+  // Calls `wait`, and remembers whether the user wanted out.
   template <class OpId>
   void wait_for(OpId wait);
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
@@ -58,13 +58,13 @@ class CpuCommunicator final : public Communicator {
   std::shared_ptr<SlotLease> take_writable_slot(Call call);
   void await_writable(const SlotLease& lease, Call call);
   uint32_t announce(Call call);
-  // What each worker does in an operation, and what the last one does whichever way it ended.
+  // What each worker does in an operation, and what the last one does however it ended.
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
   Ticket start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last, bool async, Held held);
   Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async, Held held);
   void run_in_waves(Transfer& t, CpuWorker& w, Job& job);
   [[noreturn]] void raise_failed(OpContext& op);
-  // A worker ran into an error of its own: its fellows and the other ranks need not wait for it.
+  // A worker ran into an error of its own: the other workers and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);
 
   const VectorOps* ops_;

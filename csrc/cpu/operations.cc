@@ -13,7 +13,7 @@ bool another_failed(const OpContext& op) { return op.failed.load(std::memory_ord
 
 }  // namespace
 
-// Says which operation this rank calls and which slot it lends; every operation on every rank begins so.
+// Says which operation this rank calls and which slot it lends; every operation on every rank begins with it.
 uint32_t CpuCommunicator::announce(Call call) {
   const auto epoch = static_cast<uint32_t>(++epoch_);
   auto op = context(call, epoch);
@@ -22,7 +22,7 @@ uint32_t CpuCommunicator::announce(Call call) {
   return epoch;
 }
 
-// Nobody may still pull from what is about to be written.
+// Waits until no rank pulls from a slot that is about to be written.
 void CpuCommunicator::await_writable(const SlotLease& lease, Call call) {
   uint32_t epoch;
   if (!slots_->last_pull(lease.index(), epoch_ + 1, &epoch)) return;
@@ -64,7 +64,7 @@ Ticket CpuCommunicator::start(std::shared_ptr<OpContext> op, Part part, std::fun
   op->interrupted = nullptr;  // worker 0 is a thread of the pool's
   try {
     pool_->submit(job);
-  } catch (const std::exception& e) {  // others know of the call already
+  } catch (const std::exception& e) {  // others already know of the call
     give_up(e.what());
     throw;
   }
@@ -79,7 +79,7 @@ struct CpuCommunicator::Transfer {
   UnpackPlan unpack{};
   bool in_waves = false;
   std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
-  // Own copies, for the caller's may be gone by then.
+  // Own copies, because the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
   std::vector<int64_t> source_rows, offsets, rows_per_expert;
 };
@@ -147,7 +147,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
   std::vector<uint32_t> next(config_.experts);
   number_rows_of_experts(caller, in, pending->lease->slot().sent_ordinals, next.data());
   if (overflow) {
-    // Everyone sees the same overflow in the counts, so everyone takes this second round.
+    // All ranks see the same overflow in the counts, so all take this second round.
     pending->dropped = drop_overflow(caller, in, routing.routes, counts, config_.capacity);
     exchange();
   }
@@ -180,7 +180,7 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
   return ticket;
 }
 
-// Of a caller who brings a routing of its own: other ranks' memory is written and read where it says.
+// For a caller who brings a routing: other ranks' memory is written and read where it says.
 void CpuCommunicator::check_routes(const RoutePlan& routing) const {
   for (int64_t i = 0; i < routing.tokens * width_; ++i) {
     const int64_t route = routing.routes[i];

@@ -45,7 +45,7 @@ void WorkerPool::stop() {
   threads_.clear();
 }
 
-// Signals are for the program's own threads: a pool's thread inherits that it blocks them all.
+// Signals are for the program's own threads: the pool's threads inherit a mask that blocks them all.
 void WorkerPool::start_threads(int first) {
   sigset_t all, before;
   sigfillset(&all);
@@ -94,7 +94,8 @@ void WorkerPool::run(const std::shared_ptr<Job>& job, const std::function<void()
     return false;
   });
   run_part(*job, 0);
-  // The others end by themselves: who fails, ends their waits. Until then they use the caller's memory.
+  // The others end by themselves: a worker that fails ends their waits. Until then they use the caller's
+  // memory.
   wait_on(event_, spin_, [&] { return is_done(*job); }, never);
   if (out) throw Interrupted{};
   if (job->error) std::rethrow_exception(job->error);
@@ -117,7 +118,7 @@ void WorkerPool::wait_wave(const Job& job, int wave) {
 }
 
 void WorkerPool::unpacked(Job& job, int wave) {
-  // acq_rel: who sees the last worker's count has seen all others' work.
+  // acq_rel: a thread that sees the last worker's count has seen all others' work.
   if (job.unpacked[wave].fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) notify(event_);
 }
 
@@ -182,7 +183,7 @@ void WorkerPool::thread_main(int worker) {
       std::lock_guard<std::mutex> lock(mutex_);
       const uint64_t front = front_number_.load(std::memory_order_relaxed);
       if (front < next) return;  // stopping
-      // Jobs need thread 0 only where no caller stands in for it, so it may have been passed by.
+      // Jobs need thread 0 only where no caller stands in for it, so jobs may have passed it by.
       next = front;
       if (queue_.empty() || (worker == 0 && queue_.front().caller_is_worker_0)) continue;
       job = queue_.front().job;

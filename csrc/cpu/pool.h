@@ -17,11 +17,11 @@ namespace commlib {
 
 // One operation in the pool: run(i) is called once for each worker i.
 struct Job {
-  // What an asynchronous operation reads and writes lives until all workers have returned, whatever its
-  // caller does meanwhile. Given up on the last worker's thread.
+  // Keeps what an asynchronous operation reads and writes alive until all workers have returned, whatever its
+  // caller does meanwhile. Released on the last worker's thread.
   std::shared_ptr<void> held;
   std::function<void(int worker)> run;
-  // Called once after all workers have returned, none by an exception, on the last one's thread. May throw.
+  // Called once, on the last worker's thread, after all have returned, none by an exception. May throw.
   std::function<void()> finish;
   // Called by each worker whose run(i) throws, at once: others wait for it. May be empty.
   std::function<void(const std::exception_ptr&)> abandon;
@@ -35,20 +35,20 @@ struct Job {
   double begun = 0, ended = 0;
 };
 
-// Runs jobs strictly one after another, in the order submitted, each on all `workers` threads. A synchronous
-// job is taken on by the calling thread as worker 0, so with one worker nothing is handed over; thread 0
-// starts with the first asynchronous job.
+// Runs jobs strictly one after another, in the order submitted, each on all `workers` threads. The calling
+// thread is worker 0 of a synchronous job, so with one worker nothing is handed over; thread 0 starts with
+// the first asynchronous job.
 class WorkerPool {
  public:
-  // `cores`: that its threads may run on; empty: any.
+  // `cores`: those that its threads may run on; empty: any.
   WorkerPool(int workers, SpinPolicy spin, InterruptCheck interrupted, std::vector<int> cores = {});
   ~WorkerPool();  // finishes what has been submitted
 
   int workers() const { return workers_; }
 
-  // Runs the job and returns when it is done, for its callers free what it uses then; rethrows what it threw.
-  // If the user wants out before the job's turn comes, calls `interrupted`, which is to make the jobs before
-  // it end soon, and throws Interrupted when this one has run.
+  // Runs the job and returns when it is done, because its callers then free what it uses; rethrows what it
+  // threw. If the user wants out before the job's turn comes, calls `interrupted`, which is to make the jobs
+  // before it end soon, and throws Interrupted when this one has run.
   void run(const std::shared_ptr<Job>& job, const std::function<void()>& interrupted = [] {});
   // Returns at once.
   void submit(const std::shared_ptr<Job>& job);

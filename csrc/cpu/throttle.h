@@ -15,7 +15,7 @@ class Throttle {
 
   bool limited() const { return rate_.fs_per_byte != 0; }
   // Takes the time of `bytes`, after what other workers have taken, and waits for its end. Sleeps
-  // are as coarse as the kernel's timer, so ends that are near are not waited for: the next rows do.
+  // are as coarse as the kernel's timer, so it does not wait for a near end: the next rows do.
   void pass(int64_t bytes) {
     uint64_t free = free_.load(std::memory_order_relaxed), end;
     const uint64_t now = now_ns();
@@ -37,7 +37,7 @@ class Throttle {
   }
 
   const ThrottleRate rate_;
-  // When all that workers have passed is through. Only a time: orders nothing (relaxed).
+  // When everything that workers have passed is through. Only a time: orders nothing (relaxed).
   std::atomic<uint64_t> free_{0};
 };
 

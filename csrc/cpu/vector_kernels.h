@@ -1,7 +1,7 @@
 // multicast and reduce, written once over an instruction set `Isa`. Included by each simd_*.cc after the
 // instruction set has been switched on for that file, and after the headers below, which must not be compiled
-// for it; everything stays in its unnamed namespace, so that
-// code for one instruction set can never be linked into another's path.
+// for it; everything stays in its unnamed namespace, so that code for one instruction set can never be linked
+// into another's path.
 //
 // Isa::Bytes     : static load(p), stream(p, v), kBytes
 // Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// How far ahead a sum asks for its rows. The hardware prefetcher stops at each 4 KiB page, and rows are 3 or
-// 4 pages long: asking took the sum of 4 ranks' rows from 7.4 to 5.6 ms (docs/performance.md). Past the end
-// of a row it fetches the next one, which is most often wanted next; a prefetch never faults.
+// How far ahead a sum prefetches its rows. The hardware prefetcher stops at each 4 KiB page, and rows are 3
+// or 4 pages long: prefetching took the sum of 4 ranks' rows from 7.4 to 5.6 ms (docs/performance.md). Past
+// the end of a row it fetches the next one, which is most often needed next; a prefetch never faults.
 constexpr int64_t kPrefetchBytes = 2048;
 
 inline bool whole_lines(const void* p, int64_t bytes) {

@@ -26,7 +26,7 @@ struct VectorOps {
 };
 
 // The widest of "avx512", "avx2", "neon", "plain" that this processor runs; or the one named.
-// Throws std::invalid_argument where it is unknown or the processor lacks it.
+// Throws std::invalid_argument if that is unknown or the processor lacks it.
 const VectorOps& vector_ops(const std::string& name = "");
 
 std::vector<std::string> available_vector_ops();

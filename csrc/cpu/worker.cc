@@ -2,7 +2,7 @@
 
 namespace commlib {
 
-// The first failure of an operation is the one that is told.
+// The first failure of an operation is the one reported.
 void CpuWorker::fail(FailureRecord record, double seconds) {
   if (record.cause == Cause::none) return;
   record.waited_ns = static_cast<uint64_t>(seconds * 1e9);
@@ -46,7 +46,7 @@ bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool sig
   return true;
 }
 
-// What comes from other nodes comes through ranks of this one. Of these, one that closed its communicator
+// What comes from other nodes comes through ranks of this node. Of these, a rank that closed its communicator
 // before its process ended, and had made this call, has done its part.
 uint64_t CpuWorker::find_exited(uint64_t awaited) {
   const uint64_t near = op_.peers->near;

@@ -1,5 +1,4 @@
-// The CPU worker: one thread of a rank's pool, in one operation. protocol/worker.h says what its members
-// mean.
+// The CPU worker: one thread of a rank's pool, in one operation. protocol/worker.h explains its members.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +38,8 @@ struct OpContext {
   FailureRecord record{};
 };
 
-// Seconds waited, as counted by looks. What lies between two of them counts up to a limit: beyond that it was
-// this process that stood still (SIGSTOP, a debugger, a suspended machine), and its peers were not late.
+// Seconds waited, as counted by looks. The time between two looks counts up to a limit: beyond that, this
+// process stood still (SIGSTOP, a debugger, a suspended machine), and its peers were not late.
 class Waited {
  public:
   double look() {
@@ -172,7 +171,7 @@ class CpuWorker {
         told |= announce_wait(*this, *op_.peers, op_.id, awaited, seconds >= op_.timeout / 2);
         return false;
       }
-      if (!ready()) fail(record, seconds);  // who left did its part first, and said so after that
+      if (!ready()) fail(record, seconds);  // a departed rank did its part before it said so
       return true;
     });
     if (told && ok) announce_wait(*this, *op_.peers, op_.id, 0, false);

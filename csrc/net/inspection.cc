@@ -9,7 +9,7 @@
 namespace commlib {
 namespace {
 
-// Takes as long wherever they differ.
+// Takes equally long wherever they differ.
 bool same(const Key& a, const Key& b) {
   std::byte difference{0};
   for (size_t i = 0; i < a.size(); ++i) difference |= a[i] ^ b[i];
@@ -68,7 +68,7 @@ const char* Inspection::fault_of(const Post& post, uint64_t bytes) const {
   return "a message of no known kind";
 }
 
-// A rank writes its own words, and of these those that ranks of other nodes write.
+// A rank writes its own words only, and of these only those that ranks of other nodes write.
 const char* Inspection::fault_of_words(const Post& post) const {
   if (post.bytes == 0 || post.bytes % 8 || post.number % 8) return "words that are not whole";
   const auto from = static_cast<uint64_t>(post.peer), size = static_cast<uint64_t>(size_);
@@ -89,7 +89,7 @@ const char* Inspection::fault_of_chunk(const Post& post) const {
   if (!end || post.queue >= shape.queues) return "rows through a channel that there is not";
   if (post.bytes < sizeof(ChunkHeader) || post.bytes > static_cast<uint64_t>(shape.chunk_bytes))
     return "a chunk of a size that there is not";
-  // It may lie in the ring only once what lay there has been taken.
+  // A chunk may lie in the ring only once the one that lay there has been taken.
   const uint64_t taken = passed_[queue_index(*end, post.queue)];
   if (post.number < taken || post.number - taken >= static_cast<uint64_t>(shape.chunks))
     return "a chunk where there is no room for it";

@@ -1,5 +1,5 @@
 // Which messages of other nodes are acted on. What a message says (kind, sizes, positions) is checked before
-// any of it is used, so that none writes where it should not, whatever it says.
+// any of it is used, so that no message writes where it should not, whatever it says.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@ namespace commlib {
 // A rank's channels, as far as checks need to know them. Used by the network's thread alone.
 class Inspection {
  public:
-  // keys: by rank. far: the ranks on other nodes, as a mask. Throws std::invalid_argument if there is not a
+  // keys: by rank. far: the ranks on other nodes, as a mask. Throws std::invalid_argument unless there is a
   // key for each rank.
   Inspection(const NetShape& shape, std::vector<PeerKeys> keys, uint64_t far);
   // internode: stays where it is. Only addresses are compared, so they may be those of a GPU's memory.
@@ -20,7 +20,7 @@ class Inspection {
   Header header_for(const Post& post) const;
   // Whether a header comes from the rank that it names.
   bool is_proven(const void* header, size_t header_bytes, Post* post) const;
-  // What is wrong with a message of a rank that has proven itself; null: nothing.
+  // The fault of a message from a rank that has proven itself; null: none.
   const char* fault_of(const Post& post, uint64_t bytes) const;
   // This rank has sent a chunk, or said how many it has taken.
   void note_sent(const Post& post);
@@ -41,7 +41,7 @@ class Inspection {
   const Internode* internode_ = nullptr;
   const QueueState* first_state_ = nullptr;
   std::vector<uint64_t>
-      passed_;  // by queue of each end: chunks sent, or those that the sender knows as taken
+      passed_;  // by queue of each end: chunks sent, or those that the sender knows to be taken
 };
 
 }  // namespace commlib

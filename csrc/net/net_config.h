@@ -9,7 +9,7 @@
 
 namespace commlib {
 
-// What the user says of ranks on other nodes.
+// What the user says about ranks on other nodes.
 struct NetConfig {
   std::vector<int> node_of;             // by rank; empty: all share one node
   bool hierarchical = true;             // one gateway for each node, or each rank its own

@@ -16,12 +16,12 @@ namespace commlib {
 namespace {
 
 // Large enough for a message's fixed cost, and with its header no more than UCX receives at once over TCP (64
-// KiB): larger ones are put together from fragments, which is one more copy.
+// KiB): UCX puts larger ones together from fragments, which is one more copy.
 constexpr int64_t kChunkBytes = 60 << 10;
 constexpr int64_t kRingsBytes = 64 << 20;  // of all rings of a rank, unless chunks must be larger
 constexpr int32_t kLeastChunks = 2, kMostChunks = 32;
 constexpr uint64_t kOutboxSize = 4096;
-constexpr int kNapMs = 100;  // nobody needs to be seen sooner: posts wake the thread
+constexpr int kNapMs = 100;  // nothing needs to be noticed sooner: posts wake the thread
 constexpr long kGpuNapNs = 20'000;
 
 class HostMemory final : public NetworkMemory {
@@ -101,8 +101,8 @@ void Network::connect(const std::vector<std::string>& addresses, int queues, Sig
   thread_ = std::thread([this] { run(); });
 }
 
-// Every channel has as many chunks as fit into the memory for all rings of the rank that has most of them:
-// the same on all ranks.
+// Every channel has as many chunks as fit into the memory for all rings on the rank that has the most rings:
+// the same number on all ranks.
 ChannelShape Network::shape_for(int queues) const {
   const auto one_frame = static_cast<int64_t>(sizeof(ChunkHeader)) + largest_.bytes;
   const int64_t chunk = align_up(std::max(or_else(asked_chunk_bytes_, kChunkBytes), one_frame), kRowAlign);
@@ -119,7 +119,7 @@ void Network::make_rings(int queues) {
   const int64_t ends = 2 * static_cast<int64_t>(topology_.gateways.size() + topology_.sources.size());
   const int64_t ring_bytes = ends * queues * chunks * chunk;
   const int64_t states = ends * queues * static_cast<int64_t>(sizeof(QueueState));
-  // A UCX that was built without CUDA would take a GPU's memory for the host's.
+  // A UCX built without CUDA would take a GPU's memory for the host's.
   const auto size = static_cast<size_t>(ring_bytes + 8);  // not nothing where there are no channels
   std::byte* ring = transport_->reaches_gpu_memory() ? memory_->own(size) : memory_->words(size);
   const auto counters = static_cast<int64_t>(topology_.sources.size() * sizeof(uint64_t));
@@ -252,7 +252,7 @@ std::byte* Network::place_for(const Post& post) {
   return inspection_.find(post, false)->ring + shape.position(post.queue, post.number) * shape.chunk_bytes;
 }
 
-// First the word, then the progress: who has read the progress finds the word.
+// First the word, then the progress: a thread that has read the progress finds the word.
 void Network::publish(uint64_t* word, uint64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
   __atomic_fetch_add(internode_.progress, 1, __ATOMIC_RELEASE);
@@ -325,7 +325,7 @@ void Network::work() {
 }
 
 void Network::sleep() {
-  if (memory_->on_gpu()) {  // nobody would wake it
+  if (memory_->on_gpu()) {  // nothing would wake it
     const timespec nap{0, kGpuNapNs};
     nanosleep(&nap, nullptr);
     return;
@@ -339,7 +339,7 @@ void Network::sleep() {
   std::lock_guard<std::mutex> lock(mutex_);
   asleep_ = false;
   uint64_t wakes;
-  if (read(wake_, &wakes, sizeof wakes) < 0) return;  // nobody woke it
+  if (read(wake_, &wakes, sizeof wakes) < 0) return;  // nothing woke it
 }
 
 void Network::close(double seconds) {

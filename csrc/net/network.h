@@ -1,6 +1,6 @@
 // A rank's ends of the channels to other nodes, and the thread that works them.
 //
-// Why a thread, and not the workers themselves: TCP moves only while somebody moves it, on both sides, also
+// Why a thread, and not the workers themselves: TCP moves only while a thread moves it, on both sides, also
 // while this rank's workers compute or sleep; a GPU's workers cannot call UCX at all; and UCX's worker, which
 // only one thread uses, needs no locks. See docs/decisions.md.
 #pragma once
@@ -28,10 +28,10 @@ class NetworkMemory {
   virtual ~NetworkMemory() = default;
   // Workers cannot call, so they post into an outbox, and the network's thread never sleeps.
   virtual bool on_gpu() const { return false; }
-  // Zeros. Own is the workers'; words are read and written by workers and by the host alike.
+  // Zeros. own: memory of the workers; words: memory that workers and the host alike read and write.
   virtual std::byte* own(size_t bytes) = 0;
   virtual std::byte* words(size_t bytes) = 0;
-  // Each word is whole and, on its own, a release.
+  // Each word is stored whole, as a release of its own.
   virtual void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) = 0;
 };
 
@@ -43,8 +43,8 @@ class Network final : Receiver {
   ~Network() override;
 
   std::string address() { return transport_->address(); }
-  // By rank, as address() gave them there. queues: of every channel, on all ranks the same. `signals`: this
-  // rank's, whose bells are rung for words.
+  // addresses: by rank, as address() gave them there. queues: of every channel, the same on all ranks.
+  // `signals`: this rank's, which are notified of words.
   void connect(const std::vector<std::string>& addresses, int queues, Signals* signals);
 
   const Topology& topology() const { return topology_; }
@@ -53,20 +53,20 @@ class Network final : Receiver {
   std::byte* control_for(int peer) const { return shadows_[peer]; }
   // From any thread of the host.
   void post(const Post& post);
-  // Waits, at most for so long, until all that has been posted is the transport's: a process that ends then
-  // takes none of it along.
+  // Waits, for at most this long, until the transport has all that was posted: a process that then ends takes
+  // none of it along.
   void hand_over(double seconds);
   // Nothing comes from these ranks any more: a mask.
   uint64_t lost_ranks() const { return lost_.load(std::memory_order_acquire); }
   bool has_lost(int peer) const { return has(lost_ranks(), peer); }
   std::string why_lost(int peer) const;
-  // Sends what has been posted, at most for so long, and ends the thread. May be called twice.
+  // Sends what has been posted, for at most this long, and ends the thread. May be called twice.
   void close(double seconds);
   int64_t bytes() const { return bytes_; }  // of rings and words
-  // Messages sent, and the bytes in them, without what a transport adds.
+  // Messages sent, and their bytes, without what a transport adds.
   uint64_t messages_sent() const { return messages_.load(std::memory_order_relaxed); }
   uint64_t bytes_sent() const { return sent_.load(std::memory_order_relaxed); }
-  // Messages that were dropped because they did not prove from whom they were.
+  // Messages that were dropped because they did not prove which rank they came from.
   uint64_t messages_refused() const { return refused_.load(std::memory_order_relaxed); }
 
  private:

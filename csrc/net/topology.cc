@@ -11,8 +11,8 @@ namespace {
 
 using Nodes = std::map<int, std::vector<int>>;  // ranks of each node, ascending
 
-// The rank of `node` through which `source` reaches its ranks: the one with the same index in its node, so
-// that every rank of a node is gateway for its share of the sources.
+// The rank of `node` through which `source` reaches the node's ranks: the one with the same index in its
+// node, so that every rank of a node is gateway for its share of the sources.
 int gateway_for(const Nodes& nodes, const std::vector<int>& node_of, int source, int node) {
   const std::vector<int>& home = nodes.at(node_of[source]);
   const std::vector<int>& there = nodes.at(node);

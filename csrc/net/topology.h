@@ -1,4 +1,4 @@
-// Which ranks share a node, and who is whose gateway.
+// Which ranks share a node, and which is whose gateway.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@ struct Topology {
     int rank;
     uint64_t serves;
   };
-  std::vector<Peer> gateways;   // that this rank sends to, by the lowest rank they serve
-  std::vector<int> sources;     // whose gateway this rank is
+  std::vector<Peer> gateways;   // those that this rank sends to, by the lowest rank they serve
+  std::vector<int> sources;     // those whose gateway this rank is
   std::vector<int> gateway_of;  // by rank: an index into gateways; -1 for ranks of this node
   std::vector<int> brought_by;  // by rank, on other nodes: the rank that passes on here what comes from it
   uint64_t served;              // the ranks that this one passes rows on to
   int served_most;              // by any gateway
-  int channels_most;            // that any rank has outward, both ends counted; homeward there are as many
+  int channels_most;            // outward ones that any rank has an end of; homeward there are as many
 
   static Topology of(int rank, int size, const NetConfig& config);
 };

@@ -1,5 +1,5 @@
-// What commlib asks of a network: messages between ranks, each a Header and the bytes that it announces. UCX
-// is the one there is (ucx_transport.h); tests have another that is slow, late and cut at will.
+// What commlib asks of a network: messages between ranks, each a Header and the bytes that it announces. The
+// one there is uses UCX (ucx_transport.h); tests have another that is slow, late and cut at will.
 //
 // All calls after connect() come from one thread, the network's.
 #pragma once
@@ -14,8 +14,8 @@
 
 namespace commlib {
 
-// Each message proves by a key from whom and to whom it is: one for each ordered pair of ranks, and new for
-// each communicator. Who does not read the wire cannot know it. See docs/security.md.
+// Each message proves by a key which rank it comes from and which it is for: there is one for each ordered
+// pair of ranks, new for each communicator. Who does not read the wire cannot know it. See docs/security.md.
 using Key = std::array<std::byte, 16>;
 
 struct PeerKeys {
@@ -28,16 +28,16 @@ struct Header {
   Key key;
 };
 
-// Whom a transport tells what comes. It calls from within progress().
+// What a transport reports arrivals to, from within progress().
 class Receiver {
  public:
   virtual ~Receiver() = default;
-  // Asked of each message first, with its header as it came and the number of bytes behind it: whether it is
-  // to be acted on. If not, it is dropped. Fills in *post, whose `peer` is then proven.
+  // Called first for each message, with its header as it came and the number of bytes behind it: whether it
+  // is to be acted on. If not, it is dropped. Fills in *post, whose `peer` is then proven.
   virtual bool accepts(const void* header, size_t header_bytes, uint64_t bytes, Post* post) = 0;
   // Where the bytes of a chunk go.
   virtual std::byte* place_for(const Post& post) = 0;
-  // A message is there, a chunk's bytes in their place. `words`: those of PostKind::words.
+  // A message is there, and a chunk's bytes are in place. `words`: those of PostKind::words.
   virtual void arrived(const Post& post, const std::byte* words) = 0;
   // Nothing comes from this rank any more.
   virtual void lost(int peer, const std::string& why) = 0;
@@ -56,14 +56,14 @@ class Transport {
   // Memory that chunks are sent from and arrive in.
   virtual void use_memory(std::byte* data, size_t bytes) = 0;
 
-  // Sends header.post.bytes bytes from `data`, which stay as they are until the receiver has answered in some
+  // Sends header.post.bytes bytes from `data`, which do not change until the receiver has answered in some
   // way. Messages may overtake each other, also those of one kind to one rank.
   virtual void send(int peer, const Header& header, const std::byte* data) = 0;
-  // Moves what can be moved; whether anything was.
+  // Moves what can be moved; returns whether anything was.
   virtual bool progress() = 0;
   // Sleeps until there is something to move, `wake` can be read, or the time is over.
   virtual void sleep(int wake, int milliseconds) = 0;
-  // Sends what is under way, at most for so long, and disconnects.
+  // Sends what is under way, for at most this long, and disconnects.
   virtual void close(double seconds) = 0;
 };
 

@@ -15,7 +15,7 @@ namespace {
 std::mutex mutex;  // guards `loaded` while it is filled
 UcxLibrary loaded;
 
-// UCX reads these as it is loaded. What the user has set counts.
+// UCX reads these as it is loaded. A setting of the user's takes precedence.
 constexpr const char* kSettings[][2] = {
     {"UCX_HANDLE_ERRORS", "none"},       // no signal handlers in the user's process
     {"UCX_MEM_MMAP_HOOK_MODE", "none"},  // nor hooks in malloc: only rings are registered, and once

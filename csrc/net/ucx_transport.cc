@@ -190,7 +190,7 @@ ucs_status_t UcxTransport::on_message(void* self, const void* header, size_t hea
   auto* transport = static_cast<UcxTransport*>(self);
   const bool later = param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV;
   Post post;
-  // Who knows this rank's port may have sent it.
+  // Anyone who knows this rank's port may have sent it.
   if (!transport->receiver_ || !transport->receiver_->accepts(header, header_bytes, bytes, &post))
     return UCS_OK;
   return transport->receive(post, data, bytes, later);
