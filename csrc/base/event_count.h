@@ -33,8 +33,8 @@ inline void notify(EventCount& count) {
   }
 }
 
-// Waits until ready(). Each nap at the latest, and when a signal has come to this thread, it calls
-// give_up(signalled), and returns false when that says true.
+// Waits until ready(). Calls give_up(signalled) each nap at the latest, and when a signal has come to this
+// thread; returns false when that returns true.
 template <class Ready, class GiveUp>
 bool wait_on(EventCount& count, const SpinPolicy& spin, Ready ready, GiveUp give_up) {
   for (int i = 0; i < spin.pauses; ++i) {

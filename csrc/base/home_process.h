@@ -15,7 +15,7 @@ class HomeProcess {
   pid_t id() const { return home_; }
 
  private:
-  // Asked of the kernel once, and again in each child, while that has one thread.
+  // Asked of the kernel once, and again in each child while it has one thread.
   static pid_t& this_process() {
     static pid_t id = getpid();
     static const int watching = pthread_atfork(nullptr, nullptr, [] { this_process() = getpid(); });

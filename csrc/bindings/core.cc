@@ -75,7 +75,7 @@ Memory new_rows(CpuCommunicator& comm, int64_t rows) {
 }
 
 // Ctrl-C reaches a rank that waits for its peers. A signal ends the nap of the thread that it comes to, which
-// then asks at once. One that came between two naps is found a second later: to ask takes the GIL, which
+// then asks at once. A signal that came between two naps is found a second later: asking takes the GIL, which
 // another thread may keep for long, and meanwhile nothing is done here for the peers.
 bool interrupted(bool signalled) {
   constexpr double kBetween = 1.0;
@@ -136,7 +136,7 @@ Key key_of(const std::string& bytes) {
   return key;
 }
 
-// keys: by rank, what messages to it show, and what those from it must.
+// keys: by rank, what messages to it show, and what those from it must show.
 void use_ucx(Config& c, const std::vector<std::pair<std::string, std::string>>& keys, bool loopback) {
   for (const auto& [shown, expected] : keys) c.net.keys.push_back({key_of(shown), key_of(expected)});
   c.net.make_transport = [size = c.size, options = UcxOptions{c.stream != 0, loopback}] {

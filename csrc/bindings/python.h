@@ -26,14 +26,14 @@ inline bool interpreter_ends() {
 #endif
 }
 
-// Threads other than the main one on their way back to Python. One that takes the GIL when the interpreter
-// ends is ended by Python, by unwinding it: through destructors, which aborts the program. So at the end of
-// the program, before that, the way is closed: who comes later sleeps until the process ends, and who is on
-// it gets the GIL.
+// Threads other than the main one on their way back to Python. Python ends a thread that takes the GIL when
+// the interpreter ends, by unwinding it: through destructors, which aborts the program. So at the end of the
+// program, before that, the way is closed: a thread that comes later sleeps until the process ends, and one
+// that is on the way gets the GIL.
 class WayBack {
  public:
-  // Adds, then looks, where close() says, then looks (all sequentially consistent): one of them sees the
-  // other.
+  // Writes `returning_`, then reads `closed_`; close() writes `closed_`, then reads `returning_` (all
+  // sequentially consistent): one of them sees the other.
   static void enter(bool has_gil = false) {
     if (on_main_thread()) return;
     returning_.fetch_add(1);
@@ -46,7 +46,7 @@ class WayBack {
     if (!on_main_thread()) returning_.fetch_sub(1);
   }
 
-  // Python code that C++ calls, with the GIL: an error that is made. It may lose the GIL in the middle.
+  // Python code that C++ calls with the GIL, to make an error. It may lose the GIL in the middle.
   struct InPython {
     InPython() { enter(true); }
     ~InPython() { leave(); }
@@ -94,14 +94,15 @@ template <class T>
 using Owned = std::unique_ptr<T, EndAtHome>;
 
 // What a signal handler raised (KeyboardInterrupt, on Ctrl-C) while C++ code waited on the main thread, until
-// somebody raises it: the binding, if the call ends because of it, else the interpreter, in the code that it
-// goes on with. Python's own error indicator would have to be looked at after each call: what was waited for
-// may come in the very moment, and then the call ends well. Of the main thread, which alone runs handlers.
+// it is raised: by the binding, if the call ends because of it, else by the interpreter, in the code that it
+// goes on with. Python's own error indicator would have to be checked after each call: what was waited for
+// may come at that very moment, and then the call ends well. Belongs to the main thread, which alone runs
+// handlers.
 class Interrupt {
  public:
   static bool is_kept() { return kept_ != nullptr; }
 
-  // The rest is with the GIL. Whether the user wants out.
+  // With the GIL, like all that follows. Returns whether the user wants out.
   static bool ask() {
     if (!kept_ && PyErr_CheckSignals() != 0) keep(py::error_already_set());
     return is_kept();
@@ -114,7 +115,7 @@ class Interrupt {
     Py_AddPendingCall(&raise, nullptr);  // if there are too many, the next wait ends with it
   }
 
-  // Makes it Python's error; whether there was one for this thread.
+  // Makes it Python's error; returns whether there was one for this thread.
   static bool restore() {
     if (!on_main_thread()) return false;
     const auto error = py::reinterpret_steal<py::object>(std::exchange(kept_, nullptr));
@@ -128,9 +129,9 @@ class Interrupt {
   static inline PyObject* kept_ = nullptr;
 };
 
-// Calls a function when an object has gone, as weakref.finalize does. What such a callback raises Python
-// prints, and drops: right for an error, which has nobody left to be told, but Ctrl-C that comes while
-// close() waits would be lost. The callback itself is C++: Python could look for signals in one of its own,
+// Calls a function when an object has gone, as weakref.finalize does. Python prints and drops what such a
+// callback raises: right for an error, which no caller is left to see, but a Ctrl-C that comes while close()
+// waits would be lost. The callback itself is C++: in a callback of its own, Python could look for signals
 // outside of the function.
 class LastCall {
  public:
@@ -150,7 +151,7 @@ class LastCall {
     } catch (py::error_already_set& error) {
       const auto comm_error = py::module_::import("commlib.errors").attr("CommError");
       if (!on_main_thread() || error.matches(comm_error)) return error.discard_as_unraisable(function);
-      // The signal may have come before the function had begun; where it has ended, nothing is left to do.
+      // The signal may have come before the function had begun; if it has ended, nothing is left to do.
       try {
         function();
       } catch (py::error_already_set& again) {
@@ -158,15 +159,15 @@ class LastCall {
       }
       Interrupt::keep(error);
     }
-    // One that came meanwhile, and that nobody asked for: the next callback may be Python's own.
+    // A signal that came meanwhile, and that no wait has asked for: the next callback may be Python's own.
     Interrupt::ask();
   }
 };
 
 // An object that an asynchronous operation uses. Communication threads give it up, and must not need the GIL,
 // which Python code may keep for seconds: they put it on a list (a stack that only grows, or is taken whole),
-// and threads that have the GIL let go of what is there: the main thread soon, whoever starts an operation at
-// once.
+// and threads that have the GIL let go of what is there: the main thread soon, a thread that starts an
+// operation at once.
 class HeldObject {
  public:
   // With the GIL. None: nothing to hold.

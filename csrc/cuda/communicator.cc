@@ -68,7 +68,7 @@ CudaCommunicator::CudaCommunicator(const Config& config)
 CudaCommunicator::~CudaCommunicator() {
   try {
     close();
-  } catch (const std::exception&) {  // an operation has failed, and a destructor has nobody to tell
+  } catch (const std::exception&) {  // an operation has failed, and a destructor cannot report it
   }
   try {
     watch_.reset();
@@ -91,7 +91,7 @@ void CudaCommunicator::keep_what_others_use() {
       const bool known = cudaMemcpyAsync(&detached, &signals[p].detached, sizeof detached,
                                          cudaMemcpyDeviceToHost, aside.get()) == cudaSuccess &&
                          cudaStreamSynchronize(aside.get()) == cudaSuccess;
-      return !known || detached || processes->has_exited(p);  // of a device that is lost nothing is known
+      return !known || detached || processes->has_exited(p);  // nothing is known of a lost device
     };
     visitors.erase(std::remove_if(visitors.begin(), visitors.end(), has_detached), visitors.end());
     return visitors.empty();
@@ -159,7 +159,7 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
     watch_ = std::make_unique<Watch>([this] {
       try {
         check_processes();
-      } catch (const std::exception&) {  // the device is lost: whoever waits for it is told
+      } catch (const std::exception&) {  // the device is lost: calls that wait for it report that
       }
     });
   }
@@ -190,7 +190,8 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
   store_word(&host_->abort, tagged(static_cast<uint32_t>(cause), static_cast<uint32_t>(peer)));
 }
 
-// Who left before its process ended did its part in what it took part in: the kernels judge by its word.
+// A rank that departed before its process ended did its part in what it took part in: the kernels judge by
+// its word.
 bool CudaCommunicator::has_announced_departure(int peer) {
   std::lock_guard<std::mutex> lock(look_mutex_);
   if (departed_before_it_exited_[peer]) return true;
@@ -259,7 +260,7 @@ void CudaCommunicator::wait_event(uintptr_t event) {
     check(error, "a communication kernel");
     return true;
   });
-  if (load_word(&host_->failed) != 0) check_health();  // to have been closed since is no failure
+  if (load_word(&host_->failed) != 0) check_health();  // having been closed since is no failure
 }
 
 void CudaCommunicator::synchronize() {
@@ -290,8 +291,8 @@ void CudaCommunicator::announce_departure(const Departure& departure) {
   if (network_) announce_departure_far(departure);
 }
 
-// On each stream whose kernels tell others of the slot, who then write there.
-// What this rank's operations queue until the lease ends uses the slot, too: a plan beside them must not lend
+// On each stream whose kernels tell other ranks of the slot, because these then write there.
+// What this rank's operations queue until the lease ends also uses the slot: a plan beside them must not lend
 // it before that is done.
 void CudaCommunicator::prepare_slot(SlotLease& lease) {
   auto& slots = static_cast<CudaSlotPool&>(*slots_);
@@ -301,7 +302,7 @@ void CudaCommunicator::prepare_slot(SlotLease& lease) {
   lease.use_on(reinterpret_cast<uintptr_t>(shape_.stream));
 }
 
-// After the last of everything else that this rank does to others' memory.
+// Comes after everything else that this rank does to others' memory.
 void CudaCommunicator::has_closed() {
   watch_.reset();
   if (peers_.size == 0) return;  // it never connected

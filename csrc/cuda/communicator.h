@@ -1,7 +1,7 @@
 // A rank on a CUDA GPU: its heap in device memory, its kernels on one stream.
 //
 // Operations run in the order of the stream, on `num_sms` blocks each. Plans have a stream of their own where
-// they find room beside them. The host waits in begin_dispatch, for sizes, and nowhere else. Whoever calls
+// they find room beside them. The host waits in begin_dispatch, for sizes, and nowhere else. The caller
 // orders the streams after the work that produced the inputs, and later work after the stream of operations.
 #pragma once
 
@@ -43,7 +43,7 @@ class CudaCommunicator final : public Communicator {
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
   bool has_exited(int rank) override { return processes_ && processes_->has_exited(rank); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
-  // What the kernels have told the host so far, for those who look into one that hangs.
+  // What the kernels have reported to the host so far, for looking into one that hangs.
   const HostState& host_state() const { return *host_; }
 
  private:
@@ -95,7 +95,7 @@ class CudaCommunicator final : public Communicator {
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
   std::vector<bool>
-      departed_before_it_exited_;  // by rank; of the watcher's, or whoever waits: see look_mutex_
+      departed_before_it_exited_;  // by rank; of the watcher or a thread that waits: see look_mutex_
   std::mutex look_mutex_;          // guards departed_before_it_exited_
   Stream aside_;                   // for words to other ranks while kernels run
   std::unique_ptr<Watch> watch_;   // last: it uses the others

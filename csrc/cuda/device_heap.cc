@@ -26,7 +26,7 @@ constexpr const char* kNotShared =
     "or "
     "fabric handle (cuMemCreate), and one of these GPUs cannot. Ranks of one process (run_ranks) do without.";
 
-// What ranks tell each other of a region.
+// What ranks tell each other about a region.
 struct Handle {
   Share share;
   uint8_t padding[7];
@@ -41,12 +41,12 @@ Handle parse(const std::string& text) {
   return h;
 }
 
-// Regions that ranks of this process have now, for one another; and the other processes' that are mapped.
+// Regions that ranks of this process have now, for one another; and mapped regions of other processes.
 std::mutex known_mutex;
 using Known = std::map<uint64_t, std::weak_ptr<DeviceRegion>>;
 Known own_regions, mapped_regions;  // by number
 
-// No two regions have the same, whichever process made them, and whenever.
+// No two regions have the same number, whichever process made them, and whenever.
 uint64_t new_number() {
   static std::random_device random;
   std::lock_guard<std::mutex> lock(known_mutex);
@@ -101,7 +101,7 @@ class VirtualRegion : public DeviceRegion {
   }
 
  private:
-  // Those above build on it, so that they clean up if they throw.
+  // The constructors above build on it, so that they clean up if they throw.
   VirtualRegion(int device, size_t bytes) : DeviceRegion(device, bytes) {}
 
   // How the memory is to be made; sets mapped_ to the size that such memory comes in.

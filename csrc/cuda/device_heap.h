@@ -21,12 +21,12 @@ void require_peer_access(int device, const std::string& uuid);
 
 class DeviceRegion {
  public:
-  // Memory of this process on `device`, of the pool (pool.h): contents undefined. All owners together keep it
-  // from being used again; for ranks of other processes, who are not among them, see keep_until().
+  // Memory of this process on `device`, of the pool (pool.h): contents undefined. It is not used again while
+  // it has an owner; for ranks of other processes, which are not owners, see keep_until().
   static std::shared_ptr<DeviceRegion> create(int device, size_t bytes, Share share);
   // The region that a rank described by handle() and fd(), for use by `device`. `fd`: one of this process,
-  // which stays the caller's, to be closed at any time; -1 for the other kinds. A region that this process
-  // has or maps already is shared.
+  // which stays the caller's and may be closed at any time; -1 for the other kinds. A region that this
+  // process already has or maps is shared.
   static std::shared_ptr<DeviceRegion> open(int device, int64_t owner_pid, int fd, const std::string& handle,
                                             size_t bytes);
 

@@ -13,7 +13,7 @@ std::string message(const char* call, const char* name, const char* text, const 
   return *hint ? s + ". " + hint : s;
 }
 
-// Looks a driver function up; status and pointer are initialised, for an old runtime leaves them as they are.
+// Looks up a driver function; status and pointer are initialised, because an old runtime does not set them.
 template <class Fn>
 void find_newer(const char* name, unsigned version, Fn* fn) {
   void* found = nullptr;
@@ -82,7 +82,7 @@ std::string uuid_of(const cudaDeviceProp& p) {
 
 void check(cudaError_t error, const char* call, const char* hint) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is told here, and not by the next call again
+  cudaGetLastError();  // it is reported here, and not again by the next call
   throw std::runtime_error(message(call, cudaGetErrorName(error), cudaGetErrorString(error), hint));
 }
 

@@ -14,7 +14,7 @@ namespace commlib::cuda {
 void check(cudaError_t error, const char* call, const char* hint = "");
 void check(CUresult error, const char* call, const char* hint = "");
 
-// Driver functions that the runtime has no equal for.
+// Driver functions that have no equivalent in the runtime.
 struct Driver {
   PFN_cuDeviceGetAttribute_v2000 device_get_attribute;
   PFN_cuGetErrorName_v6000 get_error_name;

@@ -1,8 +1,8 @@
 // The kernels that move rows. Every warp of the grid is a worker; all blocks are resident at once, one to an
 // SM, so they may wait for each other and for other ranks.
 //
-// A warp whose wait failed goes on to the next barrier of its block with ok = false: no thread leaves a
-// barrier short.
+// A warp whose wait failed goes on to the next barrier of its block with ok = false: no barrier lacks a
+// thread.
 #pragma once
 
 #include "cuda/worker_rows.cuh"
@@ -21,7 +21,7 @@ __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
   publish_call(w, common.peers, common.id.epoch, common.id.call);
 }
 
-// Of a fresh dispatch, the plan says what came from whom.
+// In a fresh dispatch, the plan says what came from which rank.
 __device__ inline UnpackPlan unpack_plan_of(const RowsOp& op) {
   UnpackPlan unpack = op.unpack;
   unpack.source_rows = op.send.is_fresh() ? op.source_rows : nullptr;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
   };
   move_in_waves(w, send, unpack_plan_of(rows), op.waves_of_routes, rows.common.peers, rows.common.id.epoch,
                 count);
-  w.flush();  // after a failure, copies may still read this block's shared memory, which is another's next
+  w.flush();  // after a failure, copies may still read this block's shared memory, which another gets next
   while (unpacked < kWaves) count(unpacked);
 }
 

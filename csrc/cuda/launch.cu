@@ -10,13 +10,13 @@ namespace commlib::cuda {
 namespace {
 
 constexpr int kAwaitSharedBytes = kBlockSharedBytes + WarpShared::bytes(0);
-// Of each warp's ring. The most: times 16 warps it fits beside the rest in the 227 KB of sm_90. The least:
-// two chunks of a sum, one that is added and one that comes.
+// Bytes of each warp's ring. The most: for 16 warps, they fit beside the rest in the 227 KB of sm_90. The
+// least: two chunks of a sum, one that is being added and one that is on its way.
 constexpr int kMostRing = 12 * 1024;
 constexpr int kLeastRing = 2 * kLongestChunk;
 constexpr int kRingUnit = 1024;
 
-// What each warp's ring can be where a block may have so much shared memory: 99 KB on compute capability
+// The size of each warp's ring, from the shared memory that a block may have: 99 KB on compute capability
 // 12.x.
 int ring_bytes_on(const DeviceFacts& facts) {
   if (facts.capability < 90) return 0;
@@ -85,8 +85,8 @@ void launch(Kernel kernel, const LaunchShape& shape, const Op& op, const char* n
   launch(kernel, dim3(shape.blocks), kWarps, shape.shared_bytes, shape.stream, op, name);
 }
 
-// Loads a kernel of few warps, which need no room of their own. An SM runs blocks side by side only with one
-// and the same share of shared memory, and blocks that move rows want all of it.
+// Loads a kernel of few warps, which need no room of their own. An SM runs blocks side by side only if they
+// prefer the same share of shared memory, and blocks that move rows want all of it.
 template <class Kernel>
 void prepare_small(Kernel kernel) {
   cudaFuncAttributes attributes;

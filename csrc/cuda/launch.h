@@ -7,8 +7,8 @@
 
 namespace commlib::cuda {
 
-// The shape of every launch of a communicator: `blocks` blocks, each with so much shared memory that an SM
-// has room for one.
+// The shape of every launch of a communicator: `blocks` blocks, each with enough shared memory that an SM has
+// room for only one.
 struct LaunchShape {
   int blocks;
   int shared_bytes;
@@ -17,7 +17,7 @@ struct LaunchShape {
 };
 
 // Prepares all kernels on the current device and loads them now: a kernel loaded on its first launch may have
-// to wait for those that run, which may wait for it. Throws where `blocks` cannot all be resident.
+// to wait for running ones, which may wait for it. Throws where `blocks` cannot all be resident.
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream);
 
 void launch_plan(cudaStream_t stream, const PlanOp& op);

@@ -29,7 +29,7 @@ class GpuMemory final : public NetworkMemory {
     std::memset(memory_.back().get(), 0, bytes);
     return memory_.back().get();
   }
-  // A copy beside the kernels, which wait for these words. Done when it returns.
+  // Copies beside the kernels, which wait for these words. The copy is done when it returns.
   void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) override {
     const OnDevice guard(device_);
     check(cudaMemcpyAsync(control_ + offset, words, bytes, cudaMemcpyHostToDevice, stream_.get()),

@@ -26,7 +26,7 @@ bool find(void* library, const char* name, Fn* fn) {
   return *fn != nullptr;
 }
 
-// Stays open, and initialised, as long as the process: others use it too.
+// Stays open, and initialised, as long as the process lives: others use it too.
 Nvml open_nvml() {
   Nvml n;
   void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);

@@ -42,7 +42,7 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });
 
   if (host_->plan_status == PlanStatus::bad_id) {
-    --epoch_;  // nobody has heard of it
+    --epoch_;  // no rank has heard of it
     raise_bad_id(host_->bad_index, host_->bad_id);
   }
   dispatches_ += static_cast<uint32_t>(host_->rounds);
@@ -56,8 +56,8 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   return pending;
 }
 
-// A plan that comes before operations issued earlier has its call said before theirs. That may be no more
-// than a ring of calls ahead, so now and then a plan comes after all of them.
+// A plan that runs before operations issued earlier publishes its call before theirs. That call may be at
+// most a ring of calls ahead, so now and then a plan comes after all of them.
 void CudaCommunicator::keep_near() {
   constexpr uint64_t kAhead = kCallRing / 2;
   if (plan_stream_ == shape_.stream || epoch_ - near_epoch_ < kAhead) return;
@@ -66,7 +66,7 @@ void CudaCommunicator::keep_near() {
   check(cudaStreamWaitEvent(plan_stream_, issued_, 0), "cudaStreamWaitEvent");
 }
 
-// Nobody pulls from the slot any more when what comes next in the stream begins.
+// When what comes next in the stream begins, no rank pulls from the slot any more.
 void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint32_t epoch,
                                       cudaStream_t stream) {
   AwaitOp op{};
@@ -109,7 +109,7 @@ void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pend
   launch_waves(shape_, {rows, pending->number, scratch_.waves_of_routes});
 }
 
-// The stream's front end waits, and no SM.
+// The stream's front end waits, not an SM.
 void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket&, int64_t expert,
                                    uintptr_t stream) {
   const OnDevice guard = on_device();

@@ -9,7 +9,7 @@
 namespace commlib::cuda {
 namespace {
 
-// Parts of 8 SMs keep thread block clusters whole from sm_90 on; smaller ones go without them, which
+// Parts of 8 SMs keep thread block clusters whole from sm_90 on; smaller parts do without clusters, which
 // communication kernels do not use.
 unsigned split_flags(int capability, int comm) {
   const bool whole_clusters = capability >= 90 && comm % 8 == 0;

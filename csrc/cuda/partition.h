@@ -7,7 +7,7 @@
 
 namespace commlib::cuda {
 
-// Contexts are shared by all partitions of the same size, and never destroyed, nor are streams: what they
+// All partitions of the same size share contexts. Neither contexts nor streams are ever destroyed: what they
 // have run may still be in use.
 class Partition {
  public:

@@ -1,10 +1,10 @@
 // The kernel of a plan: from expert ids to routes, and counts from rank to rank.
 //
 // One block, which needs no grid barrier. Plans run on a stream of their own, beside the rows of earlier
-// dispatches, where the SMs that ranks of this process have together are one more for each rank than their
-// blocks that move rows. So nobody waits in a circle: a rank has one plan, or one warp that waits for a slot
-// before it, under way at a time, on one SM; whatever these wait for, rows of all ranks find the SMs they
-// need and end. The slots are then free, so all plans come, and wait for each other's words alone.
+// dispatches, where the ranks of this process together have one SM more for each rank than they have blocks
+// that move rows. So no ranks wait in a circle: a rank has one plan under way at a time, or one warp that
+// waits for a slot before it, on one SM; whatever these wait for, rows of all ranks find the SMs they need
+// and end. The slots are then free, so all plans come, and wait only for each other's words.
 #pragma once
 
 #include "cuda/worker.cuh"
@@ -34,8 +34,8 @@ struct PlanShared {
     return *reinterpret_cast<PlanShared*>(ptx::dynamic_shared() + begin());
   }
 };
-// So many would fit an SM by their registers: a block finds room beside one that moves rows, which takes up
-// to 96 a thread in most kernels of sm_90, or beside those of compute.
+// How many would fit an SM by their registers: a block finds room beside one that moves rows, which takes up
+// to 96 registers a thread in most kernels of sm_90, or beside those of compute.
 constexpr int kPlanBlocks = 4;
 constexpr int kPlanSharedBytes = PlanShared::begin() + static_cast<int>(sizeof(PlanShared));
 
@@ -51,11 +51,11 @@ __device__ inline bool all_warps(const WarpWorker& w, PlanShared& s, bool ok) {
   if (w.lane() == 0) s.ok[w.warp()] = ok;
   __syncthreads();
   for (const uint8_t warp : s.ok) ok = ok && warp;
-  __syncthreads();  // nobody comes back and overwrites it before all have read it
+  __syncthreads();  // no thread comes back and overwrites it before all have read it
   return ok;
 }
 
-// Counts of `items` by warp -> in all, and of all warps before each. Threads share the items.
+// Counts of `items` by warp -> their sum, and that of all warps before each. Threads share the items.
 template <class Before>
 __device__ inline void sum_over_warps(const uint32_t* counts, Before* firsts, uint32_t* totals, int64_t items,
                                       int64_t stride) {
@@ -76,7 +76,8 @@ __device__ inline uint32_t* expert_counts_of_warp(const PlanOp& op, int warp) {
   return op.scratch.warp_counts + warp * op.routing.placement.experts;
 }
 
-// Every warp counts its part of the tokens; then warp by warp its first row of each rank and of each expert.
+// Every warp counts its part of the tokens; the sums over warps are then its first row of each rank and of
+// each expert.
 __device__ inline void count_tokens(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   const int ranks = op.common.peers.size;
   const int64_t experts = op.routing.placement.experts;
@@ -100,8 +101,8 @@ __device__ inline int64_t first_bad_index(const PlanShared& s) {
   return least;
 }
 
-// Tells and asks the other ranks; every rank's call is asked for by the last warp, which has few words to
-// sum.
+// Publishes this rank's counts and reads the others'; the last warp, which has few words to sum, reads every
+// rank's call.
 __device__ inline bool exchange_counts(WarpWorker& w, const PlanOp& op, PlanShared& s, int round) {
   const OpParams& common = op.common;
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
@@ -149,7 +150,7 @@ __device__ inline void report_plan(WarpWorker& w, const PlanOp& op, PlanShared& 
   ptx::store_release_sys(&host.planned, op.plan);
 }
 
-// Ordinals become rows, and each row learns which of its expert's it is.
+// Turns ordinals into rows, and numbers each row among those of its expert.
 __device__ inline void place(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   for (int p = w.lane(); p < op.common.peers.size; p += w.lanes()) s.firsts[w.warp()][p] += s.base[p];
   __syncwarp();
@@ -157,7 +158,7 @@ __device__ inline void place(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   number_rows_of_experts(w, op.routing, op.ordinals, expert_counts_of_warp(op, w.warp()));
 }
 
-// Rows past capacity go.
+// Drops the rows past capacity.
 __device__ inline void drop(WarpWorker& w, const PlanOp& op, PlanShared& s) {
   __syncthreads();  // routes are written by lanes of one token each, and dropped by others
   const int64_t dropped = drop_overflow(w, op.routing, op.routes, source_counts(op, s), op.capacity);

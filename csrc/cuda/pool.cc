@@ -30,13 +30,13 @@ struct Pool {
   std::mutex freeing;         // held first, so that no device becomes shared while its memory is freed
 };
 
-// Never destroyed: the end of a process is no place to wait in, either.
+// Never destroyed: the end of a process is no place to wait, either.
 Pool& pool() {
   static Pool* const one = new Pool;
   return *one;
 }
 
-// Whoever asks has the whole list to himself, for what is dropped comes back to the pool.
+// Each call takes the whole list for itself, because what is dropped comes back to the pool.
 void drop_what_is_done() {
   std::vector<Kept> kept;
   {
@@ -57,7 +57,7 @@ void* take_idle(int device, const std::string& name) {
   return thing;
 }
 
-// Whether there was any.
+// Returns whether there was any.
 bool free_all_idle(int device) {
   decltype(Pool::idle) idle;
   {

@@ -30,7 +30,7 @@ __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* word) {
   return v;
 }
 
-// Everything this thread wrote, or has seen written, is visible to whoever acquires the value.
+// Everything this thread wrote, or has seen written, is visible to any thread that acquires the value.
 __device__ __forceinline__ void store_release_sys(uint64_t* word, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(v) : "memory");
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ uint64_t exchange_if_gpu(uint64_t* word, uint64_t exp
   return old;
 }
 
-// Unordered: whoever reads the sum needs a barrier first. The word may lie in shared memory.
+// Unordered: a thread that reads the sum needs a barrier first. The word may lie in shared memory.
 __device__ __forceinline__ void add_relaxed_gpu(uint32_t* word, uint32_t v) {
   asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(word), "r"(v) : "memory");
 }
@@ -155,7 +155,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// One thread arrives in each phase; expected bytes must come in as well before the phase ends.
+// One thread arrives in each phase; the expected bytes must also have come in before the phase ends.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier) {
   if constexpr (!kHasBulkCopies) return;
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");

@@ -1,4 +1,4 @@
-// Slots whose tensors streams of the user's may still read when their lease ends.
+// Slots with tensors that streams of the user's may still read when their lease ends.
 #pragma once
 
 #include <vector>

@@ -13,7 +13,7 @@ namespace commlib::cuda {
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
-// Of the one block of a plan, which had better find room beside another on its SM.
+// Warps of a plan's one block, which should find room beside another block on its SM.
 constexpr int kPlanWarps = 6;
 
 // How a dispatch's counts came out.
@@ -21,15 +21,16 @@ enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed 
 
 // Zero at the start.
 struct DeviceState {
-  // Of workers, see protocol/arrival.h. Added by warps (acq_rel), and set back to 0 by the one that completes
-  // a count; no warp of the next kernel adds before that, because kernels of one stream follow each other.
+  // Of workers, see protocol/arrival.h. Warps add to them (acq_rel), and the warp that completes a count sets
+  // it back to 0; no warp of the next kernel adds before that, because kernels of one stream follow each
+  // other.
   uint64_t counters[kCounters];
-  // The same of warps that have unpacked their part of each wave.
+  // The same for warps that have unpacked their part of each wave.
   uint64_t unpacking[kWaves];
   // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
   // broken.
   uint64_t failed;
-  // When the limited link is through with all that warps have given it, on globaltimer (cas). Orders nothing.
+  // When the throttle is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t throttle_free;
   // unpacked[i]: the last dispatch in waves, by its number, whose wave i is in place, or which has failed.
   // Written by the last warp to unpack its part (release); streams wait for it.
@@ -43,8 +44,8 @@ struct HostState {
   uint64_t failed;
   FailureRecord record;
   // Written by the host (release), read by waiting warps (acquire): what only the host can know. `abort` ends
-  // every wait: a Cause (in the high half), and the peer. `lost` ends those for ranks of other nodes from
-  // which nothing comes any more, as a mask: one that closed after its part is missed by nobody.
+  // every wait: a Cause (in the high half), and the peer. `lost`, a mask, ends waits for ranks of other nodes
+  // from which nothing comes any more: no wait misses one that closed after its part.
   uint64_t abort;
   uint64_t lost;
 
@@ -63,8 +64,8 @@ struct HostState {
   uint8_t slots[kMaxRanks];
 };
 
-// Device memory that only lives within a kernel. A plan may run beside the rows of earlier dispatches, so
-// they share none of it, and what rows need of their plan comes in their arguments.
+// Device memory that is used only within a kernel. A plan may run beside the rows of earlier dispatches, so
+// they share none of it, and what rows need from their plan comes in their arguments.
 struct Scratch {
   uint32_t* expert_counts;   // [experts]; this and the next are of plans
   uint32_t* warp_counts;     // [kPlanWarps][experts]
@@ -102,7 +103,7 @@ struct RowsOp {
   OpParams common;
   SendPlan send;      // slots: null
   UnpackPlan unpack;  // source_rows: null
-  // Of a fresh dispatch, found by its plan: the slot that each rank lends, and how many rows it sends.
+  // Of a fresh dispatch, as its plan found them: the slot that each rank lends, and how many rows it sends.
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
   // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
@@ -122,7 +123,7 @@ struct CombineOp {
   LocalSumPlan local_sum;
   PullPlan pull;
   bool users_rows;  // the slot holds a tensor of the user's
-  // The slot that rows are summed into was pulled from in operation `reuse_epoch`.
+  // The slot that local sums go into was pulled from in operation `reuse_epoch`.
   bool reused;
   uint32_t reuse_epoch;
 };

@@ -12,13 +12,13 @@ using StreamEvent = std::shared_ptr<CUevent_st>;
 
 class StreamUses {
  public:
-  // What has been queued on `stream` until now uses it. From any thread; does not wait. Of a stream that is
-  // being captured nothing can be known: it counts as using it until the capture has ended, and then with all
-  // that is queued at that time.
+  // What has been queued on `stream` until now uses the memory. From any thread; does not wait. Nothing can
+  // be known of a stream that is being captured: it counts as using the memory until the capture has ended,
+  // and then with all that is queued at that time.
   void note(int device, cudaStream_t stream);
-  // Whether all of it is done.
+  // Whether all such work is done.
   bool done();
-  // What is queued on `stream` from now on comes after it, as far as it is known.
+  // What is queued on `stream` from now on comes after that work, as far as it is known.
   void wait_on(cudaStream_t stream);
 
  private:

@@ -16,7 +16,7 @@ namespace commlib::cuda {
 
 class Watcher {
  public:
-  // Never destroyed: the process may end while somebody is watched.
+  // Never destroyed: the process may end while ranks are watched.
   static Watcher& get() {
     static auto* const one = new Watcher;
     return *one;
@@ -64,7 +64,7 @@ class Watcher {
   std::condition_variable end_;
   std::set<Watch*> watches_;
   std::unique_ptr<std::thread> thread_;
-  int ends_ = 0;  // threads that were told to end: each ends when it is no longer as it was
+  int ends_ = 0;  // threads that were told to end: each ends when this is no longer as at its start
 };
 
 Watch::Watch(std::function<void()> look) : look_(std::move(look)), process_(getpid()) {

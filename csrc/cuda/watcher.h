@@ -6,9 +6,9 @@
 
 namespace commlib::cuda {
 
-// Has `look` called on that thread, as long as it lives; when it is destroyed, no call is under way. `look`
-// must be quick and take no locks of others, the interpreter's above all. The thread starts with the first
-// Watch and ends with the last. In a child of fork() there is none, and nothing is waited for.
+// Has that thread call `look` as long as this lives; once this is destroyed, no call is under way. `look`
+// must be quick and take no locks of others, above all not the interpreter's. The thread starts with the
+// first Watch and ends with the last. In a child of fork() there is no thread, and nothing is waited for.
 class Watch {
  public:
   explicit Watch(std::function<void()> look);

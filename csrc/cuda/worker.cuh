@@ -11,7 +11,7 @@ namespace commlib::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint64_t kLookNs = 5'000'000;  // between two looks at why a wait does not end
 
-// A warp's shared memory. The ring comes first, for bulk copies want their alignment.
+// A warp's shared memory. The ring comes first, because bulk copies want their alignment.
 struct WarpShared {
   static constexpr int kBarriers = 8;
   static constexpr int kListBytes = (kMaxTopk + 1) * static_cast<int>(sizeof(Term));
@@ -20,12 +20,12 @@ struct WarpShared {
   __host__ __device__ static constexpr int bytes(int ring_bytes) {
     return ring_bytes + static_cast<int>(align_up(kBarriers * 8 + kListBytes + kWeightBytes, 128));
   }
-  // Slots of the ring in a sum, of so many bytes each.
+  // Stages of the ring in a sum, of `stage_bytes` bytes each.
   __host__ __device__ static constexpr int sum_stages(int ring_bytes, int stage_bytes) {
     return ring_bytes / stage_bytes < kBarriers ? ring_bytes / stage_bytes : kBarriers;
   }
   std::byte* ring;
-  uint64_t* barriers;  // [kBarriers], one for each slot of the ring
+  uint64_t* barriers;  // [kBarriers], one for each stage of the ring
   std::byte* list;     // Terms or Targets
   std::byte* weights;  // the values of the Terms' weights, as accumulators
 };
@@ -33,7 +33,7 @@ struct WarpShared {
 // 16-byte pieces of a row that each lane sums at once; half of them where registers are short.
 constexpr int kSumPieces = 4;
 
-// What the warps of a block share, before what each of them has.
+// What the warps of a block share; it lies before what each of them has.
 struct BlockShared {
   uint64_t answer;           // one thread's, for all; two barriers of the block around it
   uint8_t slots[kMaxRanks];  // for collect_calls
@@ -54,7 +54,7 @@ __device__ inline void post_to(const OpParams& op, const Outbox& box, const Post
   ptx::store_release_sys(&entry.turn, ticket + 1);
 }
 
-// Why a wait does not end, off the hot path: out of line, and without a worker, which stays in registers so.
+// Why a wait does not end, off the hot path: out of line, and without a worker, which so stays in registers.
 struct WaitingLane {
   const OpParams& op;
 
@@ -136,7 +136,7 @@ class WarpWorker {
     __syncwarp();
   }
 
-  // Warps with neighbouring numbers lie on different SMs, so that little work uses all of them.
+  // Warps with neighbouring numbers lie on different SMs, so that even little work uses all SMs.
   __device__ int index() const { return warp_ * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
   __device__ int count() const { return static_cast<int>(blockDim.x / kWarpLanes * gridDim.x); }
   __device__ int lane() const { return lane_; }
@@ -178,7 +178,7 @@ class WarpWorker {
   }
   __device__ uint32_t take_each(int32_t key, uint32_t* counters) const {
     const unsigned takers = __match_any_sync(kAllLanes, key);
-    // Lanes without a key read some counter, and nobody of them writes.
+    // Lanes without a key read some counter, and none of them writes.
     return take_as(takers, &counters[key < 0 ? 0 : key], key >= 0 && lane_ == __ffs(takers) - 1);
   }
 
@@ -186,17 +186,17 @@ class WarpWorker {
   template <class T, int kUnroll>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
   __device__ void zero(std::byte* dst, int64_t bytes) const;
-  // The bulk copies of each lane are complete, and its ordinary stores stay before bulk copies of others that
-  // acquire what is released next; the barrier passes both on to whichever lane releases.
+  // Each lane's bulk copies are complete, and its ordinary stores stay before bulk copies of other threads
+  // that acquire what is released next; the barrier passes both on to whichever lane releases.
   __device__ void flush() const {
     ptx::bulk_wait_written();
     ptx::fence_proxy_async();
     __syncwarp();
   }
 
-  // One warp speaks for its block, because each that does pays for a system-wide fence: what the others have
-  // written before the block's barrier is ordered behind its own. A warp that comes with ok = false has
-  // failed, and said so in `failed`.
+  // One warp speaks for its block, because each warp that does pays for a system-wide fence: it orders what
+  // the others have written before the block's barrier like its own writes. A warp that comes with ok = false
+  // has failed, and said so in `failed`.
   __device__ int gather(bool) const {
     flush();
     __syncthreads();
@@ -275,14 +275,14 @@ class WarpWorker {
   __device__ static BlockShared& block_shared() {
     return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
   }
-  // What one thread of the block has left there.
+  // What one thread of the block has written there.
   __device__ static bool answer_for_block() {
     __syncthreads();
     const bool answer = block_shared().answer != 0;
-    __syncthreads();  // nobody comes back and overwrites it before all have read it
+    __syncthreads();  // no thread comes back and overwrites it before all have read it
     return answer;
   }
-  // Lanes of `takers` get *counter + 0, 1, ...; the lane that says so writes the sum.
+  // Lanes of `takers` get *counter + 0, 1, ...; the lane with `writes` writes the sum.
   __device__ uint32_t take_as(unsigned takers, uint32_t* counter, bool writes) const {
     const uint32_t before = *counter;
     __syncwarp();
@@ -301,7 +301,7 @@ class WarpWorker {
   template <class T, int kUnroll, bool kWeighted>
   __device__ void plain_sum(std::byte* dst, List<Term> terms, int bytes) const;
 
-  // Ring slots are taken in turn, and each mbarrier flips its phase each time round.
+  // The ring's stages are taken in turn, and each mbarrier flips its phase each time round.
   struct Turn {
     int stage = 0;
     uint32_t parity = 0;
@@ -357,8 +357,8 @@ __device__ bool WarpWorker::await_long(Ready ready, Late late, Phase phase, uint
       announce_wait_of(op_, awaited, start);
       continue;
     }
-    if (ready()) return true;  // who left did its part first, and said so after that
-    // What was a reason may be none any more: from another node, that a rank has left may come before what
+    if (ready()) return true;  // a departed rank did its part before it said so
+    // The reason may no longer hold: from another node, word that a rank has departed may come before what
     // it did. No wait is given up without a record.
     if (gives_up(op_, awaited, phase, start, true)) return false;
   }
@@ -385,7 +385,7 @@ __device__ List<T> WarpWorker::list(int n, F f) {
   return {items, kept};
 }
 
-// Where there are ranks on other nodes. Kernels of their own, so that those for one node stay small.
+// Where there are ranks on other nodes. It has kernels of its own, so that those for one node stay small.
 class InternodeWorker : public WarpWorker {
  public:
   using WarpWorker::WarpWorker;

@@ -1,6 +1,6 @@
 // What a warp does with rows: copies, sums, zeros.
 //
-// Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its slots and
+// Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its stages and
 // empties them while the warp goes on. One kernel uses either multicast or sum, so each lays the ring out as
 // it likes. Where there is no such engine, each lane has several loads under way at once. Rows are shorter
 // than 2 GiB.
@@ -14,8 +14,8 @@ constexpr int kPieceBytes = kWarpLanes * 16;  // 16 bytes a lane
 constexpr int kPlainLoads = 4;
 constexpr int kLongestChunk = kSumPieces * kPieceBytes;  // of a row in a sum
 
-// The ring in multicast: how many slots, and how many chunks are loaded ahead of the one that is stored. A
-// slot is loaded again when the stores of its last chunk have been read, up to kSendPending chunks later.
+// The ring in multicast: how many stages, and how many chunks are loaded ahead of the one that is stored. A
+// stage is loaded again when the stores of its last chunk have read it, up to kSendPending chunks later.
 constexpr int kSendStages = 4;
 constexpr int kSendAhead = 2;
 constexpr int kSendPending = kSendStages - kSendAhead - 1;
@@ -51,7 +51,7 @@ __device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* s
 }
 
 // Lane 0 loads chunks of the row ahead; each lane stores them to its own target. When a chunk is loaded, all
-// but each lane's newest kSendPending groups of stores must have read their slots.
+// but each lane's newest kSendPending groups of stores must have read their stages.
 __device__ inline void WarpWorker::bulk_multicast(Target mine, const std::byte* src, int64_t bytes) {
   const int stage_bytes = op_.ring_bytes / kSendStages;
   Turn ahead = turn_;
@@ -95,8 +95,8 @@ __device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::b
   }
 }
 
-// Whether any term has a weight; then the values of all are in shared memory, and those without one have 1,
-// which changes no bit of a number.
+// Whether any term has a weight; if so, all weights' values are in shared memory, and terms without one have
+// 1, which changes no bit of a number.
 template <class T>
 __device__ bool WarpWorker::gather_weights(List<Term> terms) const {
   using Acc = Accumulator<T>;
@@ -107,7 +107,7 @@ __device__ bool WarpWorker::gather_weights(List<Term> terms) const {
     const std::byte* weight = terms.items[j].weight;
     reinterpret_cast<Acc*>(shared_.weights)[j] = weight ? *reinterpret_cast<const Acc*>(weight) : Acc{1};
   }
-  __syncwarp();  // all lanes have left the sum before since its list was replaced by this one
+  __syncwarp();  // all lanes have left the previous sum, because this list has replaced its list
   return true;
 }
 
@@ -133,7 +133,7 @@ __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elemen
   }
 }
 
-// Adds a lane's pieces of one row; `weights`: of all rows, looked at only where they count.
+// Adds a lane's pieces of one row; `weights`: of all rows, read only if kWeighted.
 template <bool kWeighted, class T, int kUnroll>
 __device__ inline void add_pieces(Sum16<T> (&sums)[kUnroll], const ptx::Vec16 (&row)[kUnroll],
                                   const std::byte* weights, int j) {
@@ -158,8 +158,8 @@ __device__ inline void store_pieces(std::byte* dst, const Sum16<T> (&sums)[kUnro
 }
 
 // Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
-// of each row, ... Lane 0 keeps every free slot loading. Of a row's last chunk all of the slot is added,
-// whatever lies past the row's end, and not stored: so no lane asks of each piece whether it is there.
+// of each row, ... Lane 0 keeps every free stage loading. For a row's last chunk the whole stage is added,
+// whatever lies past the row's end, which is not stored: so no lane checks of each piece whether it is there.
 template <class T, int kUnroll, bool kWeighted>
 __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes) {
   constexpr int kChunk = kUnroll * kPieceBytes;
@@ -186,7 +186,7 @@ __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) row[u] = ptx::load_shared(stage + u * kPieceBytes);
       add_pieces<kWeighted>(sums, row, shared_.weights, j);
-      __syncwarp();  // all lanes have read the slot
+      __syncwarp();  // all lanes have read the stage
       if (load_at < bytes) load_next(turn_.stage);
       turn_.next(stages);
     }

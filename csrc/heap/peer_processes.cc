@@ -16,9 +16,9 @@
 namespace commlib {
 namespace {
 
-// When a process started, in ticks since the host did; 0: it has ended. The 22nd field of its line in /proc,
-// and the third is Z where it has ended and only its parent has not noticed. Its name, the second, stands in
-// parentheses and may hold anything.
+// When a process started, in ticks since the host did; 0: it has ended. This is the 22nd field of its line in
+// /proc; the third is Z where it has ended and only its parent has not noticed. The second, its name, stands
+// in parentheses and may hold anything.
 uint64_t start_of(pid_t pid) {
   char line[1024] = {};
   const std::string path = "/proc/" + std::to_string(pid) + "/stat";
@@ -37,10 +37,10 @@ uint64_t start_of(pid_t pid) {
 
 }  // namespace
 
-// Through a pidfd, which cannot be confused by a pid that is used again. Old kernels have none, and profiles
-// of containers may forbid it: then by the time at which the process started, which tells two of one pid
-// apart. All communicators of this process share one for each other process: with a model of many layers,
-// descriptors would run out.
+// Watches through a pidfd, which a reused pid cannot confuse. Old kernels have none, and profiles of
+// containers may forbid it: then by the time at which the process started, which tells two processes of one
+// pid apart. All communicators of this process share one for each other process: otherwise, with a model of
+// many layers, descriptors would run out.
 class WatchedProcess {
  public:
   static std::shared_ptr<const WatchedProcess> of(pid_t pid) {

@@ -13,7 +13,7 @@ class WatchedProcess;
 class PeerProcesses {
  public:
   static constexpr pid_t kNotHere = -1;  // on another node: not to be watched
-  // Throws std::runtime_error where one cannot be watched, with what to do.
+  // Throws std::runtime_error, with what to do, if a process cannot be watched.
   explicit PeerProcesses(const std::vector<pid_t>& pids);
 
   bool has_exited(int rank) const;
