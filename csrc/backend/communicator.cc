@@ -347,7 +347,8 @@ LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const Route
 }
 
 PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& routing,
-                                 const LocalSumPlan& local_sum, std::byte* out, std::byte* out_weights) const {
+                                 const LocalSumPlan& local_sum, std::byte* out,
+                                 std::byte* out_weights) const {
   PullPlan plan{};
   plan.dtype = config_.dtype;
   plan.hidden = config_.hidden;

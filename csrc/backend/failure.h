@@ -1,4 +1,4 @@
-// Errors of the core. bindings.cc turns them into commlib.errors.
+// Errors of the core. bindings/core.cc turns them into commlib.errors.
 #pragma once
 
 #include <stdexcept>
@@ -15,7 +15,7 @@ struct Failure {
   FailureRecord record{};
   std::string detail;  // Cause::broken, Cause::lost: why
 
-  std::vector<int> peers() const;  // the ranks waited for
+  std::vector<int> peers() const;  // the ranks blamed
 };
 
 std::string describe(const Failure& failure);

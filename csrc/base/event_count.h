@@ -34,7 +34,7 @@ inline void notify(EventCount& count) {
 }
 
 // Waits until ready(). Calls give_up(signalled) each nap at the latest, and when a signal has come to this
-// thread; returns false when that returns true.
+// thread; when that returns true, the last ready() decides what it returns.
 template <class Ready, class GiveUp>
 bool wait_on(EventCount& count, const SpinPolicy& spin, Ready ready, GiveUp give_up) {
   for (int i = 0; i < spin.pauses; ++i) {

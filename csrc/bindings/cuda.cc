@@ -1,5 +1,5 @@
 // Python bindings of the CUDA backend: what makes its communicator, whose methods are bound in
-// ../bindings.cc.
+// core.cc.
 #include <pybind11/pybind11.h>
 
 #include "bindings/python.h"

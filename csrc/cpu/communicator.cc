@@ -89,8 +89,8 @@ void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
   give_up(why);
 }
 
-template <class OpId>
-void CpuCommunicator::wait_for(OpId wait) {
+template <class Wait>
+void CpuCommunicator::wait_for(Wait wait) {
   check_can_wait();
   try {
     wait();

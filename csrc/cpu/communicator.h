@@ -51,8 +51,8 @@ class CpuCommunicator final : public Communicator {
   void has_closed() override;
 
   // Calls `wait`, and remembers whether the user wanted out.
-  template <class OpId>
-  void wait_for(OpId wait);
+  template <class Wait>
+  void wait_for(Wait wait);
   std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
   void check_routes(const RoutePlan& routing) const;
   std::shared_ptr<SlotLease> take_writable_slot(Call call);

@@ -96,7 +96,7 @@ __device__ __forceinline__ uint64_t globaltimer() {
 // Leaves the issue slots to other warps for about this long.
 __device__ __forceinline__ void nanosleep(uint32_t ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
 
-// -- half precision and bfloat16: the bits of protocol/scalar_types.h, but for NaNs
+// -- half precision and bfloat16: the bits of base/scalar_types.h, but for NaNs
 // ------------------------------------------------------------------------------------------
 
 // Exact. A NaN stays one.

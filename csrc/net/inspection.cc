@@ -118,7 +118,7 @@ const ChannelEnd* Inspection::find(const Post& post, bool sending) const {
   const ChannelEnd* ends = sending ? (outward ? internode_->to_gateway : internode_->to_source)
                                    : (outward ? internode_->from_source : internode_->from_gateway);
   const int count =
-      outward == sending ? internode_->gateways : internode_->sources;  // sources get what is outward
+      outward == sending ? internode_->gateways : internode_->sources;  // gateways receive what goes outward
   for (int i = 0; i < count; ++i) {
     if (ends[i].peer == post.peer) return &ends[i];
   }
