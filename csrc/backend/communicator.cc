@@ -73,6 +73,25 @@ void Communicator::make_network(std::unique_ptr<NetworkMemory> memory) {
   network_ = std::make_unique<Network>(shape, config_.net, std::move(memory));
 }
 
+void Communicator::connect(const std::vector<PeerAddress>& peers) {
+  const uint64_t near = network_ ? network_->topology().near : first_ranks(config_.size);
+  std::vector<pid_t> pids;
+  for (int p = 0; p < config_.size; ++p) {
+    pids.push_back(has(near, p) ? static_cast<pid_t>(peers[p].pid) : PeerProcesses::kNotHere);
+  }
+  std::atomic_store(&processes_, std::make_shared<const PeerProcesses>(pids));
+  std::vector<std::byte*> heaps;
+  for (int p = 0; p < config_.size; ++p) heaps.push_back(has(near, p) ? map_heap(p, peers[p]) : nullptr);
+  connect_network(peers, own_signals());
+  peers_ = table_of(heaps);
+  has_connected();
+}
+
+bool Communicator::has_exited(int rank) const {
+  const auto processes = std::atomic_load(&processes_);
+  return processes && processes->has_exited(rank);
+}
+
 void Communicator::connect_network(const std::vector<PeerAddress>& peers, Signals* signals) {
   if (!network_) return;
   std::vector<std::string> addresses;

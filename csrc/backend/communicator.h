@@ -15,6 +15,7 @@
 #include "backend/slots.h"
 #include "base/home_process.h"
 #include "base/waiting.h"
+#include "heap/peer_processes.h"
 #include "net/net_config.h"
 #include "protocol/combine.h"
 #include "protocol/counts.h"
@@ -148,7 +149,7 @@ class Communicator {
 
   virtual PeerAddress address() = 0;
   // Maps the others' heaps. Each rank keeps its heap until all have connected (a barrier of the caller's).
-  virtual void connect(const std::vector<PeerAddress>& peers) = 0;
+  void connect(const std::vector<PeerAddress>& peers);
 
   // Plans, sends counts and waits for every rank's; fills in routes, rows_per_expert and offsets, on a GPU
   // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
@@ -201,7 +202,7 @@ class Communicator {
   virtual int64_t touched_bytes() = 0;
 
   // Whether the process of a rank of this node is gone; false once this communicator is closed.
-  virtual bool has_exited(int rank) = 0;
+  bool has_exited(int rank) const;
   // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
   virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.
@@ -250,6 +251,13 @@ class Communicator {
   // Throws unless this thread can wait for the operations of this communicator.
   void check_can_wait() const;
 
+  // The heap of a rank of this node, as this rank reaches it; stays mapped.
+  virtual std::byte* map_heap(int rank, const PeerAddress& address) = 0;
+  // This rank's signals, if threads sleep on their event counts.
+  virtual Signals* own_signals() { return nullptr; }
+  // Every heap is mapped and peers_ complete.
+  virtual void has_connected() {}
+
   // The heap: control words, then slots.
   int64_t control_bytes() const;
   void write_first_words(std::byte* control) const;
@@ -295,6 +303,8 @@ class Communicator {
   std::shared_ptr<SlotPool> slots_;   // set by the backend, once it has a heap
   std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
+  // Of ranks of this node. Loaded and stored whole, because any thread may ask has_exited().
+  std::shared_ptr<const PeerProcesses> processes_;
   std::atomic<double> timeout_;
 
   const HomeProcess home_;

@@ -29,22 +29,13 @@ PeerAddress CpuCommunicator::address() {
   return {getpid(), region_->fd(), config_.num_sms, "", network_ ? network_->address() : ""};
 }
 
-void CpuCommunicator::connect(const std::vector<PeerAddress>& peers) {
-  std::vector<pid_t> pids;
-  std::vector<std::byte*> heaps;
-  for (int p = 0; p < config_.size; ++p) {
-    const bool near = !network_ || network_->topology().near >> p & 1;
-    const auto pid = static_cast<pid_t>(peers[p].pid);
-    pids.push_back(near ? pid : PeerProcesses::kNotHere);
-    regions_.push_back(p == config_.rank ? region_
-                       : near            ? Region::open(pid, peers[p].fd, region_->bytes())
-                                         : nullptr);
-    heaps.push_back(near ? regions_.back()->data() : nullptr);
-  }
-  connect_network(peers, reinterpret_cast<Signals*>(region_->data()));
-  peers_ = table_of(heaps);
-  processes_ = std::make_unique<PeerProcesses>(pids);
+std::byte* CpuCommunicator::map_heap(int rank, const PeerAddress& address) {
+  const auto pid = static_cast<pid_t>(address.pid);
+  regions_.push_back(rank == config_.rank ? region_ : Region::open(pid, address.fd, region_->bytes()));
+  return regions_.back()->data();
 }
+
+Signals* CpuCommunicator::own_signals() { return reinterpret_cast<Signals*>(region_->data()); }
 
 std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint32_t epoch) const {
   auto op = std::make_shared<OpContext>();
@@ -123,16 +114,11 @@ int64_t CpuCommunicator::touched_bytes() {
   return region_ ? static_cast<int64_t>(region_->touched_bytes()) : 0;
 }
 
-bool CpuCommunicator::has_exited(int rank) {
-  std::lock_guard<std::timed_mutex> issue(issue_mutex_);
-  return processes_ && processes_->has_exited(rank);
-}
-
 // Threads that wait for an operation may still be on their way out of the pool, so the pool itself stays. The
 // heap stays as long as tensors lie in it.
 void CpuCommunicator::has_closed() {
   pool_->stop();
-  processes_.reset();
+  std::atomic_store(&processes_, {});
   regions_.clear();
   region_.reset();
   slots_.reset();

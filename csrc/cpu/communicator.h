@@ -15,7 +15,6 @@ class CpuCommunicator final : public Communicator {
   ~CpuCommunicator() override;
 
   PeerAddress address() override;
-  void connect(const std::vector<PeerAddress>& peers) override;
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -30,7 +29,6 @@ class CpuCommunicator final : public Communicator {
   void synchronize() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override;
-  bool has_exited(int rank) override;
 
   // Memory for `rows` rows, which goes back to the communicator's pool of buffers with its last owner.
   std::shared_ptr<void> new_rows(int64_t rows);
@@ -47,6 +45,8 @@ class CpuCommunicator final : public Communicator {
 
   void drain() override { pool_->drain(); }
   void drain_unless_interrupted() override { pool_->drain_unless_interrupted(); }
+  std::byte* map_heap(int rank, const PeerAddress& address) override;
+  Signals* own_signals() override;
   void announce_departure(const Departure& departure) override;
   void has_closed() override;
 
@@ -70,8 +70,7 @@ class CpuCommunicator final : public Communicator {
   const VectorOps* ops_;
   mutable Throttle throttle_;
   std::shared_ptr<Region> region_;                // this rank's
-  std::vector<std::shared_ptr<Region>> regions_;  // by rank
-  std::unique_ptr<PeerProcesses> processes_;
+  std::vector<std::shared_ptr<Region>> regions_;  // of this node
   std::shared_ptr<BufferPool> buffers_;
   std::unique_ptr<WorkerPool> pool_;
 };

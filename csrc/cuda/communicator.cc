@@ -128,26 +128,17 @@ PeerAddress CudaCommunicator::address() {
           network_ ? network_->address() : ""};
 }
 
-void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
+std::byte* CudaCommunicator::map_heap(int rank, const PeerAddress& a) {
   const OnDevice guard = on_device();
-  std::vector<pid_t> pids;
-  for (int p = 0; p < config_.size; ++p) {
-    const bool near = !network_ || network_->topology().near >> p & 1;
-    pids.push_back(near ? static_cast<pid_t>(peers[p].pid) : PeerProcesses::kNotHere);
-    if (near && pids[p] != getpid()) visitors_.push_back(p);
-  }
-  processes_ = std::make_shared<PeerProcesses>(pids);
-  std::vector<std::byte*> heaps;
-  for (int p = 0; p < config_.size; ++p) {
-    const PeerAddress& a = peers[p];
-    const bool near = pids[p] != PeerProcesses::kNotHere;
-    regions_.push_back(p == config_.rank ? region_
-                       : near ? DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes())
-                              : nullptr);
-    heaps.push_back(near ? regions_.back()->data() : nullptr);
-  }
-  connect_network(peers, nullptr);
-  peers_ = table_of(heaps);
+  if (a.pid != getpid()) visitors_.push_back(rank);
+  regions_.push_back(rank == config_.rank
+                         ? region_
+                         : DeviceRegion::open(config_.device, a.pid, a.fd, a.handle, region_->bytes()));
+  return regions_.back()->data();
+}
+
+void CudaCommunicator::has_connected() {
+  const OnDevice guard = on_device();
   if (network_) {
     internode_on_device_ = device_memory(config_.device, sizeof(Internode));
     put(internode_on_device_.get(), &network_->internode(), sizeof(Internode));
@@ -163,8 +154,9 @@ void CudaCommunicator::connect(const std::vector<PeerAddress>& peers) {
       }
     });
   }
-  const auto own = std::count(pids.begin(), pids.end(), getpid());
-  if (own > 1) shared_device_ = std::make_unique<SharedDevice>(config_.device);
+  if (regions_.size() - visitors_.size() > 1) {  // ranks of this process
+    shared_device_ = std::make_unique<SharedDevice>(config_.device);
+  }
 }
 
 OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {

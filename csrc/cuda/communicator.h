@@ -24,7 +24,6 @@ class CudaCommunicator final : public Communicator {
   ~CudaCommunicator() override;
 
   PeerAddress address() override;
-  void connect(const std::vector<PeerAddress>& peers) override;
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
                                                   bool in_waves) override;
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -41,7 +40,6 @@ class CudaCommunicator final : public Communicator {
   void check_health() override;
   std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
-  bool has_exited(int rank) override { return processes_ && processes_->has_exited(rank); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
   // What the kernels have reported to the host so far, for looking into one that hangs.
   const HostState& host_state() const { return *host_; }
@@ -50,6 +48,8 @@ class CudaCommunicator final : public Communicator {
   void drain() override;
   void drain_unless_interrupted() override;
   void end_waits() override { abort_waits(Cause::broken, config_.rank); }
+  std::byte* map_heap(int rank, const PeerAddress& address) override;
+  void has_connected() override;
   void announce_departure(const Departure& departure) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
@@ -81,10 +81,9 @@ class CudaCommunicator final : public Communicator {
   cudaEvent_t issued_ = nullptr;          // recorded after operations that the next plan comes after
   uint64_t near_epoch_;                   // of the last plan that came after all operations before it
   std::shared_ptr<DeviceRegion> region_;  // this rank's
-  std::vector<std::shared_ptr<DeviceRegion>> regions_;  // by rank
+  std::vector<std::shared_ptr<DeviceRegion>> regions_;  // of this node
   std::vector<int> visitors_;                           // ranks of other processes that map region_
-  std::shared_ptr<PeerProcesses> processes_;
-  Memory memory_;  // owner table, state and scratch
+  Memory memory_;                                       // owner table, state and scratch
   Memory internode_on_device_;
   std::shared_ptr<HostState> host_;
   HostState* host_on_device_ = nullptr;
