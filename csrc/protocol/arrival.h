@@ -21,6 +21,7 @@ COMMLIB_HD bool is_last(Worker& w, int counter, int workers) {
 // Tells every rank of this node that this rank's rows are in place.
 template <class Worker>
 COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+#pragma unroll 1
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
     if (!peers.is_near(p)) continue;

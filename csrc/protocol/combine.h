@@ -155,6 +155,7 @@ template <class Worker>
 COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {
   const int workers = w.gather(ok);
   if (!workers || !is_last(w, kPulledCounter, workers)) return;
+#pragma unroll 1
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     if (!peers.is_near(p)) continue;
     w.publish(&peers.signals_to(p).pulled, tagged(epoch, 0));

@@ -96,6 +96,7 @@ template <class Worker>
 COMMLIB_HD void arrive_for_source(Worker& w, const DispatchQueue& d, int s) {
   const auto queues = static_cast<uint64_t>(d.internode.shape.queues);
   if (!w.all(w.lane() != 0 || w.completes(&d.internode.passed_on[s], 1, queues))) return;
+#pragma unroll 1
   for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
     if (!has(d.internode.served, i)) continue;
     Signals& signals = d.peers.peer[i].signals[d.internode.from_source[s].peer];
