@@ -194,14 +194,15 @@ class WarpWorker {
     __syncwarp();
   }
 
-  // One warp speaks for its block, because each warp that does pays for a system-wide fence: it orders what
-  // the others have written before the block's barrier like its own writes. A warp that comes with ok = false
-  // has failed, and said so in `failed`.
-  __device__ int gather(bool) const {
+  // One warp speaks for its block, because each that does pays for a system-wide fence. That fence orders
+  // what the others have written before the block's barrier like its own writes.
+  __device__ int gather() const {
     flush();
     __syncthreads();
-    return warp_ == 0 && ptx::load_acquire_gpu(&op_.state->failed) == 0 ? kWarps : 0;
+    return warp_ == 0 ? kWarps : 0;
   }
+  // A warp that fails says so in `failed` before it comes to the barrier of gather().
+  __device__ bool spoken_for_failed() const { return ptx::load_acquire_gpu(&op_.state->failed) != 0; }
   // One warp asks for its block; all() makes what it has acquired good for the bulk copies of the others.
   template <class Ask>
   __device__ bool once(Ask ask) const {

@@ -33,7 +33,7 @@ COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, int wave, uin
 // This worker's part of an operation is in place. All workers call it together.
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
-  const int workers = w.gather(true);
+  const int workers = w.gather();
   if (workers && is_last(w, kLastWave, workers)) publish_arrival(w, peers, kLastWave, epoch);
 }
 

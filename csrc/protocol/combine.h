@@ -153,8 +153,8 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 // rows' owners that they may write there again. All workers call it together.
 template <class Worker>
 COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {
-  const int workers = w.gather(ok);
-  if (!workers || !is_last(w, kPulledCounter, workers)) return;
+  const int workers = w.gather();
+  if (!workers || !ok || w.spoken_for_failed() || !is_last(w, kPulledCounter, workers)) return;
 #pragma unroll 1
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     if (!peers.is_near(p)) continue;

@@ -35,9 +35,10 @@
 //
 // All lanes of all workers call these together:
 //
-//   gather(ok)                 flushes; the number of workers that this one speaks for from then on, which
-//                              have all flushed: one worker may speak for several, but not for one that comes
-//                              with ok = false
+//   gather()                   flushes; the number of workers that this one speaks for from then on, which
+//                              have all flushed: one worker may speak for several
+//   spoken_for_failed()        after gather(): whether one of the others that this worker speaks for may have
+//                              failed
 //   once(ask)                  what ask() returns; one of several workers may ask for all
 //   slots()                    [ranks], for collect_calls: of all workers that share an answer
 //
