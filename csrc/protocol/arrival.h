@@ -30,11 +30,19 @@ COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, int wave, uin
   }
 }
 
+// A whole operation writes the last wave's tag, and once in so many operations those of all waves: one that
+// was 2^31 operations old would be taken for a later one (see reached) by the next dispatch in waves.
+constexpr uint32_t kAllWavesEvery = 1 << 16;
+
 // This worker's part of an operation is in place. All workers call it together.
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
   const int workers = w.gather();
-  if (workers && is_last(w, kLastWave, workers)) publish_arrival(w, peers, kLastWave, epoch);
+  if (!workers || !is_last(w, kLastWave, workers)) return;
+#pragma unroll 1
+  for (int wave = epoch % kAllWavesEvery == 0 ? 0 : kLastWave; wave < kWaves; ++wave) {
+    publish_arrival(w, peers, wave, epoch);
+  }
 }
 
 // This worker's part of a wave is in place. Each worker calls it in its own time.

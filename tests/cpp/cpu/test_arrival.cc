@@ -115,13 +115,29 @@ void a_worker_that_failed_is_not_spoken_for() {
   check_equal(tag_of(load_word(&pair.table.peer[0].signals[1].pulled)), 1u, "operations pulled");
 }
 
+// Its tags would be 2^31 operations old some time, and then be taken for those of a later one.
+void waves_do_not_grow_old_while_no_dispatch_uses_them() {
+  Pair pair(kAllWavesEvery - 1);
+  for (uint32_t epoch = kAllWavesEvery - 1; epoch <= kAllWavesEvery + 1; ++epoch) {
+    auto op = context_of(pair);
+    CpuWorker w(*op, 0, 1);
+    arrive(w, pair.table, epoch);
+    for (int wave = 0; wave < kLastWave; ++wave) {
+      check(pair.seen(wave, epoch) == (epoch == kAllWavesEvery), "a wave's tag follows now and then");
+    }
+    check(pair.seen(kLastWave, epoch), "the last one's each time");
+  }
+}
+
 const Suite suite({{"who_sees_the_tag_sees_what_every_worker_has_written",
                     who_sees_the_tag_sees_what_every_worker_has_written},
                    {"rows_have_arrived_once_the_last_worker_has_come_and_not_before",
                     rows_have_arrived_once_the_last_worker_has_come_and_not_before},
                    {"a_worker_two_waves_ahead_does_not_stand_in_for_one_that_is_behind",
                     a_worker_two_waves_ahead_does_not_stand_in_for_one_that_is_behind},
-                   {"a_worker_that_failed_is_not_spoken_for", a_worker_that_failed_is_not_spoken_for}});
+                   {"a_worker_that_failed_is_not_spoken_for", a_worker_that_failed_is_not_spoken_for},
+                   {"waves_do_not_grow_old_while_no_dispatch_uses_them",
+                    waves_do_not_grow_old_while_no_dispatch_uses_them}});
 
 }  // namespace
 }  // namespace commlib::testing
