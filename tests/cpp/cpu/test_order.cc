@@ -41,8 +41,11 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
     async.async = true;
     Manner ends_late = async;
     if (self.rank == 1) ends_late.held = Held(&asleep, sleep_on_the_pool_thread);
+    // Rank 1's pool must be the last to hold it: the operation ends only once rank 0 has come to it, too.
+    if (self.rank == 0) self.meet();
     const DispatchedPtr first = start_redispatch(self, *d, few, ends_late);
     ends_late.held = nullptr;
+    if (self.rank == 1) self.meet();
     check(is_set(asleep), "rank 1's pool is held up");
     const DispatchedPtr slow = start_redispatch(self, *d, few, async);
     // So that rank 1's operation goes on at some time, should refusals wait for it.
