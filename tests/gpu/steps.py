@@ -104,7 +104,7 @@ STEPS = (
     tests("split", 25),
     tests("timeline", 25),
     tests("waves", 35),
-    tests("link", 20),
+    tests("throttle", 20),
     tests("memory", 25),
     tests("partition", 20),
     tests("overlap", 40),
