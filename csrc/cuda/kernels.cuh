@@ -32,8 +32,11 @@ template <class Worker>
 __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant__ RowsOp op) {
   Worker w(op.common);
   SendPlan send = op.send;
-  send.slots = send.is_fresh() ? op.slots : nullptr;
-  if (!send.is_fresh() && w.index() == 0) announce(w, op);
+  if (send.is_fresh()) {
+    send.slots = op.slots;
+  } else if (w.index() == 0) {
+    announce(w, op);
+  }
   run_dispatch(w, send, unpack_plan_of(op), op.common.peers, op.common.id);
 }
 
@@ -46,8 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
   int unpacked = 0;
   const auto count = [&](int wave) {
     DeviceState& state = *rows.common.state;
-    const auto all = static_cast<uint64_t>(w.count());
-    if (w.lane() == 0 && w.completes(&state.unpacking[wave], 1, all)) {
+    if (is_last(w, &state.unpacking[wave], 1, w.count()) && w.lane() == 0) {
       w.publish(&state.unpacked[wave], op.number);
     }
     unpacked = wave + 1;

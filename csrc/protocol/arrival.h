@@ -10,24 +10,33 @@
 
 namespace commlib {
 
-// Whether this worker, which has flushed and speaks for `workers` of its rank, completes the count of all the
-// rank's workers. The counter is then 0 again, for the next operation. All lanes.
+// Whether this worker, which has flushed and speaks for `workers` of its rank, completes a count of `all`.
+// The counter is then 0 again, for the next operation. All lanes.
 template <class Worker>
-COMMLIB_HD bool is_last(Worker& w, int counter, int workers) {
-  return w.all(w.lane() != 0 || w.completes(w.counter(counter), static_cast<uint64_t>(workers),
-                                            static_cast<uint64_t>(w.count())));
+COMMLIB_HD bool is_last(Worker& w, uint64_t* counter, int workers, int all) {
+  return w.all(w.lane() != 0 ||
+               w.completes(counter, static_cast<uint64_t>(workers), static_cast<uint64_t>(all)));
 }
 
-// Tells every rank of this node that this rank's rows are in place.
-template <class Worker>
-COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+// Writes a tag, &word_of(signals), for each of `ranks`, a mask of this node's, into what `source` says to it.
+template <class Worker, class WordOf>
+COMMLIB_HD void publish_tag(Worker& w, const PeerTable& peers, uint64_t ranks, int source, uint32_t epoch,
+                            WordOf word_of) {
 #pragma unroll 1
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
-    if (!peers.is_near(p)) continue;
-    w.publish(&peers.signals_to(p).arrived[wave], tagged(epoch, 0));
-    w.notify(peers.signals_to(p));
+    if (!has(ranks, p)) continue;
+    Signals& signals = peers.peer[p].signals[source];
+    w.publish(&word_of(signals), tagged(epoch, 0));
+    w.notify(signals);
   }
+}
+
+// Tells these ranks of this node that the rows of `source` are in place.
+template <class Worker>
+COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, uint64_t ranks, int source, int wave,
+                                uint32_t epoch) {
+  publish_tag(w, peers, ranks, source, epoch, [=](Signals& s) -> uint64_t& { return s.arrived[wave]; });
 }
 
 // A whole operation writes the last wave's tag, and once in so many operations those of all waves: one that
@@ -38,10 +47,10 @@ constexpr uint32_t kAllWavesEvery = 1 << 16;
 template <class Worker>
 COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
   const int workers = w.gather();
-  if (!workers || !is_last(w, kLastWave, workers)) return;
+  if (!workers || !is_last(w, w.counter(kLastWave), workers, w.count())) return;
 #pragma unroll 1
   for (int wave = epoch % kAllWavesEvery == 0 ? 0 : kLastWave; wave < kWaves; ++wave) {
-    publish_arrival(w, peers, wave, epoch);
+    publish_arrival(w, peers, peers.near, peers.rank, wave, epoch);
   }
 }
 
@@ -49,7 +58,8 @@ COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
 template <class Worker>
 COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
   w.flush();
-  if (is_last(w, wave, 1)) publish_arrival(w, peers, wave, epoch);
+  if (!is_last(w, w.counter(wave), 1, w.count())) return;
+  publish_arrival(w, peers, peers.near, peers.rank, wave, epoch);
 }
 
 template <class Worker>

@@ -154,13 +154,9 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 template <class Worker>
 COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {
   const int workers = w.gather();
-  if (!workers || !ok || w.spoken_for_failed() || !is_last(w, kPulledCounter, workers)) return;
-#pragma unroll 1
-  for (int p = w.lane(); p < peers.size; p += w.lanes()) {
-    if (!peers.is_near(p)) continue;
-    w.publish(&peers.signals_to(p).pulled, tagged(epoch, 0));
-    w.notify(peers.signals_to(p));
-  }
+  if (!workers || !ok || w.spoken_for_failed()) return;
+  if (!is_last(w, w.counter(kPulledCounter), workers, w.count())) return;
+  publish_tag(w, peers, peers.near, peers.rank, epoch, [](Signals& s) -> uint64_t& { return s.pulled; });
 }
 
 template <class Worker>

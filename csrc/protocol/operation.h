@@ -36,6 +36,7 @@ struct Call {
   COMMLIB_HD static Call from_bits(uint32_t v) {
     return {static_cast<OpKind>(v >> 24), static_cast<uint8_t>(v >> 16), static_cast<uint16_t>(v)};
   }
+  COMMLIB_HD bool has(uint16_t flag) const { return (flags & flag) != 0; }
   COMMLIB_HD bool agrees_with(const Call& other) const { return op == other.op && flags == other.flags; }
 };
 

@@ -217,7 +217,7 @@ COMMLIB_HD bool advance_combine(Worker& w, const CombineQueue& c, int64_t* t, in
 COMMLIB_HD CombineQueue combine_queue(const PullPlan& plan, const PeerTable& peers, const OpId& id,
                                       int queue) {
   const Internode& internode = *peers.internode;
-  const bool with_weights = id.call.flags & kCallHasWeights;
+  const bool with_weights = id.call.has(kCallHasWeights);
   return {{peers, internode, queue, id.epoch},
           plan,
           request_layout(plan, internode, with_weights),

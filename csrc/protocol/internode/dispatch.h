@@ -24,7 +24,7 @@ struct DispatchQueue : InternodeQueue {
 COMMLIB_HD DispatchQueue dispatch_queue(const SendPlan& plan, const PeerTable& peers, const OpId& id,
                                         int queue) {
   const Internode& internode = *peers.internode;
-  const bool with_weights = id.call.flags & kCallHasWeights;
+  const bool with_weights = id.call.has(kCallHasWeights);
   return {{peers, internode, queue, id.epoch},
           plan,
           dispatch_layout(plan, internode, with_weights),
@@ -94,15 +94,8 @@ COMMLIB_HD bool frame_fits(const DispatchQueue& d, const Frame& frame) {
 // wrote.
 template <class Worker>
 COMMLIB_HD void arrive_for_source(Worker& w, const DispatchQueue& d, int s) {
-  const auto queues = static_cast<uint64_t>(d.internode.shape.queues);
-  if (!w.all(w.lane() != 0 || w.completes(&d.internode.passed_on[s], 1, queues))) return;
-#pragma unroll 1
-  for (int i = w.lane(); i < d.peers.size; i += w.lanes()) {
-    if (!has(d.internode.served, i)) continue;
-    Signals& signals = d.peers.peer[i].signals[d.internode.from_source[s].peer];
-    w.publish(&signals.arrived[kLastWave], tagged(d.epoch, 0));
-    w.notify(signals);
-  }
+  if (!is_last(w, &d.internode.passed_on[s], 1, d.internode.shape.queues)) return;
+  publish_arrival(w, d.peers, d.internode.served, d.internode.from_source[s].peer, kLastWave, d.epoch);
 }
 
 // Passes on one chunk of a source, if it is there.
