@@ -99,7 +99,6 @@ struct Received {
 struct PendingDispatch {
   std::shared_ptr<void> turn;  // dropped without finish_dispatch, it ends the communicator
   uint64_t number = 0;         // of the operation; words carry its lower half
-  uint32_t epoch = 0;
   Call call;
   std::shared_ptr<SlotLease> lease;
   std::vector<int64_t> source_rows;  // [ranks]
@@ -108,7 +107,8 @@ struct PendingDispatch {
   int64_t results = 0;               // unique, or grouped with their padding
   int64_t dropped = 0;               // of this rank's (token, rank) pairs
 
-  bool in_waves() const { return call.flags & kCallInWaves; }
+  uint32_t epoch() const { return static_cast<uint32_t>(number); }
+  bool in_waves() const { return call.has(kCallInWaves); }
 };
 
 struct CombineInput {

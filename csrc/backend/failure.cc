@@ -19,10 +19,10 @@ std::string ranks_text(const std::vector<int>& ranks) {
 
 std::string call_text(Call call) {
   std::string text = name_of(call.op);
-  if (call.flags & kCallHasWeights)
+  if (call.has(kCallHasWeights))
     text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
-  if (call.flags & kCallDrops) text += ", overflow=\"drop\"";
-  if (call.flags & kCallInWaves) text += ", in_waves";
+  if (call.has(kCallDrops)) text += ", overflow=\"drop\"";
+  if (call.has(kCallInWaves)) text += ", in_waves";
   return text;
 }
 

@@ -77,7 +77,6 @@ struct CpuCommunicator::Transfer {
   std::shared_ptr<SlotLease> lease;
   SendPlan send{};
   UnpackPlan unpack{};
-  bool in_waves = false;
   std::vector<uint8_t> waves_of_routes;  // [tokens][width]; in waves only
   // Own copies, because the caller's may be gone by then.
   std::vector<uint8_t> slots;  // [ranks]; empty: to be collected
@@ -95,7 +94,8 @@ Ticket CpuCommunicator::start_transfer(std::shared_ptr<Transfer> t, bool async, 
   if (!t->source_rows.empty()) t->unpack.source_rows = t->source_rows.data();
   if (!t->slots.empty()) t->send.slots = t->slots.data();
   const auto part = [this, t](CpuWorker& w, Job& job) {
-    t->in_waves ? run_in_waves(*t, w, job) : run_dispatch(w, t->send, t->unpack, peers_, t->op->id);
+    const OpId& id = t->op->id;
+    id.call.has(kCallInWaves) ? run_in_waves(*t, w, job) : run_dispatch(w, t->send, t->unpack, peers_, id);
   };
   return start(t->op, part, [t] { t->lease.reset(); }, async, std::move(held));
 }
@@ -121,9 +121,9 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
   pending->lease = take_writable_slot(call);
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
-  pending->epoch = announce(call);
+  announce(call);
   pending->number = epoch_;
-  auto op = context(call, pending->epoch);
+  auto op = context(call, pending->epoch());
   CpuWorker caller(*op, 0, 1);
   std::vector<int64_t> base(config_.size), received(config_.size);
   pending->source_rows.resize(config_.size);
@@ -135,7 +135,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise_failed(*op);
   };
   exchange();
-  if (!collect_calls(caller, peers_, pending->epoch, call, pending->slots.data())) raise_failed(*op);
+  if (!collect_calls(caller, peers_, pending->epoch(), call, pending->slots.data())) raise_failed(*op);
   const auto fullest = std::max_element(received.begin(), received.end());
   const bool overflow = *fullest > config_.capacity;
   if (overflow && !drop) {
@@ -164,17 +164,14 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
                                         const Received& received, bool async, Held held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
   auto t = std::make_shared<Transfer>();
-  t->op = context(pending.call, pending.epoch);
+  t->op = context(pending.call, pending.epoch());
   t->unpack = unpack_plan(routing, received, *pending.lease);
   t->lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   t->send = send_plan(rows, routing);
   t->send.ordinals = t->lease->slot().sent_ordinals;
   t->slots = pending.slots;
   t->source_rows = pending.source_rows;
-  if (pending.in_waves()) {
-    t->in_waves = true;
-    t->waves_of_routes.resize(rows.count * width_);
-  }
+  if (pending.in_waves()) t->waves_of_routes.resize(rows.count * width_);
   const Ticket ticket = start_transfer(std::move(t), async, std::move(held));
   end_turn(pending);
   return ticket;

@@ -60,7 +60,6 @@ class CudaCommunicator final : public Communicator {
   OpParams params(Call call, uint32_t epoch) const;
   RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutePlan& routing,
                  const Received& received, const SlotLease& lease);
-  void launch_in_waves(const RowsOp& rows, PendingDispatch* pending);
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks. wait_for:
   // then throws if an operation has failed, or the communicator is closed.
   void wait_until(const std::function<bool()>& done);

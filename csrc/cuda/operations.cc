@@ -18,12 +18,11 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
   pending->number = ++epoch_;
-  pending->epoch = static_cast<uint32_t>(pending->number);
 
   keep_near();
-  await_writable(*pending->lease, call, pending->epoch, plan_stream_);
+  await_writable(*pending->lease, call, pending->epoch(), plan_stream_);
   PlanOp op{};
-  op.common = params(call, pending->epoch);
+  op.common = params(call, pending->epoch());
   op.common.ring_bytes = 0;
   op.routing = router_output_of(routing, owner_on_device_);
   op.routes = routing.routes;
@@ -89,13 +88,13 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
                                          const Received& received, bool, Held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
   const OnDevice guard = on_device();
-  RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
+  RowsOp op = rows_op(pending.call, pending.epoch(), rows, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
   std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
   check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");  // routes are placed last
   if (pending.in_waves()) {
-    launch_in_waves(op, &pending);
+    launch_waves(shape_, {op, pending.number, scratch_.waves_of_routes});
   } else {
     launch_rows(shape_, op);
   }
@@ -103,10 +102,6 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
   if (!received.rows_in_slot) pending.lease.reset();
   end_turn(pending);
   return nullptr;
-}
-
-void CudaCommunicator::launch_in_waves(const RowsOp& rows, PendingDispatch* pending) {
-  launch_waves(shape_, {rows, pending->number, scratch_.waves_of_routes});
 }
 
 // The stream's front end waits, not an SM.

@@ -93,7 +93,7 @@ void Network::connect(const std::vector<std::string>& addresses, int queues, Sig
   make_rings(queues);
   std::vector<std::string> far(size_);
   for (int p = 0; p < size_; ++p) {
-    if (topology_.near >> p & 1) continue;
+    if (has(topology_.near, p)) continue;
     far[p] = addresses[p];
     shadows_[p] = memory_->words(static_cast<size_t>(control_bytes_));
   }
@@ -302,7 +302,7 @@ void Network::run() {
     work();
   } catch (const std::exception& e) {  // of UCX, or of a GPU that is lost
     for (int p = 0; p < size_; ++p) {
-      if (!(topology_.near >> p & 1)) lost(p, std::string("the network's thread failed: ") + e.what());
+      if (!(has(topology_.near, p))) lost(p, std::string("the network's thread failed: ") + e.what());
     }
   }
 }
