@@ -218,7 +218,7 @@ def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
 
 
 def test_epochs_wrap_around(monkeypatch):
-    """Operation numbers are 32 bits wide: 2**32 operations must not be the end."""
+    """Words carry 32 bits of an operation's number: 2**32 operations must not be the end."""
     from commlib import bootstrap
 
     make = bootstrap._config

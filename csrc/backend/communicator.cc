@@ -26,7 +26,7 @@ Communicator::Communicator(const Config& config)
               config.max_tokens, config.size * placement_.max_count()},
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
-      dispatches_(config.first_epoch - 1) {
+      dispatches_(static_cast<uint32_t>(config.first_epoch - 1)) {
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
 }
 
@@ -40,15 +40,16 @@ int64_t Communicator::control_bytes() const {
 
 // Makes words say "before the first operation", also where epochs soon wrap around.
 void Communicator::write_first_words(std::byte* control) const {
-  const uint64_t before = tagged(config_.first_epoch - 1, 0);
+  const uint64_t before = config_.first_epoch - 1;
+  const uint64_t said_before = tagged(static_cast<uint32_t>(before), 0);
   auto* signals = reinterpret_cast<Signals*>(control);
   for (int s = 0; s < config_.size; ++s) {
     std::fill(std::begin(signals[s].arrived), std::end(signals[s].arrived), before);
     signals[s].pulled = before;
-    std::fill(std::begin(signals[s].calls), std::end(signals[s].calls), before);
+    std::fill(std::begin(signals[s].calls), std::end(signals[s].calls), said_before);
   }
   auto* counts = reinterpret_cast<uint64_t*>(signals + config_.size);
-  std::fill_n(counts, 2 * config_.size * count_words(placement_), before);
+  std::fill_n(counts, 2 * config_.size * count_words(placement_), said_before);
 }
 
 PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {

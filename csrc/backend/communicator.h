@@ -38,7 +38,7 @@ struct Config {
   double timeout = 60.0;
   double link_gbps = 0;      // emulated limit of this rank's link, in GB/s; 0: none
   NetConfig net;             // across nodes
-  uint32_t first_epoch = 1;  // for tests of the wrap-around
+  uint64_t first_epoch = 1;  // for tests: tagged words carry the lower half, which wraps around
   InterruptCheck interrupted = nullptr;
   // CPU
   SpinPolicy spin;
@@ -98,7 +98,7 @@ struct Received {
 // epochs (see Signals::arrived).
 struct PendingDispatch {
   std::shared_ptr<void> turn;  // dropped without finish_dispatch, it ends the communicator
-  uint64_t number = 0;         // of the operation; words carry its lower half
+  uint64_t epoch = 0;
   Call call;
   std::shared_ptr<SlotLease> lease;
   std::vector<int64_t> source_rows;  // [ranks]
@@ -107,7 +107,6 @@ struct PendingDispatch {
   int64_t results = 0;               // unique, or grouped with their padding
   int64_t dropped = 0;               // of this rank's (token, rank) pairs
 
-  uint32_t epoch() const { return static_cast<uint32_t>(number); }
   bool in_waves() const { return call.has(kCallInWaves); }
 };
 
@@ -315,7 +314,7 @@ class Communicator {
   std::atomic<bool> interrupted_{false};
 
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
-  uint64_t epoch_;                // words carry its lower half
+  uint64_t epoch_;
   uint32_t dispatches_;
 
  private:

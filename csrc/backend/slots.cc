@@ -33,8 +33,12 @@ void SlotLease::use_on(uintptr_t stream) {
 
 void SlotLease::pulled_in(uint64_t epoch) {
   std::lock_guard<std::mutex> lock(pool_->mutex_);
-  pool_->states_[index_].pulled = true;
   pool_->states_[index_].pulled_in = epoch;
+}
+
+uint64_t SlotLease::last_pull() const {
+  std::lock_guard<std::mutex> lock(pool_->mutex_);
+  return pool_->states_[index_].pulled_in;
 }
 
 SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count, Choice choice)
@@ -65,13 +69,6 @@ std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
 bool SlotPool::holds(const std::byte* address) const {
   const std::byte* end = slots_ + static_cast<int64_t>(states_.size()) * layout_.bytes();
   return !std::less<>()(address, static_cast<const std::byte*>(slots_)) && std::less<>()(address, end);
-}
-
-bool SlotPool::last_pull(int index, uint64_t now, uint32_t* epoch) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const State& s = states_[index];
-  *epoch = static_cast<uint32_t>(s.pulled_in);
-  return s.pulled && now - s.pulled_in < kLongAgo;
 }
 
 int SlotPool::in_use() {

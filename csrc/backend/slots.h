@@ -27,6 +27,7 @@ class SlotLease {
   // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished
   // that operation.
   void pulled_in(uint64_t epoch);
+  uint64_t last_pull() const;  // 0: none
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
@@ -58,9 +59,6 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   std::shared_ptr<SlotLease> find(const std::byte* address);
   // Whether `address` lies in any slot.
   bool holds(const std::byte* address) const;
-  // The operation that must be finished everywhere before the slot is written in operation `now`; false:
-  // none.
-  bool last_pull(int index, uint64_t now, uint32_t* epoch);
   Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
   int in_use();
   virtual ~SlotPool() = default;
@@ -73,13 +71,9 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   struct State {
     std::weak_ptr<SlotLease> lease;
     bool busy = false;
-    bool pulled = false;
-    uint64_t pulled_in = 0;
-    uint64_t freed = 0;  // when, in leases that have ended
+    uint64_t pulled_in = 0;  // the last operation in which peers pull from it
+    uint64_t freed = 0;      // when, in leases that have ended
   };
-
-  // Words tell 2^31 operations apart. No rank is ever that far behind, so none is asked about one that old.
-  static constexpr uint64_t kLongAgo = uint64_t{1} << 30;
 
   const HomeProcess home_;
   std::shared_ptr<void> heap_;

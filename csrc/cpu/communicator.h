@@ -53,11 +53,11 @@ class CpuCommunicator final : public Communicator {
   // Calls `wait`, and remembers whether the user wanted out.
   template <class Wait>
   void wait_for(Wait wait);
-  std::shared_ptr<OpContext> context(Call call, uint32_t epoch) const;
+  std::shared_ptr<OpContext> context(Call call, uint64_t epoch) const;
   void check_routes(const RoutePlan& routing) const;
   std::shared_ptr<SlotLease> take_writable_slot(Call call);
   void await_writable(const SlotLease& lease, Call call);
-  uint32_t announce(Call call);
+  uint64_t announce(Call call);
   // What each worker does in an operation, and what the last one does however it ended.
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
   Ticket start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last, bool async, Held held);

@@ -14,21 +14,18 @@ bool another_failed(const OpContext& op) { return op.failed.load(std::memory_ord
 }  // namespace
 
 // Says which operation this rank calls and which slot it lends; every operation on every rank begins with it.
-uint32_t CpuCommunicator::announce(Call call) {
-  const auto epoch = static_cast<uint32_t>(++epoch_);
-  auto op = context(call, epoch);
+uint64_t CpuCommunicator::announce(Call call) {
+  auto op = context(call, ++epoch_);
   CpuWorker caller(*op, 0, 1);
-  publish_call(caller, peers_, epoch, call);
-  return epoch;
+  publish_call(caller, peers_, op->id);
+  return epoch_;
 }
 
 // Waits until no rank pulls from a slot that is about to be written.
 void CpuCommunicator::await_writable(const SlotLease& lease, Call call) {
-  uint32_t epoch;
-  if (!slots_->last_pull(lease.index(), epoch_ + 1, &epoch)) return;
-  auto op = context(call, epoch);
+  auto op = context(call, lease.last_pull());
   CpuWorker caller(*op, 0, 1);
-  if (!await_pulled(caller, peers_, epoch)) raise_failed(*op);
+  if (!await_pulled(caller, peers_, lease.last_pull())) raise_failed(*op);
 }
 
 std::shared_ptr<SlotLease> CpuCommunicator::take_writable_slot(Call call) {
@@ -113,7 +110,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
   const RouterOutput in = router_output_of(routing, owner_.data());
   std::vector<uint32_t> per_rank(config_.size), per_expert(config_.experts);
   const SourceCounts counts{per_rank.data(), per_expert.data()};
-  auto planning = context(call, static_cast<uint32_t>(epoch_));
+  auto planning = context(call, epoch_);
   CpuWorker planner(*planning, 0, 1);
   const int64_t bad = count_routes(planner, in, routing.routes, counts);
   if (bad != kNoBadId) raise_bad_id(bad, routing.topk_idx[bad]);
@@ -122,8 +119,8 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
   announce(call);
-  pending->number = epoch_;
-  auto op = context(call, pending->epoch());
+  pending->epoch = epoch_;
+  auto op = context(call, pending->epoch);
   CpuWorker caller(*op, 0, 1);
   std::vector<int64_t> base(config_.size), received(config_.size);
   pending->source_rows.resize(config_.size);
@@ -135,7 +132,7 @@ std::unique_ptr<PendingDispatch> CpuCommunicator::begin_dispatch(const RoutePlan
     if (!collect_counts(caller, peers_, placement_, dispatches_, result)) raise_failed(*op);
   };
   exchange();
-  if (!collect_calls(caller, peers_, pending->epoch(), call, pending->slots.data())) raise_failed(*op);
+  if (!collect_calls(caller, peers_, op->id, pending->slots.data())) raise_failed(*op);
   const auto fullest = std::max_element(received.begin(), received.end());
   const bool overflow = *fullest > config_.capacity;
   if (overflow && !drop) {
@@ -164,7 +161,7 @@ Ticket CpuCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& ro
                                         const Received& received, bool async, Held held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
   auto t = std::make_shared<Transfer>();
-  t->op = context(pending.call, pending.epoch());
+  t->op = context(pending.call, pending.epoch);
   t->unpack = unpack_plan(routing, received, *pending.lease);
   t->lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   t->send = send_plan(rows, routing);

@@ -56,7 +56,7 @@ uint64_t CpuWorker::find_exited(uint64_t awaited) {
     if (!op_.processes->has_exited(p)) continue;
     uint64_t blamed = 0;
     const bool did_its_part = !has(awaited, p) && how_departed(*this, *op_.peers, p, &blamed) == kClosed &&
-                              has_called(*this, *op_.peers, p, op_.id.epoch);
+                              has_called(*this, *op_.peers, p, op_.id.tag());
     if (!did_its_part) exited |= bit_of(p);
   }
   return exited;

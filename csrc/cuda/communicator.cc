@@ -159,7 +159,7 @@ void CudaCommunicator::has_connected() {
   }
 }
 
-OpParams CudaCommunicator::params(Call call, uint32_t epoch) const {
+OpParams CudaCommunicator::params(Call call, uint64_t epoch) const {
   OpParams op{};
   op.peers = peers_;
   op.id = {call, epoch};

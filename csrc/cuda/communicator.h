@@ -57,8 +57,8 @@ class CudaCommunicator final : public Communicator {
   void make_scratch();
   void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
-  OpParams params(Call call, uint32_t epoch) const;
-  RowsOp rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutePlan& routing,
+  OpParams params(Call call, uint64_t epoch) const;
+  RowsOp rows_op(Call call, uint64_t epoch, const Rows& rows, const RoutePlan& routing,
                  const Received& received, const SlotLease& lease);
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks. wait_for:
   // then throws if an operation has failed, or the communicator is closed.
@@ -66,7 +66,7 @@ class CudaCommunicator final : public Communicator {
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
   void keep_near();
-  void await_writable(const SlotLease& lease, Call call, uint32_t epoch, cudaStream_t stream);
+  void await_writable(const SlotLease& lease, Call call, uint64_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();

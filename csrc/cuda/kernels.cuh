@@ -17,8 +17,8 @@ namespace commlib::cuda {
 // from it any more.
 __device__ inline void announce(WarpWorker& w, const RowsOp& op) {
   const OpParams& common = op.common;
-  if (op.reused && !await_pulled(w, common.peers, op.reuse_epoch)) return;
-  publish_call(w, common.peers, common.id.epoch, common.id.call);
+  if (!await_pulled(w, common.peers, op.last_pull)) return;
+  publish_call(w, common.peers, common.id);
 }
 
 // In a fresh dispatch, the plan says what came from which rank.
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
   const auto count = [&](int wave) {
     DeviceState& state = *rows.common.state;
     if (is_last(w, &state.unpacking[wave], 1, w.count()) && w.lane() == 0) {
-      w.publish(&state.unpacked[wave], op.number);
+      w.publish(&state.unpacked[wave], rows.common.id.epoch);
     }
     unpacked = wave + 1;
   };
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
 // Waits until no rank pulls from a slot that is about to be lent. One warp; plan.cuh says why it ends.
 __global__ void __launch_bounds__(kWarpLanes, 1) await_kernel(const __grid_constant__ AwaitOp op) {
   WarpWorker w(op.common);
-  await_pulled(w, op.common.peers, op.reuse_epoch);
+  await_pulled(w, op.common.peers, op.last_pull);
 }
 
 // -- combine
@@ -73,8 +73,8 @@ template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineOp op) {
   SumWorker<T, Worker> w(op.common);
   const OpParams& common = op.common;
-  const bool ok = !op.reused || w.once([&] { return await_pulled(w, common.peers, op.reuse_epoch); });
-  if (ok && w.index() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
+  const bool ok = op.last_pull == 0 || w.once([&] { return await_pulled(w, common.peers, op.last_pull); });
+  if (ok && w.index() == 0) publish_call(w, common.peers, common.id);
   run_combine(w, op.local_sum, op.pull, common.peers, common.id, op.users_rows, ok);
 }
 

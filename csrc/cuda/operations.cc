@@ -17,12 +17,12 @@ std::unique_ptr<PendingDispatch> CudaCommunicator::begin_dispatch(const RoutePla
   pending->lease = take_slot();
   call.slot = static_cast<uint8_t>(pending->lease->index());
   pending->call = call;
-  pending->number = ++epoch_;
+  pending->epoch = ++epoch_;
 
   keep_near();
-  await_writable(*pending->lease, call, pending->epoch(), plan_stream_);
+  await_writable(*pending->lease, call, pending->epoch, plan_stream_);
   PlanOp op{};
-  op.common = params(call, pending->epoch());
+  op.common = params(call, pending->epoch);
   op.common.ring_bytes = 0;
   op.routing = router_output_of(routing, owner_on_device_);
   op.routes = routing.routes;
@@ -66,16 +66,17 @@ void CudaCommunicator::keep_near() {
 }
 
 // When what comes next in the stream begins, no rank pulls from the slot any more.
-void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint32_t epoch,
+void CudaCommunicator::await_writable(const SlotLease& lease, Call call, uint64_t epoch,
                                       cudaStream_t stream) {
   AwaitOp op{};
-  if (!slots_->last_pull(lease.index(), epoch_, &op.reuse_epoch)) return;
+  op.last_pull = lease.last_pull();
+  if (op.last_pull == 0) return;
   op.common = params(call, epoch);
   op.common.ring_bytes = 0;
   launch_await(stream, op);
 }
 
-RowsOp CudaCommunicator::rows_op(Call call, uint32_t epoch, const Rows& rows, const RoutePlan& routing,
+RowsOp CudaCommunicator::rows_op(Call call, uint64_t epoch, const Rows& rows, const RoutePlan& routing,
                                  const Received& received, const SlotLease& lease) {
   RowsOp op{};
   op.common = params(call, epoch);
@@ -88,13 +89,13 @@ Ticket CudaCommunicator::finish_dispatch(PendingDispatch& pending, const Rows& r
                                          const Received& received, bool, Held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
   const OnDevice guard = on_device();
-  RowsOp op = rows_op(pending.call, pending.epoch(), rows, routing, received, *pending.lease);
+  RowsOp op = rows_op(pending.call, pending.epoch, rows, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
   std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
   check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");  // routes are placed last
   if (pending.in_waves()) {
-    launch_waves(shape_, {op, pending.number, scratch_.waves_of_routes});
+    launch_waves(shape_, {op, scratch_.waves_of_routes});
   } else {
     launch_rows(shape_, op);
   }
@@ -110,7 +111,7 @@ void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket
   const OnDevice guard = on_device();
   const uint64_t* word = &state_->unpacked[wave_of(expert, placement_.count(config_.rank))];
   check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
-                                   dispatch.number, CU_STREAM_WAIT_VALUE_GEQ),
+                                   dispatch.epoch, CU_STREAM_WAIT_VALUE_GEQ),
         "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
   awaiting_waves_->note(config_.device, reinterpret_cast<cudaStream_t>(stream));
 }
@@ -123,8 +124,8 @@ Ticket CudaCommunicator::redispatch(const Rows& rows, const RoutePlan& routing, 
   Call call = redispatch_call(rows);
   auto slot = take_slot();
   call.slot = static_cast<uint8_t>(slot->index());
-  RowsOp op = rows_op(call, static_cast<uint32_t>(++epoch_), rows, routing, received, *slot);
-  op.reused = slots_->last_pull(slot->index(), epoch_, &op.reuse_epoch);
+  RowsOp op = rows_op(call, ++epoch_, rows, routing, received, *slot);
+  op.last_pull = slot->last_pull();
   launch_rows(shape_, op);
   if (received.rows_in_slot) *lease = std::move(slot);
   return nullptr;
@@ -140,11 +141,11 @@ Ticket CudaCommunicator::combine(const CombineInput& input, const RoutePlan& rou
   const CombineSlot slot = combine_slot(input, routing);
   call.slot = static_cast<uint8_t>(slot.lease->index());
   CombineOp op{};
-  op.common = params(call, static_cast<uint32_t>(++epoch_));
+  op.common = params(call, ++epoch_);
   op.local_sum = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
-  op.reused = !slot.in_place && slots_->last_pull(slot.lease->index(), epoch_, &op.reuse_epoch);
+  if (!slot.in_place) op.last_pull = slot.lease->last_pull();
   launch_combine(shape_, config_.dtype, op);
   slot.lease->pulled_in(epoch_);
   return nullptr;
@@ -155,7 +156,7 @@ std::shared_ptr<SlotLease> CudaCommunicator::lend_slot() {
   const OnDevice guard = on_device();
   check_health();
   auto lease = take_slot();
-  await_writable(*lease, {OpKind::combine, 0, 0}, static_cast<uint32_t>(epoch_), shape_.stream);
+  await_writable(*lease, {OpKind::combine, 0, 0}, epoch_, shape_.stream);
   lease->lend();
   return lease;
 }

@@ -106,11 +106,11 @@ __device__ inline int64_t first_bad_index(const PlanShared& s) {
 __device__ inline bool exchange_counts(WarpWorker& w, const PlanOp& op, PlanShared& s, int round) {
   const OpParams& common = op.common;
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
-  if (round == 1 && w.warp() == 0) publish_call(w, common.peers, common.id.epoch, common.id.call);
+  if (round == 1 && w.warp() == 0) publish_call(w, common.peers, common.id);
   publish_counts(w, common.peers, op.routing.placement, source_counts(op, s), dispatch);
   bool ok = collect_counts(w, common.peers, op.routing.placement, dispatch, counts_result(op, s));
   if (round == 1 && w.warp() == kPlanWarps - 1) {
-    ok = ok && collect_calls(w, common.peers, common.id.epoch, common.id.call, s.slots);
+    ok = ok && collect_calls(w, common.peers, common.id, s.slots);
   }
   return all_warps(w, s, ok);
 }

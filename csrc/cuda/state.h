@@ -32,7 +32,7 @@ struct DeviceState {
   uint64_t failed;
   // When the throttle is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t throttle_free;
-  // unpacked[i]: the last dispatch in waves, by its number, whose wave i is in place, or which has failed.
+  // unpacked[i]: the last dispatch in waves, by its epoch, whose wave i is in place, or which has failed.
   // Written by the last warp to unpack its part (release); streams wait for it.
   uint64_t unpacked[kWaves];
 };
@@ -106,15 +106,14 @@ struct RowsOp {
   // Of a fresh dispatch, as its plan found them: the slot that each rank lends, and how many rows it sends.
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
-  // Along a known routing: the slot that this rank lends was pulled from in operation `reuse_epoch`.
-  bool reused;
-  uint32_t reuse_epoch;
+  // Along a known routing: the last operation in which ranks pulled from the slot that this rank lends; 0:
+  // none.
+  uint64_t last_pull;
 };
 
 // A fresh dispatch in waves.
 struct WavesOp {
   RowsOp rows;
-  uint64_t number;  // grows from one to the next
   uint8_t* waves_of_routes;
 };
 
@@ -122,15 +121,13 @@ struct CombineOp {
   OpParams common;
   LocalSumPlan local_sum;
   PullPlan pull;
-  bool users_rows;  // the slot holds a tensor of the user's
-  // The slot that local sums go into was pulled from in operation `reuse_epoch`.
-  bool reused;
-  uint32_t reuse_epoch;
+  bool users_rows;     // the slot holds a tensor of the user's
+  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that sums go into; 0: none
 };
 
 struct AwaitOp {
   OpParams common;
-  uint32_t reuse_epoch;
+  uint64_t last_pull;
 };
 
 }  // namespace commlib::cuda

@@ -18,16 +18,17 @@ COMMLIB_HD bool is_last(Worker& w, uint64_t* counter, int workers, int all) {
                w.completes(counter, static_cast<uint64_t>(workers), static_cast<uint64_t>(all)));
 }
 
-// Writes a tag, &word_of(signals), for each of `ranks`, a mask of this node's, into what `source` says to it.
+// Writes an epoch, to word_of(signals), for each of `ranks`, a mask of this node's, into what `source` says
+// to it.
 template <class Worker, class WordOf>
-COMMLIB_HD void publish_tag(Worker& w, const PeerTable& peers, uint64_t ranks, int source, uint32_t epoch,
-                            WordOf word_of) {
+COMMLIB_HD void publish_epoch(Worker& w, const PeerTable& peers, uint64_t ranks, int source, uint64_t epoch,
+                              WordOf word_of) {
 #pragma unroll 1
   for (int i = w.lane(); i < peers.size; i += w.lanes()) {
     const int p = (peers.rank + i) % peers.size;
     if (!has(ranks, p)) continue;
     Signals& signals = peers.peer[p].signals[source];
-    w.publish(&word_of(signals), tagged(epoch, 0));
+    w.publish(&word_of(signals), epoch);
     w.notify(signals);
   }
 }
@@ -35,42 +36,35 @@ COMMLIB_HD void publish_tag(Worker& w, const PeerTable& peers, uint64_t ranks, i
 // Tells these ranks of this node that the rows of `source` are in place.
 template <class Worker>
 COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, uint64_t ranks, int source, int wave,
-                                uint32_t epoch) {
-  publish_tag(w, peers, ranks, source, epoch, [=](Signals& s) -> uint64_t& { return s.arrived[wave]; });
+                                uint64_t epoch) {
+  publish_epoch(w, peers, ranks, source, epoch, [=](Signals& s) -> uint64_t& { return s.arrived[wave]; });
 }
-
-// A whole operation writes the last wave's tag, and once in so many operations those of all waves: one that
-// was 2^31 operations old would be taken for a later one (see reached) by the next dispatch in waves.
-constexpr uint32_t kAllWavesEvery = 1 << 16;
 
 // This worker's part of an operation is in place. All workers call it together.
 template <class Worker>
-COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint32_t epoch) {
+COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint64_t epoch) {
   const int workers = w.gather();
   if (!workers || !is_last(w, w.counter(kLastWave), workers, w.count())) return;
-#pragma unroll 1
-  for (int wave = epoch % kAllWavesEvery == 0 ? 0 : kLastWave; wave < kWaves; ++wave) {
-    publish_arrival(w, peers, peers.near, peers.rank, wave, epoch);
-  }
+  publish_arrival(w, peers, peers.near, peers.rank, kLastWave, epoch);
 }
 
 // This worker's part of a wave is in place. Each worker calls it in its own time.
 template <class Worker>
-COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint64_t epoch) {
   w.flush();
   if (!is_last(w, w.counter(wave), 1, w.count())) return;
   publish_arrival(w, peers, peers.near, peers.rank, wave, epoch);
 }
 
 template <class Worker>
-COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, int source, int wave, uint32_t epoch) {
-  return reached(tag_of(w.read(&peers.signals_from(source).arrived[wave])), epoch);
+COMMLIB_HD bool has_arrived(Worker& w, const PeerTable& peers, int source, int wave, uint64_t epoch) {
+  return w.read(&peers.signals_from(source).arrived[wave]) >= epoch;
 }
 
 // Waits until the rows of every rank of `sources`, a mask, are in place.
 template <class Worker>
 COMMLIB_HD bool await_arrivals(Worker& w, const PeerTable& peers, uint64_t sources, int wave,
-                               uint32_t epoch) {
+                               uint64_t epoch) {
   return await_ranks(w, peers, sources, Phase::arrival,
                      [&](int s) { return has_arrived(w, peers, s, wave, epoch); });
 }

@@ -12,9 +12,9 @@ namespace commlib {
 
 // Whether `peer` has reached this operation. Only the word of a later call overwrites a call word.
 template <class Worker>
-COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t epoch) {
-  const uint64_t word = w.read(&peers.signals_from(peer).calls[epoch % kCallRing]);
-  return Call::from_bits(value_of(word)).op != OpKind::none && reached(tag_of(word), epoch);
+COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t tag) {
+  const uint64_t word = w.read(&peers.signals_from(peer).calls[tag % kCallRing]);
+  return Call::from_bits(value_of(word)).op != OpKind::none && reached(tag_of(word), tag);
 }
 
 // The newest call that `peer` told this rank of, or 0.
@@ -32,10 +32,10 @@ COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
 
 // The ranks that an operation waits for, and those that have not reached it.
 template <class Worker>
-COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t epoch, uint64_t awaited) {
+COMMLIB_HD uint64_t late_ranks(Worker& w, const PeerTable& peers, uint32_t tag, uint64_t awaited) {
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) {
-    if (p != peers.rank && !has_called(w, peers, p, epoch)) awaited |= bit_of(p);
+    if (p != peers.rank && !has_called(w, peers, p, tag)) awaited |= bit_of(p);
   }
   return awaited;
 }

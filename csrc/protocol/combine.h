@@ -152,17 +152,19 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 // This worker has pulled all its rows of the operation or, if not `ok`, failed. The last worker tells the
 // rows' owners that they may write there again. All workers call it together.
 template <class Worker>
-COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint32_t epoch, bool ok) {
+COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint64_t epoch, bool ok) {
   const int workers = w.gather();
   if (!workers || !ok || w.spoken_for_failed()) return;
   if (!is_last(w, w.counter(kPulledCounter), workers, w.count())) return;
-  publish_tag(w, peers, peers.near, peers.rank, epoch, [](Signals& s) -> uint64_t& { return s.pulled; });
+  publish_epoch(w, peers, peers.near, peers.rank, epoch, [](Signals& s) -> uint64_t& { return s.pulled; });
 }
 
+// Waits until no rank of this node pulls any more in that operation; 0: there was none.
 template <class Worker>
-COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint32_t epoch) {
+COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint64_t epoch) {
+  if (epoch == 0) return true;
   return await_ranks(w, peers, peers.near, Phase::slot_reuse,
-                     [&](int p) { return reached(tag_of(w.read(&peers.signals_from(p).pulled)), epoch); });
+                     [&](int p) { return w.read(&peers.signals_from(p).pulled) >= epoch; });
 }
 
 }  // namespace commlib

@@ -25,15 +25,15 @@ constexpr uint32_t kGaveUp = 2;
 
 // What one source says to one rank, in that rank's control block.
 struct alignas(64) Signals {
-  // Tags: the last operation whose rows from src are in place, at the receiver (dispatch) or in src's own
+  // Epochs: the last operation whose rows from src are in place, at the receiver (dispatch) or in src's own
   // slot, ready to be pulled (combine). arrived[i] is of wave i of a dispatch in waves; the last is of whole
   // operations as well. Written (release) by the last of src's workers to flush its part, which has acquired
   // what the others wrote before they counted (see protocol/arrival.h); read by the owner of the block
   // (acquire). Where src is on another node, src's gateway on this node writes it, and only for dispatches.
-  // Tags never go back, so a late reader cannot miss one: src's workers begin an operation only after all of
-  // them have ended the one before it, and operations move rows in the order of their epochs.
+  // Epochs never go back, so a late reader cannot miss one: src's workers begin an operation only after all
+  // of them have ended the one before it, and operations move rows in the order of their epochs.
   uint64_t arrived[kWaves];
-  // Tag: the last operation of which src has pulled all its rows. Written by the last of src's workers
+  // Epoch: the last operation of which src has pulled all its rows. Written by the last of src's workers
   // (release), like `arrived`; the owner reads it (acquire) before it writes again into a slot from which
   // that operation pulled. Ranks on other nodes pull from no slot; their gateways do, as part of the same
   // operation.

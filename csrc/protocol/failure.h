@@ -42,7 +42,7 @@ COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const OpI
   r.op = id.call.op;
   r.phase = phase;
   r.peer = r.reporter = lowest_bit(blamed);
-  r.epoch = id.epoch;
+  r.epoch = id.tag();
   r.call = id.call.bits();
   r.awaited = awaited;
   r.blamed = blamed;
@@ -53,7 +53,7 @@ COMMLIB_HD FailureRecord new_record(Worker& w, const PeerTable& peers, const OpI
 template <class Worker>
 COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                                         Phase phase) {
-  const uint64_t late = late_ranks(w, peers, id.epoch, awaited);
+  const uint64_t late = late_ranks(w, peers, id.tag(), awaited);
   uint64_t others = 0;  // that some rank waits for: they hold up all ranks
 #pragma unroll 1
   for (int p = 0; p < peers.size; ++p) others |= awaited_by(w, peers, p);
@@ -82,7 +82,7 @@ COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const
   for (int p = 0; p < peers.size; ++p) {
     const uint64_t word = w.read(&peers.signals_from(p).calls[id.epoch % kCallRing]);
     const Call theirs = Call::from_bits(value_of(word));
-    if (tag_of(word) != id.epoch || theirs.op == OpKind::none || theirs.agrees_with(id.call)) continue;
+    if (tag_of(word) != id.tag() || theirs.op == OpKind::none || theirs.agrees_with(id.call)) continue;
     *record = mismatch_record(w, peers, id, p, theirs);
     return true;
   }
@@ -114,7 +114,7 @@ COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& 
     // What a rank of this node did before it closed is in place; from another node it may still be on its
     // way.
     const auto did_its_part = [&] {
-      return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, id.epoch);
+      return (!has(awaited, p) || !peers.is_near(p)) && has_called(w, peers, p, id.tag());
     };
     if (how == kClosed && did_its_part()) continue;
     // A rank that gave up on others may not have heard which ranks those wait for.
@@ -145,7 +145,7 @@ template <class Worker>
 COMMLIB_HD bool announce_wait(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                               bool long_wait) {
   if (awaited && !long_wait && !is_awaited(w, peers)) return false;
-  publish_awaited(w, peers, awaited ? late_ranks(w, peers, id.epoch, awaited) : 0);
+  publish_awaited(w, peers, awaited ? late_ranks(w, peers, id.tag(), awaited) : 0);
   return awaited != 0;
 }
 

@@ -47,7 +47,10 @@ constexpr uint16_t kCallInWaves = 4;     // rows come in the order of protocol/w
 // Which operation: its number in the one order that all ranks keep, and what this rank calls there.
 struct OpId {
   Call call;
-  uint32_t epoch;
+  uint64_t epoch;
+
+  // What a tagged word carries of the epoch.
+  COMMLIB_HD uint32_t tag() const { return static_cast<uint32_t>(epoch); }
 };
 
 }  // namespace commlib

@@ -17,7 +17,7 @@ template <class Worker>
 COMMLIB_HD void run_dispatch(Worker& w, SendPlan send, const UnpackPlan& unpacking, const PeerTable& peers,
                              const OpId& id) {
   if (!send.slots) {
-    if (!w.once([&] { return collect_calls(w, peers, id.epoch, id.call, w.slots()); })) return w.flush();
+    if (!w.once([&] { return collect_calls(w, peers, id, w.slots()); })) return w.flush();
     send.slots = w.slots();
   }
   if (move_rows(w, send, peers, id)) unpack(w, unpacking);
@@ -34,7 +34,7 @@ COMMLIB_HD void run_combine(Worker& w, const LocalSumPlan& local_sum, PullPlan p
     sum_local_rows(w, local_sum, rows_pulled_from_y(w, pull, peers.rank));
     arrive(w, peers, id.epoch);
     ok = w.once([&] {
-      return collect_calls(w, peers, id.epoch, id.call, w.slots()) &&
+      return collect_calls(w, peers, id, w.slots()) &&
              await_arrivals(w, peers, peers.near, kLastWave, id.epoch);
     });
   }

@@ -64,7 +64,7 @@ struct Sending {
 // Sends the rows of a few more tokens, few enough that what has arrived meanwhile need not wait long.
 template <class Worker>
 COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peers, const uint8_t* of_routes,
-                          uint32_t epoch, Sending* at) {
+                          uint64_t epoch, Sending* at) {
   constexpr int kTokensAtOnce = 4;
   for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
     const int64_t* route = plan.routes + at->token * plan.width;
@@ -90,7 +90,7 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
 
 // Whether the rows of every source's wave are in place.
 template <class Worker>
-COMMLIB_HD bool wave_has_arrived(Worker& w, const PeerTable& peers, int wave, uint32_t epoch) {
+COMMLIB_HD bool wave_has_arrived(Worker& w, const PeerTable& peers, int wave, uint64_t epoch) {
   bool ok = true;
   for (int s = w.lane(); ok && s < peers.size; s += w.lanes()) ok = has_arrived(w, peers, s, wave, epoch);
   return w.all(ok);
@@ -126,7 +126,7 @@ COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
 // each worker when it has its part of the wave in place.
 template <class Worker, class Unpacked>
 COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const UnpackPlan& unpack, uint8_t* of_routes,
-                              const PeerTable& peers, uint32_t epoch, Unpacked unpacked) {
+                              const PeerTable& peers, uint64_t epoch, Unpacked unpacked) {
   plan_waves(w, send, of_routes);
   send_metadata_ahead(w, send, peers);
   Sending at{0, w.index()};

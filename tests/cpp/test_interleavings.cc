@@ -63,12 +63,14 @@ void many_operations(const Config& config, int ranks, uint64_t stream) {
   for (int i = 0; i < rounds(kRepeats); ++i) many_operations_once(config, ranks, random);
 }
 
-// Before the end of the epochs; where all rounds are taken, far enough that every word has been written
-// before the wrap-around, as in a long run.
-uint32_t near_the_end() { return 0u - static_cast<uint32_t>(rounds(80)); }
+constexpr uint64_t kTags = uint64_t{1} << 32;  // tagged words carry the lower half of an epoch
+
+// Before tags wrap around; where all rounds are taken, far enough that every word has been written before
+// that, as in a long run.
+uint64_t near_the_end() { return kTags - static_cast<uint64_t>(rounds(80)); }
 
 // Each word and each row passes through code that ThreadSanitizer sees.
-void four_ranks_with_epochs_that_wrap_around() {
+void four_ranks_with_tags_that_wrap_around() {
   Config config = small_config(4);
   config.vector_ops = "plain";
   config.first_epoch = near_the_end();
@@ -136,7 +138,7 @@ void two_slots_are_enough_for_owned_results() {
 // Words not written yet must not be taken for those of the first operation after the wrap-around.
 void a_communicator_may_start_just_before_the_wrap_around() {
   Random random(105);
-  for (const uint32_t first : {0u - 1, 0u - 2, 0u}) {
+  for (const uint64_t first : {kTags - 1, kTags - 2, kTags}) {
     Config config = small_config(3);
     config.first_epoch = first;
     config.slots = 3;
@@ -152,7 +154,7 @@ void a_communicator_may_start_just_before_the_wrap_around() {
   }
 }
 
-const Suite suite({{"four_ranks_with_epochs_that_wrap_around", four_ranks_with_epochs_that_wrap_around},
+const Suite suite({{"four_ranks_with_tags_that_wrap_around", four_ranks_with_tags_that_wrap_around},
                    {"three_ranks_that_sleep_at_once", three_ranks_that_sleep_at_once},
                    {"two_ranks_that_spin", two_ranks_that_spin},
                    {"one_rank_by_itself", one_rank_by_itself},

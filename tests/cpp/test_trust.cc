@@ -228,12 +228,12 @@ void rows_and_tokens_that_do_not_exist_are_an_error_that_names_the_sender() {
   const Config config = on_two_nodes();
   const FrameLayout layout = layout_of(config);
   constexpr int64_t frame = sizeof(ChunkHeader);
-  const int64_t frames = offsetof(ChunkHeader, frames), epoch = offsetof(ChunkHeader, epoch);
+  const int64_t frames = offsetof(ChunkHeader, frames), tag = offsetof(ChunkHeader, tag);
   const int64_t row = frame + layout.rows_at, expert = frame + layout.experts_at;
   for (const OpKind kind : {OpKind::dispatch, OpKind::combine}) {
     for (const Tampering& t : std::vector<Tampering>{{Direction::outward, frames, -1},
                                                      {Direction::outward, frames, 4096},
-                                                     {Direction::outward, epoch, 77},
+                                                     {Direction::outward, tag, 77},
                                                      {Direction::outward, frame, -1},
                                                      {Direction::outward, frame, config.max_tokens},
                                                      {Direction::outward, row, -2},
@@ -246,7 +246,7 @@ void rows_and_tokens_that_do_not_exist_are_an_error_that_names_the_sender() {
     }
   }
   for (const Tampering& t :
-       {Tampering{Direction::homeward, frames, -1}, Tampering{Direction::homeward, epoch, 0},
+       {Tampering{Direction::homeward, frames, -1}, Tampering{Direction::homeward, tag, 0},
         Tampering{Direction::homeward, frame, config.max_tokens}}) {
     names_the_sender(t, OpKind::combine, 504);
   }

@@ -10,7 +10,7 @@ namespace commlib {
 struct ChunkHeader {
   uint32_t frames;
   uint32_t last;  // nothing follows in this operation
-  uint32_t epoch;
+  uint32_t tag;   // of the operation
   uint32_t padding[13];
 };
 
@@ -60,7 +60,7 @@ struct QueueEnd {
   const ChannelEnd& end;
   Direction direction;
   int queue;
-  uint32_t epoch;
+  uint64_t epoch;
 
   COMMLIB_HD QueueState& state() const { return end.queues[queue]; }
   COMMLIB_HD uint64_t* word(uint64_t chunk) const {
@@ -73,8 +73,7 @@ struct QueueEnd {
   COMMLIB_HD Frame frame(const FrameLayout& layout, int64_t i) const {
     return {chunk() + sizeof(ChunkHeader) + i * layout.bytes, layout};
   }
-  // Epochs count modulo 2^32, and 0 is one of them.
-  COMMLIB_HD bool finished() const { return state().finished == (uint64_t{1} << 32 | epoch); }
+  COMMLIB_HD bool finished() const { return state().finished == epoch; }
 
   // -- sending
   template <class Worker>
@@ -87,7 +86,7 @@ struct QueueEnd {
                        int64_t cursor) const {
     if (w.lane() == 0) {
       auto* header = reinterpret_cast<ChunkHeader*>(chunk());
-      *header = {static_cast<uint32_t>(frames), last ? 1u : 0u, epoch, {}};
+      *header = {static_cast<uint32_t>(frames), last ? 1u : 0u, static_cast<uint32_t>(epoch), {}};
     }
     w.flush();
     if (w.lane() == 0) {
@@ -111,7 +110,7 @@ struct QueueEnd {
   template <class Worker, class Fits>
   COMMLIB_HD bool check(Worker& w, const FrameLayout& layout, Fits fits) const {
     const int64_t frames = header().frames;
-    bool ok = header().epoch == epoch && frames <= layout.per_chunk(internode.shape);
+    bool ok = header().tag == static_cast<uint32_t>(epoch) && frames <= layout.per_chunk(internode.shape);
     for (int64_t f = w.lane(); ok && f < frames; f += w.lanes()) ok = fits(frame(layout, f));
     return w.all(ok) || refuse(w);
   }
@@ -145,7 +144,7 @@ struct QueueEnd {
  private:
   COMMLIB_HD void advance(int64_t cursor, bool last) const {
     state().cursor = last ? 0 : cursor;
-    if (last) state().finished = uint64_t{1} << 32 | epoch;
+    if (last) state().finished = epoch;
   }
 };
 
@@ -154,7 +153,7 @@ struct InternodeQueue {
   const PeerTable& peers;
   const Internode& internode;
   int queue;
-  uint32_t epoch;
+  uint64_t epoch;
 
   COMMLIB_HD QueueEnd to_gateway(int g) const {
     return {internode, internode.to_gateway[g], Direction::outward, queue, epoch};

@@ -32,7 +32,7 @@ struct ChannelShape {
 struct QueueState {
   uint64_t chunks;    // sent or taken, in all operations
   int64_t cursor;     // sending: the next token; receiving: the next frame of the chunk
-  uint64_t finished;  // the last operation (its epoch) that it has finished
+  uint64_t finished;  // the last operation (its epoch) that it has finished; 0: none
 };
 
 struct ChannelEnd {
