@@ -216,27 +216,6 @@ void Communicator::raise(const FailureRecord& record) {
   throw CommFailure(std::move(failure));
 }
 
-void Communicator::raise_bad_id(int64_t index, int64_t id) const {
-  throw std::invalid_argument("topk_idx[" + std::to_string(index / config_.topk) + ", " +
-                              std::to_string(index % config_.topk) + "] is " + std::to_string(id) +
-                              "; expert ids lie in [0, " + std::to_string(config_.experts) +
-                              "), and -1 leaves a place empty");
-}
-
-void Communicator::check_out(const std::byte* out) const {
-  if (!slots_->holds(out)) return;
-  throw std::invalid_argument(
-      "out lies in the communicator's own memory (a combine_buffer, or a result that was not copied), from "
-      "which other ranks may still read: give another tensor");
-}
-
-void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
-  throw CapacityError("rank " + std::to_string(rank) + " would receive " + std::to_string(rows) +
-                          " rows, and capacity is " + std::to_string(config_.capacity) +
-                          "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"",
-                      rank, rows);
-}
-
 void Communicator::drain_or_give_up(const std::string& why) {
   try {
     drain_unless_interrupted();
@@ -281,125 +260,10 @@ void Communicator::close() {
   if (untold) std::rethrow_exception(untold);
 }
 
-std::shared_ptr<SlotLease> Communicator::take_slot() {
-  auto lease = slots_->take();
-  if (!lease) {
-    drain_unless_interrupted();  // operations under way give theirs back
-    lease = slots_->take();
-  }
-  if (lease) {
-    prepare_slot(*lease);
-    return lease;
-  }
-  throw SlotError("all " + std::to_string(config_.slots) +
-                  " slots are in use by zero-copy results or lent buffers: release a handle "
-                  "(handle.release(), or let its tensors go), or make the communicator with more slots");
-}
-
 void Communicator::note_uses(const std::vector<uintptr_t>& addresses, uintptr_t stream) {
   for (uintptr_t address : addresses) {
     if (const auto lease = slots_->find(reinterpret_cast<const std::byte*>(address))) lease->use_on(stream);
   }
-}
-
-Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing) {
-  // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
-  const bool plain = !routing.expand_to && !input.weights && input.stride == layout_.row_bytes;
-  auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
-  if (!lease) return {take_slot(), false, false};
-  lease->use();
-  const bool users_rows = !lease->lent();
-  return {std::move(lease), true, users_rows};
-}
-
-RouterOutput Communicator::router_output_of(const RoutePlan& view, const uint8_t* owner) const {
-  return {view.topk_idx, view.tokens, config_.topk, width_, placement_, owner};
-}
-
-SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) const {
-  SendPlan plan{};
-  plan.tokens = rows.count;
-  plan.topk = config_.topk;
-  plan.width = width_;
-  plan.x = rows.x;
-  plan.x_stride = rows.stride;
-  plan.routes = routing.routes;
-  plan.topk_idx = routing.topk_idx;
-  plan.weights = rows.weights;
-  plan.placement = placement_;
-  plan.layout = layout_;
-  return plan;
-}
-
-UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& received,
-                                     const SlotLease& lease) const {
-  UnpackPlan plan{};
-  plan.topk = config_.topk;
-  plan.slot = lease.slot();
-  plan.layout = layout_;
-  plan.rows = routing.rows;
-  plan.expand_to = routing.expand_to;
-  plan.offsets = routing.offsets;
-  plan.rows_per_expert = routing.rows_per_expert;
-  plan.experts = placement_.count(config_.rank);
-  plan.out_rows = received.rows;
-  plan.out_weights = received.weights;
-  plan.out_topk_idx = received.topk_idx;
-  plan.out_source = received.source;
-  return plan;
-}
-
-LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const RoutePlan& routing,
-                                          const CombineSlot& slot) const {
-  LocalSumPlan plan{};
-  plan.dtype = config_.dtype;
-  plan.hidden = config_.hidden;
-  plan.topk = config_.topk;
-  plan.rows = routing.rows;
-  plan.y = slot.in_place ? nullptr : input.y;
-  plan.y_stride = input.stride;
-  plan.expand_to = routing.expand_to;
-  plan.weights = input.weights;
-  plan.weight_grads = input.weight_grads;
-  plan.layout = layout_;
-  plan.slot = slot.lease->slot();
-  return plan;
-}
-
-PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& routing,
-                                 const LocalSumPlan& local_sum, std::byte* out,
-                                 std::byte* out_weights) const {
-  PullPlan plan{};
-  plan.dtype = config_.dtype;
-  plan.hidden = config_.hidden;
-  plan.tokens = routing.tokens;
-  plan.topk = config_.topk;
-  plan.width = width_;
-  plan.routes = routing.routes;
-  plan.topk_idx = routing.topk_idx;
-  plan.out = out;
-  plan.bias = input.bias;
-  plan.bias_stride = input.bias_stride;
-  plan.out_weights = out_weights;
-  if (!local_sum.expand_to && !local_sum.weights) plan.own_y = local_sum.y;
-  plan.own_stride = local_sum.y_stride;
-  plan.placement = placement_;
-  plan.layout = layout_;
-  return plan;
-}
-
-Call dispatch_call(bool has_weights, bool drop, bool in_waves) {
-  return {OpKind::dispatch, 0,
-          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
-                                (in_waves ? kCallInWaves : 0))};
-}
-
-Call redispatch_call(const Rows& rows) {
-  return {OpKind::redispatch, 0, static_cast<uint16_t>(rows.has_weights ? kCallHasWeights : 0)};
-}
-
-Call combine_call(const CombineInput& input) {
-  return {OpKind::combine, 0, static_cast<uint16_t>(input.has_weight_grads ? kCallHasWeights : 0)};
 }
 
 }  // namespace commlib

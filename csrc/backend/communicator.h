@@ -17,10 +17,8 @@
 #include "base/waiting.h"
 #include "heap/peer_processes.h"
 #include "net/net_config.h"
-#include "protocol/combine.h"
-#include "protocol/counts.h"
-#include "protocol/unpack.h"
-#include "protocol/waves.h"
+#include "protocol/operations.h"
+#include "protocol/planning.h"
 
 namespace commlib {
 
@@ -98,8 +96,7 @@ struct Received {
 // epochs (see Signals::arrived).
 struct PendingDispatch {
   std::shared_ptr<void> turn;  // dropped without finish_dispatch, it ends the communicator
-  uint64_t epoch = 0;
-  Call call;
+  OpId id{};
   std::shared_ptr<SlotLease> lease;
   std::vector<int64_t> source_rows;  // [ranks]
   std::vector<uint8_t> slots;        // [ranks]
@@ -107,7 +104,7 @@ struct PendingDispatch {
   int64_t results = 0;               // unique, or grouped with their padding
   int64_t dropped = 0;               // of this rank's (token, rank) pairs
 
-  bool in_waves() const { return call.has(kCallInWaves); }
+  bool in_waves() const { return id.call.has(kCallInWaves); }
 };
 
 struct CombineInput {
@@ -139,6 +136,13 @@ using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null wher
 // Keeps the memory that an asynchronous operation uses alive until it is done. Where a stream orders
 // operations (CUDA), the memory's stream orders its use too, and nothing need be held.
 using Held = std::shared_ptr<void>;
+// What goes with an operation that a backend is to run: where no stream orders what comes after, it keeps all
+// of it until the operation is done.
+struct Execution {
+  bool async;  // CPU: return before it is done
+  Held held;
+  std::shared_ptr<SlotLease> lease;
+};
 
 class Communicator {
  public:
@@ -154,17 +158,17 @@ class Communicator {
   // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
   // order in which wait_expert may ask for them; needs expand_to, and ranks of one node.
-  virtual std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights,
-                                                          bool drop, bool in_waves) = 0;
+  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
+                                                  bool in_waves);
   // Moves the rows. `routing` now has expand_to where the layout wants it. On a CPU the ticket is already
   // done unless `async`.
-  virtual Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
-                                 const Received& received, bool async, Held held = nullptr) = 0;
+  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
+                         const Received& received, bool async, Held held = nullptr);
   // Moves the rows of other tensors along a known routing; `lease` receives the slot if rows stay in it.
-  virtual Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
-                            std::shared_ptr<SlotLease>* lease, Held held = nullptr) = 0;
-  virtual Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
-                         std::byte* out_weights, bool async, Held held = nullptr) = 0;
+  Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
+                    std::shared_ptr<SlotLease>* lease, Held held = nullptr);
+  Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
+                 bool async, Held held = nullptr);
   virtual void wait(const Ticket& ticket) = 0;
   // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
   // it returns; throws the failure. CUDA: for what `stream` does next, also after a failure, which the next
@@ -178,7 +182,7 @@ class Communicator {
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
   virtual void check_health() { check_usable(); }
   // A slot to write rows for combine into.
-  virtual std::shared_ptr<SlotLease> lend_slot() = 0;
+  std::shared_ptr<SlotLease> lend_slot();
 
   // CUDA: work that `stream` has queued when a tensor at one of these addresses goes may still use it. Skips
   // addresses that are not the first row of a slot in use.
@@ -209,6 +213,19 @@ class Communicator {
 
  protected:
   explicit Communicator(const Config& config);
+
+  // How a backend runs operations: as jobs of a pool of threads, or as kernels on a stream. What they are is
+  // written once, in protocol/: run_plan, run_rows or run_waves, run_combine. The plan of a fresh dispatch
+  // is waited for.
+  virtual PlanReport execute_plan(const OpId& id, PlanOp op) = 0;
+  virtual Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) = 0;
+  virtual Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) = 0;
+  // What comes next, on the calling thread or in the stream, comes after every rank's pulls of operation
+  // `id`.
+  virtual void await_pulls(const OpId& id) = 0;
+  // Throws std::invalid_argument for a routing, known to the caller, whose routes name rows that there are
+  // not: other ranks' memory is written and read where it says. Where the host can read them.
+  virtual void check_routes(const RoutePlan&) const {}
 
   // Waits until operations under way have given their slots back, however they end.
   virtual void drain() = 0;
@@ -286,7 +303,11 @@ class Communicator {
   };
   CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
 
-  RouterOutput router_output_of(const RoutePlan& view, const uint8_t* owner) const;
+  // The next operation.
+  OpId next_op(Call call, const SlotLease& lease);
+  PlanOp plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const;
+  RowsOp rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
+                 const SlotLease& lease) const;
   SendPlan send_plan(const Rows& rows, const RoutePlan& routing) const;
   UnpackPlan unpack_plan(const RoutePlan& routing, const Received& received, const SlotLease& lease) const;
   LocalSumPlan local_sum_plan(const CombineInput& input, const RoutePlan& routing,
@@ -333,9 +354,5 @@ class Communicator {
   std::string broken_;
   std::atomic<bool> closed_{false};
 };
-
-Call dispatch_call(bool has_weights, bool drop, bool in_waves);
-Call redispatch_call(const Rows& rows);
-Call combine_call(const CombineInput& input);
 
 }  // namespace commlib

@@ -1,4 +1,4 @@
-// Construction, state and failure of a communicator on the CPU; its operations are in operations.cc.
+// Construction, waiting and state of a communicator on the CPU; how its operations run is in execute.cc.
 #include "cpu/communicator.h"
 
 #include <unistd.h>
@@ -37,7 +37,7 @@ std::byte* CpuCommunicator::map_heap(int rank, const PeerAddress& address) {
 
 Signals* CpuCommunicator::own_signals() { return reinterpret_cast<Signals*>(region_->data()); }
 
-std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint64_t epoch) const {
+std::shared_ptr<OpContext> CpuCommunicator::context_of(const OpId& id) const {
   auto op = std::make_shared<OpContext>();
   op->peers = &peers_;
   op->ops = ops_;
@@ -47,7 +47,7 @@ std::shared_ptr<OpContext> CpuCommunicator::context(Call call, uint64_t epoch) c
   op->spin = config_.spin;
   op->interrupted = config_.interrupted;
   op->gave_up = &gave_up_;
-  op->id = {call, epoch};
+  op->id = id;
   op->timeout = timeout_.load(std::memory_order_relaxed);
   return op;
 }
@@ -59,25 +59,6 @@ void CpuCommunicator::announce_departure(const Departure& departure) {
     notify(peers_.signals_to(p).event);
   }
   if (network_) announce_departure_far(departure);
-}
-
-void CpuCommunicator::raise_failed(OpContext& op) {
-  std::unique_lock<std::mutex> lock(op.mutex);
-  const FailureRecord record = op.record;
-  lock.unlock();
-  raise(record);
-}
-
-void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
-  std::string why = "a communication thread failed";
-  try {
-    std::rethrow_exception(error);
-  } catch (const std::exception& e) {
-    why += std::string(": ") + e.what();
-  } catch (...) {
-  }
-  op.failed.store(true, std::memory_order_release);
-  give_up(why);
 }
 
 template <class Wait>

@@ -15,19 +15,10 @@ class CpuCommunicator final : public Communicator {
   ~CpuCommunicator() override;
 
   PeerAddress address() override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
-                                                  bool in_waves) override;
-  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
-                         const Received& received, bool async, Held held = nullptr) override;
-  Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
-                    std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
-  Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
-                 bool async, Held held = nullptr) override;
   void wait(const Ticket& ticket) override;
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
   void synchronize() override;
-  std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override;
 
   // Memory for `rows` rows, which goes back to the communicator's pool of buffers with its last owner.
@@ -41,7 +32,12 @@ class CpuCommunicator final : public Communicator {
   void bare_pull(const RoutePlan& routing, std::byte* out);
 
  private:
-  struct Transfer;
+  PlanReport execute_plan(const OpId& id, PlanOp op) override;
+  Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
+  Ticket execute_waves(const OpId& id, RowsOp op, Execution execution);
+  Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
+  void await_pulls(const OpId& id) override;
+  void check_routes(const RoutePlan& routing) const override;
 
   void drain() override { pool_->drain(); }
   void drain_unless_interrupted() override { pool_->drain_unless_interrupted(); }
@@ -53,16 +49,10 @@ class CpuCommunicator final : public Communicator {
   // Calls `wait`, and remembers whether the user wanted out.
   template <class Wait>
   void wait_for(Wait wait);
-  std::shared_ptr<OpContext> context(Call call, uint64_t epoch) const;
-  void check_routes(const RoutePlan& routing) const;
-  std::shared_ptr<SlotLease> take_writable_slot(Call call);
-  void await_writable(const SlotLease& lease, Call call);
-  uint64_t announce(Call call);
-  // What each worker does in an operation, and what the last one does however it ended.
+  std::shared_ptr<OpContext> context_of(const OpId& id) const;
+  // Has each worker do its part of an operation.
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
-  Ticket start(std::shared_ptr<OpContext> op, Part part, std::function<void()> last, bool async, Held held);
-  Ticket start_transfer(std::shared_ptr<Transfer> transfer, bool async, Held held);
-  void run_in_waves(Transfer& t, CpuWorker& w, Job& job);
+  Ticket start(const OpId& id, Part part, Execution execution);
   [[noreturn]] void raise_failed(OpContext& op);
   // A worker ran into an error of its own: the other workers and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);

@@ -97,6 +97,7 @@ class CpuWorker {
   static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
   // Orders this worker's streaming stores before its later releases.
   void flush() { op_.ops->flush(); }
+  static constexpr bool meet(bool ok) { return ok; }  // a plan is one thread's work here
   int gather() {
     flush();
     return 1;
@@ -128,7 +129,6 @@ class CpuWorker {
   }
   static void notify(Signals& signals) { commlib::notify(signals.event); }
   void post(const Outbox&, const Post& post) { op_.network->post(post); }
-  // Planning is one thread's work here.
   static void add_relaxed(uint32_t* counter, int n) { *counter += static_cast<uint32_t>(n); }
   static void copy_scalar(std::byte* dst, const std::byte* src, int64_t bytes) {
     if (!src) {

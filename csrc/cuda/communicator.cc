@@ -1,4 +1,4 @@
-// Construction, waiting and failure of a communicator on a GPU; its operations are in operations.cc.
+// Construction, waiting and failure of a communicator on a GPU; how its operations run is in execute.cc.
 #include "cuda/communicator.h"
 
 #include <time.h>
@@ -159,15 +159,15 @@ void CudaCommunicator::has_connected() {
   }
 }
 
-OpParams CudaCommunicator::params(Call call, uint64_t epoch) const {
+OpParams CudaCommunicator::params(const OpId& id, int ring_bytes) const {
   OpParams op{};
   op.peers = peers_;
-  op.id = {call, epoch};
+  op.id = id;
   op.timeout_ns = static_cast<uint64_t>(timeout_.load(std::memory_order_relaxed) * 1e9);
   op.state = state_;
   op.host = host_on_device_;
   op.throttle = ThrottleRate::of(config_.link_gbps);
-  op.ring_bytes = shape_.ring_bytes;
+  op.ring_bytes = ring_bytes;
   return op;
 }
 
@@ -287,6 +287,7 @@ void CudaCommunicator::announce_departure(const Departure& departure) {
 // What this rank's operations queue until the lease ends also uses the slot: a plan beside them must not lend
 // it before that is done.
 void CudaCommunicator::prepare_slot(SlotLease& lease) {
+  const OnDevice guard = on_device();
   auto& slots = static_cast<CudaSlotPool&>(*slots_);
   slots.wait_for_uses(lease.index(), shape_.stream);
   if (plan_stream_ == shape_.stream) return;

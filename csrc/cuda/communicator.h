@@ -24,27 +24,23 @@ class CudaCommunicator final : public Communicator {
   ~CudaCommunicator() override;
 
   PeerAddress address() override;
-  std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
-                                                  bool in_waves) override;
-  Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
-                         const Received& received, bool async, Held held = nullptr) override;
-  Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
-                    std::shared_ptr<SlotLease>* lease, Held held = nullptr) override;
-  Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
-                 bool async, Held held = nullptr) override;
   void wait(const Ticket&) override { synchronize(); }
   void wait_expert(const PendingDispatch& dispatch, const Ticket& ticket, int64_t expert,
                    uintptr_t stream) override;
   void wait_event(uintptr_t event) override;
   void synchronize() override;
   void check_health() override;
-  std::shared_ptr<SlotLease> lend_slot() override;
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
   // What the kernels have reported to the host so far, for looking into one that hangs.
   const HostState& host_state() const { return *host_; }
 
  private:
+  PlanReport execute_plan(const OpId& id, PlanOp op) override;
+  Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
+  Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
+  void await_pulls(const OpId& id) override;
+
   void drain() override;
   void drain_unless_interrupted() override;
   void end_waits() override { abort_waits(Cause::broken, config_.rank); }
@@ -57,16 +53,14 @@ class CudaCommunicator final : public Communicator {
   void make_scratch();
   void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
-  OpParams params(Call call, uint64_t epoch) const;
-  RowsOp rows_op(Call call, uint64_t epoch, const Rows& rows, const RoutePlan& routing,
-                 const Received& received, const SlotLease& lease);
+  // ring_bytes: 0 for a kernel that copies no rows.
+  OpParams params(const OpId& id, int ring_bytes) const;
   // Waits on the host until `done` says so, watching for Ctrl-C and for the death of other ranks. wait_for:
   // then throws if an operation has failed, or the communicator is closed.
   void wait_until(const std::function<bool()>& done);
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
   void keep_near();
-  void await_writable(const SlotLease& lease, Call call, uint64_t epoch, cudaStream_t stream);
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();
@@ -89,7 +83,13 @@ class CudaCommunicator final : public Communicator {
   DeviceState* state_ = nullptr;
   const uint8_t* owner_on_device_ = nullptr;
   uint64_t plans_ = 0;  // launched
-  Scratch scratch_{};
+  // Device memory that is used only within a kernel. A plan may run beside the rows of earlier dispatches, so
+  // they share none of it, and what rows need from their plan comes in their arguments.
+  struct Scratch {
+    uint32_t* expert_counts;   // of plans: [experts]
+    uint32_t* warp_counts;     // of plans: [kPlanWarps][experts]
+    uint8_t* waves_of_routes;  // of rows: [max_tokens][width]
+  } scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
   std::vector<bool>

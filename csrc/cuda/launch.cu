@@ -30,7 +30,7 @@ int ring_bytes_on(const DeviceFacts& facts) {
   return ring < kMostRing ? ring : kMostRing;
 }
 
-using CombineKernel = void (*)(const CombineOp);
+using CombineKernel = void (*)(const CombineKernelOp);
 
 template <class Worker>
 CombineKernel combine_kernel_of(DType dtype) {
@@ -114,26 +114,26 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
 }
 
 // Neither copies rows, so their warps have no ring.
-void launch_plan(cudaStream_t stream, const PlanOp& op) {
+void launch_plan(cudaStream_t stream, const PlanKernelOp& op) {
   launch(plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op, "plan_kernel");
 }
 
-void launch_rows(const LaunchShape& shape, const RowsOp& op) {
+void launch_rows(const LaunchShape& shape, const RowsKernelOp& op) {
   launch(op.common.peers.internode ? rows_kernel<InternodeWorker> : rows_kernel<WarpWorker>, shape, op,
          "rows_kernel");
 }
 
-void launch_waves(const LaunchShape& shape, const WavesOp& op) {
+void launch_waves(const LaunchShape& shape, const RowsKernelOp& op) {
   launch(waves_kernel, shape, op, "waves_kernel");
 }
 
-void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op) {
+void launch_combine(const LaunchShape& shape, DType dtype, const CombineKernelOp& op) {
   const bool internode = op.common.peers.internode != nullptr;
   launch(internode ? combine_kernel_of<InternodeWorker>(dtype) : combine_kernel_of<WarpWorker>(dtype), shape,
          op, "combine_kernel");
 }
 
-void launch_await(cudaStream_t stream, const AwaitOp& op) {
+void launch_await(cudaStream_t stream, const AwaitKernelOp& op) {
   launch(await_kernel, dim3(1), 1, kAwaitSharedBytes, stream, op, "await_kernel");
 }
 

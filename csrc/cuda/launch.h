@@ -20,10 +20,10 @@ struct LaunchShape {
 // to wait for running ones, which may wait for it. Throws where `blocks` cannot all be resident.
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream);
 
-void launch_plan(cudaStream_t stream, const PlanOp& op);
-void launch_rows(const LaunchShape& shape, const RowsOp& op);
-void launch_waves(const LaunchShape& shape, const WavesOp& op);
-void launch_combine(const LaunchShape& shape, DType dtype, const CombineOp& op);
-void launch_await(cudaStream_t stream, const AwaitOp& op);
+void launch_plan(cudaStream_t stream, const PlanKernelOp& op);
+void launch_rows(const LaunchShape& shape, const RowsKernelOp& op);
+void launch_waves(const LaunchShape& shape, const RowsKernelOp& op);
+void launch_combine(const LaunchShape& shape, DType dtype, const CombineKernelOp& op);
+void launch_await(cudaStream_t stream, const AwaitKernelOp& op);
 
 }  // namespace commlib::cuda

@@ -2,11 +2,9 @@
 // memory.
 #pragma once
 
-#include "protocol/combine.h"
-#include "protocol/counts.h"
 #include "protocol/failure.h"
-#include "protocol/unpack.h"
-#include "protocol/waves.h"
+#include "protocol/operations.h"
+#include "protocol/planning.h"
 
 namespace commlib::cuda {
 
@@ -15,9 +13,6 @@ constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
 // Warps of a plan's one block, which should find room beside another block on its SM.
 constexpr int kPlanWarps = 6;
-
-// How a dispatch's counts came out.
-enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2, failed = 3 };
 
 // Zero at the start.
 struct DeviceState {
@@ -52,24 +47,7 @@ struct HostState {
   // The number of the newest plan whose results follow; written by the plan kernel (release) after them, read
   // by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
   uint64_t planned;
-  PlanStatus plan_status;
-  int64_t bad_index;  // bad_id: into topk_idx, and what it holds
-  int64_t bad_id;
-  int64_t fullest;  // overflow: the rank that would receive most, and how much
-  int64_t fullest_rows;
-  int64_t rounds;  // of counts
-  int64_t dropped;
-  int64_t grouped_rows;  // layout="expert"
-  int64_t source_rows[kMaxRanks];
-  uint8_t slots[kMaxRanks];
-};
-
-// Device memory that is used only within a kernel. A plan may run beside the rows of earlier dispatches, so
-// they share none of it, and what rows need from their plan comes in their arguments.
-struct Scratch {
-  uint32_t* expert_counts;   // [experts]; this and the next are of plans
-  uint32_t* warp_counts;     // [kPlanWarps][experts]
-  uint8_t* waves_of_routes;  // [max_tokens][width]; of rows
+  PlanReport report;
 };
 
 // What every kernel is given.
@@ -83,49 +61,23 @@ struct OpParams {
   int ring_bytes;  // of shared memory for each warp's copies; 0: the device has no bulk copies
 };
 
-struct PlanOp {
+struct PlanKernelOp {
   OpParams common;
-  RouterOutput routing;
-  int64_t* routes;
-  int32_t* ordinals;         // [tokens][topk]
-  int64_t* rows_per_expert;  // [own experts]
-  int64_t* group_firsts;     // [ranks][own experts]
-  int64_t* offsets;          // [own experts + 1]; null: layout="rank"
-  int64_t align;
-  Scratch scratch;
-  uint64_t plan;      // its number, told to the host when it is done
-  uint32_t dispatch;  // number of the first round of counts
-  int64_t capacity;
-  bool drop;
+  PlanOp plan;
+  uint64_t number;  // of the plan: told to the host when it is done
 };
 
-struct RowsOp {
+struct RowsKernelOp {
   OpParams common;
-  SendPlan send;      // slots: null
-  UnpackPlan unpack;  // source_rows: null
-  // Of a fresh dispatch, as its plan found them: the slot that each rank lends, and how many rows it sends.
-  uint8_t slots[kMaxRanks];
-  int64_t source_rows[kMaxRanks];
-  // Along a known routing: the last operation in which ranks pulled from the slot that this rank lends; 0:
-  // none.
-  uint64_t last_pull;
-};
-
-// A fresh dispatch in waves.
-struct WavesOp {
   RowsOp rows;
-  uint8_t* waves_of_routes;
 };
 
-struct CombineOp {
+struct CombineKernelOp {
   OpParams common;
-  LocalSumPlan local_sum;
-  PullPlan pull;
-  bool users_rows;     // the slot holds a tensor of the user's
-  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that sums go into; 0: none
+  CombineOp combine;
 };
 
-struct AwaitOp {
+struct AwaitKernelOp {
   OpParams common;
   uint64_t last_pull;
 };

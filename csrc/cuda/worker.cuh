@@ -194,6 +194,7 @@ class WarpWorker {
     __syncwarp();
   }
 
+  __device__ static bool meet(bool ok) { return __syncthreads_and(ok) != 0; }
   // One warp speaks for its block, because each that does pays for a system-wide fence. That fence orders
   // what the others have written before the block's barrier like its own writes.
   __device__ int gather() const {

@@ -1,37 +1,78 @@
-// The operations, as every worker of a rank runs them. What comes before (the plan of a fresh dispatch, the
-// slot, this rank's own call) is the business of whoever starts them: a thread of the host on a CPU, the same
-// kernel on a GPU.
+// The operations that move rows, as every worker of a rank runs them; planning.h has what comes before the
+// rows of a fresh dispatch.
 //
 // A worker that fails goes on with ok = false where workers meet, and leaves no other short.
 #pragma once
 
+#include "protocol/calls.h"
 #include "protocol/internode/combine.h"
 #include "protocol/internode/dispatch.h"
 #include "protocol/waves.h"
 
 namespace commlib {
 
-// The rows of a dispatch. Without send.slots the routing is known from an earlier one, and the ranks' calls
-// say which slots they lend.
+// The rows of a dispatch: fresh, or along a known routing.
+struct RowsOp {
+  SendPlan send;      // slots: null
+  UnpackPlan unpack;  // source_rows: null
+  // Fresh: as the plan found them, the slot that each rank lends, and how many rows it sends.
+  uint8_t slots[kMaxRanks];
+  int64_t source_rows[kMaxRanks];
+  uint8_t* waves_of_routes;  // in waves: scratch, [tokens][width]
+  // Along a known routing: the last operation in which ranks pulled from the slot that this rank lends; 0:
+  // none.
+  uint64_t last_pull;
+};
+
+struct CombineOp {
+  LocalSumPlan local_sum;
+  PullPlan pull;
+  bool users_rows;     // the slot holds a tensor of the user's
+  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that sums go into; 0: none
+};
+
+// The plans of a fresh dispatch, with what its own plan found.
+COMMLIB_HD SendPlan fresh_send(const RowsOp& op) {
+  SendPlan send = op.send;
+  send.slots = op.slots;
+  return send;
+}
+COMMLIB_HD UnpackPlan fresh_unpack(const RowsOp& op) {
+  UnpackPlan unpack = op.unpack;
+  unpack.source_rows = op.source_rows;
+  return unpack;
+}
+
 template <class Worker>
-COMMLIB_HD void run_dispatch(Worker& w, SendPlan send, const UnpackPlan& unpacking, const PeerTable& peers,
-                             const OpId& id) {
-  if (!send.slots) {
+COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id) {
+  const bool fresh = op.send.is_fresh();
+  SendPlan send = fresh_send(op);
+  if (!fresh) {
+    // No other rank has heard of this call yet.
+    if (w.index() == 0) lend_when_writable(w, peers, id, op.last_pull);
     if (!w.once([&] { return collect_calls(w, peers, id, w.slots()); })) return w.flush();
     send.slots = w.slots();
   }
-  if (move_rows(w, send, peers, id)) unpack(w, unpacking);
+  if (move_rows(w, send, peers, id)) unpack(w, fresh ? fresh_unpack(op) : op.unpack);
   w.flush();
 }
 
-// ok: this rank's slot may be written. users_rows: it holds a tensor of the user's.
+// The rows of a fresh dispatch in waves; unpacked(wave): see move_in_waves. False: a wait has failed.
+template <class Worker, class Unpacked>
+COMMLIB_HD bool run_waves(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id,
+                          Unpacked unpacked) {
+  return move_in_waves(w, fresh_send(op), fresh_unpack(op), op.waves_of_routes, peers, id.epoch, unpacked);
+}
+
 template <class Worker>
-COMMLIB_HD void run_combine(Worker& w, const LocalSumPlan& local_sum, PullPlan pull, const PeerTable& peers,
-                            const OpId& id, bool users_rows, bool ok) {
+COMMLIB_HD void run_combine(Worker& w, const CombineOp& op, const PeerTable& peers, const OpId& id) {
+  PullPlan pull = op.pull;
   pull.slots = w.slots();
+  bool ok = op.last_pull == 0 || w.once([&] { return await_pulled(w, peers, op.last_pull); });
   if (ok) {
+    if (w.index() == 0) publish_call(w, peers, id);
     start_pull(w, pull, peers, id);
-    sum_local_rows(w, local_sum, rows_pulled_from_y(w, pull, peers.rank));
+    sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, pull, peers.rank));
     arrive(w, peers, id.epoch);
     ok = w.once([&] {
       return collect_calls(w, peers, id, w.slots()) &&
@@ -42,7 +83,7 @@ COMMLIB_HD void run_combine(Worker& w, const LocalSumPlan& local_sum, PullPlan p
   finish_pull(w, peers, id.epoch, ok);
   // The user's tensor may be written as soon as this returns; so may the weight gradients beside it, by the
   // next operation.
-  if (ok && users_rows && w.index() == 0) await_pulled(w, peers, id.epoch);
+  if (ok && op.users_rows && w.index() == 0) await_pulled(w, peers, id.epoch);
 }
 
 }  // namespace commlib

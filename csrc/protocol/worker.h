@@ -35,6 +35,9 @@
 //
 // All lanes of all workers call these together:
 //
+//   meet(ok)                   whether ok holds on all lanes of all workers, which have come that far, and
+//   see
+//                              what the others wrote before; in a plan only
 //   gather()                   flushes; the number of workers that this one speaks for from then on, which
 //                              have all flushed: one worker may speak for several
 //   spoken_for_failed()        after gather(): whether one of the others that this worker speaks for may have

@@ -1,5 +1,6 @@
 // Threads that wait for each other: warp collectives and __syncthreads, and their misuse.
 #include <sstream>
+#include <utility>
 
 #include "simt/machine.h"
 
@@ -119,7 +120,7 @@ uint64_t collective(Collective kind, uint32_t mask, uint64_t value, int source) 
   return result;
 }
 
-void sync_threads() {
+bool sync_threads(bool vote) {
   machine->preempt();
   Thread& me = *self;
   Block& block = *me.block;
@@ -133,10 +134,12 @@ void sync_threads() {
                   text_of(g.kind, g.mask));
   }
   warp.at_barrier |= 1u << me.lane();
+  block.votes_agree = block.votes_agree && vote;
   if (++block.at_barrier < block.threads.size()) {
     machine->block_current(State::at_barrier);
   } else {
     block.at_barrier = 0;
+    block.all_agreed = std::exchange(block.votes_agree, true);
     for (Warp& w : block.warps) w.at_barrier = 0;
     share_with_block(block);
     if (machine->races) machine->races->meet(block);
@@ -146,6 +149,7 @@ void sync_threads() {
     machine->preempt();
   }
   ++me.barriers;
+  return block.all_agreed;  // the next barrier needs this thread
 }
 
 void check_nobody_waits_for(const Thread& exited) {

@@ -29,7 +29,8 @@ struct Index {
 // Of the running thread; the scheduler sets them at each switch.
 extern simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
-inline void __syncthreads() { simt::sync_threads(); }
+inline void __syncthreads() { simt::sync_threads(true); }
+inline int __syncthreads_and(int predicate) { return simt::sync_threads(predicate != 0); }
 
 inline void __syncwarp(unsigned mask = 0xffffffff) { simt::collective(simt::Collective::syncwarp, mask); }
 

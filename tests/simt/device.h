@@ -13,7 +13,7 @@ enum class Collective : uint8_t { syncwarp, shfl, ballot, any, all, match };
 
 // Waits for all lanes of `mask`; returns the collective's result for this lane.
 uint64_t collective(Collective kind, uint32_t mask, uint64_t value = 0, int source = 0);
-void sync_threads();
+bool sync_threads(bool vote);  // whether all threads of the block voted for it
 
 // -- memory.cc: words and 16-byte accesses
 // ----------------------------------------------------------------------

@@ -139,6 +139,8 @@ struct Block {
   std::byte* shared;  // exactly the kernel's shared_bytes, so that AddressSanitizer sees an overrun
   unsigned exited = 0;
   unsigned at_barrier = 0;
+  bool votes_agree = true;  // of those that are there
+  bool all_agreed = true;   // at the last barrier
 
   std::vector<DelayedStore> delayed;
   std::array<uint16_t, 512> delayed_at{};  // how many lie at addresses of this hash

@@ -307,7 +307,24 @@ void test_syncwarp_orders_stores_and_shuffles_do_not() {
         "half a warp does not know what the other half stored");
 }
 
+void test_a_barrier_that_votes_tells_all_whether_all_agreed() {
+  std::vector<uint32_t> wrong(64);
+  Simulation simulation(config_of(seed(), false));
+  simulation.launch(0, 1, 64, 0, [&] {
+    const unsigned me = threadIdx.x;
+    for (unsigned no = 0; no < 100; ++no) {  // the one thread that votes against, or none of 64
+      const bool agreed = __syncthreads_and(me != no) != 0;
+      if (agreed != (no >= 64)) ++wrong[me];
+      if (no % 3 == 0) __syncthreads();  // asks nothing, and leaves nothing behind
+    }
+  });
+  check(simulation.run().ok(), "no error");
+  check(wrong == std::vector<uint32_t>(64), "every thread's answers");
+}
+
 const Suite suite({
+    {"a_barrier_that_votes_tells_all_whether_all_agreed",
+     test_a_barrier_that_votes_tells_all_whether_all_agreed},
     {"all_to_all_is_right_for_every_seed", test_all_to_all_is_right_for_every_seed},
     {"eight_ranks_of_512_threads_take_about_a_second", test_eight_ranks_of_512_threads_take_about_a_second},
     {"a_relaxed_flag_is_caught_in_weak_mode", test_a_relaxed_flag_is_caught_in_weak_mode},

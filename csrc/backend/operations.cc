@@ -1,0 +1,251 @@
+// Operations, as this rank issues them: which slot, which number, what a backend is to run.
+#include <algorithm>
+
+#include "backend/communicator.h"
+
+namespace commlib {
+namespace {
+
+Call dispatch_call(bool has_weights, bool drop, bool in_waves) {
+  return {OpKind::dispatch, 0,
+          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
+                                (in_waves ? kCallInWaves : 0))};
+}
+
+Call redispatch_call(const Rows& rows) {
+  return {OpKind::redispatch, 0, static_cast<uint16_t>(rows.has_weights ? kCallHasWeights : 0)};
+}
+
+Call combine_call(const CombineInput& input) {
+  return {OpKind::combine, 0, static_cast<uint16_t>(input.has_weight_grads ? kCallHasWeights : 0)};
+}
+
+}  // namespace
+
+std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
+                                                              bool drop, bool in_waves) {
+  const Issue issue(*this);
+  check_health();
+  auto pending = std::make_unique<PendingDispatch>();
+  pending->lease = take_slot();
+  pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
+  const PlanReport report = execute_plan(pending->id, plan_op(routing, *pending->lease, drop));
+  if (report.status == PlanStatus::bad_id) {
+    --epoch_;  // no rank has heard of it
+    raise_bad_id(report.bad_index, report.bad_id);
+  }
+  dispatches_ += static_cast<uint32_t>(report.rounds);
+  if (report.status == PlanStatus::overflow) {
+    // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
+    drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch");
+    raise_overflow(report.fullest, report.fullest_rows);
+  }
+  pending->source_rows.assign(report.source_rows, report.source_rows + config_.size);
+  pending->slots.assign(report.slots, report.slots + config_.size);
+  for (const int64_t n : pending->source_rows) pending->rows += n;
+  pending->results = routing.offsets ? report.grouped_rows : pending->rows;
+  pending->dropped = report.dropped;
+  begin_turn(*pending);
+  return pending;
+}
+
+Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
+                                     const Received& received, bool async, Held held) {
+  const Issue issue(*this, Issue::Of::pending_dispatch);
+  RowsOp op = rows_op(rows, routing, received, *pending.lease);
+  op.send.ordinals = pending.lease->slot().sent_ordinals;
+  std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
+  std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
+  auto lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
+  const Ticket ticket = execute_rows(pending.id, op, {async, std::move(held), std::move(lease)});
+  end_turn(pending);
+  return ticket;
+}
+
+Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, const Received& received,
+                                bool async, std::shared_ptr<SlotLease>* lease, Held held) {
+  const Issue issue(*this);
+  check_health();
+  check_routes(routing);
+  auto slot = take_slot();
+  RowsOp op = rows_op(rows, routing, received, *slot);
+  op.last_pull = slot->last_pull();
+  const OpId id = next_op(redispatch_call(rows), *slot);
+  if (received.rows_in_slot) *lease = slot;
+  return execute_rows(id, op, {async, std::move(held), std::move(slot)});
+}
+
+Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
+                             std::byte* out_weights, bool async, Held held) {
+  const Issue issue(*this);
+  check_health();
+  check_routes(routing);
+  check_out(out);
+  CombineSlot slot = combine_slot(input, routing);
+  CombineOp op{};
+  op.local_sum = local_sum_plan(input, routing, slot);
+  op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
+  op.users_rows = slot.users_rows;
+  if (!slot.in_place) op.last_pull = slot.lease->last_pull();
+  const OpId id = next_op(combine_call(input), *slot.lease);
+  slot.lease->pulled_in(id.epoch);
+  return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)});
+}
+
+std::shared_ptr<SlotLease> Communicator::lend_slot() {
+  const Issue issue(*this);
+  check_health();
+  auto lease = take_slot();
+  if (lease->last_pull() != 0) await_pulls({{OpKind::combine, 0, 0}, lease->last_pull()});
+  lease->lend();
+  return lease;
+}
+
+OpId Communicator::next_op(Call call, const SlotLease& lease) {
+  call.slot = static_cast<uint8_t>(lease.index());
+  return {call, ++epoch_};
+}
+
+std::shared_ptr<SlotLease> Communicator::take_slot() {
+  auto lease = slots_->take();
+  if (!lease) {
+    drain_unless_interrupted();  // operations under way give theirs back
+    lease = slots_->take();
+  }
+  if (lease) {
+    prepare_slot(*lease);
+    return lease;
+  }
+  throw SlotError("all " + std::to_string(config_.slots) +
+                  " slots are in use by zero-copy results or lent buffers: release a handle "
+                  "(handle.release(), or let its tensors go), or make the communicator with more slots");
+}
+
+void Communicator::raise_bad_id(int64_t index, int64_t id) const {
+  throw std::invalid_argument("topk_idx[" + std::to_string(index / config_.topk) + ", " +
+                              std::to_string(index % config_.topk) + "] is " + std::to_string(id) +
+                              "; expert ids lie in [0, " + std::to_string(config_.experts) +
+                              "), and -1 leaves a place empty");
+}
+
+void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
+  throw CapacityError("rank " + std::to_string(rank) + " would receive " + std::to_string(rows) +
+                          " rows, and capacity is " + std::to_string(config_.capacity) +
+                          "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"",
+                      rank, rows);
+}
+
+void Communicator::check_out(const std::byte* out) const {
+  if (!slots_->holds(out)) return;
+  throw std::invalid_argument(
+      "out lies in the communicator's own memory (a combine_buffer, or a result that was not copied), from "
+      "which other ranks may still read: give another tensor");
+}
+
+Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing) {
+  // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
+  const bool plain = !routing.expand_to && !input.weights && input.stride == layout_.row_bytes;
+  auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
+  if (!lease) return {take_slot(), false, false};
+  lease->use();
+  const bool users_rows = !lease->lent();
+  return {std::move(lease), true, users_rows};
+}
+
+PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const {
+  PlanOp op{};
+  op.routing = {routing.topk_idx, routing.tokens, config_.topk, width_, placement_, nullptr};
+  op.routes = routing.routes;
+  op.ordinals = lease.slot().sent_ordinals;
+  op.group_firsts = lease.slot().group_firsts;
+  op.rows_per_expert = routing.rows_per_expert;
+  op.offsets = routing.offsets;
+  op.align = routing.align;
+  op.capacity = config_.capacity;
+  op.drop = drop;
+  op.dispatch = dispatches_ + 1;
+  op.last_pull = lease.last_pull();
+  return op;
+}
+
+RowsOp Communicator::rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
+                             const SlotLease& lease) const {
+  RowsOp op{};
+  op.send = send_plan(rows, routing);
+  op.unpack = unpack_plan(routing, received, lease);
+  return op;
+}
+
+SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) const {
+  SendPlan plan{};
+  plan.tokens = rows.count;
+  plan.topk = config_.topk;
+  plan.width = width_;
+  plan.x = rows.x;
+  plan.x_stride = rows.stride;
+  plan.routes = routing.routes;
+  plan.topk_idx = routing.topk_idx;
+  plan.weights = rows.weights;
+  plan.placement = placement_;
+  plan.layout = layout_;
+  return plan;
+}
+
+UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& received,
+                                     const SlotLease& lease) const {
+  UnpackPlan plan{};
+  plan.topk = config_.topk;
+  plan.slot = lease.slot();
+  plan.layout = layout_;
+  plan.rows = routing.rows;
+  plan.expand_to = routing.expand_to;
+  plan.offsets = routing.offsets;
+  plan.rows_per_expert = routing.rows_per_expert;
+  plan.experts = placement_.count(config_.rank);
+  plan.out_rows = received.rows;
+  plan.out_weights = received.weights;
+  plan.out_topk_idx = received.topk_idx;
+  plan.out_source = received.source;
+  return plan;
+}
+
+LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const RoutePlan& routing,
+                                          const CombineSlot& slot) const {
+  LocalSumPlan plan{};
+  plan.dtype = config_.dtype;
+  plan.hidden = config_.hidden;
+  plan.topk = config_.topk;
+  plan.rows = routing.rows;
+  plan.y = slot.in_place ? nullptr : input.y;
+  plan.y_stride = input.stride;
+  plan.expand_to = routing.expand_to;
+  plan.weights = input.weights;
+  plan.weight_grads = input.weight_grads;
+  plan.layout = layout_;
+  plan.slot = slot.lease->slot();
+  return plan;
+}
+
+PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& routing,
+                                 const LocalSumPlan& local_sum, std::byte* out,
+                                 std::byte* out_weights) const {
+  PullPlan plan{};
+  plan.dtype = config_.dtype;
+  plan.hidden = config_.hidden;
+  plan.tokens = routing.tokens;
+  plan.topk = config_.topk;
+  plan.width = width_;
+  plan.routes = routing.routes;
+  plan.topk_idx = routing.topk_idx;
+  plan.out = out;
+  plan.bias = input.bias;
+  plan.bias_stride = input.bias_stride;
+  plan.out_weights = out_weights;
+  if (!local_sum.expand_to && !local_sum.weights) plan.own_y = local_sum.y;
+  plan.own_stride = local_sum.y_stride;
+  plan.placement = placement_;
+  plan.layout = layout_;
+  return plan;
+}
+
+}  // namespace commlib

@@ -1,0 +1,132 @@
+// How operations run on the CPU: as jobs of the pool, or, where the caller waits for it, on its own thread.
+#include <memory>
+#include <vector>
+
+#include "cpu/communicator.h"
+
+namespace commlib {
+
+PlanReport CpuCommunicator::execute_plan(const OpId& id, PlanOp op) {
+  std::vector<uint32_t> counts(2 * config_.experts);
+  op.routing.owner = owner_.data();
+  op.expert_counts = counts.data();
+  op.worker_counts = counts.data() + config_.experts;
+  const auto context = context_of(id);
+  CpuWorker caller(*context, 0, 1);
+  PlanShared<1> shared{};
+  PlanReport report{};
+  const auto tell = [&](PlanStatus status, int rounds) {
+    report_plan(caller, op, peers_, shared, status, rounds, report);
+  };
+  if (!run_plan(caller, op, peers_, id, shared, tell)) raise_failed(*context);
+  return report;
+}
+
+Ticket CpuCommunicator::execute_rows(const OpId& id, const RowsOp& op, Execution execution) {
+  if (id.call.has(kCallInWaves)) return execute_waves(id, op, std::move(execution));
+  const auto part = [this, id, op](CpuWorker& w, Job&) { run_rows(w, op, peers_, id); };
+  return start(id, part, std::move(execution));
+}
+
+Ticket CpuCommunicator::execute_waves(const OpId& id, RowsOp op, Execution execution) {
+  const auto waves_of_routes = std::make_shared<std::vector<uint8_t>>(op.send.tokens * width_);
+  op.waves_of_routes = waves_of_routes->data();
+  const auto part = [this, id, op, waves_of_routes](CpuWorker& w, Job& job) {
+    run_waves(w, op, peers_, id, [&](int wave) { pool_->unpacked(job, wave); });
+  };
+  return start(id, part, std::move(execution));
+}
+
+Ticket CpuCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {
+  const auto part = [this, id, op](CpuWorker& w, Job&) { run_combine(w, op, peers_, id); };
+  return start(id, part, std::move(execution));
+}
+
+void CpuCommunicator::await_pulls(const OpId& id) {
+  const auto context = context_of(id);
+  CpuWorker caller(*context, 0, 1);
+  if (!await_pulled(caller, peers_, id.epoch)) raise_failed(*context);
+}
+
+void CpuCommunicator::check_routes(const RoutePlan& routing) const {
+  for (int64_t i = 0; i < routing.tokens * width_; ++i) {
+    const int64_t route = routing.routes[i];
+    if (route == kNoRoute ||
+        (route >= 0 && rank_of(route) < config_.size && row_of(route) < config_.capacity)) {
+      continue;
+    }
+    throw std::invalid_argument("routes[" + std::to_string(i / width_) + ", " + std::to_string(i % width_) +
+                                "] is " + std::to_string(route) +
+                                ", which is no row of any rank: routings come "
+                                "from a dispatch on this communicator, and may not be changed");
+  }
+}
+
+Ticket CpuCommunicator::start(const OpId& id, Part part, Execution execution) {
+  const auto op = context_of(id);
+  auto job = std::make_shared<Job>();
+  job->held = std::move(execution.held);
+  job->run = [this, op, part = std::move(part), job = job.get()](int index) {
+    CpuWorker w(*op, index, config_.num_sms);
+    if (w.may_begin()) part(w, *job);
+  };
+  job->finish = [this, op, lease = std::move(execution.lease)]() mutable {
+    lease.reset();
+    if (op->failed.load(std::memory_order_acquire)) raise_failed(*op);
+  };
+  job->abandon = [this, op](const std::exception_ptr& error) { abandon(*op, error); };
+  if (!execution.async) {
+    pool_->run(job, [this] { give_up("it was interrupted (Ctrl-C) behind other operations"); });
+    return job;
+  }
+  op->interrupted = nullptr;  // worker 0 is a thread of the pool's
+  try {
+    pool_->submit(job);
+  } catch (const std::exception& e) {  // others wait for the operation
+    give_up(e.what());
+    throw;
+  }
+  return job;
+}
+
+void CpuCommunicator::raise_failed(OpContext& op) {
+  std::unique_lock<std::mutex> lock(op.mutex);
+  const FailureRecord record = op.record;
+  lock.unlock();
+  raise(record);
+}
+
+void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
+  std::string why = "a communication thread failed";
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::exception& e) {
+    why += std::string(": ") + e.what();
+  } catch (...) {
+  }
+  op.failed.store(true, std::memory_order_release);
+  give_up(why);
+}
+
+void CpuCommunicator::bare_send(const Rows& rows, const RoutePlan& routing) {
+  const auto context = context_of({});
+  CpuWorker w(*context, 0, 1);
+  const std::vector<uint8_t> slots(config_.size);
+  SendPlan plan = send_plan(rows, routing);
+  plan.weights = nullptr;
+  plan.slots = slots.data();
+  send_rows(w, plan, peers_);
+  w.flush();
+}
+
+void CpuCommunicator::bare_pull(const RoutePlan& routing, std::byte* out) {
+  const auto context = context_of({});
+  CpuWorker w(*context, 0, 1);
+  const std::vector<uint8_t> slots(config_.size);
+  PullPlan plan = pull_plan({}, routing, {}, out, nullptr);
+  plan.slots = slots.data();
+  pull_rows(w, plan, peers_);
+  w.flush();
+}
+
+}  // namespace commlib

@@ -1,0 +1,63 @@
+// How operations run on a GPU: as kernels, on the communicator's stream or beside it.
+#include "cuda/communicator.h"
+#include "cuda/wait.h"
+
+namespace commlib::cuda {
+
+PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
+  const OnDevice guard = on_device();
+  keep_near();
+  op.routing.owner = owner_on_device_;
+  op.expert_counts = scratch_.expert_counts;
+  op.worker_counts = scratch_.warp_counts;
+  launch_plan(plan_stream_, {params(id, 0), op, ++plans_});
+  check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
+  wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });
+  return host_->report;
+}
+
+// A plan that runs before operations issued earlier publishes its call before theirs. That call may be at
+// most a ring of calls ahead, so now and then a plan comes after all of them.
+void CudaCommunicator::keep_near() {
+  constexpr uint64_t kAhead = kCallRing / 2;
+  if (plan_stream_ == shape_.stream || epoch_ - near_epoch_ < kAhead) return;
+  near_epoch_ = epoch_;
+  check(cudaEventRecord(issued_, shape_.stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(plan_stream_, issued_, 0), "cudaStreamWaitEvent");
+}
+
+// The stream orders what comes after, so a slot that is only passed through is free again.
+Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Execution) {
+  const OnDevice guard = on_device();
+  RowsKernelOp kernel{params(id, shape_.ring_bytes), op};
+  kernel.rows.waves_of_routes = scratch_.waves_of_routes;
+  if (op.send.is_fresh()) {  // routes are placed last
+    check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");
+  }
+  id.call.has(kCallInWaves) ? launch_waves(shape_, kernel) : launch_rows(shape_, kernel);
+  return nullptr;
+}
+
+Ticket CudaCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution) {
+  const OnDevice guard = on_device();
+  launch_combine(shape_, config_.dtype, {params(id, shape_.ring_bytes), op});
+  return nullptr;
+}
+
+void CudaCommunicator::await_pulls(const OpId& id) {
+  const OnDevice guard = on_device();
+  launch_await(shape_.stream, {params(id, 0), id.epoch});
+}
+
+// The stream's front end waits, not an SM.
+void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket&, int64_t expert,
+                                   uintptr_t stream) {
+  const OnDevice guard = on_device();
+  const uint64_t* word = &state_->unpacked[wave_of(expert, placement_.count(config_.rank))];
+  check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
+                                   dispatch.id.epoch, CU_STREAM_WAIT_VALUE_GEQ),
+        "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
+  awaiting_waves_->note(config_.device, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace commlib::cuda

@@ -1,0 +1,49 @@
+// Calls: what each rank says of its part in an operation, and the slot that it lends to the others.
+#pragma once
+
+#include "protocol/combine.h"
+#include "protocol/notify.h"
+
+namespace commlib {
+
+// Each rank says what it calls, and which of its slots the call may use. This wakes no thread: counts, or
+// rows in place, follow and wake those that wait. Ranks wait for the call itself only before a redispatch.
+template <class Worker>
+COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, const OpId& id) {
+  for (int p = w.lane(); p < peers.size; p += w.lanes()) {
+    uint64_t* word = &peers.signals_to(p).calls[id.epoch % kCallRing];
+    w.publish(word, tagged(id.tag(), id.call.bits()));
+    if (!peers.is_near(p)) {
+      send_words(w, peers, p, word, 1);
+    } else if (id.call.op == OpKind::redispatch) {
+      w.notify(peers.signals_to(p));
+    }
+  }
+}
+
+// Says what this rank calls once no rank pulls any more from the slot that it lends, where the last to do so
+// did in operation `last_pull`; 0: none did. All lanes of one worker.
+template <class Worker>
+COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId& id, uint64_t last_pull) {
+  if (!await_pulled(w, peers, last_pull)) return false;
+  publish_call(w, peers, id);
+  return true;
+}
+
+// Reads every rank's call at this epoch, and the slot it lends: false if a call is missing at the deadline,
+// or does not agree with this rank's.
+template <class Worker>
+COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, const OpId& id, uint8_t* slots) {
+  bool ok = true;
+  for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
+    const uint64_t* word = &peers.signals_from(p).calls[id.epoch % kCallRing];
+    ok = w.await_tag(word, id.tag(), p, Phase::call);
+    if (!ok) break;
+    const Call theirs = Call::from_bits(value_of(w.read(word)));
+    if (!theirs.agrees_with(id.call)) ok = w.mismatch(p, theirs);
+    slots[p] = theirs.slot;
+  }
+  return w.all(ok);
+}
+
+}  // namespace commlib

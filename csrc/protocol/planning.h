@@ -1,0 +1,198 @@
+// The plan of a fresh dispatch: from expert ids to routes, and counts from rank to rank. The workers of one
+// block of a GPU make it together; on a CPU one thread does.
+#pragma once
+
+#include "protocol/calls.h"
+#include "protocol/counts.h"
+
+namespace commlib {
+
+struct PlanOp {
+  RouterOutput routing;
+  int64_t* routes;           // [tokens][width]
+  int32_t* ordinals;         // [tokens][topk]: see Slot
+  int64_t* group_firsts;     // [ranks][own experts]: see Slot
+  int64_t* rows_per_expert;  // [own experts]
+  int64_t* offsets;          // [own experts + 1]; null: layout="rank"
+  int64_t align;
+  int64_t capacity;
+  bool drop;
+  uint32_t dispatch;   // number of the first round of counts
+  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that this rank lends; 0: none
+  // Scratch.
+  uint32_t* expert_counts;  // [experts]
+  uint32_t* worker_counts;  // [workers][experts]
+};
+
+// How a dispatch's counts came out.
+enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2 };
+
+// What whoever started the plan waits for.
+struct PlanReport {
+  PlanStatus status;
+  int64_t rounds;     // of counts
+  int64_t bad_index;  // bad_id: into topk_idx, and what it holds
+  int64_t bad_id;
+  int64_t fullest;  // overflow: the rank that would receive most, and how much
+  int64_t fullest_rows;
+  int64_t dropped;
+  int64_t grouped_rows;  // layout="expert"
+  // placed: how many rows each rank sends, and the slot that it lends.
+  int64_t source_rows[kMaxRanks];
+  uint8_t slots[kMaxRanks];
+};
+
+// What the workers of a plan tell each other, with meet() in between.
+template <int kWorkers>
+struct PlanShared {
+  uint32_t rank_counts[kWorkers][kMaxRanks];  // rows of each worker's tokens
+  int64_t firsts[kWorkers][kMaxRanks];        // the first of them: of all workers' rows, then at each rank
+  uint32_t rank_totals[kMaxRanks];
+  int64_t base[kMaxRanks], received[kMaxRanks], source_rows[kMaxRanks];
+  int64_t bad[kWorkers];
+  uint32_t dropped;
+  uint8_t slots[kMaxRanks];
+
+  COMMLIB_HD int64_t first_bad_index() const {
+    int64_t least = kNoBadId;
+    for (const int64_t index : bad) least = index < least ? index : least;
+    return least;
+  }
+  COMMLIB_HD int fullest_rank(int ranks) const {
+    int fullest = 0;
+    for (int p = 1; p < ranks; ++p) {
+      if (received[p] > received[fullest]) fullest = p;
+    }
+    return fullest;
+  }
+};
+
+// Counts of `items` by worker -> their sum, and that of all workers before each. Lanes share the items.
+template <int kWorkers, class Before, class Worker>
+COMMLIB_HD void sum_over_workers(Worker& w, const uint32_t* counts, Before* firsts, uint32_t* totals,
+                                 int64_t items, int64_t stride) {
+  const int step = w.count() * w.lanes();
+  for (int64_t i = w.index() * w.lanes() + w.lane(); i < items; i += step) {
+    uint32_t seen[kWorkers], sum = 0;
+#pragma unroll
+    for (int worker = 0; worker < kWorkers; ++worker) seen[worker] = counts[worker * stride + i];
+#pragma unroll
+    for (int worker = 0; worker < kWorkers; ++worker) {
+      firsts[worker * stride + i] = sum;
+      sum += seen[worker];
+    }
+    totals[i] = sum;
+  }
+}
+
+template <class Worker>
+COMMLIB_HD uint32_t* expert_counts_of(Worker& w, const PlanOp& op) {
+  return op.worker_counts + w.index() * op.routing.placement.experts;
+}
+
+// Every worker counts its part of the tokens; the sums over workers are then its first row of each rank and
+// of each expert.
+template <int kWorkers, class Worker>
+COMMLIB_HD void count_tokens(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) {
+  const int ranks = op.routing.placement.ranks;
+  const int64_t experts = op.routing.placement.experts;
+  uint32_t* mine = expert_counts_of(w, op);
+  for (int p = w.lane(); p < ranks; p += w.lanes()) s.rank_counts[w.index()][p] = 0;
+  for (int64_t e = w.lane(); e < experts; e += w.lanes()) mine[e] = 0;
+  if (w.index() == 0 && w.lane() == 0) s.dropped = 0;
+  w.all(true);
+  const int64_t bad = count_routes(w, op.routing, op.routes, {s.rank_counts[w.index()], mine});
+  if (w.lane() == 0) s.bad[w.index()] = bad;
+  w.meet(true);
+  sum_over_workers<kWorkers>(w, s.rank_counts[0], s.firsts[0], s.rank_totals, ranks, kMaxRanks);
+  sum_over_workers<kWorkers>(w, op.worker_counts, op.worker_counts, op.expert_counts, experts, experts);
+  w.meet(true);
+}
+
+// Publishes this rank's counts and reads the others'. The first worker also lends the slot; the last one,
+// which has few words to sum, reads every rank's call.
+template <int kWorkers, class Worker>
+COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& peers, const OpId& id,
+                                PlanShared<kWorkers>& s, int round) {
+  const Placement& placement = op.routing.placement;
+  const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
+  if (round == 1 && w.index() == 0) publish_call(w, peers, id);
+  publish_counts(w, peers, placement, {s.rank_totals, op.expert_counts}, dispatch);
+  bool ok = collect_counts(w, peers, placement, dispatch,
+                           {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts});
+  if (round == 1 && w.index() == w.count() - 1) ok = ok && collect_calls(w, peers, id, s.slots);
+  return w.meet(ok);
+}
+
+// Called by the first worker.
+template <int kWorkers, class Worker>
+COMMLIB_HD void report_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
+                            const PlanShared<kWorkers>& s, PlanStatus status, int rounds, PlanReport& to) {
+  if (status == PlanStatus::placed) {
+    for (int p = w.lane(); p < peers.size; p += w.lanes()) {
+      to.source_rows[p] = s.source_rows[p];
+      to.slots[p] = s.slots[p];
+    }
+    const int64_t experts = op.routing.placement.count(peers.rank);
+    int64_t grouped = 0;
+    if (op.offsets) grouped = group_offsets(w, op.rows_per_expert, experts, op.align, op.offsets);
+    if (w.lane() == 0) to.grouped_rows = grouped;
+  }
+  w.all(true);
+  if (w.lane() != 0) return;
+  const int64_t bad = s.first_bad_index();
+  to.status = status;
+  to.rounds = rounds;
+  to.dropped = s.dropped;
+  to.bad_index = bad;
+  to.bad_id = bad == kNoBadId ? 0 : op.routing.topk_idx[bad];
+  to.fullest = s.fullest_rank(peers.size);
+  to.fullest_rows = s.received[to.fullest];
+}
+
+// Turns ordinals into rows, and numbers each row among those of its expert.
+template <int kWorkers, class Worker>
+COMMLIB_HD void place_rows(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) {
+  int64_t* firsts = s.firsts[w.index()];
+  for (int p = w.lane(); p < op.routing.placement.ranks; p += w.lanes()) firsts[p] += s.base[p];
+  w.all(true);
+  place_routes(w, op.routing, op.routes, firsts);
+  number_rows_of_experts(w, op.routing, op.ordinals, expert_counts_of(w, op));
+}
+
+// Drops the rows past capacity.
+template <int kWorkers, class Worker>
+COMMLIB_HD void drop_rows(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) {
+  w.meet(true);  // routes are written by lanes of one token each, and dropped by others
+  const int64_t dropped =
+      drop_overflow(w, op.routing, op.routes, {s.rank_totals, op.expert_counts}, op.capacity);
+  if (dropped) w.add_relaxed(&s.dropped, static_cast<int>(dropped));
+  w.meet(true);
+}
+
+// report(status, rounds): called by the first worker as soon as the sizes are known; the rows are placed
+// after that. Where rows are dropped, all ranks see the same overflow in the counts, so all take a second
+// round. False: a wait has failed, and there is no report.
+template <int kWorkers, class Worker, class Report>
+COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, const OpId& id,
+                         PlanShared<kWorkers>& s, Report report) {
+  if (!w.meet(w.index() > 0 || await_pulled(w, peers, op.last_pull))) return false;
+  count_tokens(w, op, s);
+  if (s.first_bad_index() != kNoBadId) {
+    if (w.index() == 0) report(PlanStatus::bad_id, 1);
+    return true;
+  }
+#pragma unroll 1
+  for (int round = 1;; ++round) {
+    if (!exchange_counts(w, op, peers, id, s, round)) return false;
+    const bool overflow = round == 1 && s.received[s.fullest_rank(peers.size)] > op.capacity;
+    const bool again = overflow && op.drop;
+    if (!again && w.index() == 0) report(overflow ? PlanStatus::overflow : PlanStatus::placed, round);
+    if (overflow && !again) return true;
+    if (round == 1) place_rows(w, op, s);
+    if (!again) return true;
+    drop_rows(w, op, s);
+  }
+}
+
+}  // namespace commlib
