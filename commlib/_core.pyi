@@ -146,6 +146,20 @@ class PendingDispatch:
 class Received:
     def __init__(self, rows: int | None, weights: int, topk_idx: int = ..., source: int = ...) -> None: ...
 
+class Placement:
+    """Which rank owns which expert: contiguous blocks, whose sizes differ by one at most.
+
+    Raises:
+        ValueError: fewer than one of either, more than 2**20 experts, or more than 4095 ranks.
+    """
+
+    def __init__(self, experts: int, ranks: int) -> None: ...
+    def experts_of(self, rank: int) -> range:
+        """The experts of one rank. Raises IndexError where there is no such rank."""
+    @property
+    def owners(self) -> list[int]:
+        """The owner of each expert."""
+
 class RoutePlan:
     def __init__(
         self,

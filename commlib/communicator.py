@@ -17,7 +17,6 @@ from torch.autograd import forward_ad
 
 from commlib import _core
 from commlib.errors import CommError
-from commlib.topology import experts_of
 
 if TYPE_CHECKING:
     from commlib.backend import Backend
@@ -46,7 +45,7 @@ class Communicator:
         backend: Backend,
         reconnect: Callable[[Settings, _core.Communicator], Backend],
     ) -> None:
-        mine = experts_of(rank, size, settings.num_experts)
+        mine = _core.Placement(settings.num_experts, size).experts_of(rank)
         self.rank, self.size = rank, size
         self.settings = settings
         self._open: list[Backend] = []  # the one in use, for what outlives this object

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from commlib._core import Placement
 from commlib.errors import ConfigMismatch
 from commlib.model.routing import missed
 
 RoutingMode = Literal["auto", "direct", "hierarchical"]
 ROUTINGS = get_args(RoutingMode)
-
-
-def experts_of(rank: int, size: int, experts: int) -> range:
-    """The experts of one rank: contiguous, and shared out as equally as possible."""
-    return range(rank * experts // size, (rank + 1) * experts // size)
 
 
 # Mapped memory moves rows at least this many times as fast as the network: NVLink 450 GB/s beside 50 GB/s, or
@@ -62,7 +58,8 @@ class Topology:
             Sent directly, one for each (token, rank); in two hops, one for each (token, node).
         """
         size = len(self.node_of)
-        owned = [len(experts_of(r, size, experts)) for r in range(size)]
+        placement = Placement(experts, size)
+        owned = [len(placement.experts_of(r)) for r in range(size)]
         nodes = self.nodes
         direct = sum(
             (1 - missed(experts, topk, owned[r])) * (size - len(nodes[self.node_of[r]])) for r in range(size)

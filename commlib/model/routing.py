@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
+from commlib._core import Placement
 from commlib.model.checks import check_int
 
 
@@ -58,7 +59,11 @@ class UniformRouting:
 
     def experts_on(self, rank: int) -> int:
         """How many experts a rank owns."""
-        return (rank + 1) * self.experts // self.ranks - rank * self.experts // self.ranks
+        return len(self._placement.experts_of(rank))
+
+    @cached_property
+    def _placement(self) -> Placement:
+        return Placement(self.experts, self.ranks)
 
     @cached_property
     def rank_share(self) -> tuple[float, ...]:

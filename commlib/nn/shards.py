@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
+from commlib._core import Placement
 from commlib.group import Group, let_go, process_group_of
-from commlib.topology import experts_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -156,7 +156,8 @@ def gathered(t: Any, first: bool) -> Tensor | None:
         if local.spread:
             rows = _part(rows, shard.count, mesh, ways)
             rows = rows.full_tensor()
-        counts = [len(experts_of(rank, shard.ranks.size, shard.total)) for rank in range(shard.ranks.size)]
+        placement = Placement(shard.total, shard.ranks.size)
+        counts = [len(placement.experts_of(rank)) for rank in range(shard.ranks.size)]
         return _all_blocks(rows, counts, process_group_of(shard.ranks.group), first)
     if mesh.ndim == 1 and ways[0].is_shard(0) and t.shape[0] % mesh.size() == 0:
         return _all_blocks(local, [t.shape[0] // mesh.size()] * mesh.size(), mesh.get_group(), first)

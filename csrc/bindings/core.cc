@@ -144,7 +144,37 @@ void use_ucx(Config& c, const std::vector<std::pair<std::string, std::string>>& 
   };
 }
 
+// Products of the two fit in 32 bits: see Placement.
+Placement placement_of(int64_t experts, int64_t ranks) {
+  constexpr int64_t kMostExperts = 1 << 20, kMostRanks = (1 << 12) - 1;
+  if (experts < 1 || experts > kMostExperts || ranks < 1 || ranks > kMostRanks) {
+    throw std::invalid_argument("a placement has 1 to " + std::to_string(kMostExperts) +
+                                " experts and 1 to " + std::to_string(kMostRanks) + " ranks, got " +
+                                std::to_string(experts) + " and " + std::to_string(ranks));
+  }
+  return {experts, ranks};
+}
+
+py::object experts_of(const Placement& placement, int64_t rank) {
+  if (rank < 0 || rank >= placement.ranks) {
+    throw py::index_error("rank " + std::to_string(rank) + " of " + std::to_string(placement.ranks));
+  }
+  const auto range = py::handle(reinterpret_cast<PyObject*>(&PyRange_Type));
+  return range(placement.first_expert(rank), placement.first_expert(rank + 1));
+}
+
+std::vector<int> owners(const Placement& placement) {
+  std::vector<int> by_expert;
+  for (int64_t e = 0; e < placement.experts; ++e) by_expert.push_back(placement.owner(e));
+  return by_expert;
+}
+
 void bind_structs(py::module_& m) {
+  py::class_<Placement>(m, "Placement")
+      .def(py::init(&placement_of), py::arg("experts"), py::arg("ranks"))
+      .def("experts_of", &experts_of, py::arg("rank"))
+      .def_property_readonly("owners", &owners);
+
   py::enum_<DType>(m, "DType")
       .value("bf16", DType::bf16)
       .value("f16", DType::f16)

@@ -234,7 +234,8 @@ class ElasticBuffer(Owner, Experimental):
         if topk_weights is not None:
             layouts.check_beside(parcel.sent, topk_weights=topk_weights)
             layouts.check_weights("topk_weights", topk_weights, tuple(ids.shape))
-        stats, local = cumulative_local_expert_recv_stats, shape.num_experts // self.num_ranks
+        stats = cumulative_local_expert_recv_stats
+        local = layouts.local_experts(shape.num_experts, self.num_ranks)
         handles.check_stats(stats, local, parcel.sent)
         work = Work(parcel.sent.device, lambda: runtime.stream(parcel.sent.device))
         call = (runtime, parcel, topk_weights, work, async_with_compute_stream)

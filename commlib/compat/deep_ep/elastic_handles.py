@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from commlib._core import Placement
 from commlib.compat.deep_ep.errors import require
 from commlib.compat.deep_ep.events import Work
 from commlib.compat.deep_ep.handles import EPHandle, route_of
@@ -134,9 +136,15 @@ def _sums(counts: Tensor, offsets: Tensor | None, listed: list[int]) -> Tensor:
     return torch.tensor(listed, device=counts.device).cumsum(0)
 
 
+@cache
+def _owners(num_experts: int, ranks: int, device: torch.device) -> Tensor:
+    return torch.tensor(Placement(num_experts, ranks).owners, device=device)
+
+
 def _places(routes: Tensor, topk_idx: Tensor, num_experts: int, ranks: int) -> Tensor:
     """``[T, K]``: a token's number at the rank that owns the place."""
-    owner = torch.where(topk_idx >= 0, topk_idx // (num_experts // ranks), -1)
+    owners = _owners(num_experts, ranks, topk_idx.device)
+    owner = torch.where(topk_idx >= 0, owners[topk_idx.clamp(min=0)], -1)
     to = torch.where(routes >= 0, routes >> 32, -2)
     number = (routes & 0xFFFFFFFF).unsqueeze(1)  # [T, 1, width]
     found = owner.unsqueeze(2) == to.unsqueeze(1)  # [T, K, width]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from commlib._core import Placement
 from commlib.compat.deep_ep.errors import require
 
 topk_idx_t = torch.int64
@@ -31,7 +32,7 @@ def local_experts(num_experts: int, ranks: int) -> int:
         num_experts > 0 and num_experts % ranks == 0,
         f"num_experts must be a positive multiple of the {ranks} ranks, got {num_experts}",
     )
-    return num_experts // ranks
+    return len(Placement(num_experts, ranks).experts_of(0))
 
 
 def check_topk_idx(topk_idx: Any, num_experts: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.distributed.utils import gather_full_state_dict
 
+from commlib._core import Placement
 from commlib.bootstrap import resolve_device
 from commlib.conversation import gather
 from commlib.group import Group, TorchGroup, gather_numbers, resolve_group
@@ -19,7 +20,6 @@ from commlib.nn import ShardedExperts, full_state_dict
 from commlib.nn.agreement import describe, difference
 from commlib.nn.shards import Ranks, Shard, is_dtensor
 from commlib.settings import START_SECONDS
-from commlib.topology import experts_of
 
 from .exchange import Exchange, parameters_replaced
 
@@ -182,7 +182,7 @@ def _parallel_class(cls: type) -> type:
 
 def _keep_own(module: Any, ranks: ModelRanks) -> None:
     total = module.num_experts
-    mine = experts_of(ranks.rank, ranks.size, total)
+    mine = Placement(total, ranks.size).experts_of(ranks.rank)
     module.__class__ = _parallel_class(type(module))
     module.exchange = Exchange(ranks.group, total)  # which keeps no process group
     module.num_experts = len(mine)
