@@ -199,7 +199,7 @@ class Communicator {
 
   const Config& config() const { return config_; }
   const SlotLayout& layout() const { return layout_; }
-  void set_timeout(double seconds) { timeout_.store(seconds, std::memory_order_relaxed); }
+  virtual void set_timeout(double seconds) { timeout_.store(seconds, std::memory_order_relaxed); }
   int slots_in_use();
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() = 0;
@@ -220,9 +220,12 @@ class Communicator {
   virtual PlanReport execute_plan(const OpId& id, PlanOp op) = 0;
   virtual Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) = 0;
   virtual Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) = 0;
-  // What comes next, on the calling thread or in the stream, comes after every rank's pulls of operation
-  // `id`.
-  virtual void await_pulls(const OpId& id) = 0;
+  // What comes next, on the calling thread or in the stream, comes after every rank's pulls from the slot of
+  // `call`, which is leased.
+  virtual void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) = 0;
+  // Whether operations are captured in a graph now. What is captured runs when the graph does, as often as it
+  // does, and is numbered then.
+  virtual bool is_captured() const { return false; }
   // Throws std::invalid_argument for a routing, known to the caller, whose routes name rows that there are
   // not: other ranks' memory is written and read where it says. Where the host can read them.
   virtual void check_routes(const RoutePlan&) const {}
@@ -335,7 +338,7 @@ class Communicator {
   std::atomic<bool> interrupted_{false};
 
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
-  uint64_t epoch_;
+  uint64_t epoch_;                // of the operation issued last; graphs' operations are not among them
   uint32_t dispatches_;
 
  private:

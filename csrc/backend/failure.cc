@@ -93,6 +93,11 @@ std::string describe(const Failure& f) {
              "anything write into its memory?";
     case Cause::interrupted:
       return me + " was interrupted in " + where;
+    case Cause::overlap:
+      return me + " ran " + where +
+             " of a CUDA graph beside another operation of the same communicator. Wait for what is "
+             "asynchronous (event.wait(), synchronize()) before a graph with operations is launched, and for "
+             "the graph before the next operation";
     case Cause::broken:
     case Cause::none:
       break;

@@ -26,6 +26,11 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
                                                               bool drop, bool in_waves) {
   const Issue issue(*this);
   check_health();
+  if (is_captured()) {
+    throw std::runtime_error(
+        "a dispatch without a handle cannot be captured in a CUDA graph: the host reads how many rows come. "
+        "Capture what follows it, with its handle");
+  }
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
   pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
@@ -69,7 +74,6 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   check_routes(routing);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
-  op.last_pull = slot->last_pull();
   const OpId id = next_op(redispatch_call(rows), *slot);
   if (received.rows_in_slot) *lease = slot;
   return execute_rows(id, op, {async, std::move(held), std::move(slot)});
@@ -86,9 +90,8 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   op.local_sum = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
-  if (!slot.in_place) op.last_pull = slot.lease->last_pull();
+  op.in_place = slot.in_place;
   const OpId id = next_op(combine_call(input), *slot.lease);
-  slot.lease->pulled_in(id.epoch);
   return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)});
 }
 
@@ -96,19 +99,19 @@ std::shared_ptr<SlotLease> Communicator::lend_slot() {
   const Issue issue(*this);
   check_health();
   auto lease = take_slot();
-  if (lease->last_pull() != 0) await_pulls({{OpKind::combine, 0, 0}, lease->last_pull()});
+  await_pulls({OpKind::combine, static_cast<uint8_t>(lease->index()), 0}, lease);
   lease->lend();
   return lease;
 }
 
 OpId Communicator::next_op(Call call, const SlotLease& lease) {
   call.slot = static_cast<uint8_t>(lease.index());
-  return {call, ++epoch_};
+  return {call, is_captured() ? 0 : ++epoch_};
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
   auto lease = slots_->take();
-  if (!lease) {
+  if (!lease && !is_captured()) {
     drain_unless_interrupted();  // operations under way give theirs back
     lease = slots_->take();
   }
@@ -117,7 +120,7 @@ std::shared_ptr<SlotLease> Communicator::take_slot() {
     return lease;
   }
   throw SlotError("all " + std::to_string(config_.slots) +
-                  " slots are in use by zero-copy results or lent buffers: release a handle "
+                  " slots are in use by zero-copy results, lent buffers or CUDA graphs: release a handle "
                   "(handle.release(), or let its tensors go), or make the communicator with more slots");
 }
 
@@ -164,7 +167,6 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
   op.capacity = config_.capacity;
   op.drop = drop;
   op.dispatch = dispatches_ + 1;
-  op.last_pull = lease.last_pull();
   return op;
 }
 

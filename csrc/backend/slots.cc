@@ -31,16 +31,6 @@ void SlotLease::use_on(uintptr_t stream) {
   if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) streams_.push_back(stream);
 }
 
-void SlotLease::pulled_in(uint64_t epoch) {
-  std::lock_guard<std::mutex> lock(pool_->mutex_);
-  pool_->states_[index_].pulled_in = epoch;
-}
-
-uint64_t SlotLease::last_pull() const {
-  std::lock_guard<std::mutex> lock(pool_->mutex_);
-  return pool_->states_[index_].pulled_in;
-}
-
 SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count, Choice choice)
     : heap_(std::move(heap)), slots_(slots), layout_(layout), choice_(choice), states_(count) {}
 

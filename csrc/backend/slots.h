@@ -24,10 +24,6 @@ class SlotLease {
 
   int index() const { return index_; }
   Slot slot() const;
-  // Peers pull from this slot in operation `epoch`: it may be written again once all of them have finished
-  // that operation.
-  void pulled_in(uint64_t epoch);
-  uint64_t last_pull() const;  // 0: none
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
@@ -71,8 +67,7 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   struct State {
     std::weak_ptr<SlotLease> lease;
     bool busy = false;
-    uint64_t pulled_in = 0;  // the last operation in which peers pull from it
-    uint64_t freed = 0;      // when, in leases that have ended
+    uint64_t freed = 0;  // when, in leases that have ended
   };
 
   const HomeProcess home_;

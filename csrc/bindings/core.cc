@@ -107,6 +107,7 @@ const char* error_type(Cause cause) {
       return "CallMismatch";
     case Cause::broken:
     case Cause::malformed:
+    case Cause::overlap:
       return "CommError";
     default:
       return "PeerTimeout";

@@ -36,7 +36,7 @@ class CpuCommunicator final : public Communicator {
   Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
   Ticket execute_waves(const OpId& id, RowsOp op, Execution execution);
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
-  void await_pulls(const OpId& id) override;
+  void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
   void check_routes(const RoutePlan& routing) const override;
 
   void drain() override { pool_->drain(); }
@@ -59,6 +59,7 @@ class CpuCommunicator final : public Communicator {
 
   const VectorOps* ops_;
   mutable Throttle throttle_;
+  mutable Sequence sequence_{};
   std::shared_ptr<Region> region_;                // this rank's
   std::vector<std::shared_ptr<Region>> regions_;  // of this node
   std::shared_ptr<BufferPool> buffers_;

@@ -18,7 +18,7 @@ PlanReport CpuCommunicator::execute_plan(const OpId& id, PlanOp op) {
   const auto tell = [&](PlanStatus status, int rounds) {
     report_plan(caller, op, peers_, shared, status, rounds, report);
   };
-  if (!run_plan(caller, op, peers_, id, shared, tell)) raise_failed(*context);
+  if (!run_plan(caller, op, peers_, shared, tell)) raise_failed(*context);
   return report;
 }
 
@@ -42,10 +42,11 @@ Ticket CpuCommunicator::execute_combine(const OpId& id, const CombineOp& op, Exe
   return start(id, part, std::move(execution));
 }
 
-void CpuCommunicator::await_pulls(const OpId& id) {
+void CpuCommunicator::await_pulls(Call call, const std::shared_ptr<SlotLease>&) {
+  const OpId id{call, sequence_.last_pull[call.slot]};
   const auto context = context_of(id);
   CpuWorker caller(*context, 0, 1);
-  if (!await_pulled(caller, peers_, id.epoch)) raise_failed(*context);
+  if (!await_slot(caller, peers_)) raise_failed(*context);
 }
 
 void CpuCommunicator::check_routes(const RoutePlan& routing) const {

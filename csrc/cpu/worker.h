@@ -13,6 +13,7 @@
 #include "heap/peer_processes.h"
 #include "net/network.h"
 #include "protocol/failure.h"
+#include "protocol/sequence.h"
 #include "protocol/worker.h"
 
 namespace commlib {
@@ -27,8 +28,10 @@ struct OpContext {
   InterruptCheck interrupted;        // asked by worker 0; null where that is not the user's own thread
   const std::atomic<bool>* gave_up;  // this rank's communicator: no operation of it can succeed any more
   OpId id;
+  uint64_t last_pull;  // from the slot that this rank lends: see Sequence
   double timeout;
   Throttle* throttle;
+  Sequence* sequence;
 
   uint64_t counters[kCounters] = {};  // see protocol/arrival.h
 
@@ -113,6 +116,10 @@ class CpuWorker {
   void pass_throttle(int64_t bytes) { op_.throttle->pass(bytes); }
 
   void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+  const OpId& id() const { return op_.id; }
+  uint64_t last_pull() const { return op_.last_pull; }
+  void pulls_from_slot(const OpId& id) { op_.sequence->last_pull[id.call.slot] = id.epoch; }
+  static void ended(const OpId&) {}
   uint64_t* counter(int i) { return &op_.counters[i]; }
   static bool completes(uint64_t* counter, uint64_t n, uint64_t all) {
     if (__atomic_add_fetch(counter, n, __ATOMIC_ACQ_REL) != all) return false;

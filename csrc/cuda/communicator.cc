@@ -60,6 +60,7 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   host_ = mapped_host_state(config.device);
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&host_on_device_), host_.get(), 0),
         "cudaHostGetDevicePointer");
+  CudaCommunicator::set_timeout(config.timeout);
   make_scratch();
   if (!config.net.node_of.empty()) make_network(gpu_network_memory(config.device, region_->data()));
 }
@@ -110,8 +111,9 @@ void CudaCommunicator::make_scratch() {
   };
   memory_ = device_memory(config_.device, static_cast<size_t>(carve(nullptr)));
   carve(memory_.get());
-  const DeviceState zero{};
-  put(state_, &zero, sizeof zero);
+  DeviceState first{};
+  first.sequence.ended = first.sequence.begun = epoch_;
+  put(state_, &first, sizeof first);
   put(owner, owner_.data(), owner_.size());
   owner_on_device_ = owner;
 }
@@ -162,13 +164,19 @@ void CudaCommunicator::has_connected() {
 OpParams CudaCommunicator::params(const OpId& id, int ring_bytes) const {
   OpParams op{};
   op.peers = peers_;
-  op.id = id;
-  op.timeout_ns = static_cast<uint64_t>(timeout_.load(std::memory_order_relaxed) * 1e9);
+  op.call = id.call;
+  op.captured = is_captured();
+  op.number = id.epoch;
   op.state = state_;
   op.host = host_on_device_;
   op.throttle = ThrottleRate::of(config_.link_gbps);
   op.ring_bytes = ring_bytes;
   return op;
+}
+
+void CudaCommunicator::set_timeout(double seconds) {
+  Communicator::set_timeout(seconds);
+  store_word(&host_->timeout_ns, static_cast<uint64_t>(seconds * 1e9));
 }
 
 void CudaCommunicator::check_health() {
@@ -271,6 +279,7 @@ void CudaCommunicator::drain() {
 // Ctrl-C makes the kernels leave their waits.
 void CudaCommunicator::drain_unless_interrupted() {
   const OnDevice guard = on_device();
+  drop_what_is_done();  // slots of graphs that are gone
   wait_until([&] { return is_idle(); });
 }
 
@@ -288,6 +297,7 @@ void CudaCommunicator::announce_departure(const Departure& departure) {
 // it before that is done.
 void CudaCommunicator::prepare_slot(SlotLease& lease) {
   const OnDevice guard = on_device();
+  if (is_captured()) return;  // whoever captures has waited for what was queued before
   auto& slots = static_cast<CudaSlotPool&>(*slots_);
   slots.wait_for_uses(lease.index(), shape_.stream);
   if (plan_stream_ == shape_.stream) return;
@@ -300,8 +310,9 @@ void CudaCommunicator::has_closed() {
   watch_.reset();
   if (peers_.size == 0) return;  // it never connected
   const OnDevice guard = on_device();
-  const uint64_t detached = 1;
-  for (int p : visitors_) put(&peers_.signals_to(p).detached, &detached, sizeof detached);
+  const uint64_t yes = 1;
+  if (has_graphs_) put(&state_->closed, &yes, sizeof yes);
+  for (int p : visitors_) put(&peers_.signals_to(p).detached, &yes, sizeof yes);
   shared_device_.reset();
 }
 

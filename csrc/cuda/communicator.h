@@ -30,6 +30,7 @@ class CudaCommunicator final : public Communicator {
   void wait_event(uintptr_t event) override;
   void synchronize() override;
   void check_health() override;
+  void set_timeout(double seconds) override;
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }
   // What the kernels have reported to the host so far, for looking into one that hangs.
@@ -39,7 +40,8 @@ class CudaCommunicator final : public Communicator {
   PlanReport execute_plan(const OpId& id, PlanOp op) override;
   Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
-  void await_pulls(const OpId& id) override;
+  void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
+  bool is_captured() const override;
 
   void drain() override;
   void drain_unless_interrupted() override;
@@ -61,6 +63,7 @@ class CudaCommunicator final : public Communicator {
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
   void keep_near();
+  void keep_if_captured(const std::shared_ptr<SlotLease>& lease);
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();
@@ -82,7 +85,8 @@ class CudaCommunicator final : public Communicator {
   HostState* host_on_device_ = nullptr;
   DeviceState* state_ = nullptr;
   const uint8_t* owner_on_device_ = nullptr;
-  uint64_t plans_ = 0;  // launched
+  uint64_t plans_ = 0;       // launched
+  bool has_graphs_ = false;  // with operations of this communicator
   // Device memory that is used only within a kernel. A plan may run beside the rows of earlier dispatches, so
   // they share none of it, and what rows need from their plan comes in their arguments.
   struct Scratch {

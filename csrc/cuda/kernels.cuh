@@ -13,7 +13,7 @@ namespace commlib::cuda {
 template <class Worker>
 __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant__ RowsKernelOp op) {
   Worker w(op.common);
-  run_rows(w, op.rows, op.common.peers, op.common.id);
+  if (w.begin(Does::move_rows)) run_rows(w, op.rows, op.common.peers, w.id());
 }
 
 // A fresh dispatch in waves. However it ends, no stream waits for it after that.
@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
   const auto count = [&](int wave) {
     DeviceState& state = *common.state;
     if (is_last(w, &state.unpacking[wave], 1, w.count()) && w.lane() == 0) {
-      w.publish(&state.unpacked[wave], common.id.epoch);
+      w.publish(&state.unpacked[wave], common.number);
     }
     unpacked = wave + 1;
   };
-  run_waves(w, op.rows, common.peers, common.id, count);
+  if (w.begin(Does::move_rows)) run_waves(w, op.rows, common.peers, w.id(), count);
   w.flush();  // after a failure, copies may still read this block's shared memory, which another gets next
   while (unpacked < kWaves) count(unpacked);
 }
@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(kThreads, 1) waves_kernel(const __grid_constan
 // Waits until no rank pulls from a slot that is lent to the user. One warp.
 __global__ void __launch_bounds__(kWarpLanes, 1) await_kernel(const __grid_constant__ AwaitKernelOp op) {
   WarpWorker w(op.common);
-  await_pulled(w, op.common.peers, op.last_pull);
+  if (w.begin(Does::wait)) await_slot(w, op.common.peers);
 }
 
 template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineKernelOp op) {
   SumWorker<T, Worker> w(op.common);
-  run_combine(w, op.combine, op.common.peers, op.common.id);
+  if (w.begin(Does::move_rows)) run_combine(w, op.combine, op.common.peers, {op.common.call, w.id().epoch});
 }
 
 }  // namespace commlib::cuda

@@ -26,9 +26,12 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
   const OpParams& common = op.common;
   WarpWorker w(common);
   BlockPlan& shared = *reinterpret_cast<BlockPlan*>(ptx::dynamic_shared() + kPlanSharedBegin);
-  run_plan(w, op.plan, common.peers, common.id, shared, [&](PlanStatus status, int rounds) {
+  if (!w.begin(Does::plan)) return;
+  run_plan(w, op.plan, common.peers, shared, [&](PlanStatus status, int rounds) {
     report_plan(w, op.plan, common.peers, shared, status, rounds, common.host->report);
-    if (w.lane() == 0) ptx::store_release_sys(&common.host->planned, op.number);
+    if (w.lane() != 0) return;
+    if (status == PlanStatus::overflow) common.state->sequence.dropped = w.id().epoch;
+    ptx::store_release_sys(&common.host->planned, op.number);
   });
 }
 

@@ -36,18 +36,6 @@ Pool& pool() {
   return *one;
 }
 
-// Each call takes the whole list for itself, because what is dropped comes back to the pool.
-void drop_what_is_done() {
-  std::vector<Kept> kept;
-  {
-    std::lock_guard<std::mutex> lock(pool().mutex);
-    kept.swap(pool().kept);
-  }
-  for (Kept& k : kept) {
-    if (!k.done()) keep_until(std::move(k.what), std::move(k.done));
-  }
-}
-
 void* take_idle(int device, const std::string& name) {
   std::lock_guard<std::mutex> lock(pool().mutex);
   const auto found = pool().idle.find({device, name});
@@ -83,6 +71,18 @@ void* make_or_free(int device, const std::function<void*()>& make) {
 }
 
 }  // namespace
+
+// Each call takes the whole list for itself, because what is dropped comes back to the pool.
+void drop_what_is_done() {
+  std::vector<Kept> kept;
+  {
+    std::lock_guard<std::mutex> lock(pool().mutex);
+    kept.swap(pool().kept);
+  }
+  for (Kept& k : kept) {
+    if (!k.done()) keep_until(std::move(k.what), std::move(k.done));
+  }
+}
 
 std::shared_ptr<void> pooled(int device, const std::string& name, const std::function<void*()>& make,
                              void (*free)(void*)) {

@@ -42,6 +42,9 @@ bool is_idle(cudaStream_t stream);
 // Keeps `what`, which others may still use, until `done`. Asked whenever something is taken from the pool.
 void keep_until(std::shared_ptr<void> what, std::function<bool()> done);
 
+// Lets go of what is done.
+void drop_what_is_done();
+
 // While one lives, a kernel on `device` may wait for another rank of this process.
 class SharedDevice {
  public:

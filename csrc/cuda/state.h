@@ -5,6 +5,7 @@
 #include "protocol/failure.h"
 #include "protocol/operations.h"
 #include "protocol/planning.h"
+#include "protocol/sequence.h"
 
 namespace commlib::cuda {
 
@@ -14,8 +15,21 @@ constexpr int kThreads = kWarps * kWarpLanes;
 // Warps of a plan's one block, which should find room beside another block on its SM.
 constexpr int kPlanWarps = 6;
 
-// Zero at the start.
+// The order of this rank's operations. The host numbers those that it launches; those of a graph take the
+// next number when they run. Kernels that move rows follow each other, and each writes these words when all
+// of its workers have read them: the worker that completes their count does. A plan beside the rows of
+// earlier operations reads `replayed` and `last_pull`: the first changes only while a graph runs, and what
+// its slot was last used for has ended before.
+struct DeviceSequence : Sequence {
+  uint64_t ended;     // the last operation whose workers have all done their part
+  uint64_t begun;     // the last one that has begun to move rows: it is under way unless it has ended
+  uint64_t dropped;   // the last one that ended with its plan, because too many rows would have come
+  uint64_t replayed;  // how many operations of graphs have run, which the host has not counted
+};
+
+// Zero at the start, except that `sequence` says what the first operation is.
 struct DeviceState {
+  DeviceSequence sequence;
   // Of workers, see protocol/arrival.h. Warps add to them (acq_rel), and the warp that completes a count sets
   // it back to 0; no warp of the next kernel adds before that, because kernels of one stream follow each
   // other.
@@ -25,9 +39,12 @@ struct DeviceState {
   // 1 once a warp gave up (cas, acq_rel): the others leave their waits. Never reset: the communicator is
   // broken.
   uint64_t failed;
+  // 1: the communicator is closed, and a graph with operations of it does nothing. Written by the host while
+  // nothing runs.
+  uint64_t closed;
   // When the throttle is through with all that warps have given it, on globaltimer (cas). Orders nothing.
   uint64_t throttle_free;
-  // unpacked[i]: the last dispatch in waves, by its epoch, whose wave i is in place, or which has failed.
+  // unpacked[i]: the last dispatch in waves, by its number, whose wave i is in place, or which has failed.
   // Written by the last warp to unpack its part (release); streams wait for it.
   uint64_t unpacked[kWaves];
 };
@@ -43,6 +60,7 @@ struct HostState {
   // from which nothing comes any more: no wait misses one that closed after its part.
   uint64_t abort;
   uint64_t lost;
+  uint64_t timeout_ns;  // the same, for waits under way too
 
   // The number of the newest plan whose results follow; written by the plan kernel (release) after them, read
   // by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
@@ -53,8 +71,9 @@ struct HostState {
 // What every kernel is given.
 struct OpParams {
   PeerTable peers;
-  OpId id;
-  uint64_t timeout_ns;
+  Call call;
+  bool captured;    // in a graph
+  uint64_t number;  // of the operation, among those that the host has launched; captured: 0
   DeviceState* state;
   HostState* host;  // as mapped on the device
   ThrottleRate throttle;
@@ -79,7 +98,6 @@ struct CombineKernelOp {
 
 struct AwaitKernelOp {
   OpParams common;
-  uint64_t last_pull;
 };
 
 }  // namespace commlib::cuda

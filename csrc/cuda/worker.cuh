@@ -36,10 +36,16 @@ constexpr int kSumPieces = 4;
 // What the warps of a block share; it lies before what each of them has.
 struct BlockShared {
   uint64_t answer;           // one thread's, for all; two barriers of the block around it
+  OpId id;                   // of the operation; this and the next are written before the block begins
+  uint64_t last_pull;        // from the slot that this rank lends: see Sequence
   uint8_t slots[kMaxRanks];  // for collect_calls
 };
 constexpr int kBlockSharedBytes = 128;
 static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
+
+__device__ inline BlockShared& block_shared() {
+  return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
+}
 
 // An outbox is larger than what is ever in it, unless the network's thread stands still: then the operation
 // fails at its deadline.
@@ -72,7 +78,9 @@ struct WaitingLane {
   record->waited_ns = ptx::globaltimer() - start;
   op.host->record = *record;
   ptx::store_release_sys(&op.host->failed, 1);
+#pragma unroll 1
   for (int p = 0; p < op.peers.size; ++p) {
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       ptx::store_release_sys(&op.peers.signals_to(p).departed[half],
                              tagged_half(kGaveUp, record->blamed, half));
@@ -85,15 +93,17 @@ struct WaitingLane {
                                                   uint64_t start, bool for_good) {
   if (ptx::load_acquire_gpu(&op.state->failed) != 0) return true;
   WaitingLane w{op};
+  const OpId& id = block_shared().id;
   FailureRecord record{};
-  if (!find_cause(w, op.peers, op.id, awaited, phase, &record)) {
+  if (!find_cause(w, op.peers, id, awaited, phase, &record)) {
     const uint64_t lost = ptx::load_acquire_sys(&op.host->lost) & awaited;
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
-    if (!lost && !abort && ptx::globaltimer() - start < op.timeout_ns) return false;
+    if (!lost && !abort && ptx::globaltimer() - start < ptx::load_acquire_sys(&op.host->timeout_ns))
+      return false;
     const Cause cause = lost ? Cause::lost : static_cast<Cause>(tag_of(abort));
     const uint64_t blamed = lost ? lost : bit_of(static_cast<int>(value_of(abort)));
-    record = lost || abort ? new_record(w, op.peers, op.id, cause, awaited, blamed, phase)
-                           : timeout_record(w, op.peers, op.id, awaited, phase);
+    record = lost || abort ? new_record(w, op.peers, id, cause, awaited, blamed, phase)
+                           : timeout_record(w, op.peers, id, awaited, phase);
   }
   if (for_good) fail(op, &record, start);
   return true;
@@ -103,19 +113,42 @@ struct WaitingLane {
 [[gnu::noinline]] __device__ inline void announce_wait_of(const OpParams& op, uint64_t awaited,
                                                           uint64_t start) {
   WaitingLane w{op};
-  announce_wait(w, op.peers, op.id, awaited, ptx::globaltimer() - start >= op.timeout_ns / 2);
+  const uint64_t half = ptx::load_acquire_sys(&op.host->timeout_ns) / 2;
+  announce_wait(w, op.peers, block_shared().id, awaited, ptx::globaltimer() - start >= half);
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
   WaitingLane w{op};
-  FailureRecord record = mismatch_record(w, op.peers, op.id, peer, theirs);
+  FailureRecord record = mismatch_record(w, op.peers, block_shared().id, peer, theirs);
   fail(op, &record, ptx::globaltimer());
 }
 
 [[gnu::noinline]] __device__ inline void fail_by_malformed(const OpParams& op, int peer, Phase phase) {
   WaitingLane w{op};
-  FailureRecord record = malformed_record(w, op.peers, op.id, peer, phase);
+  FailureRecord record = malformed_record(w, op.peers, block_shared().id, peer, phase);
   fail(op, &record, ptx::globaltimer());
+}
+
+enum class Does : uint8_t { plan, wait, move_rows };
+
+// One thread of a block begins the operation for all. False: it is not to run, because an earlier one has
+// failed, or the communicator is closed. No other may be moving rows: a kernel that the host launches follows
+// all others in its stream, but a graph may be launched anywhere.
+[[gnu::noinline]] __device__ inline bool begin(const OpParams& op, Does does) {
+  DeviceSequence& sequence = op.state->sequence;
+  OpId& id = block_shared().id;
+  const uint64_t ended = ptx::load_acquire_gpu(&sequence.ended);
+  const uint64_t last = sequence.dropped > ended ? sequence.dropped : ended;
+  id = {op.call, op.captured ? last + 1 : op.number + sequence.replayed};
+  block_shared().last_pull = sequence.last_pull[op.call.slot];
+  if (ptx::load_acquire_gpu(&op.state->failed) != 0 || op.state->closed != 0) return false;
+  if (does != Does::move_rows || blockIdx.x != 0) return true;
+  if (ptx::exchange_if_gpu(&sequence.begun, ended, id.epoch) == ended) return true;
+  WaitingLane w{op};
+  const uint64_t me = bit_of(op.peers.rank);
+  FailureRecord record = new_record(w, op.peers, id, Cause::overlap, me, me, Phase::call);
+  fail(op, &record, ptx::globaltimer());
+  return false;
 }
 
 class WarpWorker {
@@ -134,6 +167,23 @@ class WarpWorker {
     if (lane_ < WarpShared::kBarriers) ptx::mbarrier_init(&shared_.barriers[lane_]);
     ptx::fence_mbarrier_init();
     __syncwarp();
+  }
+
+  // Begins the operation, unless it is not to run. All threads.
+  __device__ bool begin(Does does) const {
+    if (threadIdx.x == 0) block_shared().answer = cuda::begin(op_, does);
+    return answer_for_block();
+  }
+  __device__ OpId id() const { return block_shared().id; }
+  __device__ uint64_t last_pull() const { return block_shared().last_pull; }
+  __device__ void pulls_from_slot(const OpId& id) const {
+    if (lane_ == 0) op_.state->sequence.last_pull[id.call.slot] = id.epoch;
+  }
+  __device__ void ended(const OpId& id) const {
+    if (lane_ != 0) return;
+    DeviceSequence& sequence = op_.state->sequence;
+    if (op_.captured) ++sequence.replayed;
+    ptx::store_relaxed_gpu(&sequence.ended, id.epoch);
   }
 
   // Warps with neighbouring numbers lie on different SMs, so that even little work uses all SMs.
@@ -274,9 +324,6 @@ class WarpWorker {
   __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }
 
  private:
-  __device__ static BlockShared& block_shared() {
-    return *reinterpret_cast<BlockShared*>(ptx::dynamic_shared());
-  }
   // What one thread of the block has written there.
   __device__ static bool answer_for_block() {
     __syncthreads();

@@ -40,20 +40,24 @@ COMMLIB_HD void publish_arrival(Worker& w, const PeerTable& peers, uint64_t rank
   publish_epoch(w, peers, ranks, source, epoch, [=](Signals& s) -> uint64_t& { return s.arrived[wave]; });
 }
 
-// This worker's part of an operation is in place. All workers call it together.
+// This worker's part of an operation is in place. True where all workers' parts are. All workers call it
+// together.
 template <class Worker>
-COMMLIB_HD void arrive(Worker& w, const PeerTable& peers, uint64_t epoch) {
+COMMLIB_HD bool arrive(Worker& w, const PeerTable& peers, uint64_t epoch) {
   const int workers = w.gather();
-  if (!workers || !is_last(w, w.counter(kLastWave), workers, w.count())) return;
+  if (!workers || !is_last(w, w.counter(kLastWave), workers, w.count())) return false;
   publish_arrival(w, peers, peers.near, peers.rank, kLastWave, epoch);
+  return true;
 }
 
-// This worker's part of a wave is in place. Each worker calls it in its own time.
+// This worker's part of a wave is in place. True where all workers' parts are. Each worker calls it in its
+// own time.
 template <class Worker>
-COMMLIB_HD void arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint64_t epoch) {
+COMMLIB_HD bool arrive_in_wave(Worker& w, const PeerTable& peers, int wave, uint64_t epoch) {
   w.flush();
-  if (!is_last(w, w.counter(wave), 1, w.count())) return;
+  if (!is_last(w, w.counter(wave), 1, w.count())) return false;
   publish_arrival(w, peers, peers.near, peers.rank, wave, epoch);
+  return true;
 }
 
 template <class Worker>

@@ -21,11 +21,10 @@ COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, const OpId& id) 
   }
 }
 
-// Says what this rank calls once no rank pulls any more from the slot that it lends, where the last to do so
-// did in operation `last_pull`; 0: none did. All lanes of one worker.
+// Says what this rank calls once no rank pulls any more from the slot that it lends. All lanes of one worker.
 template <class Worker>
-COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId& id, uint64_t last_pull) {
-  if (!await_pulled(w, peers, last_pull)) return false;
+COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId& id) {
+  if (!await_slot(w, peers)) return false;
   publish_call(w, peers, id);
   return true;
 }

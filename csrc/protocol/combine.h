@@ -150,21 +150,27 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
 }
 
 // This worker has pulled all its rows of the operation or, if not `ok`, failed. The last worker tells the
-// rows' owners that they may write there again. All workers call it together.
+// rows' owners that they may write there again, and gets true. All workers call it together.
 template <class Worker>
-COMMLIB_HD void finish_pull(Worker& w, const PeerTable& peers, uint64_t epoch, bool ok) {
+COMMLIB_HD bool finish_pull(Worker& w, const PeerTable& peers, uint64_t epoch, bool ok) {
   const int workers = w.gather();
-  if (!workers || !ok || w.spoken_for_failed()) return;
-  if (!is_last(w, w.counter(kPulledCounter), workers, w.count())) return;
+  if (!workers || !ok || w.spoken_for_failed()) return false;
+  if (!is_last(w, w.counter(kPulledCounter), workers, w.count())) return false;
   publish_epoch(w, peers, peers.near, peers.rank, epoch, [](Signals& s) -> uint64_t& { return s.pulled; });
+  return true;
 }
 
-// Waits until no rank of this node pulls any more in that operation; 0: there was none.
+// Waits until no rank of this node pulls any more: in an operation of this rank's, or from the slot that this
+// rank lends to its operation.
 template <class Worker>
 COMMLIB_HD bool await_pulled(Worker& w, const PeerTable& peers, uint64_t epoch) {
-  if (epoch == 0) return true;
   return await_ranks(w, peers, peers.near, Phase::slot_reuse,
                      [&](int p) { return w.read(&peers.signals_from(p).pulled) >= epoch; });
+}
+template <class Worker>
+COMMLIB_HD bool await_slot(Worker& w, const PeerTable& peers) {
+  return await_ranks(w, peers, peers.near, Phase::slot_reuse,
+                     [&](int p) { return w.read(&peers.signals_from(p).pulled) >= w.last_pull(); });
 }
 
 }  // namespace commlib

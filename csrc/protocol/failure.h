@@ -15,7 +15,8 @@ enum class Cause : uint8_t {
   interrupted,
   broken,
   lost,
-  malformed
+  malformed,
+  overlap
 };
 
 struct FailureRecord {

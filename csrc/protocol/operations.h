@@ -19,16 +19,13 @@ struct RowsOp {
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
   uint8_t* waves_of_routes;  // in waves: scratch, [tokens][width]
-  // Along a known routing: the last operation in which ranks pulled from the slot that this rank lends; 0:
-  // none.
-  uint64_t last_pull;
 };
 
 struct CombineOp {
   LocalSumPlan local_sum;
   PullPlan pull;
-  bool users_rows;     // the slot holds a tensor of the user's
-  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that sums go into; 0: none
+  bool in_place;    // the rows to pull are in the slot already
+  bool users_rows;  // which holds a tensor of the user's
 };
 
 // The plans of a fresh dispatch, with what its own plan found.
@@ -49,7 +46,7 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
   SendPlan send = fresh_send(op);
   if (!fresh) {
     // No other rank has heard of this call yet.
-    if (w.index() == 0) lend_when_writable(w, peers, id, op.last_pull);
+    if (w.index() == 0) lend_when_writable(w, peers, id);
     if (!w.once([&] { return collect_calls(w, peers, id, w.slots()); })) return w.flush();
     send.slots = w.slots();
   }
@@ -61,26 +58,26 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
 template <class Worker, class Unpacked>
 COMMLIB_HD bool run_waves(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id,
                           Unpacked unpacked) {
-  return move_in_waves(w, fresh_send(op), fresh_unpack(op), op.waves_of_routes, peers, id.epoch, unpacked);
+  return move_in_waves(w, fresh_send(op), fresh_unpack(op), op.waves_of_routes, peers, id, unpacked);
 }
 
 template <class Worker>
 COMMLIB_HD void run_combine(Worker& w, const CombineOp& op, const PeerTable& peers, const OpId& id) {
   PullPlan pull = op.pull;
   pull.slots = w.slots();
-  bool ok = op.last_pull == 0 || w.once([&] { return await_pulled(w, peers, op.last_pull); });
+  bool ok = op.in_place || w.once([&] { return await_slot(w, peers); });
   if (ok) {
     if (w.index() == 0) publish_call(w, peers, id);
     start_pull(w, pull, peers, id);
     sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, pull, peers.rank));
-    arrive(w, peers, id.epoch);
+    if (arrive(w, peers, id.epoch)) w.pulls_from_slot(id);
     ok = w.once([&] {
       return collect_calls(w, peers, id, w.slots()) &&
              await_arrivals(w, peers, peers.near, kLastWave, id.epoch);
     });
   }
   ok = ok && pull_all(w, pull, peers, id);
-  finish_pull(w, peers, id.epoch, ok);
+  if (finish_pull(w, peers, id.epoch, ok)) w.ended(id);
   // The user's tensor may be written as soon as this returns; so may the weight gradients beside it, by the
   // next operation.
   if (ok && op.users_rows && w.index() == 0) await_pulled(w, peers, id.epoch);

@@ -17,8 +17,7 @@ struct PlanOp {
   int64_t align;
   int64_t capacity;
   bool drop;
-  uint32_t dispatch;   // number of the first round of counts
-  uint64_t last_pull;  // the last operation in which ranks pulled from the slot that this rank lends; 0: none
+  uint32_t dispatch;  // number of the first round of counts
   // Scratch.
   uint32_t* expert_counts;  // [experts]
   uint32_t* worker_counts;  // [workers][experts]
@@ -112,15 +111,15 @@ COMMLIB_HD void count_tokens(Worker& w, const PlanOp& op, PlanShared<kWorkers>& 
 // Publishes this rank's counts and reads the others'. The first worker also lends the slot; the last one,
 // which has few words to sum, reads every rank's call.
 template <int kWorkers, class Worker>
-COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& peers, const OpId& id,
-                                PlanShared<kWorkers>& s, int round) {
+COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& peers, PlanShared<kWorkers>& s,
+                                int round) {
   const Placement& placement = op.routing.placement;
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
-  if (round == 1 && w.index() == 0) publish_call(w, peers, id);
+  if (round == 1 && w.index() == 0) publish_call(w, peers, w.id());
   publish_counts(w, peers, placement, {s.rank_totals, op.expert_counts}, dispatch);
   bool ok = collect_counts(w, peers, placement, dispatch,
                            {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts});
-  if (round == 1 && w.index() == w.count() - 1) ok = ok && collect_calls(w, peers, id, s.slots);
+  if (round == 1 && w.index() == w.count() - 1) ok = ok && collect_calls(w, peers, w.id(), s.slots);
   return w.meet(ok);
 }
 
@@ -174,9 +173,9 @@ COMMLIB_HD void drop_rows(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) 
 // after that. Where rows are dropped, all ranks see the same overflow in the counts, so all take a second
 // round. False: a wait has failed, and there is no report.
 template <int kWorkers, class Worker, class Report>
-COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, const OpId& id,
-                         PlanShared<kWorkers>& s, Report report) {
-  if (!w.meet(w.index() > 0 || await_pulled(w, peers, op.last_pull))) return false;
+COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, PlanShared<kWorkers>& s,
+                         Report report) {
+  if (!w.meet(w.index() > 0 || await_slot(w, peers))) return false;
   count_tokens(w, op, s);
   if (s.first_bad_index() != kNoBadId) {
     if (w.index() == 0) report(PlanStatus::bad_id, 1);
@@ -184,7 +183,7 @@ COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, co
   }
 #pragma unroll 1
   for (int round = 1;; ++round) {
-    if (!exchange_counts(w, op, peers, id, s, round)) return false;
+    if (!exchange_counts(w, op, peers, s, round)) return false;
     const bool overflow = round == 1 && s.received[s.fullest_rank(peers.size)] > op.capacity;
     const bool again = overflow && op.drop;
     if (!again && w.index() == 0) report(overflow ? PlanStatus::overflow : PlanStatus::placed, round);

@@ -64,7 +64,7 @@ struct Sending {
 // Sends the rows of a few more tokens, few enough that what has arrived meanwhile need not wait long.
 template <class Worker>
 COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peers, const uint8_t* of_routes,
-                          uint64_t epoch, Sending* at) {
+                          const OpId& id, Sending* at) {
   constexpr int kTokensAtOnce = 4;
   for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
     const int64_t* route = plan.routes + at->token * plan.width;
@@ -84,7 +84,7 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
     ++sent;
   }
   if (at->token < plan.tokens) return;
-  arrive_in_wave(w, peers, at->wave, epoch);
+  if (arrive_in_wave(w, peers, at->wave, id.epoch) && at->wave == kLastWave) w.ended(id);
   *at = {at->wave + 1, w.index()};
 }
 
@@ -126,17 +126,17 @@ COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
 // each worker when it has its part of the wave in place.
 template <class Worker, class Unpacked>
 COMMLIB_HD bool move_in_waves(Worker& w, const SendPlan& send, const UnpackPlan& unpack, uint8_t* of_routes,
-                              const PeerTable& peers, uint64_t epoch, Unpacked unpacked) {
+                              const PeerTable& peers, const OpId& id, Unpacked unpacked) {
   plan_waves(w, send, of_routes);
   send_metadata_ahead(w, send, peers);
   Sending at{0, w.index()};
   for (int wave = 0; wave < kWaves;) {
-    const bool ok = wave_has_arrived(w, peers, wave, epoch);
+    const bool ok = wave_has_arrived(w, peers, wave, id.epoch);
     if (!ok && at.wave < kWaves) {
-      send_some(w, send, peers, of_routes, epoch, &at);
+      send_some(w, send, peers, of_routes, id, &at);
       continue;
     }
-    if (!ok && !await_arrivals(w, peers, peers.all(), wave, epoch)) return false;
+    if (!ok && !await_arrivals(w, peers, peers.all(), wave, id.epoch)) return false;
     if (wave == 0) prepare_unpacking(w, unpack);
     unpack_wave(w, unpack, wave);
     w.flush();

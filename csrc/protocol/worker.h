@@ -4,7 +4,8 @@
 //   index(), count()           this worker's number among those of its rank's operation
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
 //   kInternode                 whether there may be ranks on other nodes
-//   share(n)                   this worker's contiguous part of n items
+//   id()                       the operation. (A plan, which is short of registers, reads it where it needs
+//   it) share(n)                   this worker's contiguous part of n items
 //
 // All lanes call these together:
 //
@@ -45,10 +46,17 @@
 //   once(ask)                  what ask() returns; one of several workers may ask for all
 //   slots()                    [ranks], for collect_calls: of all workers that share an answer
 //
+//   pulls_from_slot(id)        writes that word, once all workers have begun the operation. Lanes of one
+//                              worker call it together
+//   ended(id)                  tells later operations of this rank that all workers have done their part of
+//                              this one. Lanes of one worker call it together
+//
 // Single lanes call these:
 //
 //   publish(word, value)       a release store
 //   read(word)                 an acquire load
+//   last_pull()                the word of the Sequence for the slot that this rank lends, as the operation
+//                              found it
 //   store_relaxed(word, value) a store that is whole and orders nothing: the word says everything by itself
 //   load_relaxed(word)         a load that orders nothing
 //   counter(i)                 one of kCounters that the workers of this rank share, 0 when they begin

@@ -110,21 +110,9 @@ void leases_may_be_released_on_any_thread() {
   });
 }
 
-void a_slot_remembers_the_last_pull_from_lease_to_lease() {
-  SlotLayout layout{};
-  const auto pool = std::make_shared<SlotPool>(nullptr, nullptr, layout, 1);
-  check_equal(pool->take()->last_pull(), uint64_t{0}, "no rank has pulled from it yet");
-  for (const uint64_t epoch : {uint64_t{7}, uint64_t{1} << 40}) {
-    pool->take()->pulled_in(epoch);
-    check_equal(pool->take()->last_pull(), epoch, "the last pull");
-  }
-}
-
 const Suite suite({{"slots_in_use_are_counted_and_none_left_is_an_error",
                     slots_in_use_are_counted_and_none_left_is_an_error},
                    {"a_slot_under_way_is_waited_for", a_slot_under_way_is_waited_for},
-                   {"a_slot_remembers_the_last_pull_from_lease_to_lease",
-                    a_slot_remembers_the_last_pull_from_lease_to_lease},
                    {"a_lent_slot_serves_one_combine", a_lent_slot_serves_one_combine},
                    {"a_lease_keeps_memory_mapped_after_its_communicator",
                     a_lease_keeps_memory_mapped_after_its_communicator},

@@ -26,8 +26,10 @@ struct Waiter {
     op.peers.size = 2;
     op.peers.near = 1;  // rank 1 is on another node
     for (PeerBlock& block : op.peers.peer) block.signals = signals;
-    op.id = {kCall, kEpoch};
-    op.timeout_ns = 60'000'000'000;
+    op.call = kCall;
+    op.number = kEpoch;
+    state.sequence.ended = state.sequence.begun = kEpoch - 1;
+    host.timeout_ns = 60'000'000'000;
     op.state = &state;
     op.host = &host;
   }
@@ -41,6 +43,7 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
   simt::Simulation gpu(config);
   gpu.launch(0, 1, cuda::kWarpLanes, cuda::kBlockSharedBytes + cuda::WarpShared::bytes(0), [&] {
     const cuda::WarpWorker w(waiter.op);
+    w.begin(cuda::Does::move_rows);
     simt::add_release(&waiter.begun, 1);
     const bool ok = w.await([&] { return w.read(&waiter.signals[1].pulled) == 1; }, 1,
                             [] { return bit_of(1); }, Phase::arrival);

@@ -153,7 +153,7 @@ COMMLIB_HD bool move_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   const bool internode = has_queue(w, peers);
   if (internode) start_internode(w, dispatch_queue(plan, peers, id, w.index()));
   send_rows(w, plan, peers);
-  arrive(w, peers, id.epoch);
+  if (arrive(w, peers, id.epoch)) w.ended(id);
   const bool passed = !internode || finish_internode(w, dispatch_queue(plan, peers, id, w.index()));
   return w.once([&] { return await_arrivals(w, peers, peers.all(), kLastWave, id.epoch); }) && passed;
 }

@@ -19,7 +19,7 @@ GPU_CPP_FLAGS := -std=c++17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -Wa
 gpu_cpp_compile := COMMLIB_CUDA_ARCHS="$(COMMLIB_CUDA_ARCHS)" $(PYTHON) csrc/nvcc.py
 GPU_CPP_SOURCES := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) \
   $(filter-out %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
-  $(wildcard tests/cpp/gpu/*.cc) tests/simt/runtime/test_cuda.cc
+  $(wildcard tests/cpp/gpu/*.cc) tests/simt/runtime/test_cuda.cc tests/simt/runtime/test_graphs.cc
 GPU_CPP_OBJECTS := $(GPU_CPP_SOURCES:%.cc=$(GPU_CPP)/%.o)
 GPU_CPP_KERNELS := $(GPU_CPP)/launch-$(subst $(eval ) ,-,$(COMMLIB_CUDA_ARCHS)).o
 

@@ -206,7 +206,7 @@ cudaError_t cudaFreeHost(void* p) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   static std::atomic<int> streams{0};
-  *stream = new CUstream_st{++streams};
+  *stream = new CUstream_st{++streams, nullptr};
   return cudaSuccess;
 }
 
@@ -225,22 +225,19 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   if (simt::health() != cudaSuccess) return cudaErrorLaunchFailure;
   return result(gpu->idle(simt::number_of(stream)) ? cudaSuccess : cudaErrorNotReady);
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   gpu->synchronize(simt::number_of(stream));
   return simt::health();
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -251,6 +248,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (!gpu) return result(cudaErrorInvalidResourceHandle);  // a lease that outlives its world
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = ++event->records] {
     simt::store_release(reached.get(), number);
   });
@@ -264,6 +262,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 
 // A kernel of one thread that looks now and then.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureIsolation);  // of what came before
   gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = event->records.load()] {
     while (simt::load_acquire(reached.get()) < number) simt::nanosleep(1000);
   });
@@ -325,11 +324,16 @@ cudaError_t cudaLaunchKernel(const void* address, dim3 grid, dim3 block, void** 
   if (shared_bytes > kernel.most_shared || grid.x > simt::kSms) return result(cudaErrorInvalidValue);
   const auto* given = static_cast<const std::byte*>(arguments[0]);
   const auto argument = std::make_shared<std::vector<std::byte>>(given, given + kernel.facts.argument_bytes);
-  gpu->launch(
-      simt::number_of(stream), grid.x, block.x, shared_bytes,
-      [=] { kernel.facts.call(address, argument->data()); },
-      simt::mapped_memory_of(given, kernel.facts.argument_bytes));
-  return simt::health();
+  const auto start = [=](cudaStream_t on) {
+    gpu->launch(
+        simt::number_of(on), grid.x, block.x, shared_bytes,
+        [=] { kernel.facts.call(address, argument->data()); },
+        simt::mapped_memory_of(argument->data(), kernel.facts.argument_bytes));
+    return simt::health();
+  };
+  if (!simt::is_captured(stream)) return start(stream);
+  stream->capture->nodes.emplace_back(start);
+  return cudaSuccess;
 }
 
 }  // extern "C"

@@ -6,13 +6,22 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "simt/cuda.h"
 #include "simt/gpu.h"
 
+// What is captured on one stream, in order; and what the graph keeps.
+struct CUgraph_st {
+  std::vector<std::function<cudaError_t(cudaStream_t)>> nodes;
+  std::vector<std::shared_ptr<void>> kept;
+};
+struct CUgraphExec_st : CUgraph_st {};
 struct CUstream_st {
   int number;
+  std::unique_ptr<CUgraph_st> capture;  // null: nothing is captured
 };
 // Each record queues a store of its number; waiting for the event means waiting for the last store.
 struct CUevent_st {
@@ -22,6 +31,7 @@ struct CUevent_st {
 
 namespace simt {
 
+bool is_captured(cudaStream_t stream);
 inline int number_of(cudaStream_t stream) { return stream ? stream->number : 0; }
 
 bool accesses_are_seen();  // the ordinary C++ ones of kernels: see accesses.cc

@@ -1,0 +1,48 @@
+#include "cuda/capture.h"
+
+#include "cuda/driver.h"
+#include "cuda/pool.h"
+
+namespace commlib::cuda {
+namespace {
+
+using Kept = std::shared_ptr<void>;
+
+cudaGraph_t graph_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  check(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr),
+        "cudaStreamGetCaptureInfo");
+#else
+  check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, nullptr, nullptr),
+        "cudaStreamGetCaptureInfo");
+#endif
+  return graph;
+}
+
+// Called on a thread of the driver's, which may not call it back.
+void let_go(void* kept) {
+  const std::unique_ptr<Kept> mine(static_cast<Kept*>(kept));
+  keep_until(std::move(*mine), [] { return true; });
+}
+
+}  // namespace
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void keep_with_graph(cudaStream_t stream, std::shared_ptr<void> what) {
+  auto kept = std::make_unique<Kept>(std::move(what));
+  cudaUserObject_t object = nullptr;
+  check(cudaUserObjectCreate(&object, kept.get(), let_go, 1, cudaUserObjectNoDestructorSync),
+        "cudaUserObjectCreate");
+  kept.release();
+  check(cudaGraphRetainUserObject(graph_of(stream), object, 1, cudaGraphUserObjectMove),
+        "cudaGraphRetainUserObject");
+}
+
+}  // namespace commlib::cuda

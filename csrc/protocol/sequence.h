@@ -1,0 +1,16 @@
+// What a rank's operations leave for those that come after them.
+#pragma once
+
+#include "protocol/control_block.h"
+
+namespace commlib {
+
+struct Sequence {
+  // By slot of this rank: the last operation in which ranks pull from it; 0: none. Written in that operation,
+  // by the worker that completes the count of arrivals: all of them have read by then what they want to know.
+  // Read in the next operation that has the slot. It comes after the one that wrote, because a lease keeps
+  // the slot until that is done.
+  uint64_t last_pull[kMaxSlots];
+};
+
+}  // namespace commlib
