@@ -15,6 +15,7 @@
 #include "backend/slots.h"
 #include "base/home_process.h"
 #include "base/waiting.h"
+#include "base/words.h"
 #include "heap/peer_processes.h"
 #include "net/net_config.h"
 #include "protocol/operations.h"
@@ -125,7 +126,7 @@ struct Departure {
     return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
   }
   void write(uint64_t* departed) const {
-    for (int half = 0; half < 2; ++half) __atomic_store_n(&departed[half], words[half], __ATOMIC_RELEASE);
+    for (int half = 0; half < 2; ++half) store_word(&departed[half], words[half]);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "base/event_count.h"
+#include "base/words.h"
 #include "cpu/pool.h"
 #include "cpu/throttle.h"
 #include "cpu/vector_ops.h"
@@ -57,8 +58,6 @@ class Waited {
   double last_ = monotonic_seconds();
   double seconds_ = 0;
 };
-
-inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 
 class CpuWorker {
  public:
@@ -115,7 +114,7 @@ class CpuWorker {
   bool throttled() const { return op_.throttle->limited(); }
   void pass_throttle(int64_t bytes) { op_.throttle->pass(bytes); }
 
-  void publish(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+  void publish(uint64_t* word, uint64_t value) { store_word(word, value); }
   const OpId& id() const { return op_.id; }
   uint64_t last_pull() const { return op_.last_pull; }
   void pulls_from_slot(const OpId& id) { op_.sequence->last_pull[id.call.slot] = id.epoch; }

@@ -7,11 +7,9 @@
 #include <cstdint>
 
 #include "base/waiting.h"
+#include "base/words.h"
 
 namespace commlib::cuda {
-
-inline uint64_t load_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-inline void store_word(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 
 // Spins, then yields, then sleeps: a kernel's answer takes microseconds, or as long as the work that it is
 // queued behind; a missing rank's never comes. A sleep of any length costs 50 µs and more.

@@ -12,6 +12,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "base/words.h"
+
 namespace commlib {
 namespace {
 
@@ -44,7 +46,7 @@ class HostMemory final : public NetworkMemory {
     for (uint64_t i = 0; i < bytes / 8; ++i) {
       uint64_t word;
       std::memcpy(&word, words + i * 8, 8);
-      __atomic_store_n(&to[i], word, __ATOMIC_RELEASE);
+      store_word(&to[i], word);
     }
   }
 
@@ -212,9 +214,9 @@ bool Network::take_from_outbox() {
   bool any = false;
   for (; box.entries; any = true) {
     OutboxEntry& entry = box.entries[taken_ % box.size];
-    if (__atomic_load_n(&entry.turn, __ATOMIC_ACQUIRE) != taken_ + 1) break;
+    if (load_word(&entry.turn) != taken_ + 1) break;
     const Post post = entry.post;
-    __atomic_store_n(&entry.turn, taken_ + box.size, __ATOMIC_RELEASE);
+    store_word(&entry.turn, taken_ + box.size);
     ++taken_;
     send(post);
   }
@@ -254,7 +256,7 @@ std::byte* Network::place_for(const Post& post) {
 
 // First the word, then the progress: a thread that has read the progress finds the word.
 void Network::publish(uint64_t* word, uint64_t value) {
-  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+  store_word(word, value);
   __atomic_fetch_add(internode_.progress, 1, __ATOMIC_RELEASE);
   notify(event_);
 }
