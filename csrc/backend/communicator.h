@@ -307,6 +307,9 @@ class Communicator {
   };
   CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
 
+  // What a backend makes of an operation that has its number.
+  template <class Execute>
+  auto issued(Execute execute) -> decltype(execute());
   // The next operation.
   OpId next_op(Call call, const SlotLease& lease);
   PlanOp plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const;

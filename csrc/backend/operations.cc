@@ -22,6 +22,19 @@ Call combine_call(const CombineInput& input) {
 
 }  // namespace
 
+// The operation has its number, so the others wait for it: they need not where it could not be started.
+template <class Execute>
+auto Communicator::issued(Execute execute) -> decltype(execute()) {
+  try {
+    return execute();
+  } catch (const CommFailure&) {  // of the operation, which it has reported
+    throw;
+  } catch (const std::exception& e) {
+    give_up("rank " + std::to_string(config_.rank) + " could not start an operation: " + e.what());
+    throw;
+  }
+}
+
 std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
                                                               bool drop, bool in_waves) {
   const Issue issue(*this);
@@ -34,7 +47,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
   pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
-  const PlanReport report = execute_plan(pending->id, plan_op(routing, *pending->lease, drop));
+  const PlanReport report =
+      issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
   if (report.status == PlanStatus::bad_id) {
     --epoch_;  // no rank has heard of it
     raise_bad_id(report.bad_index, report.bad_id);
@@ -62,7 +76,8 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
   std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
   std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
   auto lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
-  const Ticket ticket = execute_rows(pending.id, op, {async, std::move(held), std::move(lease)});
+  const Ticket ticket =
+      issued([&] { return execute_rows(pending.id, op, {async, std::move(held), std::move(lease)}); });
   end_turn(pending);
   return ticket;
 }
@@ -76,7 +91,7 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   RowsOp op = rows_op(rows, routing, received, *slot);
   const OpId id = next_op(redispatch_call(rows), *slot);
   if (received.rows_in_slot) *lease = slot;
-  return execute_rows(id, op, {async, std::move(held), std::move(slot)});
+  return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
 }
 
 Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
@@ -92,7 +107,7 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   op.users_rows = slot.users_rows;
   op.in_place = slot.in_place;
   const OpId id = next_op(combine_call(input), *slot.lease);
-  return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)});
+  return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
 std::shared_ptr<SlotLease> Communicator::lend_slot() {

@@ -81,12 +81,7 @@ Ticket CpuCommunicator::start(const OpId& id, Part part, Execution execution) {
     return job;
   }
   op->interrupted = nullptr;  // worker 0 is a thread of the pool's
-  try {
-    pool_->submit(job);
-  } catch (const std::exception& e) {  // others wait for the operation
-    give_up(e.what());
-    throw;
-  }
+  pool_->submit(job);
   return job;
 }
 
