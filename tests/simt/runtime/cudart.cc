@@ -20,6 +20,7 @@ Gpu* gpu = nullptr;
 int resident_blocks = 1 << 30;
 Chip chip = commlib::ptx::kHasBulkCopies ? Chip{9, 228 << 10} : Chip{8, 164 << 10};
 bool peers_reach_each_other = true;
+thread_local bool next_launch_fails = false;
 
 namespace {
 
@@ -314,6 +315,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 
 cudaError_t cudaLaunchKernel(const void* address, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t stream) {
+  if (std::exchange(simt::next_launch_fails, false)) return result(cudaErrorLaunchOutOfResources);
   simt::Kernel kernel;
   {
     std::lock_guard<std::mutex> lock(simt::mutex);

@@ -48,8 +48,9 @@ struct Chip {
   size_t shared_per_sm;
 };
 extern Chip chip;
-extern int resident_blocks;  // at most, of all streams; as for `chip`
-size_t allocated_bytes();    // on the device, now
+extern int resident_blocks;                  // at most, of all streams; as for `chip`
+size_t allocated_bytes();                    // on the device, now
+extern thread_local bool next_launch_fails;  // of a kernel, by this thread
 // Whether a GPU can use the memory of another.
 extern bool peers_reach_each_other;
 

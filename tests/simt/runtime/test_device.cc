@@ -124,7 +124,37 @@ void a_plan_is_not_far_ahead_of_what_is_queued() {
   }
 }
 
+// With a deadline of an hour, which simulated time would leap to: the text says that no rank came to it.
+void a_launch_that_fails_ends_the_wait_of_others_at_once() {
+  Random random(210);
+  const Config config = small_config(2);
+  const Scenario s = random_scenario(config, 2, {}, random);
+  in_ranks(config, 2, [&](Rank& self) {
+    const DispatchedPtr known = start_dispatch(self, s, {});
+    check_dispatch(*known);
+    self.meet();
+    if (self.rank == 0) {
+      simt::next_launch_fails = true;
+      const auto error = check_throws<std::runtime_error>([&] { start_combine(self, *known, s, {}); },
+                                                          "a launch that the device refuses");
+      check_contains(error.what(), "combine_kernel", "the text");
+      const auto broken =
+          check_throws<CommFailure>([&] { start_combine(self, *known, s, {}); }, "the next one");
+      check_contains(broken.what(), "rank 0 could not start an operation", "the text");
+    } else {
+      const auto error = check_throws<CommFailure>(
+          [&] { check_combine(self, *start_combine(self, *known, s, {}), s); }, "a combine without rank 0");
+      check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::departed),
+                  "the cause");
+      check(error.failure.peers() == std::vector<int>{0}, "the rank at fault is named");
+    }
+    self.meet();
+  });
+}
+
 const Suite suite({
+    {"a_launch_that_fails_ends_the_wait_of_others_at_once",
+     a_launch_that_fails_ends_the_wait_of_others_at_once},
     {"a_plan_is_not_far_ahead_of_what_is_queued", a_plan_is_not_far_ahead_of_what_is_queued},
     {"plans_beside_rows_need_one_sm_more_for_each_rank", plans_beside_rows_need_one_sm_more_for_each_rank},
     {"communicators_that_come_and_go_take_no_more_memory",
