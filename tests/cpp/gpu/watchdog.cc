@@ -108,7 +108,7 @@ void print_ranks() {
       continue;
     }
     std::printf("    rank %d: %llu plans done, the last one's status %d; abort word 0x%llx; ", rank,
-                static_cast<unsigned long long>(state.planned), static_cast<int>(state.plan_status),
+                static_cast<unsigned long long>(state.planned), static_cast<int>(state.report.status),
                 static_cast<unsigned long long>(state.abort));
     std::printf("%s\n", state.failed ? describe(Failure{rank, state.record, ""}).c_str() : "no failed wait");
   }
