@@ -227,6 +227,8 @@ class Communicator {
   // Whether operations are captured in a graph now. What is captured runs when the graph does, as often as it
   // does, and is numbered then.
   virtual bool is_captured() const { return false; }
+  // The next plan comes after all operations issued before it.
+  virtual void plan_after_all() = 0;
   // Throws std::invalid_argument for a routing, known to the caller, whose routes name rows that there are
   // not: other ranks' memory is written and read where it says. Where the host can read them.
   virtual void check_routes(const RoutePlan&) const {}
@@ -239,6 +241,8 @@ class Communicator {
   void drain_or_give_up(const std::string& why);
   // Writes a word for every rank: this one has departed.
   virtual void announce_departure(const Departure& departure) = 0;
+  // Lets go of slots that only something that is gone still holds.
+  virtual void collect_slots() {}
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
   // Lets operations under way end, because the communicator is of no use any more.
@@ -307,6 +311,7 @@ class Communicator {
   };
   CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
 
+  void keep_near();
   // What a backend makes of an operation that has its number.
   template <class Execute>
   auto issued(Execute execute) -> decltype(execute());
@@ -344,6 +349,7 @@ class Communicator {
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
   uint64_t epoch_;                // of the operation issued last; graphs' operations are not among them
   uint32_t dispatches_;
+  uint64_t near_epoch_;  // of the last plan that came after all operations before it
 
  private:
   // The turn, while a dispatch has it, and the thread that began that dispatch. Guarded by issue_mutex_.

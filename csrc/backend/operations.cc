@@ -30,7 +30,10 @@ auto Communicator::issued(Execute execute) -> decltype(execute()) {
   } catch (const CommFailure&) {  // of the operation, which it has reported
     throw;
   } catch (const std::exception& e) {
-    give_up("rank " + std::to_string(config_.rank) + " could not start an operation: " + e.what());
+    // What is captured has no number yet.
+    if (!is_captured()) {
+      give_up("rank " + std::to_string(config_.rank) + " could not start an operation: " + e.what());
+    }
     throw;
   }
 }
@@ -44,6 +47,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
         "a dispatch without a handle cannot be captured in a CUDA graph: the host reads how many rows come. "
         "Capture what follows it, with its handle");
   }
+  keep_near();
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
   pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
@@ -54,11 +58,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
     raise_bad_id(report.bad_index, report.bad_id);
   }
   dispatches_ += static_cast<uint32_t>(report.rounds);
-  if (report.status == PlanStatus::overflow) {
-    // Nothing of this call holds a slot, so only this bounds how many a rank may be ahead (kCallRing).
-    drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch");
-    raise_overflow(report.fullest, report.fullest_rows);
-  }
+  if (report.status == PlanStatus::overflow) raise_overflow(report.fullest, report.fullest_rows);
   pending->source_rows.assign(report.source_rows, report.source_rows + config_.size);
   pending->slots.assign(report.slots, report.slots + config_.size);
   for (const int64_t n : pending->source_rows) pending->rows += n;
@@ -66,6 +66,15 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   pending->dropped = report.dropped;
   begin_turn(*pending);
   return pending;
+}
+
+// A plan runs ahead of operations issued earlier, and publishes its call before theirs. That call may be at
+// most a ring of calls ahead, so now and then a plan comes after all of them.
+void Communicator::keep_near() {
+  constexpr uint64_t kAhead = kCallRing / 2;
+  if (epoch_ - near_epoch_ < kAhead) return;
+  near_epoch_ = epoch_;
+  plan_after_all();
 }
 
 Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -126,8 +135,9 @@ OpId Communicator::next_op(Call call, const SlotLease& lease) {
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
   auto lease = slots_->take();
-  if (!lease && !is_captured()) {
-    drain_unless_interrupted();  // operations under way give theirs back
+  if (!lease) {
+    collect_slots();
+    if (!is_captured()) drain_unless_interrupted();  // operations under way give theirs back
     lease = slots_->take();
   }
   if (lease) {

@@ -43,7 +43,6 @@ std::shared_ptr<OpContext> CpuCommunicator::context_of(const OpId& id) const {
   op->ops = ops_;
   op->throttle = &throttle_;
   op->sequence = &sequence_;
-  op->last_pull = sequence_.last_pull[id.call.slot];
   op->processes = processes_.get();
   op->network = network_.get();
   op->spin = config_.spin;

@@ -29,7 +29,6 @@ struct OpContext {
   InterruptCheck interrupted;        // asked by worker 0; null where that is not the user's own thread
   const std::atomic<bool>* gave_up;  // this rank's communicator: no operation of it can succeed any more
   OpId id;
-  uint64_t last_pull;  // from the slot that this rank lends: see Sequence
   double timeout;
   Throttle* throttle;
   Sequence* sequence;
@@ -116,7 +115,7 @@ class CpuWorker {
 
   void publish(uint64_t* word, uint64_t value) { store_word(word, value); }
   const OpId& id() const { return op_.id; }
-  uint64_t last_pull() const { return op_.last_pull; }
+  uint64_t last_pull() const { return op_.sequence->last_pull[op_.id.call.slot]; }
   void pulls_from_slot(const OpId& id) { op_.sequence->last_pull[id.call.slot] = id.epoch; }
   static void ended(const OpId&) {}
   uint64_t* counter(int i) { return &op_.counters[i]; }

@@ -41,8 +41,9 @@ void keep_with_graph(cudaStream_t stream, std::shared_ptr<void> what) {
   check(cudaUserObjectCreate(&object, kept.get(), let_go, 1, cudaUserObjectNoDestructorSync),
         "cudaUserObjectCreate");
   kept.release();
-  check(cudaGraphRetainUserObject(graph_of(stream), object, 1, cudaGraphUserObjectMove),
-        "cudaGraphRetainUserObject");
+  const cudaError_t error = cudaGraphRetainUserObject(graph_of(stream), object, 1, cudaGraphUserObjectMove);
+  if (error != cudaSuccess) cudaUserObjectRelease(object, 1);
+  check(error, "cudaGraphRetainUserObject");
 }
 
 }  // namespace commlib::cuda

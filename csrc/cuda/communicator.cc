@@ -50,7 +50,6 @@ CudaCommunicator::CudaCommunicator(const Config& config)
   plan_stream_ = config.plan_stream && config.net.node_of.empty()
                      ? reinterpret_cast<cudaStream_t>(config.plan_stream)
                      : shape_.stream;
-  near_epoch_ = epoch_;
   for (cudaEvent_t* event : {&planned_, &issued_}) {
     check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   }
@@ -279,7 +278,6 @@ void CudaCommunicator::drain() {
 // Ctrl-C makes the kernels leave their waits.
 void CudaCommunicator::drain_unless_interrupted() {
   const OnDevice guard = on_device();
-  drop_what_is_done();  // slots of graphs that are gone
   wait_until([&] { return is_idle(); });
 }
 

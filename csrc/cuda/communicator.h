@@ -62,7 +62,8 @@ class CudaCommunicator final : public Communicator {
   void wait_until(const std::function<bool()>& done);
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
-  void keep_near();
+  void plan_after_all() override;
+  void collect_slots() override { drop_what_is_done(); }  // of graphs
   void keep_if_captured(const std::shared_ptr<SlotLease>& lease);
   void abort_waits(Cause cause, int peer);
   void check_processes();
@@ -75,7 +76,6 @@ class CudaCommunicator final : public Communicator {
   cudaStream_t plan_stream_ = nullptr;
   cudaEvent_t planned_ = nullptr;         // recorded after each plan
   cudaEvent_t issued_ = nullptr;          // recorded after operations that the next plan comes after
-  uint64_t near_epoch_;                   // of the last plan that came after all operations before it
   std::shared_ptr<DeviceRegion> region_;  // this rank's
   std::vector<std::shared_ptr<DeviceRegion>> regions_;  // of this node
   std::vector<int> visitors_;                           // ranks of other processes that map region_

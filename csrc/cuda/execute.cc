@@ -7,7 +7,6 @@ namespace commlib::cuda {
 
 PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
   const OnDevice guard = on_device();
-  keep_near();
   op.routing.owner = owner_on_device_;
   op.expert_counts = scratch_.expert_counts;
   op.worker_counts = scratch_.warp_counts;
@@ -17,12 +16,9 @@ PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
   return host_->report;
 }
 
-// A plan that runs before operations issued earlier publishes its call before theirs. That call may be at
-// most a ring of calls ahead, so now and then a plan comes after all of them.
-void CudaCommunicator::keep_near() {
-  constexpr uint64_t kAhead = kCallRing / 2;
-  if (plan_stream_ == shape_.stream || epoch_ - near_epoch_ < kAhead) return;
-  near_epoch_ = epoch_;
+void CudaCommunicator::plan_after_all() {
+  if (plan_stream_ == shape_.stream) return;
+  const OnDevice guard = on_device();
   check(cudaEventRecord(issued_, shape_.stream), "cudaEventRecord");
   check(cudaStreamWaitEvent(plan_stream_, issued_, 0), "cudaStreamWaitEvent");
 }

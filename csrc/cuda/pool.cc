@@ -26,8 +26,9 @@ struct Pool {
   std::mutex mutex;                                       // guards the members below it
   std::multimap<std::pair<int, std::string>, Idle> idle;  // by device and name
   std::vector<Kept> kept;
-  std::map<int, int> shared;  // SharedDevices that live, by device
-  std::mutex freeing;         // held first, so that no device becomes shared while its memory is freed
+  std::map<int, int> shared;      // SharedDevices that live, by device
+  std::recursive_mutex dropping;  // held before `mutex` while things that are done go
+  std::mutex freeing;             // held first, so that no device becomes shared while its memory is freed
 };
 
 // Never destroyed: the end of a process is no place to wait, either.
@@ -72,8 +73,10 @@ void* make_or_free(int device, const std::function<void*()>& make) {
 
 }  // namespace
 
-// Each call takes the whole list for itself, because what is dropped comes back to the pool.
+// Takes the whole list out, because what is dropped comes back to the pool. By one thread at a time, which
+// may come back here from a destructor, so that what was done before the call has gone when it returns.
 void drop_what_is_done() {
+  std::lock_guard<std::recursive_mutex> one(pool().dropping);
   std::vector<Kept> kept;
   {
     std::lock_guard<std::mutex> lock(pool().mutex);

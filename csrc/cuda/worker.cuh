@@ -141,6 +141,7 @@ enum class Does : uint8_t { plan, wait, move_rows };
   const uint64_t last = sequence.dropped > ended ? sequence.dropped : ended;
   id = {op.call, op.captured ? last + 1 : op.number + sequence.replayed};
   block_shared().last_pull = sequence.last_pull[op.call.slot];
+  if (does == Does::wait) id.epoch = block_shared().last_pull;  // it waits for that operation's pulls
   if (ptx::load_acquire_gpu(&op.state->failed) != 0 || op.state->closed != 0) return false;
   if (does != Does::move_rows || blockIdx.x != 0) return true;
   if (ptx::exchange_if_gpu(&sequence.begun, ended, id.epoch) == ended) return true;

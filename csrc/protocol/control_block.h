@@ -14,8 +14,8 @@ namespace commlib {
 constexpr int kWaves = 4;
 constexpr int kLastWave = kWaves - 1;
 
-// How many calls a source may be ahead of a reader that still needs an older one. Each call in flight holds a
-// slot, so kMaxSlots bounds the distance and no word is overwritten unread.
+// How many calls a source may be ahead of a reader that still needs an older one. Plans run ahead of queued
+// operations by less (see Communicator::keep_near), so no word is overwritten unread.
 constexpr int kCallRing = 64;
 constexpr int kMaxSlots = 32;
 

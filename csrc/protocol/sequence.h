@@ -8,8 +8,9 @@ namespace commlib {
 struct Sequence {
   // By slot of this rank: the last operation in which ranks pull from it; 0: none. Written in that operation,
   // by the worker that completes the count of arrivals: all of them have read by then what they want to know.
-  // Read in the next operation that has the slot. It comes after the one that wrote, because a lease keeps
-  // the slot until that is done.
+  // Read by workers of the next operation that writes into the slot. It begins after the one that wrote the
+  // word has ended, because a lease keeps the slot until then. (A combine of rows that lie in the slot writes
+  // none of them, and does not ask.)
   uint64_t last_pull[kMaxSlots];
 };
 

@@ -71,7 +71,43 @@ void a_slow_operation_outlasts_many_refused_dispatches() {
   });
 }
 
-const Suite suite({{"a_slow_operation_outlasts_many_refused_dispatches",
+// Combines of rows that lie in one slot share its lease, so no number of slots bounds how many are queued.
+// The plan of a rank that is early must not lose its call to theirs.
+void a_plan_is_not_far_ahead_of_combines_that_share_a_slot() {
+  Random random(133);
+  Config config = small_config(2);
+  config.slots = 3;
+  config.timeout = 20;
+  Asked asked;
+  asked.may_group = false;
+  const Scenario s = random_scenario(config, 2, asked, random);
+  in_ranks(config, 2, [&](Rank& self) {
+    Manner manner;
+    manner.zero_copy = true;
+    const DispatchedPtr d = start_dispatch(self, s, manner);
+    check_dispatch(*d);
+    CombineInput input;
+    input.y = d->lease->slot().rows;
+    input.stride = s.row_bytes();
+    std::vector<Buffer> sums;
+    for (int i = 0; i < kCallRing + 9; ++i) sums.emplace_back(d->mine().tokens * s.row_bytes());
+    const auto late = [&] {
+      if (self.rank == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    };
+    late();  // the other has queued them all, and begun the dispatch
+    std::vector<UnderWay> queued;
+    for (const Buffer& out : sums) {
+      queued.emplace_back(self, self.comm->combine(input, d->routing, out.data(), nullptr, true));
+    }
+    late();  // they have run
+    check_dispatch(*start_dispatch(self, s, {}));
+    for (const UnderWay& combine : queued) combine.wait();
+  });
+}
+
+const Suite suite({{"a_plan_is_not_far_ahead_of_combines_that_share_a_slot",
+                    a_plan_is_not_far_ahead_of_combines_that_share_a_slot},
+                   {"a_slow_operation_outlasts_many_refused_dispatches",
                     a_slow_operation_outlasts_many_refused_dispatches}});
 
 }  // namespace

@@ -44,6 +44,11 @@ cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* what, cudaHostF
   return cudaSuccess;
 }
 
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned) {
+  delete object;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned, unsigned flags) {
   if (flags != cudaGraphUserObjectMove) return cudaErrorInvalidValue;
   graph->kept.push_back(std::move(object->held));
