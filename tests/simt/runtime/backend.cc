@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #include "cpp/check.h"
 #include "cpp/memory.h"
@@ -30,10 +31,7 @@ class SimulatedGpu : public Machine {
   explicit SimulatedGpu(uint64_t world) : gpu_(config_of(world)), plans_beside_(world % 3 != 0) {
     simt::gpu = &gpu_;
   }
-  ~SimulatedGpu() override {
-    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
-    simt::gpu = nullptr;
-  }
+  ~SimulatedGpu() override { simt::gpu = nullptr; }
 
   std::unique_ptr<Communicator> communicator(const Config& asked) override {
     Config config = asked;
@@ -50,15 +48,16 @@ class SimulatedGpu : public Machine {
   uintptr_t new_stream() {
     cudaStream_t stream;
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    std::lock_guard<std::mutex> lock(mutex_);
-    streams_.push_back(stream);
+    // Never destroyed, like those of cuda/pool.h: a lease may outlive its world, and ask about them.
+    static auto& streams = *new std::vector<cudaStream_t>;
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    streams.push_back(stream);
     return reinterpret_cast<uintptr_t>(stream);
   }
 
   simt::Gpu gpu_;
   const bool plans_beside_;  // on a stream of their own
-  std::mutex mutex_;         // guards streams_
-  std::vector<cudaStream_t> streams_;
 };
 
 }  // namespace

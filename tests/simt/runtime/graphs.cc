@@ -7,8 +7,7 @@ struct CUuserObject_st {
 
 namespace simt {
 
-// A lease may outlive its world, and then asks about streams that are gone.
-bool is_captured(cudaStream_t stream) { return gpu && stream && stream->capture; }
+bool is_captured(cudaStream_t stream) { return stream && stream->capture; }
 
 }  // namespace simt
 
