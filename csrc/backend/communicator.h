@@ -315,7 +315,7 @@ class Communicator {
   // What a backend makes of an operation that has its number.
   template <class Execute>
   auto issued(Execute execute) -> decltype(execute());
-  // The next operation.
+  // The next operation. Its epoch is 0 where it is captured: it has none before it runs.
   OpId next_op(Call call, const SlotLease& lease);
   PlanOp plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const;
   RowsOp rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,

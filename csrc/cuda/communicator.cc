@@ -164,7 +164,6 @@ OpParams CudaCommunicator::params(const OpId& id, int ring_bytes) const {
   OpParams op{};
   op.peers = peers_;
   op.call = id.call;
-  op.captured = is_captured();
   op.number = id.epoch;
   op.state = state_;
   op.host = host_on_device_;

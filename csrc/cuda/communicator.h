@@ -64,7 +64,7 @@ class CudaCommunicator final : public Communicator {
   bool is_idle() const;
   void plan_after_all() override;
   void collect_slots() override { drop_what_is_done(); }  // of graphs
-  void keep_if_captured(const std::shared_ptr<SlotLease>& lease);
+  void keep_with_graph(const std::shared_ptr<SlotLease>& lease);
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();

@@ -26,7 +26,7 @@ void CudaCommunicator::plan_after_all() {
 // The stream orders what comes after, so a slot that is only passed through is free again.
 Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Execution execution) {
   const OnDevice guard = on_device();
-  keep_if_captured(execution.lease);
+  if (id.epoch == 0) keep_with_graph(execution.lease);
   RowsKernelOp kernel{params(id, shape_.ring_bytes), op};
   kernel.rows.waves_of_routes = scratch_.waves_of_routes;
   if (op.send.is_fresh()) {  // routes are placed last
@@ -38,30 +38,29 @@ Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Executio
 
 Ticket CudaCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {
   const OnDevice guard = on_device();
-  keep_if_captured(execution.lease);
+  if (id.epoch == 0) keep_with_graph(execution.lease);
   launch_combine(shape_, config_.dtype, {params(id, shape_.ring_bytes), op});
   return nullptr;
 }
 
 void CudaCommunicator::await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) {
   const OnDevice guard = on_device();
-  keep_if_captured(lease);
+  if (is_captured()) keep_with_graph(lease);
   launch_await(shape_.stream, {params({call, 0}, 0)});
 }
 
 bool CudaCommunicator::is_captured() const { return is_capturing(shape_.stream); }
 
 // A graph may outlive the communicator. Its kernels then read that they are to do nothing.
-void CudaCommunicator::keep_if_captured(const std::shared_ptr<SlotLease>& lease) {
-  if (!is_captured()) return;
+void CudaCommunicator::keep_with_graph(const std::shared_ptr<SlotLease>& lease) {
   struct Used {
     std::shared_ptr<SlotLease> lease;
     Memory memory, internode;
     std::shared_ptr<HostState> host;
     std::vector<std::shared_ptr<DeviceRegion>> regions;
   };
-  keep_with_graph(shape_.stream,
-                  std::make_shared<Used>(Used{lease, memory_, internode_on_device_, host_, regions_}));
+  cuda::keep_with_graph(shape_.stream,
+                        std::make_shared<Used>(Used{lease, memory_, internode_on_device_, host_, regions_}));
   has_graphs_ = true;
 }
 

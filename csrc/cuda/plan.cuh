@@ -2,9 +2,9 @@
 //
 // One block, which needs no grid barrier. Plans run on a stream of their own, beside the rows of earlier
 // dispatches, where the ranks of this process together have one SM more for each rank than they have blocks
-// that move rows. So no ranks wait in a circle: a rank has one plan under way at a time, on one SM;
-// whatever it waits for, rows of all ranks find the SMs they need
-// and end. The slots are then free, so all plans come, and wait only for each other's words.
+// that move rows. So no ranks wait in a circle: a rank has one plan under way at a time, on one SM; whatever
+// it waits for, rows of all ranks find the SMs they need and end. The slots are then free, so all plans come,
+// and wait only for each other's words.
 #pragma once
 
 #include "cuda/worker.cuh"

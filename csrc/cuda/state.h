@@ -72,8 +72,7 @@ struct HostState {
 struct OpParams {
   PeerTable peers;
   Call call;
-  bool captured;    // in a graph
-  uint64_t number;  // of the operation, among those that the host has launched; captured: 0
+  uint64_t number;  // of the operation, among those that the host has launched; 0: it is in a graph
   DeviceState* state;
   HostState* host;  // as mapped on the device
   ThrottleRate throttle;

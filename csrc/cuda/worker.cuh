@@ -139,7 +139,7 @@ enum class Does : uint8_t { plan, wait, move_rows };
   OpId& id = block_shared().id;
   const uint64_t ended = ptx::load_acquire_gpu(&sequence.ended);
   const uint64_t last = sequence.dropped > ended ? sequence.dropped : ended;
-  id = {op.call, op.captured ? last + 1 : op.number + sequence.replayed};
+  id = {op.call, op.number == 0 ? last + 1 : op.number + sequence.replayed};
   block_shared().last_pull = sequence.last_pull[op.call.slot];
   if (does == Does::wait) id.epoch = block_shared().last_pull;  // it waits for that operation's pulls
   if (ptx::load_acquire_gpu(&op.state->failed) != 0 || op.state->closed != 0) return false;
@@ -183,7 +183,7 @@ class WarpWorker {
   __device__ void ended(const OpId& id) const {
     if (lane_ != 0) return;
     DeviceSequence& sequence = op_.state->sequence;
-    if (op_.captured) ++sequence.replayed;
+    if (op_.number == 0) ++sequence.replayed;
     ptx::store_relaxed_gpu(&sequence.ended, id.epoch);
   }
 

@@ -101,8 +101,8 @@ COMMLIB_HD uint32_t how_departed(Worker& w, const PeerTable& peers, int p, uint6
 }
 
 // Whether a rank that this operation needs has departed: any rank that gave up, or one that closed its
-// communicator before it reached this operation. The first awaited rank is asked first: its own
-// word is the best reason.
+// communicator before it reached this operation. The first awaited rank is asked first: its own word is
+// the best reason.
 template <class Worker>
 COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& id, uint64_t awaited,
                                  Phase phase, FailureRecord* record) {
