@@ -50,7 +50,7 @@ class CpuCommunicator final : public Communicator {
   // Calls `wait`, and remembers whether the user wanted out.
   template <class Wait>
   void wait_for(Wait wait);
-  std::shared_ptr<OpContext> context_of(const OpId& id) const;
+  std::shared_ptr<OpContext> context_of(const OpId& id);
   // Has each worker do its part of an operation.
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
   Ticket start(const OpId& id, Part part, Execution execution);
@@ -59,8 +59,8 @@ class CpuCommunicator final : public Communicator {
   void abandon(OpContext& op, const std::exception_ptr& error);
 
   const VectorOps* ops_;
-  mutable Throttle throttle_;
-  mutable Sequence sequence_{};
+  Throttle throttle_;
+  Sequence sequence_{};
   std::shared_ptr<Region> region_;                // this rank's
   std::vector<std::shared_ptr<Region>> regions_;  // of this node
   std::shared_ptr<BufferPool> buffers_;
