@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
   run_plan(w, op.plan, common.peers, shared, [&](PlanStatus status, int rounds) {
     report_plan(w, op.plan, common.peers, shared, status, rounds, common.host->report);
     if (w.lane() != 0) return;
-    if (status == PlanStatus::overflow) common.state->sequence.dropped = w.id().epoch;
+    if (status == PlanStatus::overflow) common.state->sequence.refused = w.id().epoch;
     ptx::store_release_sys(&common.host->planned, op.number);
   });
 }

@@ -23,7 +23,7 @@ constexpr int kPlanWarps = 6;
 struct DeviceSequence : Sequence {
   uint64_t ended;     // the last operation whose workers have all done their part
   uint64_t begun;     // the last one that has begun to move rows: it is under way unless it has ended
-  uint64_t dropped;   // the last one that ended with its plan, because too many rows would have come
+  uint64_t refused;   // the last one that ended with its plan, because too many rows would have come
   uint64_t replayed;  // how many operations of graphs have run, which the host has not counted
 };
 

@@ -138,7 +138,7 @@ enum class Does : uint8_t { plan, wait, move_rows };
   DeviceSequence& sequence = op.state->sequence;
   OpId& id = block_shared().id;
   const uint64_t ended = ptx::load_acquire_gpu(&sequence.ended);
-  const uint64_t last = sequence.dropped > ended ? sequence.dropped : ended;
+  const uint64_t last = sequence.refused > ended ? sequence.refused : ended;
   id = {op.call, op.number == 0 ? last + 1 : op.number + sequence.replayed};
   block_shared().last_pull = sequence.last_pull[op.call.slot];
   if (does == Does::wait) id.epoch = block_shared().last_pull;  // it waits for that operation's pulls
