@@ -99,13 +99,9 @@ struct PendingDispatch {
   std::shared_ptr<void> turn;  // dropped without finish_dispatch, it ends the communicator
   OpId id{};
   std::shared_ptr<SlotLease> lease;
-  std::vector<int64_t> source_rows;  // [ranks]
-  std::vector<uint8_t> slots;        // [ranks]
-  int64_t rows = 0;                  // unique
-  int64_t results = 0;               // unique, or grouped with their padding
-  int64_t dropped = 0;               // of this rank's (token, rank) pairs
-
-  bool in_waves() const { return id.call.has(kCallInWaves); }
+  PlanReport plan{};
+  int64_t rows = 0;     // unique
+  int64_t results = 0;  // unique, or grouped with their padding
 };
 
 struct CombineInput {

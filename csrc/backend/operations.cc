@@ -51,7 +51,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
   pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
-  const PlanReport report =
+  const PlanReport& report = pending->plan =
       issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
   if (report.status == PlanStatus::bad_id) {
     --epoch_;  // no rank has heard of it
@@ -59,11 +59,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   }
   dispatches_ += static_cast<uint32_t>(report.rounds);
   if (report.status == PlanStatus::overflow) raise_overflow(report.fullest, report.fullest_rows);
-  pending->source_rows.assign(report.source_rows, report.source_rows + config_.size);
-  pending->slots.assign(report.slots, report.slots + config_.size);
-  for (const int64_t n : pending->source_rows) pending->rows += n;
+  for (int p = 0; p < config_.size; ++p) pending->rows += report.source_rows[p];
   pending->results = routing.offsets ? report.grouped_rows : pending->rows;
-  pending->dropped = report.dropped;
   begin_turn(*pending);
   return pending;
 }
@@ -82,8 +79,8 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
   const Issue issue(*this, Issue::Of::pending_dispatch);
   RowsOp op = rows_op(rows, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
-  std::copy(pending.slots.begin(), pending.slots.end(), op.slots);
-  std::copy(pending.source_rows.begin(), pending.source_rows.end(), op.source_rows);
+  std::copy_n(pending.plan.slots, config_.size, op.slots);
+  std::copy_n(pending.plan.source_rows, config_.size, op.source_rows);
   auto lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   const Ticket ticket =
       issued([&] { return execute_rows(pending.id, op, {async, std::move(held), std::move(lease)}); });

@@ -262,7 +262,7 @@ void bind_structs(py::module_& m) {
   py::class_<PendingDispatch>(m, "PendingDispatch")
       .def_readonly("rows", &PendingDispatch::rows)
       .def_readonly("results", &PendingDispatch::results)
-      .def_readonly("dropped", &PendingDispatch::dropped)
+      .def_property_readonly("dropped", [](const PendingDispatch& d) { return d.plan.dropped; })
       .def_readonly("lease", &PendingDispatch::lease);
 
   py::class_<SlotLease, std::shared_ptr<SlotLease>>(m, "SlotLease");

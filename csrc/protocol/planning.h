@@ -34,7 +34,7 @@ struct PlanReport {
   int64_t bad_id;
   int64_t fullest;  // overflow: the rank that would receive most, and how much
   int64_t fullest_rows;
-  int64_t dropped;
+  int64_t dropped;       // of this rank's (token, rank) pairs
   int64_t grouped_rows;  // layout="expert"
   // placed: how many rows each rank sends, and the slot that it lends.
   int64_t source_rows[kMaxRanks];

@@ -85,7 +85,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
   if (manner.between) manner.between();
-  d->dropped = pending->dropped;
+  d->dropped = pending->plan.dropped;
   d->routing.rows = pending->rows;
   Received received = room_for(self, *d, manner);
   if (r.grouped) {
