@@ -2,8 +2,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <functional>
 
 #include "cpp/operations.h"
+#include "cpp/oversubscribed.h"
 #include "cpp/suite.h"
 #include "cuda/driver.h"
 
@@ -177,34 +179,29 @@ void a_graph_may_combine_rows_where_they_lie() {
   });
 }
 
+// A routing that all ranks know, and a graph of its operations: what `body` is given.
+void with_a_graph(
+    const Config& config, const Scenario& s,
+    const std::function<void(Rank& self, const Dispatched& known, const Captured& graph)>& body) {
+  in_ranks(config, config.size, [&](Rank& self) {
+    const DispatchedPtr known = start_dispatch(self, s, {});
+    check_dispatch(*known);
+    const Captured graph(self, *known, s, {});
+    self.meet();
+    body(self, *known, graph);
+    self.meet();
+  });
+}
+
 // The host numbers a dispatch whose rows overflow, and no kernel moves them.
 void a_dispatch_that_overflows_between_runs_is_counted() {
   Random random(504);
-  Config config = with_slots(small_config(2), 4);
-  Scenario s = random_scenario(config, 2, {}, random);
-  Asked crowd;
-  crowd.weights = false;
-  config.capacity = 12;
-  Scenario few{config, {}, {}}, many{config, crowd, {}};
-  for (int r = 0; r < 2; ++r) {
-    few.ranks.emplace_back();
-    few.ranks[r].tokens = 2;
-    few.ranks[r].topk_idx = {0, 2, 1, 3};
-    many.ranks.emplace_back();
-    many.ranks[r].tokens = 12;
-    many.ranks[r].topk_idx.assign(24, 0);
-    for (size_t i = 1; i < 24; i += 2) many.ranks[r].topk_idx[i] = 1;
-  }
-  complete(few, random);
-  in_ranks(config, 2, [&](Rank& self) {
-    const DispatchedPtr known = start_dispatch(self, few, {});
-    check_dispatch(*known);
-    const Captured graph(self, *known, few, {});
+  const Config config = with_slots(narrow_config(2), 4);
+  const Scenario few = fitting(config, 2, random), many = oversubscribed(config, 2, false, random);
+  with_a_graph(config, few, [&](Rank& self, const Dispatched&, const Captured& graph) {
     for (int i = 0; i < rounds(48); ++i) {
       graph.launch();
-      const RoutingRoom room(many, self.rank);
-      check_throws<CapacityError>([&] { self.comm->begin_dispatch(room.view, false, false, false); },
-                                  "24 rows where 12 have room");
+      refusal(self, many);
       graph.check_results();
       graph.launch();
       graph.check_results();
@@ -217,23 +214,18 @@ void a_rank_that_does_not_run_its_graph_is_named() {
   Config config = with_slots(small_config(2), 4);
   config.timeout = 0.3;
   const Scenario s = random_scenario(config, 2, {}, random);
-  in_ranks(config, 2, [&](Rank& self) {
-    const DispatchedPtr known = start_dispatch(self, s, {});
-    check_dispatch(*known);
-    const Captured graph(self, *known, s, {});
+  with_a_graph(config, s, [&](Rank& self, const Dispatched&, const Captured& graph) {
     graph.launch();
     graph.check_results();
     self.meet();
-    if (self.rank == 0) {
-      graph.launch();
-      const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "a run without rank 1");
-      check(error.failure.peers() == std::vector<int>{1}, "it is named");
-      check_equal(static_cast<int>(error.failure.record.op), static_cast<int>(OpKind::redispatch),
-                  "the operation of the graph");
-      graph.launch();  // and a graph whose communicator has failed ends at once
-      cuda::check(cudaStreamSynchronize(stream_of(self)), "cudaStreamSynchronize");
-    }
-    self.meet();
+    if (self.rank == 1) return;
+    graph.launch();
+    const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "a run without rank 1");
+    check(error.failure.peers() == std::vector<int>{1}, "it is named");
+    check_equal(static_cast<int>(error.failure.record.op), static_cast<int>(OpKind::redispatch),
+                "the operation of the graph");
+    graph.launch();  // and a graph whose communicator has failed ends at once
+    cuda::check(cudaStreamSynchronize(stream_of(self)), "cudaStreamSynchronize");
   });
 }
 
@@ -242,18 +234,12 @@ void a_graph_keeps_to_the_deadline_of_now() {
   Random random(506);
   const Config config = with_slots(small_config(2), 4);
   const Scenario s = random_scenario(config, 2, {}, random);
-  in_ranks(config, 2, [&](Rank& self) {
-    const DispatchedPtr known = start_dispatch(self, s, {});
-    check_dispatch(*known);
-    const Captured graph(self, *known, s, {});
-    self.meet();
-    if (self.rank == 0) {
-      self.comm->set_timeout(0.2);
-      graph.launch();
-      const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "a run without rank 1");
-      check(error.failure.record.waited_ns < 60'000'000'000u, "not the hour that there was");
-    }
-    self.meet();
+  with_a_graph(config, s, [&](Rank& self, const Dispatched&, const Captured& graph) {
+    if (self.rank == 1) return;
+    self.comm->set_timeout(0.2);
+    graph.launch();
+    const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "a run without rank 1");
+    check(error.failure.record.waited_ns < 60'000'000'000u, "not the hour that there was");
   });
 }
 
@@ -262,24 +248,17 @@ void a_graph_beside_another_operation_is_an_error_that_says_so() {
   Config config = with_slots(small_config(2), 4);
   config.timeout = 30;
   const Scenario s = random_scenario(config, 2, {}, random);
-  in_ranks(config, 2, [&](Rank& self) {
-    const DispatchedPtr known = start_dispatch(self, s, {});
-    check_dispatch(*known);
-    const Captured graph(self, *known, s, {});
-    self.meet();
-    if (self.rank == 0) {
-      cudaStream_t beside = nullptr;
-      cuda::check(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-      const CombinedPtr waits = start_combine(self, *known, s, {});  // for rank 1, which never comes
-      graph.launch(beside);
-      cuda::check(cudaStreamSynchronize(beside), "cudaStreamSynchronize");
-      const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "two at once");
-      check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::overlap),
-                  "the cause");
-      check_contains(error.what(), "beside another operation", "the text");
-      cudaStreamDestroy(beside);
-    }
-    self.meet();
+  with_a_graph(config, s, [&](Rank& self, const Dispatched& known, const Captured& graph) {
+    if (self.rank == 1) return;
+    cudaStream_t beside = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+    const CombinedPtr waits = start_combine(self, known, s, {});  // for rank 1, which never comes
+    graph.launch(beside);
+    cuda::check(cudaStreamSynchronize(beside), "cudaStreamSynchronize");
+    const auto error = check_throws<CommFailure>([&] { self.comm->synchronize(); }, "two at once");
+    check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::overlap), "the cause");
+    check_contains(error.what(), "beside another operation", "the text");
+    cudaStreamDestroy(beside);
   });
 }
 
