@@ -360,3 +360,22 @@ time.sleep(0.2)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == status, done.stderr
     assert time.monotonic() - began < 2 * SOON  # including the time to import PyTorch
+
+
+def test_another_thread_may_look_at_slots_while_a_dispatch_waits(in_processes):
+    """It must not keep the interpreter from the main thread, which wants to look for Ctrl-C."""
+
+    def main(group):
+        with ExpertParallel(group, timeout=DEADLINE, **CONFIG) as ep:
+            seen = []
+            look = threading.Timer(0.2, lambda: seen.append(ep.memory_report().slots_in_use))
+            if group.rank == 0:
+                look.start()
+            else:
+                time.sleep(2.5)  # more than the second between two looks for Ctrl-C
+            d = ep.dispatch(X, IDX)
+            if group.rank == 0:
+                look.join()
+            return len(d.x), len(seen)
+
+    assert in_processes(main, 2) == [(8, 1), (8, 0)]

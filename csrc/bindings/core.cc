@@ -343,10 +343,10 @@ void bind_communicator(py::module_& m) {
       .def("give_up", &Communicator::give_up, NoGil())
       .def("set_timeout", &Communicator::set_timeout)
       .def_property_readonly("plan_stream", &Communicator::plan_stream)
-      .def_property_readonly("slots_in_use", &Communicator::slots_in_use)
+      .def_property_readonly("slots_in_use", py::cpp_function(&Communicator::slots_in_use, NoGil()))
       .def_property_readonly("slot_bytes", [](const Communicator& c) { return c.layout().bytes(); })
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)
-      .def_property_readonly("touched_bytes", &Communicator::touched_bytes)
+      .def_property_readonly("touched_bytes", py::cpp_function(&Communicator::touched_bytes, NoGil()))
       .def("has_exited", &Communicator::has_exited)
       .def_property_readonly("network_memory",
                              [](const Communicator& c) { return c.network() ? c.network()->bytes() : 0; })
