@@ -3,6 +3,7 @@
 import threading
 import weakref
 from functools import partial
+from time import sleep
 
 import pytest
 import torch
@@ -202,3 +203,23 @@ def test_closing_with_operations_under_way(device):
         assert torch.equal(d.x.cpu(), expected_rank_layout(world, rank).x)
 
     commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_a_slot_that_only_ended_operations_hold_is_free(in_processes):
+    """On the rank that is early, they end while it looks for a slot."""
+    world = make_world([8, 8])
+
+    def main(group):
+        with ExpertParallel(group, slots=1, **world.config()) as ep:
+            x = world.x[group.rank]
+            d = ep.dispatch(x, world.topk_idx[group.rank], zero_copy=True)
+            handle, rows = d.handle, d.x.clone()
+            sleep(0.3 * group.rank)
+            sums = [ep.combine(d.x, handle, async_op=True)[0] for _ in range(5)]
+            del d
+            sleep(0.3 * group.rank)
+            again = ep.dispatch(x * 2, handle=handle)
+            ep.synchronize()
+            return torch.equal(again.x, rows * 2), all(torch.equal(s, sums[0]) for s in sums)
+
+    assert in_processes(main, 2) == [(True, True)] * 2

@@ -39,6 +39,7 @@ struct Config {
   NetConfig net;             // across nodes
   uint64_t first_epoch = 1;  // for tests: tagged words carry the lower half, which wraps around
   InterruptCheck interrupted = nullptr;
+  void (*let_go)() = nullptr;  // of what operations held that have ended; null: nothing is held longer
   // CPU
   SpinPolicy spin;
   std::string vector_ops;  // "": the widest
@@ -237,8 +238,8 @@ class Communicator {
   void drain_or_give_up(const std::string& why);
   // Writes a word for every rank: this one has departed.
   virtual void announce_departure(const Departure& departure) = 0;
-  // Lets go of slots that only something that is gone still holds.
-  virtual void collect_slots() {}
+  // Lets go of slots that only what has ended still holds.
+  virtual void collect_slots() = 0;
   // The slot has been taken, and is about to be shown to others.
   virtual void prepare_slot(SlotLease&) {}
   // Lets operations under way end, because the communicator is of no use any more.

@@ -133,8 +133,8 @@ OpId Communicator::next_op(Call call, const SlotLease& lease) {
 std::shared_ptr<SlotLease> Communicator::take_slot() {
   auto lease = slots_->take();
   if (!lease) {
-    collect_slots();
     if (!is_captured()) drain_unless_interrupted();  // operations under way give theirs back
+    collect_slots();
     lease = slots_->take();
   }
   if (lease) {

@@ -196,6 +196,7 @@ void bind_structs(py::module_& m) {
       .def(py::init([] {
         Config c;
         c.interrupted = interrupted;
+        c.let_go = HeldObject::let_go_now;
         return c;
       }))
       .def_readwrite("rank", &Config::rank)

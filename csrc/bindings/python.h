@@ -167,7 +167,7 @@ class LastCall {
 // An object that an asynchronous operation uses. Communication threads give it up, and must not need the GIL,
 // which Python code may keep for seconds: they put it on a list (a stack that only grows, or is taken whole),
 // and threads that have the GIL let go of what is there: the main thread soon, a thread that starts an
-// operation at once.
+// operation at once, and one that finds no free slot takes the GIL for it.
 class HeldObject {
  public:
   // With the GIL. None: nothing to hold.
@@ -176,6 +176,14 @@ class HeldObject {
     if (object.is_none()) return nullptr;
     return Held(new HeldObject{object.release().ptr(), nullptr},
                 [](void* held) { static_cast<HeldObject*>(held)->give_up(); });
+  }
+
+  // Without the GIL, which it takes.
+  static void let_go_now() {
+    WayBack::enter();
+    const py::gil_scoped_acquire gil;
+    WayBack::leave();
+    let_go();
   }
 
   // With the GIL.

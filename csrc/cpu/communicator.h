@@ -38,6 +38,7 @@ class CpuCommunicator final : public Communicator {
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
   void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
   void plan_after_all() override { drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch"); }
+  void collect_slots() override;
   void check_routes(const RoutePlan& routing) const override;
 
   void drain() override { pool_->drain(); }

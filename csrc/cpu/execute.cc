@@ -49,6 +49,10 @@ void CpuCommunicator::await_pulls(Call call, const std::shared_ptr<SlotLease>&) 
   if (!await_slot(caller, peers_)) raise_failed(*context);
 }
 
+void CpuCommunicator::collect_slots() {
+  if (config_.let_go) config_.let_go();
+}
+
 void CpuCommunicator::check_routes(const RoutePlan& routing) const {
   for (int64_t i = 0; i < routing.tokens * width_; ++i) {
     const int64_t route = routing.routes[i];
