@@ -31,7 +31,10 @@ Communicator::Communicator(const Config& config)
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
 }
 
-Communicator::~Communicator() = default;
+// A derived class has closed it, so whoever tells it meanwhile to leave finds that it has.
+Communicator::~Communicator() {
+  if (config_.team && home_.is_here()) config_.team->remove(*this);
+}
 
 int64_t Communicator::control_bytes() const {
   const int64_t signals = config_.size * static_cast<int64_t>(sizeof(Signals));
@@ -87,6 +90,7 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   connect_network(peers, own_signals());
   peers_ = table_of(heaps);
   has_connected();
+  if (config_.team) config_.team->add(*this);
 }
 
 bool Communicator::has_exited(int rank) const {
@@ -197,9 +201,14 @@ int Communicator::slots_in_use() {
 
 void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) {
   if (!home_.is_here()) return;
+  const bool first = leave_alone(how, blamed, why);
+  if (first && how == kGaveUp && config_.team) config_.team->give_up(*this, blamed, why);
+}
+
+bool Communicator::leave_alone(uint32_t how, uint64_t blamed, const std::string& why) {
   {
     std::lock_guard<std::mutex> lock(broken_mutex_);
-    if (!broken_.empty()) return;
+    if (!broken_.empty()) return false;
     broken_ = why;
   }
   gave_up_.store(true, std::memory_order_release);
@@ -207,6 +216,7 @@ void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) 
   announce_departure(Departure::of(how, blamed));
   // If this rank exits at the error, ranks that have not heard why must not blame it for that.
   if (how == kGaveUp && network_) network_->hand_over(kHandOverSeconds);
+  return true;
 }
 
 void Communicator::raise(const FailureRecord& record) {

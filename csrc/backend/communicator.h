@@ -13,6 +13,7 @@
 
 #include "backend/failure.h"
 #include "backend/slots.h"
+#include "backend/team.h"
 #include "base/home_process.h"
 #include "base/waiting.h"
 #include "base/words.h"
@@ -35,9 +36,10 @@ struct Config {
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
   double timeout = 60.0;
-  double link_gbps = 0;      // emulated limit of this rank's link, in GB/s; 0: none
-  NetConfig net;             // across nodes
-  uint64_t first_epoch = 1;  // for tests: tagged words carry the lower half, which wraps around
+  double link_gbps = 0;        // emulated limit of this rank's link, in GB/s; 0: none
+  NetConfig net;               // across nodes
+  uint64_t first_epoch = 1;    // for tests: tagged words carry the lower half, which wraps around
+  std::shared_ptr<Team> team;  // null: no other communicator gives up with this one
   InterruptCheck interrupted = nullptr;
   void (*let_go)() = nullptr;  // of what operations held that have ended; null: nothing is held longer
   // CPU
@@ -155,18 +157,18 @@ class Communicator {
   // Plans, sends counts and waits for every rank's; fills in routes, rows_per_expert and offsets, on a GPU
   // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
-  // order in which wait_expert may ask for them; needs expand_to, and ranks of one node.
+  // order in which wait_expert may ask for them; needs expand_to, and ranks of one node. `caller`: see Call.
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
-                                                  bool in_waves);
+                                                  bool in_waves, uint8_t caller = 0);
   // Moves the rows. `routing` now has expand_to where the layout wants it. On a CPU the ticket is already
   // done unless `async`.
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                          const Received& received, bool async, Held held = nullptr);
   // Moves the rows of other tensors along a known routing; `lease` receives the slot if rows stay in it.
   Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
-                    std::shared_ptr<SlotLease>* lease, Held held = nullptr);
+                    std::shared_ptr<SlotLease>* lease, Held held = nullptr, uint8_t caller = 0);
   Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
-                 bool async, Held held = nullptr);
+                 bool async, Held held = nullptr, uint8_t caller = 0);
   virtual void wait(const Ticket& ticket) = 0;
   // Of a dispatch in waves: the rows of one of this rank's experts, numbered from 0, are in place. CPU: when
   // it returns; throws the failure. CUDA: for what `stream` does next, also after a failure, which the next
@@ -192,6 +194,8 @@ class Communicator {
   void close();
   // After an error between two halves of an operation: the other ranks need not wait.
   void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
+  // Of the team's: leaves, and tells the ranks of this communicator only. Whether it had not left before.
+  bool leave_alone(uint32_t how, uint64_t blamed, const std::string& why);
   // Whether this is the process that made it, and not a fork of that process.
   bool is_here() const { return home_.is_here(); }
 
@@ -291,7 +295,7 @@ class Communicator {
 
   void check_usable() const;
   [[noreturn]] void refuse(const std::string& why) const;
-  // The communicator is of no use from here on; the first reason counts.
+  // The communicator is of no use from here on; the first reason counts. Its team gives up with it.
   void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
   [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;

@@ -47,10 +47,20 @@ std::string waited_text(const FailureRecord& r) {
 }
 
 std::string mismatch_text(const std::string& me, const FailureRecord& r) {
-  return "but rank " + std::to_string(r.peer) + " called " + call_text(Call::from_bits(r.their_call)) +
-         " where " + me + " called " + call_text(Call::from_bits(r.call)) +
-         ". All ranks must make the same calls in the same order, all with topk_weights or all without, and "
-         "with the same overflow and in_waves";
+  const Call mine = Call::from_bits(r.call), theirs = Call::from_bits(r.their_call);
+  const bool other_caller = !mine.same_caller(theirs);
+  const auto text = [&](const Call& call) {
+    return call_text(call) + (other_caller ? " of ExpertParallel " + std::to_string(call.caller) : "");
+  };
+  return "but rank " + std::to_string(r.peer) + " called " + text(theirs) + " where " + me + " called " +
+         text(mine) +
+         (other_caller
+              ? ", counted as they were made. Those of one shape and group share a communicator, so all "
+                "ranks "
+                "must use them in the same order; exclusive=True gives one an order of its own"
+              : ". All ranks must make the same calls in the same order, all with topk_weights or all "
+                "without, "
+                "and with the same overflow and in_waves");
 }
 
 }  // namespace

@@ -6,18 +6,15 @@
 namespace commlib {
 namespace {
 
-Call dispatch_call(bool has_weights, bool drop, bool in_waves) {
+Call dispatch_call(bool has_weights, bool drop, bool in_waves, uint8_t caller) {
   return {OpKind::dispatch, 0,
-          static_cast<uint16_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
-                                (in_waves ? kCallInWaves : 0))};
+          static_cast<uint8_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
+                               (in_waves ? kCallInWaves : 0)),
+          caller};
 }
 
-Call redispatch_call(const Rows& rows) {
-  return {OpKind::redispatch, 0, static_cast<uint16_t>(rows.has_weights ? kCallHasWeights : 0)};
-}
-
-Call combine_call(const CombineInput& input) {
-  return {OpKind::combine, 0, static_cast<uint16_t>(input.has_weight_grads ? kCallHasWeights : 0)};
+Call call_of(OpKind op, bool has_weights, uint8_t caller) {
+  return {op, 0, has_weights ? kCallHasWeights : uint8_t{0}, caller};
 }
 
 }  // namespace
@@ -39,7 +36,7 @@ auto Communicator::issued(Execute execute) -> decltype(execute()) {
 }
 
 std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
-                                                              bool drop, bool in_waves) {
+                                                              bool drop, bool in_waves, uint8_t caller) {
   const Issue issue(*this);
   check_health();
   if (is_captured()) {
@@ -50,7 +47,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   keep_near();
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
-  pending->id = next_op(dispatch_call(has_weights, drop, in_waves), *pending->lease);
+  pending->id = next_op(dispatch_call(has_weights, drop, in_waves, caller), *pending->lease);
   const PlanReport& report = pending->plan =
       issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
   if (report.status == PlanStatus::bad_id) {
@@ -89,19 +86,19 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
 }
 
 Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, const Received& received,
-                                bool async, std::shared_ptr<SlotLease>* lease, Held held) {
+                                bool async, std::shared_ptr<SlotLease>* lease, Held held, uint8_t caller) {
   const Issue issue(*this);
   check_health();
   check_routes(routing);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
-  const OpId id = next_op(redispatch_call(rows), *slot);
+  const OpId id = next_op(call_of(OpKind::redispatch, rows.has_weights, caller), *slot);
   if (received.rows_in_slot) *lease = slot;
   return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
 }
 
 Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
-                             std::byte* out_weights, bool async, Held held) {
+                             std::byte* out_weights, bool async, Held held, uint8_t caller) {
   const Issue issue(*this);
   check_health();
   check_routes(routing);
@@ -112,7 +109,7 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
   op.in_place = slot.in_place;
-  const OpId id = next_op(combine_call(input), *slot.lease);
+  const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller), *slot.lease);
   return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
@@ -120,7 +117,7 @@ std::shared_ptr<SlotLease> Communicator::lend_slot() {
   const Issue issue(*this);
   check_health();
   auto lease = take_slot();
-  await_pulls({OpKind::combine, static_cast<uint8_t>(lease->index()), 0}, lease);
+  await_pulls({OpKind::combine, static_cast<uint8_t>(lease->index())}, lease);
   lease->lend();
   return lease;
 }

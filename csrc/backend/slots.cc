@@ -49,11 +49,11 @@ std::shared_ptr<SlotLease> SlotPool::take() {
 }
 
 std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
+  if (!holds(address)) return nullptr;
+  const auto index = static_cast<int>((address - slots_) / layout_.bytes());
+  if (address != slot(index).rows) return nullptr;
   std::lock_guard<std::mutex> lock(mutex_);
-  for (size_t i = 0; i < states_.size(); ++i) {
-    if (address == slot(static_cast<int>(i)).rows) return states_[i].lease.lock();
-  }
-  return nullptr;
+  return states_[index].lease.lock();
 }
 
 bool SlotPool::holds(const std::byte* address) const {

@@ -192,6 +192,10 @@ void bind_structs(py::module_& m) {
       .def_readwrite("chunk_bytes", &NetConfig::chunk_bytes)
       .def_readwrite("chunks", &NetConfig::chunks);
 
+  py::class_<Team, std::shared_ptr<Team>>(m, "Team")
+      .def(py::init<>())
+      .def_property_readonly("has_given_up", py::cpp_function(&Team::has_given_up, NoGil()));
+
   py::class_<Config>(m, "Config")
       .def(py::init([] {
         Config c;
@@ -212,6 +216,7 @@ void bind_structs(py::module_& m) {
       .def_readwrite("timeout", &Config::timeout)
       .def_readwrite("link_gbps", &Config::link_gbps)
       .def_readwrite("net", &Config::net)
+      .def_readwrite("team", &Config::team)
       .def("use_ucx", &use_ucx, py::arg("keys"), py::arg("loopback"))
       .def_readwrite("spin", &Config::spin)
       .def_readwrite("vector_ops", &Config::vector_ops)
@@ -294,7 +299,7 @@ void bind_communicator(py::module_& m) {
              c.connect(addresses);
            })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
-           py::arg("drop"), py::arg("in_waves"), NoGil())
+           py::arg("drop"), py::arg("in_waves"), py::arg("caller") = 0, NoGil())
       .def(
           "finish_dispatch",
           [](Communicator& c, PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -308,28 +313,29 @@ void bind_communicator(py::module_& m) {
       .def(
           "redispatch",
           [](Communicator& c, const Rows& rows, const RoutePlan& routing, const Received& received,
-             bool async_op, py::object keep) {
+             bool async_op, py::object keep, uint8_t caller) {
             Held held = HeldObject::hold(std::move(keep));
             std::shared_ptr<SlotLease> lease;
             Ticket ticket;
             {
               ReleasedGil released;
-              ticket = c.redispatch(rows, routing, received, async_op, &lease, std::move(held));
+              ticket = c.redispatch(rows, routing, received, async_op, &lease, std::move(held), caller);
             }
             return py::make_tuple(ticket, lease);
           },
-          py::arg("rows"), py::arg("routing"), py::arg("received"), py::arg("async_op"), py::arg("keep"))
+          py::arg("rows"), py::arg("routing"), py::arg("received"), py::arg("async_op"), py::arg("keep"),
+          py::arg("caller") = 0)
       .def(
           "combine",
           [](Communicator& c, const CombineInput& input, const RoutePlan& routing, Address out,
-             Address out_weights, bool async_op, py::object keep) {
+             Address out_weights, bool async_op, py::object keep, uint8_t caller) {
             Held held = HeldObject::hold(std::move(keep));
             ReleasedGil released;
             return c.combine(input, routing, at<std::byte>(out), at<std::byte>(out_weights), async_op,
-                             std::move(held));
+                             std::move(held), caller);
           },
           py::arg("input"), py::arg("routing"), py::arg("out"), py::arg("out_weights"), py::arg("async_op"),
-          py::arg("keep"))
+          py::arg("keep"), py::arg("caller") = 0)
       .def("wait", &Communicator::wait, NoGil())
       .def("wait_expert", &Communicator::wait_expert, py::arg("dispatch"), py::arg("ticket").none(true),
            py::arg("expert"), py::arg("stream"), NoGil())

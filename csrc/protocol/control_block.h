@@ -17,7 +17,7 @@ constexpr int kLastWave = kWaves - 1;
 // How many calls a source may be ahead of a reader that still needs an older one. Plans run ahead of queued
 // operations by less (see Communicator::keep_near), so no word is overwritten unread.
 constexpr int kCallRing = 64;
-constexpr int kMaxSlots = 32;
+constexpr int kMaxSlots = 255;  // a call names its slot in 8 bits
 
 // How a rank has departed: it has closed its communicator, or failed.
 constexpr uint32_t kClosed = 1;

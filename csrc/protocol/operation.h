@@ -28,21 +28,30 @@ constexpr const char* name_of(Phase phase) {
 struct Call {
   OpKind op = OpKind::none;
   uint8_t slot = 0;
-  uint16_t flags = 0;
+  uint8_t flags = 0;
+  // Which of those that share the communicator, layers of a model say, from 1; 0: not said.
+  uint8_t caller = 0;
 
   COMMLIB_HD uint32_t bits() const {
-    return static_cast<uint32_t>(op) << 24 | static_cast<uint32_t>(slot) << 16 | flags;
+    return static_cast<uint32_t>(op) << 24 | static_cast<uint32_t>(slot) << 16 |
+           static_cast<uint32_t>(flags) << 8 | caller;
   }
   COMMLIB_HD static Call from_bits(uint32_t v) {
-    return {static_cast<OpKind>(v >> 24), static_cast<uint8_t>(v >> 16), static_cast<uint16_t>(v)};
+    return {static_cast<OpKind>(v >> 24), static_cast<uint8_t>(v >> 16), static_cast<uint8_t>(v >> 8),
+            static_cast<uint8_t>(v)};
   }
-  COMMLIB_HD bool has(uint16_t flag) const { return (flags & flag) != 0; }
-  COMMLIB_HD bool agrees_with(const Call& other) const { return op == other.op && flags == other.flags; }
+  COMMLIB_HD bool has(uint8_t flag) const { return (flags & flag) != 0; }
+  COMMLIB_HD bool same_caller(const Call& other) const {
+    return caller == other.caller || caller == 0 || other.caller == 0;
+  }
+  COMMLIB_HD bool agrees_with(const Call& other) const {
+    return op == other.op && flags == other.flags && same_caller(other);
+  }
 };
 
-constexpr uint16_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
-constexpr uint16_t kCallDrops = 2;       // overflow="drop"
-constexpr uint16_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
+constexpr uint8_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
+constexpr uint8_t kCallDrops = 2;       // overflow="drop"
+constexpr uint8_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
 
 // Which operation: its number in the one order that all ranks keep, and what this rank calls there.
 struct OpId {

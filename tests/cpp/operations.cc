@@ -81,7 +81,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   const RankCase& r = d->mine();
   d->room = RoutingRoom(s, self.rank);
   d->routing = d->room.view;
-  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves);
+  auto pending =
+      self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves, manner.caller);
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
   if (manner.between) manner.between();
@@ -112,7 +113,7 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
   d->routing = known.routing;
   const Received received = room_for(self, *d, manner);
   d->under_way = {self, self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
-                                              manner.async, &d->lease, manner.held)};
+                                              manner.async, &d->lease, manner.held, manner.caller)};
   return d;
 }
 
@@ -149,8 +150,8 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   }
   c->out = room(self, r.out.bytes());
   std::byte* out_weights = input.has_weight_grads ? c->out_weights.data() : nullptr;
-  c->under_way = {
-      self, self.comm->combine(input, known.routing, c->out.data(), out_weights, manner.async, manner.held)};
+  c->under_way = {self, self.comm->combine(input, known.routing, c->out.data(), out_weights, manner.async,
+                                           manner.held, manner.caller)};
   return c;
 }
 

@@ -18,6 +18,7 @@ struct Manner {
   RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where it needs no weighting or grouping
   Held held = nullptr;              // until the operation is done
   std::function<void()> between;    // called between the halves of a dispatch, if set
+  uint8_t caller = 0;               // the same on all ranks, or 0
 };
 Manner random_manner(Random& random);
 

@@ -26,7 +26,7 @@ void another_thread_waits_until_the_rows_of_a_dispatch_have_moved() {
       if (self.rank == 0) {
         manner.between = [&] {
           other = std::thread([&] {
-            Rank mine{self.rank, self.comm, self.meeting, Random(123), self.net};
+            Rank mine{self.rank, self.comm, self.meeting, Random(123), self.net, nullptr};
             back = start_combine(mine, *d, s, {});
             issued = true;
           });

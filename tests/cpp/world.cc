@@ -46,18 +46,23 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
   std::mutex mutex;  // guards `first`
   std::exception_ptr first;
   const auto run = [&](int rank) {
-    Rank self{rank, nullptr, meeting, Random(world + static_cast<uint64_t>(rank)), &net};
-    try {
-      Config config = configs[rank];
+    Rank self{rank, nullptr, meeting, Random(world + static_cast<uint64_t>(rank)), &net, nullptr};
+    std::vector<std::shared_ptr<Communicator>> others;
+    const auto connected = [&](Config config) {
       config.rank = rank;
       config.size = size;
       for (int p = 0; p < size; ++p) config.net.keys.push_back({test_key(rank, p), test_key(p, rank)});
       config.net.make_transport = [&net, rank] { return net.transport(rank); };
-      self.comm = machine->communicator(config);
-      addresses[rank] = self.comm->address();
+      std::shared_ptr<Communicator> comm = machine->communicator(config);
+      addresses[rank] = comm->address();
       self.meet();
-      self.comm->connect(addresses);
+      comm->connect(addresses);
       self.meet();
+      return comm;
+    };
+    self.another = [&](const Config& config) { return others.emplace_back(connected(config)); };
+    try {
+      self.comm = connected(configs[rank]);
       body(self);
     } catch (...) {
       {
@@ -66,6 +71,7 @@ void in_ranks(const std::vector<Config>& configs, const std::function<void(Rank&
       }
       meeting.give_up();
     }
+    for (auto& comm : others) machine->retire(std::move(comm));
     machine->retire(std::move(self.comm));
   };
   std::vector<std::thread> threads;

@@ -36,6 +36,8 @@ struct Rank {
   Meeting& meeting;
   Random random;     // its own: for what may differ by rank, as sleeps do
   SlowNetwork* net;  // between nodes, where there are several
+  // A further communicator of this rank, connected; all ranks call it together.
+  std::function<std::shared_ptr<Communicator>(const Config&)> another;
 
   void meet() { meeting.meet(); }
   void nap_sometimes();  // so that ranks arrive in another order each time

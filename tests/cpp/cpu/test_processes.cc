@@ -52,8 +52,9 @@ using Body = std::function<void(Rank&)>;
 // A rank of its own process, up to its end.
 void be_rank(const SharedBoard& board, Config config, const Body& body) {
   Meeting alone(1);
-  Rank self{config.rank, std::make_shared<CpuCommunicator>(config), alone,
-            Random(static_cast<uint64_t>(config.rank)), nullptr};
+  Rank self{config.rank, std::make_shared<CpuCommunicator>(config),
+            alone,       Random(static_cast<uint64_t>(config.rank)),
+            nullptr,     nullptr};
   const PeerAddress mine = self.comm->address();
   board->addresses[self.rank] = {mine.pid, mine.fd, mine.workers};
   pthread_barrier_wait(&board->barrier);
