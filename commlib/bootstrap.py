@@ -1,10 +1,13 @@
-"""Start-up: ranks compare their settings and map each other's memory."""
+"""Start-up: ranks compare their settings, and share a communicator or map each other's memory for one."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 import commlib
 from commlib import _core, cuda, ucx
 from commlib.backend import Backend, CpuBackend, CudaBackend
+from commlib.communicator import Attachment, Communicator
 from commlib.conversation import Conversation, exited, gather
 from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.fd_exchange import Address, close_fds, exchange_fds
@@ -21,6 +25,7 @@ from commlib.model import default_num_sms
 from commlib.partition import SMPartition
 from commlib.residency import of_this_process
 from commlib.settings import CORE_DTYPES, Settings
+from commlib.team import Team, find_team, keep_team
 from commlib.topology import Topology, find_topology, node_size
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
@@ -29,7 +34,8 @@ _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 # For a kernel: a sleep costs at least 50 µs, and what the host waits for comes within milliseconds.
 _SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
-_USER = 5  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
+_USER = 6  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
+_DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 
 
 def resolve_device(device: Any, group: Group) -> torch.device:
@@ -51,21 +57,82 @@ def resolve_device(device: Any, group: Group) -> torch.device:
     return torch.device("cuda", cuda.device_index())
 
 
-def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
-    """The connected backend of this rank, and where all ranks are.
+def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Attachment:
+    """A part in the communicator that all ranks have for these settings, or else in a new one.
 
-    Every rank calls it, in a conversation that tells the others if one fails.
+    Every rank calls it, in a conversation that tells the others if one fails. Whether they have one is
+    agreed: garbage is collected, and failures are heard of, at different times on different ranks.
+
+    Args:
+        talk: of the ranks.
+        settings: all but the timeout.
+        timeout: seconds that a rank waits for a peer; None: the team's, 600 for a new one.
     """
-    told = {"pid": os.getpid(), "secret": os.urandom(32).hex()}
-    mine = _facts(settings) | own_place() | told | {"shared": settings.shared() | _build(settings)}
+    group, device = talk.group, settings.device
+    team = None if settings.exclusive else find_team(group, device)
+    known = team.find(settings) if team else None
+    mine = known.attach() if known else None  # so that it is not closed meanwhile
+    have = {
+        "team": team.uid if team else None,
+        "communicator": known.uid if known else None,
+        "callers": known.callers if known else 0,
+    }
+    infos = _introduce(talk, settings, have)
+    if team is None or not _agreed(infos, "team"):
+        team = Team(infos[0]["name"], _DEFAULT_TIMEOUT if timeout is None else timeout)
+    if mine is None or not _agreed(infos, "communicator"):
+        if mine is not None:
+            mine.close()
+        return _attach_to_new(talk, replace(settings, timeout=team.timeout), timeout, infos, team)
+    team.check_timeout(timeout)
+    gather(talk, "ready", None)
+    talk.over = True
+    mine.agree(max(int(info["callers"]) for info in infos) + 1)
+    return mine
+
+
+def _attach_to_new(
+    talk: Conversation, settings: Settings, timeout: float | None, infos: list[dict[str, Any]], team: Team
+) -> Attachment:
+    team.check_timeout(timeout)
+    backend, topology = _connect(talk, settings, infos, team)
+    anew = partial(_reconnect, talk.group, talk.name, itertools.count(), team)
+    communicator = Communicator(
+        talk.rank, talk.size, settings, team, infos[0]["name"], backend, topology, anew
+    )
+    team.add(communicator)
+    if not settings.exclusive:
+        keep_team(talk.group, settings.device, team)
+    attachment = communicator.attach()
+    attachment.agree(1)
+    return attachment
+
+
+def _agreed(infos: list[dict[str, Any]], what: str) -> bool:
+    """Whether all ranks have it, and the same one."""
+    return infos[0][what] is not None and all(info[what] == infos[0][what] for info in infos)
+
+
+def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> list[dict[str, Any]]:
+    """What all ranks say of themselves, by rank; their settings agree."""
+    told = {"pid": os.getpid(), "secret": os.urandom(32).hex(), "name": os.urandom(16).hex()}
+    mine = _facts(settings) | own_place() | told | more | {"shared": settings.shared() | _build(settings)}
     infos = gather(talk, "settings", mine)
     _compare([_shared_of(info, rank) for rank, info in enumerate(infos)])
+    return infos
+
+
+def _connect(
+    talk: Conversation, settings: Settings, infos: list[dict[str, Any]], team: Team
+) -> tuple[Backend, Topology]:
+    """The connected backend of this rank, and where all ranks are."""
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
         _require_network(settings)
     prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
     config, stream = prepare(talk, settings, infos)
+    config.team = team.core
     near = topology.near(talk.rank)
     if stream is not None:
         config.share = _share([infos[rank] for rank in near])
@@ -96,8 +163,13 @@ def connect(talk: Conversation, settings: Settings) -> tuple[Backend, Topology]:
     return backend, topology
 
 
-def reconnect(
-    group: Group, started: str, counts: Iterator[int], settings: Settings, core: _core.Communicator
+def _reconnect(
+    group: Group,
+    started: str,
+    counts: Iterator[int],
+    team: Team,
+    settings: Settings,
+    core: _core.Communicator,
 ) -> Backend:
     """A backend for other settings, of ranks that have one; every rank calls it at the same operation.
 
@@ -106,6 +178,8 @@ def reconnect(
     Args:
         started: the name of the conversation in which they started; "" where the group knows no names.
         counts: numbers of the times they have done this.
+        team: of the ranks.
+        settings: with more room.
         core: the present backend's, which knows whose processes are gone.
     """
     name = started and f"{started}/grown/{next(counts)}"
@@ -113,7 +187,7 @@ def reconnect(
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
         talk.watch = core.has_exited
         try:
-            return connect(talk, settings)[0]
+            return _connect(talk, settings, _introduce(talk, settings, {}), team)[0]
         except PeerTimeout:
             raise
         except CommError as error:  # what a rank had cannot be found once it is gone
@@ -275,7 +349,8 @@ def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _c
     )
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
     config.dtype = CORE_DTYPES[settings.dtype]
-    config.slots, config.num_sms, config.timeout = settings.slots, num_sms, settings.timeout
+    config.slots, config.num_sms = settings.slots_on(group.size), num_sms
+    config.timeout = settings.timeout
     config.link_gbps = settings.link_gbps or 0.0
     config.spin = _SPIN_SHARED_CORE if crowded else _SPIN_OWN_CORE
     return config

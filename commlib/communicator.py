@@ -1,4 +1,4 @@
-"""One rank's communicator as operations see it, without the façade that users hold."""
+"""One rank's communicators as operations see them, without the façade that users hold."""
 
 from __future__ import annotations
 
@@ -17,24 +17,33 @@ from torch.autograd import forward_ad
 
 from commlib import _core
 from commlib.errors import CommError
+from commlib.team import Team, shape_of
 
 if TYPE_CHECKING:
     from commlib.backend import Backend
     from commlib.event import Event
     from commlib.settings import Settings
+    from commlib.topology import Topology
 
 _SLOTS_TO_WORK_WITH = 2
-_COUNTED = ("dispatches", "redispatches", "combines", "rows_received", "dropped", "growths")
+_MOST_CALLERS = 255  # whose numbers, from 1, travel in 8 bits
+_COUNTED = ("dispatches", "redispatches", "combines", "rows_received", "dropped")
 
 _numbers = itertools.count()
-_communicators: dict[int, weakref.ref[Communicator]] = {}
+_attachments: dict[int, weakref.ref[Attachment]] = {}
 
 
 class Communicator:
-    """Core, device, sizes and statistics of one rank.
+    """One order of operations of one shape: core, device and sizes.
 
-    ExpertParallel keeps it, and so does every graph of autograd or torch.compile with one of its operations;
-    the last of them closes it.
+    ExpertParallels of that shape share it, by an :class:`Attachment` each. It is closed when the last of
+    these is closed or gone.
+
+    Attributes:
+        uid: the same on all ranks, and no other communicator's.
+        number: counts this process's communicators.
+        callers: how many attachments the ranks have agreed on so far.
+        growths: how often it has taken a larger heap.
     """
 
     def __init__(
@@ -42,29 +51,56 @@ class Communicator:
         rank: int,
         size: int,
         settings: Settings,
+        team: Team,
+        uid: str,
         backend: Backend,
+        topology: Topology,
         reconnect: Callable[[Settings, _core.Communicator], Backend],
     ) -> None:
         mine = _core.Placement(settings.num_experts, size).experts_of(rank)
         self.rank, self.size = rank, size
-        self.settings = settings
-        self._open: list[Backend] = []  # the one in use, for what outlives this object
-        self._use(backend)
+        self.settings, self.shape = settings, shape_of(settings)
+        self.slots = settings.slots_on(size)
+        self.team, self.uid, self.number = team, uid, next(_numbers)
+        self.topology = topology
+        self.backend, self.core = backend, backend.core
         self._reconnect = reconnect
-        self._closed = False
+        self.closed = False
+        self.callers = self.growths = 0
+        self._attached: set[int] = set()
         self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
         self.on_host = settings.device.type == "cpu"
-        self.stats = dict.fromkeys(_COUNTED, 0)
-        self.event: Event | None = None  # of the asynchronous operation issued last, until it is taken
-        self._number = next(_numbers)
-        _core.when_gone(self, functools.partial(_last_call, self._number, self._open))
-        _communicators[self._number] = weakref.ref(self)
 
-    def _use(self, backend: Backend) -> None:
-        self.backend, self.core = backend, backend.core
-        self._open[:] = [backend]
+    @property
+    def attached(self) -> int:
+        """How many share it now."""
+        return len(self._attached)
+
+    def attach(self) -> Attachment:
+        """Keep it open for one more."""
+        return Attachment(self)
+
+    def attached_as(self, number: int) -> None:
+        """Keep it open for the attachment of this number."""
+        self._attached.add(number)
+
+    def detach(self, number: int) -> None:
+        """That attachment is closed, or gone; the last one closes the communicator. Twice does no harm."""
+        self._attached.discard(number)
+        if not self._attached:
+            self.close()
+
+    def is_usable(self) -> bool:
+        """Whether operations can come, as far as this rank knows."""
+        if self.closed:
+            return False
+        try:
+            self.core.check_health()
+        except CommError:
+            return False
+        return True
 
     def set_timeout(self, seconds: float) -> None:
         """Of later operations."""
@@ -72,8 +108,8 @@ class Communicator:
         self.core.set_timeout(seconds)
 
     def close(self) -> None:
-        """Finish what is under way and tell the other ranks."""
-        self._closed = True
+        """Finish what is under way and tell the other ranks, for all that share it."""
+        self.closed = True
         self.backend.close()
 
     def make_room(self, rows: int, tokens: int = 1) -> None:
@@ -99,43 +135,22 @@ class Communicator:
         settings = settings.with_room(self.size, rows, tokens)
         before = self.backend
         try:
-            self._use(self._reconnect(settings, self.core))
+            self.backend = self._reconnect(settings, self.core)
         except BaseException as error:
             before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}")
             raise
+        self.core = self.backend.core
         self.backend.go_on_from(before)
-        self.settings = settings
-        self.count(growths=1)
+        self.settings, self.slots = settings, settings.slots_on(self.size)
+        self.growths += 1
         before.close()  # when all have the new one: closing may wait for ranks that are late
-        if self._closed:  # by a signal handler, which knew the old one only
+        if self.closed:  # by a signal handler, which knew the old one only
             self.close()
             raise CommError(f"rank {self.rank} has closed this communicator while it took a larger heap")
 
-    def name(self) -> Tensor:
-        """A tensor that names this communicator to ops, which take no Python objects, and keeps it.
-
-        A number would be a constant of compiled code, compiled anew for each communicator. A tensor is an
-        input, and graphs keep their tensors, with what is attached to them.
-        """
-        with torch.inference_mode(False):  # backward could not save a tensor made in inference mode
-            name = torch.tensor(self._number, device="cpu")
-        name.communicator = self  # type: ignore[attr-defined]
-        return name
-
-    def count(self, **increments: int) -> None:
-        """Add to the statistics."""
-        for name, n in increments.items():
-            self.stats[name] += n
-
-    def take_event(self) -> Event:
-        """The event of the asynchronous operation just issued."""
-        event, self.event = self.event, None
-        assert event is not None
-        return event
-
     def can_spare_slots(self, count: int) -> bool:
         """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
-        return self.settings.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
+        return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
     def view(self, lease: _core.SlotLease, rows: int) -> Tensor:
         """Rows in a slot, which they keep."""
@@ -153,10 +168,73 @@ class Communicator:
         return self.backend.empty(*shape, dtype=self.weight_dtype)
 
 
-def _last_call(number: int, open_backend: list[Backend]) -> None:
-    """Close what a communicator leaves behind when it is gone. Calling it twice does no harm."""
-    _communicators.pop(number, None)
-    open_backend[0].close()
+class Attachment:
+    """One ExpertParallel's part in a communicator that others may share.
+
+    ExpertParallel keeps it, and so does every graph of autograd or torch.compile with one of its operations;
+    when it is closed, or the last of them lets go of it, it is detached.
+
+    Attributes:
+        communicator: of operations.
+        caller: its number among those attached, from 1, the same on all ranks; 0: not agreed on yet.
+        stats: counts of its own operations.
+        event: of its asynchronous operation issued last, until it is taken.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        self.caller = 0
+        self.stats = dict.fromkeys(_COUNTED, 0)
+        self.event: Event | None = None
+        self._closed = False
+        self._number = next(_numbers)
+        communicator.attached_as(self._number)
+        _core.when_gone(self, functools.partial(_last_call, self._number, communicator))
+        _attachments[self._number] = weakref.ref(self)
+
+    def agree(self, caller: int) -> None:
+        """Be the attachment of this number, from 1, among all that the ranks have agreed on."""
+        self.communicator.callers = caller
+        self.caller = (caller - 1) % _MOST_CALLERS + 1
+
+    def close(self) -> None:
+        """Issue no more operations; the last one of a communicator closes it."""
+        self._closed = True
+        self.communicator.detach(self._number)
+
+    def check_open(self) -> None:
+        """Raise CommError where it is closed and its communicator, which would say so, is not."""
+        if self._closed and not self.communicator.closed:
+            rank = self.communicator.rank
+            raise CommError(f"rank {rank} cannot use this ExpertParallel any more: it has been closed")
+
+    def name(self) -> Tensor:
+        """A tensor that names this attachment to ops, which take no Python objects, and keeps it.
+
+        A number would be a constant of compiled code, compiled anew for each layer. A tensor is an input, and
+        graphs keep their tensors, with what is attached to them.
+        """
+        with torch.inference_mode(False):  # backward could not save a tensor made in inference mode
+            name = torch.tensor(self._number, device="cpu")
+        name.attachment = self  # type: ignore[attr-defined]
+        return name
+
+    def count(self, **increments: int) -> None:
+        """Add to the statistics."""
+        for name, n in increments.items():
+            self.stats[name] += n
+
+    def take_event(self) -> Event:
+        """The event of the asynchronous operation just issued."""
+        event, self.event = self.event, None
+        assert event is not None
+        return event
+
+
+def _last_call(number: int, communicator: Communicator) -> None:
+    """Detach what an attachment leaves behind when it is gone. Calling it twice does no harm."""
+    _attachments.pop(number, None)
+    communicator.detach(number)
 
 
 @atexit.register
@@ -164,7 +242,8 @@ def _end_of_program() -> None:
     """Close what is open: without waiting for other ranks where an exception has ended the program."""
     _core.close_way_back()  # before operations end: threads that wait in them run no more Python
     failed = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
-    for c in [found for it in list(_communicators.values()) if (found := it())]:
+    attached = [found for it in list(_attachments.values()) if (found := it())]
+    for c in dict.fromkeys(it.communicator for it in attached):
         try:
             if failed is not None:
                 c.core.give_up(f"{failed.__name__} has ended the program of rank {c.rank}")
@@ -173,19 +252,20 @@ def _end_of_program() -> None:
             sys.excepthook(*sys.exc_info())
 
 
-def communicator_of(name: Tensor) -> Communicator:
-    """The communicator that an operation is called on.
+def attachment_of(name: Tensor) -> Attachment:
+    """What an operation is called on.
 
     Raises:
-        CommError: no communicator has that number, or not any more.
+        CommError: no attachment has that number, or not any more; or it is closed.
         NotImplementedError: forward-mode AD is on, for which operations have no rule.
     """
     refuse_forward_mode()
     number: Any = name.item()
-    known = _communicators.get(number)
+    known = _attachments.get(number)
     found = known() if known else None
     if found is None:
         raise CommError(f"there is no communicator number {number}: it has been closed, and nothing keeps it")
+    found.check_open()
     return found
 
 

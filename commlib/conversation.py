@@ -36,6 +36,14 @@ class Group(ABC):
     size: int
     device: str | None = None  # that ExpertParallel uses unless told otherwise; None: it chooses
 
+    @property
+    def origin(self) -> object:
+        """What stands for these ranks, and lasts as long as they belong together.
+
+        ExpertParallels of one shape over groups of one origin, rank and size share a communicator.
+        """
+        return self
+
     @abstractmethod
     def allgather(self, data: bytes) -> list[bytes]:
         """Gather some bytes from each rank, by rank. Every rank calls it, in the same order; lengths differ.

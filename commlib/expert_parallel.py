@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from commlib import checks, ops, split
 from commlib.arrays import Array, exporter_for
-from commlib.bootstrap import connect, reconnect, resolve_device
+from commlib.bootstrap import attach, resolve_device
 from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
 from commlib.dispatched import Dispatched, Handle, check_handle
@@ -23,14 +21,12 @@ from commlib.partition import SMPartition
 from commlib.settings import ANY_TOKENS, Settings, checked_timeout, startup_patience, startup_seconds
 from commlib.topology import RoutingMode
 
-_DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
-_DEFAULT_SLOTS = {False: 8, True: 4}  # by whether it is a GPU, whose memory is not lazy
-
 
 class ExpertParallel:
-    """A communicator for one MoE configuration over the ranks of a group.
+    """Dispatch and combine of one MoE configuration over the ranks of a group.
 
-    All ranks construct it together, and issue its operations in the same order.
+    All ranks construct it together, and issue its operations in the same order. Those of one configuration
+    and group share a communicator, so that a model may make one for each layer: see ``exclusive``.
 
     Attributes:
         rank, size: of the group.
@@ -54,11 +50,13 @@ class ExpertParallel:
         num_sms: SMs (CUDA) or threads (CPU) for communication on this rank. None: what the performance model
             proposes (:func:`commlib.model.default_num_sms`), or half of this rank's share of the cores.
         capacity: rows a rank may receive in one dispatch. None: the worst case, ranks * max_tokens.
-        slots: 1 to 32, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
+        slots: 1 to 255, each of ``capacity`` rows. Operations under way, lent buffers and zero-copy results
             hold one each. Other results of layout "rank" also stay in theirs, uncopied, while two slots stay
             free. CPU: memory is taken as it is first written, lowest slot first. CUDA: all of it is taken
-            at once. None: 8 on the CPU, 4 on CUDA.
-        timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later. None: 600.
+            at once. None: 4 on CUDA; 128 on the CPU, fewer (8 at least) where all ranks' would take more than
+            2 TiB of addresses.
+        timeout: seconds that a rank waits for a peer before PeerTimeout; may be set later. None: that of the
+            ExpertParallels that this rank has on the group and device, 600 where it has none.
         startup_timeout: seconds until construction ends with PeerTimeout where a rank does not come, or gets
             stuck. None: ``timeout`` where that is given, else 300. A Group of your own bounds itself.
         partition: communicate on its SMs (or cores) for communication, and on no others.
@@ -71,9 +69,14 @@ class ExpertParallel:
             back. "auto": whichever sends less, by the rule in docs/nodes.md.
         ranks_per_node: this many consecutive ranks are a node. None: COMMLIB_NODE_SIZE, else ranks that can
             map each other's memory are one (one host and PID namespace; GPUs: one NVLink domain).
+        exclusive: False: share one communicator, its memory and its slots with all others of the same
+            arguments and group that are open; the ranks then use all of these in one order (else
+            CallMismatch). On one group and device all have one timeout, and fail together. True: none of
+            this, for a model or a thread of its own.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be used (on this rank).
+        ValueError, TypeError: an argument that cannot be used (on this rank); or another timeout than that of
+            the ExpertParallels it would share it with.
         ConfigMismatch: ranks gave different arguments, or are of different builds; the text names them.
         PeerTimeout: ranks did not come within ``startup_timeout``; the text names them.
         CommError: there is no UCX to go between nodes, a limit was reached (the text names it), launchers
@@ -99,6 +102,7 @@ class ExpertParallel:
         link_gbps: float | None = None,
         routing: RoutingMode = "auto",
         ranks_per_node: int | None = None,
+        exclusive: bool = False,
     ) -> None:
         patience = startup_patience(startup_timeout, timeout)
         self.group = resolve_group(group, patience)
@@ -106,22 +110,21 @@ class ExpertParallel:
         with self.group.converse(patience) as talk:
             startup_seconds(startup_timeout, timeout)
             self.device = where = resolve_device(device, self.group)
-            slots = _DEFAULT_SLOTS[where.type == "cuda"] if slots is None else slots
-            timeout = _DEFAULT_TIMEOUT if timeout is None else timeout
             tokens = ANY_TOKENS if max_tokens is None else max_tokens
             asked = Settings(
-                *(num_experts, hidden, topk, tokens, dtype, where, num_sms, capacity, slots, timeout),
+                *(num_experts, hidden, topk, tokens, dtype, where, num_sms, capacity, slots),
                 partition=partition,
                 link_gbps=link_gbps,
                 routing=routing,
                 ranks_per_node=ranks_per_node,
                 grows=max_tokens is None,
+                exclusive=exclusive,
             )
-            settings = asked.checked(self.size)
-            backend, self.topology = connect(talk, settings)
-        anew = partial(reconnect, self.group, talk.name, itertools.count())
-        self._comm = Communicator(self.rank, self.size, settings, backend, anew)
-        self._name = self._comm.name()
+            timeout = None if timeout is None else checked_timeout(timeout)
+            self._attachment = attach(talk, asked.checked(self.size), timeout)
+        self._comm: Communicator = self._attachment.communicator
+        self.topology = self._comm.topology
+        self._name = self._attachment.name()
         self._sizes = (self._comm.width, self._comm.experts)
         self.first_expert, self.num_local_experts = self._comm.first_expert, self._comm.experts
         if isinstance(self.group, ThreadGroup):
@@ -222,7 +225,7 @@ class ExpertParallel:
 
         part = None
         if async_op and not in_waves and ops.wants_gradient(rows, weights):
-            part, outputs = split.start_dispatch(self._comm, issue, rows, weights, routing_of, grouped)
+            part, outputs = split.start_dispatch(self._attachment, issue, rows, weights, routing_of, grouped)
         else:
             outputs = issue(rows, weights)
         if handle is None:
@@ -336,7 +339,7 @@ class ExpertParallel:
                 return ops.combine(y, w, b, *arguments[3:])[:1]
 
             grouped = handle.layout == "expert"
-            part, sums = split.start_combine(self._comm, issue, *inputs, handle._tensors(), grouped)
+            part, sums = split.start_combine(self._attachment, issue, *inputs, handle._tensors(), grouped)
             result = export(sums)
         else:
             result = export(ops.combine(*arguments)[0])
@@ -355,6 +358,7 @@ class ExpertParallel:
         check_handle(self, handle)
         if handle.layout != "rank":
             raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
+        self._attachment.check_open()
         self._comm.backend.begin()
         buffer = self._comm.view(self._comm.core.lend_slot(), handle.num_rows)
         self._comm.backend.end("lend a slot", None, (buffer,), False)
@@ -378,51 +382,59 @@ class ExpertParallel:
 
     @property
     def timeout(self) -> float:
-        """Seconds that a rank waits for a peer; setting it affects later operations.
+        """Seconds that a rank waits for a peer.
+
+        Setting it affects later operations of this rank, of all ExpertParallels on the group and device.
 
         Raises:
             ValueError, TypeError: not a positive number, or more than ten years.
         """
-        return self.settings.timeout
+        return self._comm.team.timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._comm.set_timeout(checked_timeout(seconds))
+        self._comm.team.set_timeout(checked_timeout(seconds))
 
     def synchronize(self) -> None:
-        """Block until all operations of this communicator are done.
+        """Block until all operations are done, also those of others that share the communicator.
 
         On a GPU this is how the host learns that one failed; the next operation says so as well.
 
         Raises:
             PeerTimeout, CallMismatch: an operation failed.
         """
+        self._attachment.check_open()
         self._comm.core.synchronize()
 
     def stats(self) -> dict[str, int]:
         """Counts since construction, of this rank.
 
-        Operations; rows received; (token, rank) pairs dropped; messages to other nodes, and the bytes in them
-        (without what UCX, TCP and the wire add); messages refused because they did not prove their sender.
+        Operations; rows received; (token, rank) pairs dropped. And of all that share the communicator: how
+        often it took a larger heap; messages to other nodes, and the bytes in them (without what UCX, TCP and
+        the wire add); messages refused because they did not prove their sender.
         """
         messages, sent = self._comm.core.network_sent
         network = {"messages": messages, "bytes": sent, "refused": self._comm.core.network_refused}
-        return self._comm.stats | {f"network_{name}": count for name, count in network.items()}
+        shared = {"growths": self._comm.growths}
+        shared |= {f"network_{name}": count for name, count in network.items()}
+        return self._attachment.stats | shared
 
     def memory_report(self) -> MemoryReport:
-        """Print, and return, what this rank's communicator holds and may come to hold, in bytes."""
+        """Print, and return, what this rank's communicators on the group hold and may come to hold."""
         report = report_memory(self)
         print(report)
         return report
 
     def close(self) -> None:
-        """Finish what is under way and tell the other ranks. Using it afterwards raises CommError.
+        """Issue no more operations. Using it afterwards raises CommError.
+
+        The last of those that share a communicator finishes what is under way and tells the other ranks.
 
         Raises:
             PeerTimeout, CallMismatch: an operation failed, and no call has raised it yet (on a GPU, where
                 operations only queue). The communicator is closed all the same.
         """
-        self._comm.close()
+        self._attachment.close()
 
     def __enter__(self) -> ExpertParallel:
         return self
@@ -476,6 +488,6 @@ class ExpertParallel:
             previous_event.wait()
 
     def _take_event(self, part: split.Split | None) -> Event:
-        event = self._comm.take_event()
+        event = self._attachment.take_event()
         event.split = part
         return event

@@ -37,6 +37,10 @@ class SingleGroup(Group):
 
     rank, size = 0, 1
 
+    @property
+    def origin(self) -> object:
+        return SingleGroup
+
     def allgather(self, data: bytes) -> list[bytes]:
         return [data]
 
@@ -54,7 +58,12 @@ class StoreGroup(PostingGroup):
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any"
         self._store = dist.PrefixStore(f"commlib/{attempt}/{size}", store)
+        self._given = store
         self.rank, self.size = rank, size
+
+    @property
+    def origin(self) -> object:
+        return self._given
 
     def open(self, seconds: float) -> int:
         with _store_errors():
@@ -101,6 +110,10 @@ class TorchGroup(StoreGroup):
         self._process_group, self.mesh = weakref.ref(known), mesh
         store = dist.distributed_c10d._get_process_group_store(known)
         super().__init__(store, rank, dist.get_world_size(group))
+
+    @property
+    def origin(self) -> object:
+        return self._process_group()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -178,6 +191,10 @@ class MPIGroup(PostingGroup):
             letters = _Letters(self._comm)
             self._comm.Set_attr(_letters_key(), letters)
         return letters
+
+    @property
+    def origin(self) -> object:
+        return self._letters
 
     def barrier(self) -> None:
         """Return when every rank has called it: by MPI, which lets all go at nearly the same moment.

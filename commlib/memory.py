@@ -1,4 +1,4 @@
-"""What a communicator holds in memory."""
+"""What communicators hold in memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from commlib.communicator import Communicator
     from commlib.expert_parallel import ExpertParallel
 
 
 @dataclass(frozen=True)
-class MemoryReport:
-    """Bytes on this rank.
+class CommunicatorMemory:
+    """Bytes of one communicator on this rank.
 
     Attributes:
+        shape: what it was made for.
+        layers: how many ExpertParallels share it.
         reserved: address space of the symmetric heap: slots * slot_bytes and the control words.
         slot_bytes: of one slot: ``capacity`` rows with their metadata.
         touched: of ``reserved``, in memory now; grows to at most ``reserved``.
@@ -22,6 +25,8 @@ class MemoryReport:
         slots, slots_in_use: all slots, and those that results, lent buffers or operations hold now.
     """
 
+    shape: str
+    layers: int
     reserved: int
     slot_bytes: int
     touched: int
@@ -35,22 +40,45 @@ class MemoryReport:
             return f"{n / 2**20:,.1f} MiB"
 
         return (
-            f"commlib memory: heap {mib(self.touched)} touched of {mib(self.reserved)} reserved "
+            f"{self.shape}, used by {self.layers} ExpertParallel{'s' * (self.layers != 1)}: "
+            f"heap {mib(self.touched)} touched of {mib(self.reserved)} reserved "
             f"({self.slots} slots of {mib(self.slot_bytes)}, {self.slots_in_use} in use), "
             f"idle result buffers {mib(self.idle_buffers)}"
             + (f", network rings {mib(self.network)}" if self.network else "")
         )
 
 
+@dataclass(frozen=True)
+class MemoryReport(CommunicatorMemory):
+    """One communicator's, and beside it those of the same team: this rank with the same others.
+
+    Attributes:
+        others: the team's other communicators, which have other shapes, the oldest first.
+    """
+
+    others: tuple[CommunicatorMemory, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(f"commlib memory: {text}" for text in (super().__str__(), *map(str, self.others)))
+
+
 def report_memory(ep: ExpertParallel) -> MemoryReport:
-    """The report for one rank's communicator."""
-    core = ep._comm.core
-    return MemoryReport(
-        core.heap_bytes,
-        core.slot_bytes,
-        core.touched_bytes,
-        ep._comm.backend.idle_bytes,
-        core.network_memory,
-        ep.settings.slots,
-        core.slots_in_use,
+    """The report for the communicator of one ExpertParallel, and for its team."""
+    mine = ep._comm
+    others = (CommunicatorMemory(*_memory_of(c)) for c in mine.team.communicators if c is not mine)
+    return MemoryReport(*_memory_of(mine), others=tuple(others))
+
+
+def _memory_of(c: Communicator) -> tuple[str, int, int, int, int, int, int, int, int]:
+    s = c.settings
+    return (
+        f"{s.num_experts} experts on {c.size} ranks, top {s.topk}, rows of {s.hidden} {str(s.dtype)[6:]}",
+        c.attached,
+        c.core.heap_bytes,
+        c.core.slot_bytes,
+        c.core.touched_bytes,
+        c.backend.idle_bytes,
+        c.core.network_memory,
+        c.slots,
+        c.core.slots_in_use,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from commlib import _core, checks, compiling
-from commlib.communicator import Communicator, communicator_of, refuse_forward_mode
+from commlib.communicator import Attachment, attachment_of, refuse_forward_mode
 from commlib.errors import CapacityExceeded
 
 
@@ -30,7 +30,7 @@ class RoutePlan(NamedTuple):
     local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
     source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
     groups: Tensor  # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow
-    comm: Tensor  # [], see Communicator.name
+    comm: Tensor  # [], see Attachment.name
 
 
 _ROUTING = (
@@ -106,7 +106,8 @@ def _dispatch(
     async_op: bool,
     in_waves: bool,
 ) -> tuple[Tensor, ...]:
-    c = communicator_of(comm)
+    a = attachment_of(comm)
+    c = a.communicator
     checks.check_dispatch(c, x, topk_idx, topk_weights, align, (width, experts))
     tokens, topk = topk_idx.shape
     routes = c.backend.empty(tokens, width)
@@ -120,7 +121,7 @@ def _dispatch(
         *_addresses_of_groups(groups, grouped),
         align,
     )
-    pending = _begin_dispatch(c, view, topk_weights is not None, drop, in_waves)
+    pending = _begin_dispatch(a, view, topk_weights is not None, drop, in_waves)
     backend = c.backend
     try:
         size = pending.results
@@ -150,26 +151,27 @@ def _dispatch(
         backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
     counts = backend.copied(groups)
-    c.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
-    c.event = backend.end("dispatch", ticket, (*keep, counts), async_op)
-    if in_waves and c.event is not None:
-        c.event.waves = pending
+    a.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
+    a.event = backend.end("dispatch", ticket, (*keep, counts), async_op)
+    if in_waves and a.event is not None:
+        a.event.waves = pending
     return rows, weights, counts, routes, local, source, groups
 
 
 def _begin_dispatch(
-    c: Communicator, view: _core.RoutePlan, weighted: bool, drop: bool, in_waves: bool
+    a: Attachment, view: _core.RoutePlan, weighted: bool, drop: bool, in_waves: bool
 ) -> _core.PendingDispatch:
     """Publish to the other ranks what goes where; where the communicator grows, make room for what comes."""
+    c = a.communicator
     try:
         c.backend.begin_plan()
-        return c.core.begin_dispatch(view, weighted, drop and not c.settings.grows, in_waves)
+        return c.core.begin_dispatch(view, weighted, drop and not c.settings.grows, in_waves, a.caller)
     except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
         if not c.settings.grows:
             raise
         c.make_room(error.rows)
     c.backend.begin_plan()
-    return c.core.begin_dispatch(view, weighted, False, in_waves)
+    return c.core.begin_dispatch(view, weighted, False, in_waves, a.caller)
 
 
 def _redispatch(
@@ -185,7 +187,8 @@ def _redispatch(
     zero_copy: bool,
     async_op: bool,
 ) -> tuple[Tensor, Tensor]:
-    c = communicator_of(comm)
+    a = attachment_of(comm)
+    c = a.communicator
     routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
     checks.check_redispatch(c, x, topk_weights, routing, grouped)
     size = source.shape[0]
@@ -200,10 +203,11 @@ def _redispatch(
         _core.Received(None if out is None else out.data_ptr(), weights.data_ptr()),
         async_op,
         keep if async_op else None,
+        a.caller,
     )
     rows = c.view(lease, size) if out is None else out
-    c.count(redispatches=1, rows_received=local.shape[0])
-    c.event = c.backend.end("redispatch", ticket, (rows, *keep), async_op)
+    a.count(redispatches=1, rows_received=local.shape[0])
+    a.event = c.backend.end("redispatch", ticket, (rows, *keep), async_op)
     return rows, weights
 
 
@@ -222,7 +226,8 @@ def _combine(
     async_op: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    c = communicator_of(comm)
+    a = attachment_of(comm)
+    c = a.communicator
     routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
     checks.check_combine(c, y, weights, bias, weight_grads, routing, grouped)
     if out is None:
@@ -247,9 +252,10 @@ def _combine(
         out_weights.data_ptr() if weight_grads is not None else 0,
         async_op,
         keep if async_op else None,
+        a.caller,
     )
-    c.count(combines=1)
-    c.event = c.backend.end("combine", ticket, keep, async_op)
+    a.count(combines=1)
+    a.event = c.backend.end("combine", ticket, keep, async_op)
     return out, out_weights
 
 

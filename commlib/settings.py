@@ -26,6 +26,10 @@ START_SECONDS = 300.0  # that ranks wait for each other at start-up unless told 
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
 _FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
 ANY_TOKENS = 2**16  # that a rank may send then, where most go nowhere
+# Slots, unless told otherwise. On a CPU they cost address space until they are written; of all ranks' heaps
+# together not more than this, of the 128 TiB that a process has.
+_CPU_SLOTS, _FEWEST_CPU_SLOTS, _CPU_ADDRESSES = 128, 8, 2**41
+_GPU_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,14 @@ class Settings:
     device: torch.device
     num_sms: int | None
     capacity: int | None
-    slots: int
-    timeout: float
+    slots: int | None
+    timeout: float = 0.0  # the team's, once there is one
     partition: SMPartition | None = None
     link_gbps: float | None = None
     routing: RoutingMode = "auto"
     ranks_per_node: int | None = None
     grows: bool = False  # max_tokens was not known: it and capacity are the present ones
+    exclusive: bool = False
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -75,10 +80,10 @@ class Settings:
             dtype=_dtype(self.dtype),
             num_sms=num_sms,
             capacity=None if self.capacity is None else _int("capacity", self.capacity, 1, _MAX_ROWS),
-            slots=_int("slots", self.slots, 1, _core.MAX_SLOTS),
-            timeout=checked_timeout(self.timeout),
+            slots=None if self.slots is None else _int("slots", self.slots, 1, _core.MAX_SLOTS),
             link_gbps=None if self.link_gbps is None else _positive("link_gbps", self.link_gbps, "GB/s"),
             ranks_per_node=node_size(self.ranks_per_node),
+            exclusive=_bool("exclusive", self.exclusive),
         )
         return checked.with_room(size) if self.grows else checked
 
@@ -110,6 +115,15 @@ class Settings:
     def capacity_on(self, size: int) -> int:
         """Rows a slot holds."""
         return size * self.max_tokens if self.capacity is None else self.capacity
+
+    def slots_on(self, size: int) -> int:
+        """How many slots there are."""
+        if self.slots is not None:
+            return self.slots
+        if self.device.type == "cuda":
+            return _GPU_SLOTS
+        heaps = size * self.capacity_on(size) * self.hidden * self.dtype.itemsize  # with one slot each
+        return max(_FEWEST_CPU_SLOTS, min(_CPU_SLOTS, _CPU_ADDRESSES // heaps))
 
     def shared(self) -> dict[str, Any]:
         """The settings that must be equal on all ranks."""
@@ -173,6 +187,12 @@ def _int(name: str, value: Any, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ValueError(f"{name} must lie in [{least}, {most}], got {_shown(number)}")
     return number
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from commlib import ops
 
 if TYPE_CHECKING:
-    from commlib.communicator import Communicator
+    from commlib.communicator import Attachment
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -27,18 +27,18 @@ class Split:
     """What the two nodes of one operation share.
 
     Args:
-        comm: the communicator.
+        attachment: what the operation is called on.
         adjoint: issues the adjoint operation on the outputs' gradients; asynchronously, or not.
         complete: from its results, the outputs' gradients and saved inputs to the inputs' gradients.
     """
 
     def __init__(
         self,
-        comm: Communicator,
+        attachment: Attachment,
         adjoint: Callable[[Sequence[Tensor], bool], Gradients],
         complete: Callable[[Gradients, Sequence[Tensor], Sequence[Tensor]], Gradients],
     ) -> None:
-        self._comm = comm
+        self._attachment = attachment
         self._adjoint = adjoint
         self._complete = complete
         self._results: Gradients | None = None
@@ -51,7 +51,7 @@ class Split:
                 "finish() was called twice on one operation, and the results of both were used"
             )
         self._results = self._adjoint(grads, True)
-        self._event = self._comm.take_event()
+        self._event = self._attachment.take_event()
 
     def end(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         """In start's backward."""
@@ -99,7 +99,7 @@ def finish(split: Split, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def start_dispatch(
-    comm: Communicator,
+    attachment: Attachment,
     issue: Callable[..., tuple],
     x: Tensor,
     weights: Tensor | None,
@@ -113,14 +113,14 @@ def start_dispatch(
         g_weights = None if weights is None else grads[1]
         return ops.dispatch_adjoint(routing[0], grouped, grads[0], g_weights, async_op)
 
-    split = Split(comm, adjoint, lambda results, *_: results)
+    split = Split(attachment, adjoint, lambda results, *_: results)
     outputs = _Start.apply(split, issue, (), x, weights)
     routing.append(routing_of(outputs))
     return split, outputs
 
 
 def start_combine(
-    comm: Communicator,
+    attachment: Attachment,
     issue: Callable[..., tuple],
     y: Tensor,
     weights: Tensor | None,
@@ -139,7 +139,7 @@ def start_combine(
         gy, gw = ops.gradients_of_rows(rows, *saved)
         return gy, gw, None if bias is None else grads[0]
 
-    split = Split(comm, adjoint, complete)
+    split = Split(attachment, adjoint, complete)
     saved = () if weights is None else (y, weights)
     (out,) = _Start.apply(split, issue, saved, y, weights, bias)
     return split, out

@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 import torch
 from processes import descriptors
 from reference import make_world
@@ -15,7 +16,7 @@ def test_memory_is_reserved_for_the_worst_case_and_taken_as_used(capsys):
     config = dict(num_experts=8, hidden=7168, topk=2, max_tokens=65536, dtype=torch.bfloat16)
     with ExpertParallel(device="cpu", **config) as ep:
         report = ep.memory_report()
-        assert report.reserved > 8 * 65536 * 7168 * 2
+        assert report.reserved > 128 * 65536 * 7168 * 2
         assert report.touched < 1 << 20
         d = ep.dispatch(torch.zeros(1024, 7168, dtype=torch.bfloat16), torch.tensor([[0, 1]] * 1024))
         rows = 1024 * 7168 * 2
@@ -24,7 +25,7 @@ def test_memory_is_reserved_for_the_worst_case_and_taken_as_used(capsys):
         del d
         assert ep.memory_report().slots_in_use == 0
     out = capsys.readouterr().out
-    assert "heap" in out and "8 slots" in out
+    assert "heap" in out and "128 slots" in out
 
 
 def test_repeated_operations_do_not_grow(device):
@@ -74,18 +75,18 @@ def test_closed_communicators_give_their_memory_back(device):
     assert memory_later - memory < 8 << 20  # the device gives at least 2 MiB to each of 40 communicators
 
 
-def test_layers_share_descriptors_and_threads_go_with_close(in_processes):
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_layers_share_descriptors_and_threads_go_with_close(in_processes, exclusive):
     """Each communicator has one descriptor, of its own memory, for any number of ranks."""
 
     def main(group):
-        def make(num_sms):
-            return ExpertParallel(
-                group, num_experts=8, hidden=16, topk=2, max_tokens=8, device="cpu", num_sms=num_sms
-            )
+        def make(num_sms, exclusive=False):
+            shape = dict(num_experts=8, hidden=16, topk=2, max_tokens=8, device="cpu", num_sms=num_sms)
+            return ExpertParallel(group, **shape, exclusive=exclusive)
 
         first = make(1)
         before = descriptors()
-        layers = [make(3) for _ in range(20)]
+        layers = [make(3, exclusive) for _ in range(20)]
         with_layers, threads = descriptors(), threading_count()
         for ep in layers:
             x = torch.ones(4, 16, dtype=torch.bfloat16)
@@ -97,7 +98,8 @@ def test_layers_share_descriptors_and_threads_go_with_close(in_processes):
         first.close()
         return with_layers - before, kept - before, threads - threads_kept
 
-    assert in_processes(main, 3) == [(20, 0, 40)] * 3
+    communicators = 20 if exclusive else 1
+    assert in_processes(main, 3) == [(communicators, 0, 2 * communicators)] * 3
 
 
 def test_what_still_lies_in_a_closed_communicators_memory_stays():

@@ -72,6 +72,7 @@ class Communicators:
             "device": key.device,
             "num_sms": num_sms,
             "timeout": self._timeout,
+            "exclusive": True,  # DeepEP's buffers are independent of each other
         }
 
     def along(self, handle: Handle, width: int, dtype: torch.dtype) -> tuple[ExpertParallel, Handle]:

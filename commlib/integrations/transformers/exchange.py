@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,20 +18,13 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
-_Key = tuple[int, int, int, torch.dtype, torch.device]
-
-# By the group that ranks were given as, then by shape: layers of equal shape share a communicator. Layers
-# keep it; it is closed when the last of them is gone.
-_known: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[_Key, ExpertParallel]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Exchange:
     """Brings one layer's tokens to the experts.
 
-    The communicator is made at the first call, which shows how wide rows are and how many experts a token
-    has. It takes batches of any size, and all layers of that shape share it.
+    Its ExpertParallel is made at the first call, which shows how wide rows are and how many experts a token
+    has. It takes batches of any size. Those of layers of one shape share a communicator.
 
     Args:
         group: a ProcessGroup, 1-D DeviceMesh or commlib.Group.
@@ -63,7 +55,7 @@ class Exchange:
         Returns:
             ``[T, H]``, dtype of ``hidden_states``.
         """
-        ep = self._communicator(hidden_states, top_k_index.shape[1])
+        ep = self._expert_parallel(hidden_states, top_k_index.shape[1])
         d = ep.dispatch(hidden_states, top_k_index, top_k_weights, layout="expert")
         rows = torch.arange(d.x.shape[0], device=d.x.device)
         index = torch.bucketize(rows, d.offsets[1:], right=True).unsqueeze(-1)
@@ -78,33 +70,27 @@ class Exchange:
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return Exchange(self.group, self.num_experts)  # a copy of a model has the same ranks
 
-    def _communicator(self, rows: Tensor, topk: int) -> ExpertParallel:
+    def _expert_parallel(self, rows: Tensor, topk: int) -> ExpertParallel:
         ep = self._ep
         if ep is not None:
             known = ep.settings
             if (known.dtype, known.topk, known.device) == (rows.dtype, topk, rows.device):
                 return ep
-        ep = self._ep = _find_communicator(self.group, self.num_experts, rows, topk)
-        return ep
+        self._ep = _make(self.group, self.num_experts, rows, topk)
+        return self._ep
 
 
 @torch.compiler.disable
-def _find_communicator(group: Any, num_experts: int, rows: Tensor, topk: int) -> ExpertParallel:
-    owner = group.get_group() if isinstance(group, torch.distributed.DeviceMesh) else group
-    shapes = _known.setdefault(owner, weakref.WeakValueDictionary())
-    key = num_experts, rows.shape[1], topk, rows.dtype, rows.device
-    ep = shapes.get(key)
-    if ep is None:
-        ep = shapes[key] = ExpertParallel(
-            group,
-            num_experts=num_experts,
-            hidden=rows.shape[1],
-            topk=topk,
-            max_tokens=None,
-            dtype=rows.dtype,
-            device=rows.device,
-        )
-    return ep
+def _make(group: Any, num_experts: int, rows: Tensor, topk: int) -> ExpertParallel:
+    return ExpertParallel(
+        group,
+        num_experts=num_experts,
+        hidden=rows.shape[1],
+        topk=topk,
+        max_tokens=None,
+        dtype=rows.dtype,
+        device=rows.device,
+    )
 
 
 def _forward_of_nothing(experts_forward: ExpertsForward, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

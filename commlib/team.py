@@ -1,0 +1,103 @@
+"""Teams: what all communicators of a rank with the same other ranks have in common."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from commlib import _core
+from commlib.conversation import Group
+
+if TYPE_CHECKING:
+    from commlib.communicator import Communicator
+    from commlib.settings import Settings
+
+
+class Team:
+    """The communicators of one rank with the same others, on one device.
+
+    Each has an order of operations, and memory, of its own. They have one timeout, and give up together: who
+    waits for a rank in one of them hears of its failure in any other. Communicators keep their team.
+
+    Attributes:
+        uid: the same on all its ranks, and no other team's.
+        timeout: seconds that a rank waits for a peer.
+        core: by which they give up together.
+    """
+
+    def __init__(self, uid: str, timeout: float) -> None:
+        self.uid, self.timeout = uid, timeout
+        self.core = _core.Team()
+        self._members: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+    @property
+    def communicators(self) -> list[Communicator]:
+        """Those that are open, the oldest first."""
+        return sorted((c for c in list(self._members) if not c.closed), key=lambda c: c.number)
+
+    def add(self, communicator: Communicator) -> None:
+        """Take in one that is connected, on all ranks."""
+        self._members.add(communicator)
+
+    def find(self, settings: Settings) -> Communicator | None:
+        """The communicator that was made for these settings and can be used."""
+        shape = shape_of(settings)
+        return next((c for c in self.communicators if c.shape == shape and c.is_usable()), None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Of later operations of all its communicators."""
+        self.timeout = seconds
+        for communicator in self.communicators:
+            communicator.set_timeout(seconds)
+
+    def check_timeout(self, seconds: float | None) -> None:
+        """Raise ValueError where another timeout is asked for than the team has; None: any will do."""
+        if seconds is not None and seconds != self.timeout:
+            raise ValueError(
+                f"timeout={seconds:g}, but communicators of the same ranks are open whose timeout is "
+                f"{self.timeout:g}, and they have one: leave it out, or set ep.timeout later, for all. "
+                "exclusive=True gives this ExpertParallel a timeout of its own"
+            )
+
+
+def shape_of(settings: Settings) -> Settings:
+    """What communicators must have in common for ExpertParallels to share one: all but the timeout."""
+    return replace(settings, timeout=0.0)
+
+
+_Key = tuple[int, int, int, int, torch.device]
+
+# The newest team of each group; groups that stand for the same ranks have one origin, rank and size. A forked
+# child finds none of its parent's.
+_teams: dict[_Key, tuple[weakref.ref[object], weakref.ref[Team]]] = {}
+
+
+def find_team(group: Group, device: torch.device) -> Team | None:
+    """This rank's team of the group, if it can be used: it has open communicators, and none has given up."""
+    origin, team = (ref() for ref in _teams.get(_key(group, device), (_nothing, _nothing)))
+    if not isinstance(team, Team) or origin is not group.origin:
+        return None
+    return team if team.communicators and not team.core.has_given_up else None
+
+
+def keep_team(group: Group, device: torch.device, team: Team) -> None:
+    """Let it be found from now on, as long as a communicator of it is there."""
+    key = _key(group, device)
+
+    def forget(ref: weakref.ref[Team]) -> None:
+        if key in _teams and _teams[key][1] is ref:
+            del _teams[key]
+
+    _teams[key] = weakref.ref(group.origin), weakref.ref(team, forget)
+
+
+def _key(group: Group, device: torch.device) -> _Key:
+    return os.getpid(), id(group.origin), group.rank, group.size, device
+
+
+def _nothing() -> None:
+    return None
