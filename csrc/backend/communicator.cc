@@ -21,9 +21,14 @@ Communicator::Communicator(const Config& config)
     : config_(config),
       placement_{config.experts, config.size},
       width_(std::min(config.topk, config.size)),
-      layout_{config.capacity,   config.hidden * size_of(config.dtype),
-              config.topk,       accumulator_size(config.dtype),
-              config.max_tokens, config.size * placement_.max_count()},
+      layout_{config.capacity,
+              config.hidden * size_of(config.dtype),
+              config.hidden * size_of(config.dtype),
+              0,
+              config.topk,
+              accumulator_size(config.dtype),
+              config.max_tokens,
+              config.size * placement_.max_count()},
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
       dispatches_(static_cast<uint32_t>(config.first_epoch - 1)),
@@ -50,7 +55,7 @@ void Communicator::write_first_words(std::byte* control) const {
   for (int s = 0; s < config_.size; ++s) {
     std::fill(std::begin(signals[s].arrived), std::end(signals[s].arrived), before);
     signals[s].pulled = before;
-    std::fill(std::begin(signals[s].calls), std::end(signals[s].calls), said_before);
+    for (SaidCall& said : signals[s].calls) said.word = said_before;
   }
   auto* counts = reinterpret_cast<uint64_t*>(signals + config_.size);
   std::fill_n(counts, 2 * config_.size * count_words(placement_), said_before);

@@ -72,6 +72,9 @@ struct Rows {
   int64_t count = 0;
   bool has_weights = false;            // on all ranks alike, also where there are no rows
   const std::byte* weights = nullptr;  // [count][topk]
+  const std::byte* scales = nullptr;   // [count], scales_stride bytes apart, where the format has any
+  int64_t scales_stride = 0;
+  RowFormat format{};  // the same on all ranks
 };
 
 // The route plan, which a dispatch found and later operations use again.
@@ -93,6 +96,7 @@ struct Received {
   std::byte* weights = nullptr;  // [rows][topk], or [grouped rows]
   int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
+  std::byte* scales = nullptr;   // as rows
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they
@@ -103,6 +107,7 @@ struct PendingDispatch {
   OpId id{};
   std::shared_ptr<SlotLease> lease;
   PlanReport plan{};
+  RowFormat format{};
   int64_t rows = 0;     // unique
   int64_t results = 0;  // unique, or grouped with their padding
 };
@@ -115,6 +120,8 @@ struct CombineInput {
   const std::byte* weight_grads = nullptr;  // [rows][topk], or [grouped rows]
   const std::byte* bias = nullptr;
   int64_t bias_stride = 0;
+  RowFormat format{};  // of y, bias and sums; no scales. Other rows than the communicator's: of `dtype`
+  DType dtype{};
 };
 
 // What a rank writes for every other when it departs: see Signals::departed.
@@ -158,8 +165,10 @@ class Communicator {
   // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
   // order in which wait_expert may ask for them; needs expand_to, and ranks of one node. `caller`: see Call.
+  // `format`: of the rows to come; std::invalid_argument where a slot has no room for them.
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
-                                                  bool in_waves, uint8_t caller = 0);
+                                                  bool in_waves, uint8_t caller = 0,
+                                                  const RowFormat& format = {});
   // Moves the rows. `routing` now has expand_to where the layout wants it. On a CPU the ticket is already
   // done unless `async`.
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -293,6 +302,10 @@ class Communicator {
   void connect_network(const std::vector<PeerAddress>& peers, Signals* signals);
   void announce_departure_far(const Departure& departure);
 
+  // Of rows of this format in a slot; std::invalid_argument where it has no room for them.
+  SlotLayout layout_of(const RowFormat& format) const;
+  // Of sums: std::invalid_argument also where weights would have to be of another type.
+  void check_sum_of(DType dtype) const;
   void check_usable() const;
   [[noreturn]] void refuse(const std::string& why) const;
   // The communicator is of no use from here on; the first reason counts. Its team gives up with it.
@@ -310,7 +323,7 @@ class Communicator {
     bool in_place;
     bool users_rows;  // the slot holds a tensor of the user's
   };
-  CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing);
+  CombineSlot combine_slot(const CombineInput& input, const RoutePlan& routing, const SlotLayout& layout);
 
   void keep_near();
   // What a backend makes of an operation that has its number.
@@ -318,7 +331,7 @@ class Communicator {
   auto issued(Execute execute) -> decltype(execute());
   // The next operation. Its epoch is 0 where it is captured: it has none before it runs.
   OpId next_op(Call call, const SlotLease& lease);
-  PlanOp plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const;
+  PlanOp plan_op(const RoutePlan& routing, const PendingDispatch& pending, bool drop) const;
   RowsOp rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
                  const SlotLease& lease) const;
   SendPlan send_plan(const Rows& rows, const RoutePlan& routing) const;

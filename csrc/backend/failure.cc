@@ -23,6 +23,7 @@ std::string call_text(Call call) {
     text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
   if (call.has(kCallDrops)) text += ", overflow=\"drop\"";
   if (call.has(kCallInWaves)) text += ", in_waves";
+  if (call.has(kCallSaysFormat)) text += ", rows of another type or width";
   return text;
 }
 
@@ -46,21 +47,33 @@ std::string waited_text(const FailureRecord& r) {
   return seconds;
 }
 
+std::string format_text(uint64_t word) {
+  if (word == 0) return "";
+  const RowFormat format = RowFormat::from_word(word);
+  return " (type " + std::to_string(format.type) + ", " + std::to_string(format.bytes) +
+         " bytes, and scales of " + std::to_string(format.scale_bytes) + ")";
+}
+
+std::string mismatch_advice(const Call& mine, const Call& theirs) {
+  if (!mine.same_caller(theirs)) {
+    return ", counted as they were made. Those of one shape and group share a communicator, so all ranks "
+           "must use them in the same order; exclusive=True gives one an order of its own";
+  }
+  if (mine.op == theirs.op && (mine.flags | kCallSaysFormat) == (theirs.flags | kCallSaysFormat)) {
+    return ". Rows and scales must be of one type and width on all ranks";
+  }
+  return ". All ranks must make the same calls in the same order, all with topk_weights or all without, and "
+         "with the same overflow and in_waves";
+}
+
 std::string mismatch_text(const std::string& me, const FailureRecord& r) {
   const Call mine = Call::from_bits(r.call), theirs = Call::from_bits(r.their_call);
-  const bool other_caller = !mine.same_caller(theirs);
-  const auto text = [&](const Call& call) {
-    return call_text(call) + (other_caller ? " of ExpertParallel " + std::to_string(call.caller) : "");
+  const auto text = [&](const Call& call, uint64_t format) {
+    const std::string caller = " of ExpertParallel " + std::to_string(call.caller);
+    return call_text(call) + format_text(format) + (mine.same_caller(theirs) ? "" : caller);
   };
-  return "but rank " + std::to_string(r.peer) + " called " + text(theirs) + " where " + me + " called " +
-         text(mine) +
-         (other_caller
-              ? ", counted as they were made. Those of one shape and group share a communicator, so all "
-                "ranks "
-                "must use them in the same order; exclusive=True gives one an order of its own"
-              : ". All ranks must make the same calls in the same order, all with topk_weights or all "
-                "without, "
-                "and with the same overflow and in_waves");
+  return "but rank " + std::to_string(r.peer) + " called " + text(theirs, r.their_format) + " where " + me +
+         " called " + text(mine, r.format) + mismatch_advice(mine, theirs);
 }
 
 }  // namespace

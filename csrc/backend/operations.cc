@@ -6,15 +6,9 @@
 namespace commlib {
 namespace {
 
-Call dispatch_call(bool has_weights, bool drop, bool in_waves, uint8_t caller) {
-  return {OpKind::dispatch, 0,
-          static_cast<uint8_t>((has_weights ? kCallHasWeights : 0) | (drop ? kCallDrops : 0) |
-                               (in_waves ? kCallInWaves : 0)),
-          caller};
-}
-
-Call call_of(OpKind op, bool has_weights, uint8_t caller) {
-  return {op, 0, has_weights ? kCallHasWeights : uint8_t{0}, caller};
+Call call_of(OpKind op, bool has_weights, uint8_t caller, const RowFormat& format, int flags = 0) {
+  flags |= (has_weights ? kCallHasWeights : 0) | (format.is_own() ? 0 : kCallSaysFormat);
+  return {op, 0, static_cast<uint8_t>(flags), caller};
 }
 
 }  // namespace
@@ -36,7 +30,8 @@ auto Communicator::issued(Execute execute) -> decltype(execute()) {
 }
 
 std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
-                                                              bool drop, bool in_waves, uint8_t caller) {
+                                                              bool drop, bool in_waves, uint8_t caller,
+                                                              const RowFormat& format) {
   const Issue issue(*this);
   check_health();
   if (is_captured()) {
@@ -44,12 +39,15 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
         "a dispatch without a handle cannot be captured in a CUDA graph: the host reads how many rows come. "
         "Capture what follows it, with its handle");
   }
+  layout_of(format);
   keep_near();
   auto pending = std::make_unique<PendingDispatch>();
+  pending->format = format;
   pending->lease = take_slot();
-  pending->id = next_op(dispatch_call(has_weights, drop, in_waves, caller), *pending->lease);
+  const int flags = (drop ? kCallDrops : 0) | (in_waves ? kCallInWaves : 0);
+  pending->id = next_op(call_of(OpKind::dispatch, has_weights, caller, format, flags), *pending->lease);
   const PlanReport& report = pending->plan =
-      issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
+      issued([&] { return execute_plan(pending->id, plan_op(routing, *pending, drop)); });
   if (report.status == PlanStatus::bad_id) {
     --epoch_;  // no rank has heard of it
     raise_bad_id(report.bad_index, report.bad_id);
@@ -74,7 +72,9 @@ void Communicator::keep_near() {
 Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                                      const Received& received, bool async, Held held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
-  RowsOp op = rows_op(rows, routing, received, *pending.lease);
+  Rows sent = rows;
+  sent.format = pending.format;
+  RowsOp op = rows_op(sent, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
   std::copy_n(pending.plan.slots, config_.size, op.slots);
   std::copy_n(pending.plan.source_rows, config_.size, op.source_rows);
@@ -90,9 +90,10 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   const Issue issue(*this);
   check_health();
   check_routes(routing);
+  layout_of(rows.format);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
-  const OpId id = next_op(call_of(OpKind::redispatch, rows.has_weights, caller), *slot);
+  const OpId id = next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format), *slot);
   if (received.rows_in_slot) *lease = slot;
   return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
 }
@@ -103,13 +104,16 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   check_health();
   check_routes(routing);
   check_out(out);
-  CombineSlot slot = combine_slot(input, routing);
+  if (!input.format.is_own()) check_sum_of(input.dtype);
+  CombineSlot slot = combine_slot(input, routing, layout_of(input.format));
   CombineOp op{};
+  op.format = input.format;
   op.local_sum = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
   op.in_place = slot.in_place;
-  const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller), *slot.lease);
+  const OpId id =
+      next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format), *slot.lease);
   return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
@@ -164,9 +168,30 @@ void Communicator::check_out(const std::byte* out) const {
       "which other ranks may still read: give another tensor");
 }
 
-Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing) {
+SlotLayout Communicator::layout_of(const RowFormat& format) const {
+  if (format.is_own()) return layout_;
+  const bool sound =
+      format.bytes > 0 && format.scale_bytes >= 0 && format.scale_bytes < int64_t{1} << RowFormat::kScaleBits;
+  if (sound && layout_.has_room_for(format)) return layout_.with(format);
+  const std::string scales =
+      format.scale_bytes ? " and scales of " + std::to_string(format.scale_bytes) : std::string();
+  throw std::invalid_argument("rows of " + std::to_string(format.bytes) + " bytes" + scales +
+                              " have no room where this communicator has " +
+                              std::to_string(layout_.room_bytes) +
+                              " for each: convert them, or make one with a wider hidden or dtype");
+}
+
+void Communicator::check_sum_of(DType dtype) const {
+  if (accumulator_size(dtype) == layout_.weight_bytes) return;
+  throw std::invalid_argument(
+      "sums are taken in float64 for float64 rows only, and weights have that type: "
+      "make a communicator with dtype=float64 for such rows, and another for others");
+}
+
+Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing,
+                                                     const SlotLayout& layout) {
   // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
-  const bool plain = !routing.expand_to && !input.weights && input.stride == layout_.row_bytes;
+  const bool plain = !routing.expand_to && !input.weights && input.stride == layout.row_bytes;
   auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
   if (!lease) return {take_slot(), false, false};
   lease->use();
@@ -174,8 +199,10 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   return {std::move(lease), true, users_rows};
 }
 
-PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const {
+PlanOp Communicator::plan_op(const RoutePlan& routing, const PendingDispatch& pending, bool drop) const {
+  const SlotLease& lease = *pending.lease;
   PlanOp op{};
+  op.format = pending.format;
   op.routing = {routing.topk_idx, routing.tokens, config_.topk, width_, placement_, nullptr};
   op.routes = routing.routes;
   op.ordinals = lease.slot().sent_ordinals;
@@ -192,8 +219,10 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
 RowsOp Communicator::rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
                              const SlotLease& lease) const {
   RowsOp op{};
+  op.format = rows.format;
   op.send = send_plan(rows, routing);
   op.unpack = unpack_plan(routing, received, lease);
+  op.unpack.layout = op.send.layout;
   return op;
 }
 
@@ -204,11 +233,13 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) con
   plan.width = width_;
   plan.x = rows.x;
   plan.x_stride = rows.stride;
+  plan.scales = rows.scales;
+  plan.scales_stride = rows.scales_stride;
   plan.routes = routing.routes;
   plan.topk_idx = routing.topk_idx;
   plan.weights = rows.weights;
   plan.placement = placement_;
-  plan.layout = layout_;
+  plan.layout = layout_.with(rows.format);
   return plan;
 }
 
@@ -224,6 +255,7 @@ UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& r
   plan.rows_per_expert = routing.rows_per_expert;
   plan.experts = placement_.count(config_.rank);
   plan.out_rows = received.rows;
+  plan.out_scales = received.scales;
   plan.out_weights = received.weights;
   plan.out_topk_idx = received.topk_idx;
   plan.out_source = received.source;
@@ -233,8 +265,9 @@ UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& r
 LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const RoutePlan& routing,
                                           const CombineSlot& slot) const {
   LocalSumPlan plan{};
-  plan.dtype = config_.dtype;
-  plan.hidden = config_.hidden;
+  plan.layout = layout_.with(input.format);
+  plan.dtype = input.format.is_own() ? config_.dtype : input.dtype;
+  plan.hidden = plan.layout.row_bytes / size_of(plan.dtype);
   plan.topk = config_.topk;
   plan.rows = routing.rows;
   plan.y = slot.in_place ? nullptr : input.y;
@@ -242,7 +275,6 @@ LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const Route
   plan.expand_to = routing.expand_to;
   plan.weights = input.weights;
   plan.weight_grads = input.weight_grads;
-  plan.layout = layout_;
   plan.slot = slot.lease->slot();
   return plan;
 }
@@ -251,8 +283,9 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& rou
                                  const LocalSumPlan& local_sum, std::byte* out,
                                  std::byte* out_weights) const {
   PullPlan plan{};
-  plan.dtype = config_.dtype;
-  plan.hidden = config_.hidden;
+  plan.layout = local_sum.layout;
+  plan.dtype = local_sum.dtype;
+  plan.hidden = local_sum.hidden;
   plan.tokens = routing.tokens;
   plan.topk = config_.topk;
   plan.width = width_;
@@ -265,7 +298,6 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& rou
   if (!local_sum.expand_to && !local_sum.weights) plan.own_y = local_sum.y;
   plan.own_stride = local_sum.y_stride;
   plan.placement = placement_;
-  plan.layout = layout_;
   return plan;
 }
 

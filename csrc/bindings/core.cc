@@ -33,10 +33,16 @@ struct Memory {
   std::shared_ptr<void> owner;
   void* data;
   int64_t rows;
-  int64_t hidden;
-  DType dtype;
+  int64_t columns;
+  dlpack::DataType type;
   dlpack::Device device;
 };
+
+dlpack::DataType type_of(DType dtype) {
+  const uint8_t code = dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
+  return {code, static_cast<uint8_t>(8 * size_of(dtype)), 1};
+}
+constexpr dlpack::DataType kBytes{dlpack::kUInt, 8, 1};
 
 struct DlpackContext {
   dlpack::ManagedTensor managed;
@@ -45,10 +51,8 @@ struct DlpackContext {
 };
 
 py::capsule to_dlpack(const Memory& m) {
-  auto* c = new DlpackContext{{}, m.owner, {m.rows, m.hidden}};
-  const uint8_t code = m.dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
-  c->managed.tensor = {m.data,   m.device, 2, {code, static_cast<uint8_t>(8 * size_of(m.dtype)), 1},
-                       c->shape, nullptr,  0};
+  auto* c = new DlpackContext{{}, m.owner, {m.rows, m.columns}};
+  c->managed.tensor = {m.data, m.device, 2, m.type, c->shape, nullptr, 0};
   c->managed.context = c;
   c->managed.deleter = [](dlpack::ManagedTensor* t) { delete static_cast<DlpackContext*>(t->context); };
   return py::capsule(&c->managed, "dltensor", [](PyObject* capsule) {
@@ -59,19 +63,24 @@ py::capsule to_dlpack(const Memory& m) {
   });
 }
 
-Memory view_of(std::shared_ptr<SlotLease> lease, int64_t rows, const Communicator& comm) {
-  std::byte* data = lease->slot().rows;
+// Rows in a slot, or their scales; those that are not the communicator's own as bytes.
+Memory view_of(std::shared_ptr<SlotLease> lease, int64_t rows, const RowFormat& format, bool scales,
+               const Communicator& comm) {
   const Config& config = comm.config();
+  const SlotLayout layout = comm.layout().with(format);
+  const RowArray array = scales ? layout.scales() : layout.rows();
+  std::byte* data = lease->slot().rows + array.at;
   const dlpack::Device device =
       config.stream ? dlpack::Device{dlpack::kCuda, config.device} : dlpack::Device{dlpack::kHost, 0};
-  return {std::move(lease), data, rows, config.hidden, config.dtype, device};
+  if (format.is_own()) return {std::move(lease), data, rows, config.hidden, type_of(config.dtype), device};
+  return {std::move(lease), data, rows, array.bytes, kBytes, device};
 }
 
 Memory new_rows(CpuCommunicator& comm, int64_t rows) {
   auto buffer = comm.new_rows(rows);
   void* data = buffer.get();
   const Config& config = comm.config();
-  return {std::move(buffer), data, rows, config.hidden, config.dtype, {dlpack::kHost, 0}};
+  return {std::move(buffer), data, rows, config.hidden, type_of(config.dtype), {dlpack::kHost, 0}};
 }
 
 // Ctrl-C reaches a rank that waits for its peers. A signal ends the nap of the thread that it comes to, which
@@ -227,11 +236,23 @@ void bind_structs(py::module_& m) {
       .def_readwrite("plan_stream", &Config::plan_stream)
       .def_readwrite("share", &Config::share);
 
+  py::class_<RowFormat>(m, "RowFormat")
+      .def(py::init<>())
+      .def(py::init([](uint16_t type, int64_t bytes, int64_t scale_bytes) {
+             return RowFormat{type, bytes, scale_bytes};
+           }),
+           py::arg("type"), py::arg("bytes"), py::arg("scale_bytes") = 0)
+      .def_readonly("scale_bytes", &RowFormat::scale_bytes)
+      .def_property_readonly("is_own", &RowFormat::is_own);
+
   py::class_<Rows>(m, "Rows").def(
-      py::init([](Address x, int64_t stride, int64_t count, bool has_weights, Address weights) {
-        return Rows{at<std::byte>(x), stride, count, has_weights, at<std::byte>(weights)};
+      py::init([](Address x, int64_t stride, int64_t count, bool has_weights, Address weights, Address scales,
+                  int64_t scales_stride, const RowFormat& format) {
+        return Rows{at<std::byte>(x),      stride,        count, has_weights, at<std::byte>(weights),
+                    at<std::byte>(scales), scales_stride, format};
       }),
-      py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"));
+      py::arg("x"), py::arg("stride"), py::arg("count"), py::arg("has_weights"), py::arg("weights"),
+      py::arg("scales") = 0, py::arg("scales_stride") = 0, py::arg("format") = RowFormat{});
 
   py::class_<RoutePlan>(m, "RoutePlan")
       .def(py::init([](Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address expand_to,
@@ -245,25 +266,35 @@ void bind_structs(py::module_& m) {
            py::arg("align") = 1);
 
   py::class_<Received>(m, "Received")
-      .def(py::init([](std::optional<Address> rows, Address weights, Address topk_idx, Address source) {
-             return Received{at<std::byte>(rows.value_or(0)), !rows, at<std::byte>(weights),
-                             at<int64_t>(topk_idx), at<int64_t>(source)};
+      .def(py::init([](std::optional<Address> rows, Address weights, Address topk_idx, Address source,
+                       Address scales) {
+             return Received{at<std::byte>(rows.value_or(0)),
+                             !rows,
+                             at<std::byte>(weights),
+                             at<int64_t>(topk_idx),
+                             at<int64_t>(source),
+                             at<std::byte>(scales)};
            }),
-           py::arg("rows").none(true), py::arg("weights"), py::arg("topk_idx") = 0, py::arg("source") = 0);
+           py::arg("rows").none(true), py::arg("weights"), py::arg("topk_idx") = 0, py::arg("source") = 0,
+           py::arg("scales") = 0);
 
   py::class_<CombineInput>(m, "CombineInput")
-      .def(py::init([](Address y, int64_t stride, Address weights, bool has_weight_grads,
-                       Address weight_grads, Address bias, int64_t bias_stride) {
-             return CombineInput{at<std::byte>(y),
-                                 stride,
-                                 at<std::byte>(weights),
-                                 has_weight_grads,
-                                 at<std::byte>(weight_grads),
-                                 at<std::byte>(bias),
-                                 bias_stride};
-           }),
-           py::arg("y"), py::arg("stride"), py::arg("weights"), py::arg("has_weight_grads"),
-           py::arg("weight_grads"), py::arg("bias"), py::arg("bias_stride"));
+      .def(
+          py::init([](Address y, int64_t stride, Address weights, bool has_weight_grads, Address weight_grads,
+                      Address bias, int64_t bias_stride, const RowFormat& format, DType dtype) {
+            return CombineInput{at<std::byte>(y),
+                                stride,
+                                at<std::byte>(weights),
+                                has_weight_grads,
+                                at<std::byte>(weight_grads),
+                                at<std::byte>(bias),
+                                bias_stride,
+                                format,
+                                dtype};
+          }),
+          py::arg("y"), py::arg("stride"), py::arg("weights"), py::arg("has_weight_grads"),
+          py::arg("weight_grads"), py::arg("bias"), py::arg("bias_stride"), py::arg("format") = RowFormat{},
+          py::arg("dtype") = DType::bf16);
 
   py::class_<PendingDispatch>(m, "PendingDispatch")
       .def_readonly("rows", &PendingDispatch::rows)
@@ -299,7 +330,8 @@ void bind_communicator(py::module_& m) {
              c.connect(addresses);
            })
       .def("begin_dispatch", &Communicator::begin_dispatch, py::arg("routing"), py::arg("has_weights"),
-           py::arg("drop"), py::arg("in_waves"), py::arg("caller") = 0, NoGil())
+           py::arg("drop"), py::arg("in_waves"), py::arg("caller") = 0, py::arg("format") = RowFormat{},
+           NoGil())
       .def(
           "finish_dispatch",
           [](Communicator& c, PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
@@ -344,8 +376,11 @@ void bind_communicator(py::module_& m) {
       .def("check_health", &Communicator::check_health, NoGil())
       .def("note_uses", &Communicator::note_uses, py::arg("addresses"), py::arg("stream"), NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())
-      .def("view", [](const Communicator& c, std::shared_ptr<SlotLease> lease,
-                      int64_t rows) { return view_of(std::move(lease), rows, c); })
+      .def(
+          "view",
+          [](const Communicator& c, std::shared_ptr<SlotLease> lease, int64_t rows, const RowFormat& format,
+             bool scales) { return view_of(std::move(lease), rows, format, scales, c); },
+          py::arg("lease"), py::arg("rows"), py::arg("format") = RowFormat{}, py::arg("scales") = false)
       .def("close", &Communicator::close, NoGil())
       .def("give_up", &Communicator::give_up, NoGil())
       .def("set_timeout", &Communicator::set_timeout)

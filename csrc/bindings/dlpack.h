@@ -7,7 +7,7 @@
 namespace commlib::dlpack {
 
 enum DeviceType : int32_t { kHost = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
   int32_t type;

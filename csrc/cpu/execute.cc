@@ -123,7 +123,11 @@ void CpuCommunicator::bare_pull(const RoutePlan& routing, std::byte* out) {
   const auto context = context_of({});
   CpuWorker w(*context, 0, 1);
   const std::vector<uint8_t> slots(config_.size);
-  PullPlan plan = pull_plan({}, routing, {}, out, nullptr);
+  LocalSumPlan no_sum{};
+  no_sum.dtype = config_.dtype;
+  no_sum.hidden = config_.hidden;
+  no_sum.layout = layout_;
+  PullPlan plan = pull_plan({}, routing, no_sum, out, nullptr);
   plan.slots = slots.data();
   pull_rows(w, plan, peers_);
   w.flush();

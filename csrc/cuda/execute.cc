@@ -39,7 +39,7 @@ Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Executio
 Ticket CudaCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {
   const OnDevice guard = on_device();
   if (id.epoch == 0) keep_with_graph(execution.lease);
-  launch_combine(shape_, config_.dtype, {params(id, shape_.ring_bytes), op});
+  launch_combine(shape_, op.pull.dtype, {params(id, shape_.ring_bytes), op});
   return nullptr;
 }
 

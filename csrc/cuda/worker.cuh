@@ -117,9 +117,10 @@ struct WaitingLane {
   announce_wait(w, op.peers, block_shared().id, awaited, ptx::globaltimer() - start >= half);
 }
 
-[[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs) {
+[[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs,
+                                                          uint64_t format, uint64_t their_format) {
   WaitingLane w{op};
-  FailureRecord record = mismatch_record(w, op.peers, block_shared().id, peer, theirs);
+  FailureRecord record = mismatch_record(w, op.peers, block_shared().id, peer, theirs, format, their_format);
   fail(op, &record, ptx::globaltimer());
 }
 
@@ -318,8 +319,8 @@ class WarpWorker {
     return all(await([=] { return ptx::load_acquire_sys(progress) != seen; }, 0, [=] { return ranks; },
                      Phase::network));
   }
-  __device__ bool mismatch(int peer, Call theirs) const {
-    fail_by_mismatch(op_, peer, theirs);
+  __device__ bool mismatch(int peer, Call theirs, uint64_t format, uint64_t their_format) const {
+    fail_by_mismatch(op_, peer, theirs, format, their_format);
     return false;
   }
   __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }
@@ -344,6 +345,8 @@ class WarpWorker {
   __device__ bool all_aligned(uintptr_t bits) const;
   __device__ void bulk_multicast(Target mine, const std::byte* src, int64_t bytes);
   __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
+  template <class T>
+  __device__ void element_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
   template <class T>
   __device__ bool gather_weights(List<Term> terms) const;
   template <class T, int kUnroll, bool kWeighted>

@@ -30,19 +30,28 @@ __device__ inline void WarpWorker::zero(std::byte* dst, int64_t bytes) const {
     for (int64_t i = lane_ * 16; i < bytes; i += kPieceBytes) ptx::store_global(dst + i, ptx::Vec16{});
     return;
   }
-  for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) *reinterpret_cast<uint16_t*>(dst + i) = 0;
+  for (int64_t i = lane_; i < bytes; i += kWarpLanes) dst[i] = std::byte{0};
+}
+
+// One element at a time.
+template <class T>
+__device__ inline void WarpWorker::element_multicast(List<Target> to, const std::byte* src,
+                                                     int64_t bytes) const {
+  for (int64_t i = lane_; i < bytes / static_cast<int64_t>(sizeof(T)); i += kWarpLanes) {
+    const T v = reinterpret_cast<const T*>(src)[i];
+    for (int j = 0; j < to.count; ++j) reinterpret_cast<T*>(to.items[j])[i] = v;
+  }
 }
 
 __device__ inline void WarpWorker::multicast(List<Target> to, const std::byte* src, int64_t bytes) {
   const Target mine = lane_ < to.count ? to.items[lane_] : nullptr;  // at most topk, which is a warp's lanes
-  const bool aligned = all_aligned(reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) |
-                                   static_cast<uintptr_t>(bytes));
+  const auto bits =
+      reinterpret_cast<uintptr_t>(mine) | reinterpret_cast<uintptr_t>(src) | static_cast<uintptr_t>(bytes);
+  const bool aligned = all_aligned(bits);
+  const bool of_pairs = __all_sync(kAllLanes, bits % 2 == 0);
   if (to.count == 0) return;
   if (!aligned) {
-    for (int64_t i = lane_ * 2; i < bytes; i += kWarpLanes * 2) {  // the smallest element has two bytes
-      const uint16_t v = *reinterpret_cast<const uint16_t*>(src + i);
-      for (int j = 0; j < to.count; ++j) *reinterpret_cast<uint16_t*>(to.items[j] + i) = v;
-    }
+    of_pairs ? element_multicast<uint16_t>(to, src, bytes) : element_multicast<uint8_t>(to, src, bytes);
   } else if constexpr (ptx::kHasBulkCopies) {
     bulk_multicast(mine, src, bytes);
   } else {

@@ -13,7 +13,7 @@ namespace commlib {
 // Whether `peer` has reached this operation. Only the word of a later call overwrites a call word.
 template <class Worker>
 COMMLIB_HD bool has_called(Worker& w, const PeerTable& peers, int peer, uint32_t tag) {
-  const uint64_t word = w.read(&peers.signals_from(peer).calls[tag % kCallRing]);
+  const uint64_t word = w.read(&peers.signals_from(peer).calls[tag % kCallRing].word);
   return Call::from_bits(value_of(word)).op != OpKind::none && reached(tag_of(word), tag);
 }
 
@@ -22,8 +22,8 @@ template <class Worker>
 COMMLIB_HD uint64_t newest_call(Worker& w, const PeerTable& peers, int peer) {
   uint64_t newest = 0;
 #pragma unroll 1
-  for (const uint64_t& word : peers.signals_from(peer).calls) {
-    const uint64_t v = w.read(&word);
+  for (const SaidCall& said_there : peers.signals_from(peer).calls) {
+    const uint64_t v = w.read(&said_there.word);
     const bool said = Call::from_bits(value_of(v)).op != OpKind::none;
     if (said && (newest == 0 || reached(tag_of(v), tag_of(newest)))) newest = v;
   }

@@ -23,6 +23,13 @@ constexpr int kMaxSlots = 255;  // a call names its slot in 8 bits
 constexpr uint32_t kClosed = 1;
 constexpr uint32_t kGaveUp = 2;
 
+// What a source says of one call. `format` (RowFormat::word) goes with calls that say so: written before
+// `word`, in the order of memory also where both go to another node, and read after it.
+struct SaidCall {
+  uint64_t format;
+  uint64_t word;  // tag: the epoch (release / acquire)
+};
+
 // What one source says to one rank, in that rank's control block.
 struct alignas(64) Signals {
   // Epochs: the last operation whose rows from src are in place, at the receiver (dispatch) or in src's own
@@ -45,8 +52,8 @@ struct alignas(64) Signals {
   // src is another process on a GPU. Written by src, last of all; read by the owner before it uses the memory
   // again.
   uint64_t detached;
-  // calls[epoch % kCallRing], tag = epoch: the call that src made at this epoch (release / acquire).
-  uint64_t calls[kCallRing];
+  // calls[epoch % kCallRing]: the call that src made at this epoch.
+  SaidCall calls[kCallRing];
   // Tags: kClosed once src has closed its communicator, kGaveUp once it has failed; the values are the ranks
   // that it blames, complete once both tags are there. Written by src (release); read by waiting owners at
   // their naps (acquire), which then fail at once.

@@ -14,6 +14,8 @@ struct SendPlan {
   int width;
   const std::byte* x;  // [tokens] rows, x_stride bytes apart
   int64_t x_stride;
+  const std::byte* scales;  // [tokens], scales_stride bytes apart, where the layout has any
+  int64_t scales_stride;
   const int64_t* routes;     // [tokens][width]
   const int64_t* topk_idx;   // [tokens][topk]
   const int32_t* ordinals;   // [tokens][topk]: see Slot; null along a known routing
@@ -30,6 +32,40 @@ struct SendPlan {
 template <class Plan>
 COMMLIB_HD Slot slot_of(const Plan& plan, const PeerTable& peers, int p) {
   return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+}
+
+// A row and its scales, from where they lie to the same array of each target: place(i, array), of `most`
+// targets, null where it is none. Returns how many there are.
+template <class Worker, class Place>
+COMMLIB_HD int copy_row(Worker& w, const SlotLayout& layout, const std::byte* row, const std::byte* scales,
+                        int most, Place place) {
+  int targets = 0;
+#pragma unroll 1
+  for (int i = 0; i < layout.arrays(); ++i) {
+    const RowArray array = layout.array(i);
+    const auto to = w.template list<Target>(most, [&](int j) -> Target { return place(j, array); });
+    w.multicast(to, i == 0 ? row : scales, array.bytes);
+    targets = to.count;
+  }
+  return targets;
+}
+
+// The same array of row `row` in the slot that rank p lends.
+template <class Plan>
+COMMLIB_HD Target place_in_slot(const Plan& plan, const PeerTable& peers, int p, int64_t row,
+                                const RowArray& array) {
+  return slot_of(plan, peers, p).rows + array.at + row * array.bytes;
+}
+
+// Token t's row, along those of its routes that `goes` says.
+template <class Worker, class Goes>
+COMMLIB_HD int send_row(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t, Goes goes) {
+  const int64_t* route = plan.routes + t * plan.width;
+  return copy_row(w, plan.layout, plan.x + t * plan.x_stride, plan.scales + t * plan.scales_stride,
+                  plan.width, [&](int j, const RowArray& array) -> Target {
+                    if (!goes(j)) return nullptr;
+                    return place_in_slot(plan, peers, rank_of(route[j]), row_of(route[j]), array);
+                  });
 }
 
 // What goes with a token's rows, to all ranks alike; each takes what concerns its own experts.
@@ -108,12 +144,9 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   if (!Worker::kMetadataWithRows) send_metadata(w, plan, peers);
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
-    const auto to = w.template list<Target>(plan.width, [&](int j) -> Target {
-      if (route[j] == kNoRoute || !peers.is_near(rank_of(route[j]))) return nullptr;
-      return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
-    });
-    pass_throttle(w, route, plan.width, peers.rank, plan.layout.row_bytes);
-    w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
+    pass_throttle(w, route, plan.width, peers.rank, plan.layout.moved_bytes());
+    send_row(w, plan, peers, t,
+             [&](int j) { return route[j] != kNoRoute && peers.is_near(rank_of(route[j])); });
     for (int j = 0; Worker::kMetadataWithRows && metadata && j < plan.width && route[j] != kNoRoute; ++j) {
       if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
     }

@@ -28,9 +28,11 @@ struct FailureRecord {
   uint32_t epoch;
   uint32_t call;        // what this rank called, packed
   uint32_t their_call;  // mismatch: what `peer` called instead, packed
-  uint64_t awaited;     // the ranks that this one waited for, as a mask; often those blamed
-  uint64_t blamed;      // as a mask
-  uint64_t last_call;   // the newest call word of `peer`, 0: none yet
+  uint64_t format;      // of rows, in a mismatch: RowFormat::word, or 0
+  uint64_t their_format;
+  uint64_t awaited;    // the ranks that this one waited for, as a mask; often those blamed
+  uint64_t blamed;     // as a mask
+  uint64_t last_call;  // the newest call word of `peer`, 0: none yet
   uint64_t waited_ns;
 };
 
@@ -64,9 +66,11 @@ COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const
 
 template <class Worker>
 COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const OpId& id, int peer,
-                                         Call theirs) {
+                                         Call theirs, uint64_t format = 0, uint64_t their_format = 0) {
   FailureRecord r = new_record(w, peers, id, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
   r.their_call = theirs.bits();
+  r.format = format;
+  r.their_format = their_format;
   return r;
 }
 
@@ -81,7 +85,7 @@ template <class Worker>
 COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const OpId& id,
                                         FailureRecord* record) {
   for (int p = 0; p < peers.size; ++p) {
-    const uint64_t word = w.read(&peers.signals_from(p).calls[id.epoch % kCallRing]);
+    const uint64_t word = w.read(&peers.signals_from(p).calls[id.epoch % kCallRing].word);
     const Call theirs = Call::from_bits(value_of(word));
     if (tag_of(word) != id.tag() || theirs.op == OpKind::none || theirs.agrees_with(id.call)) continue;
     *record = mismatch_record(w, peers, id, p, theirs);

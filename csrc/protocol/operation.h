@@ -52,6 +52,28 @@ struct Call {
 constexpr uint8_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
 constexpr uint8_t kCallDrops = 2;       // overflow="drop"
 constexpr uint8_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
+constexpr uint8_t kCallSaysFormat =
+    8;  // rows are not the communicator's own: their format goes with the call
+
+// The rows of one operation, and the scales beside each: bytes, whatever they mean.
+struct RowFormat {
+  uint16_t type =
+      0;  // a number for the elements' types, the same on all ranks; 0: the communicator's own rows
+  int64_t bytes = 0;
+  int64_t scale_bytes = 0;
+
+  static constexpr int kBytesBits = 28, kScaleBits = 20;
+  COMMLIB_HD bool is_own() const { return type == 0; }
+  COMMLIB_HD uint64_t word() const {
+    return static_cast<uint64_t>(type) << (kBytesBits + kScaleBits) |
+           static_cast<uint64_t>(scale_bytes) << kBytesBits | static_cast<uint64_t>(bytes);
+  }
+  static RowFormat from_word(uint64_t v) {
+    return {static_cast<uint16_t>(v >> (kBytesBits + kScaleBits)),
+            static_cast<int64_t>(v & ((uint64_t{1} << kBytesBits) - 1)),
+            static_cast<int64_t>(v >> kBytesBits & ((uint64_t{1} << kScaleBits) - 1))};
+  }
+};
 
 // Which operation: its number in the one order that all ranks keep, and what this rank calls there.
 struct OpId {

@@ -6,22 +6,53 @@
 #include <cstdint>
 
 #include "base/host_device.h"
+#include "protocol/operation.h"
 
 namespace commlib {
 
-constexpr int64_t kRowAlign = 64;  // streaming stores want whole cache lines
+constexpr int64_t kRowAlign = 64;    // streaming stores want whole cache lines
+constexpr int64_t kFrameAlign = 16;  // of what goes between nodes: bulk copies want it
 
 COMMLIB_HD constexpr int64_t align_up(int64_t n, int64_t a) { return (n + a - 1) / a * a; }
 
+// One of the arrays of a slot that hold rows.
+struct RowArray {
+  int64_t at;     // from the slot's first byte
+  int64_t bytes;  // of each row's part
+};
+
 struct SlotLayout {
-  int64_t capacity;  // rows
-  int64_t row_bytes;
+  int64_t capacity;     // rows
+  int64_t room_bytes;   // for each row and its scales
+  int64_t row_bytes;    // of the rows of this operation
+  int64_t scale_bytes;  // of the scales of each; 0: none
   int64_t topk;
   int64_t weight_bytes;  // of one weight: the accumulator's size
   int64_t max_tokens;    // of one rank
   int64_t group_counts;  // ranks, times the most experts that one of them has
 
-  COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * row_bytes, kRowAlign); }
+  COMMLIB_HD RowArray rows() const { return {0, row_bytes}; }
+  COMMLIB_HD RowArray scales() const { return {align_up(capacity * row_bytes, kRowAlign), scale_bytes}; }
+  // What goes along the way of a row: array 0 is the rows, array 1 their scales.
+  COMMLIB_HD int arrays() const { return scale_bytes ? 2 : 1; }
+  COMMLIB_HD RowArray array(int i) const { return i == 0 ? rows() : scales(); }
+  COMMLIB_HD int64_t moved_bytes() const { return row_bytes + scale_bytes; }  // of a row, from rank to rank
+  // Whether rows of another format fit where a slot, or a frame between nodes, has room for the largest.
+  COMMLIB_HD bool has_room_for(const RowFormat& format) const {
+    if (format.scale_bytes == 0) return format.bytes <= room_bytes;
+    return align_up(capacity * format.bytes, kRowAlign) + capacity * format.scale_bytes <=
+               capacity * room_bytes &&
+           align_up(format.bytes, kFrameAlign) + format.scale_bytes <= room_bytes;
+  }
+  COMMLIB_HD SlotLayout with(const RowFormat& format) const {
+    SlotLayout layout = *this;
+    if (format.is_own()) return layout;
+    layout.row_bytes = format.bytes;
+    layout.scale_bytes = format.scale_bytes;
+    return layout;
+  }
+
+  COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * room_bytes, kRowAlign); }
   COMMLIB_HD int64_t experts_at() const { return tokens_at() + align_up(capacity * 4, kRowAlign); }
   COMMLIB_HD int64_t ordinals_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
   COMMLIB_HD int64_t weights_at() const { return ordinals_at() + align_up(capacity * topk * 4, kRowAlign); }
@@ -37,7 +68,7 @@ struct SlotLayout {
 // Parallel arrays, one entry for each row; and what the rows of a fresh dispatch need from its plan, which
 // only the slot's own rank writes and reads.
 struct Slot {
-  std::byte* rows;         // [capacity][row_bytes]
+  std::byte* rows;         // [capacity][row_bytes], then [capacity][scale_bytes]
   int32_t* tokens;         // [capacity]: the row's token at its source
   int32_t* experts;        // [capacity][topk]: expert local to the receiver, -1 where another rank owns it
   int32_t* ordinals;       // [capacity][topk]: which of its source's rows for that expert it is

@@ -1,8 +1,7 @@
 // After arrival: from the receive slot to what the caller asked for. Local to a rank.
 #pragma once
 
-#include "protocol/slot.h"
-#include "protocol/worker.h"
+#include "protocol/dispatch.h"
 
 namespace commlib {
 
@@ -18,7 +17,8 @@ struct UnpackPlan {
   const int64_t* rows_per_expert;  // [experts]
   int64_t experts;
   // Results; null: not wanted.
-  std::byte* out_rows;     // [grouped rows] or [rows]; null: they stay in the slot
+  std::byte* out_rows;     // [grouped rows] or [rows]; null: they stay in the slot, and so do scales
+  std::byte* out_scales;   // the same, where the layout has any
   std::byte* out_weights;  // [grouped rows] or [rows][topk]
   int64_t* out_topk_idx;   // [rows][topk] local ids; layout="rank"
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
@@ -96,18 +96,21 @@ COMMLIB_HD void unpack_metadata(Worker& w, const UnpackPlan& plan) {
 // Unique row n goes to each of its grouped rows, or, in layout="rank", to one row, in the order received.
 template <class Worker>
 COMMLIB_HD void unpack_row(Worker& w, const UnpackPlan& plan, int64_t n) {
-  const int64_t bytes = plan.layout.row_bytes;
-  const auto to = w.template list<Target>(plan.expand_to ? plan.topk : 1, [&](int k) -> Target {
-    const int64_t place = plan.expand_to ? plan.expand_to[n * plan.topk + k] : n;
-    return place < 0 ? nullptr : plan.out_rows + place * bytes;
-  });
-  w.multicast(to, plan.slot.rows + n * bytes, bytes);
+  const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
+  copy_row(w, plan.layout, plan.slot.rows + n * rows.bytes, plan.slot.rows + scales.at + n * scales.bytes,
+           plan.expand_to ? plan.topk : 1, [&](int k, const RowArray& array) -> Target {
+             const int64_t to = plan.expand_to ? plan.expand_to[n * plan.topk + k] : n;
+             if (to < 0) return nullptr;
+             return (array.at == 0 ? plan.out_rows : plan.out_scales) + to * array.bytes;
+           });
 }
 
 template <class Worker>
 COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row) {
   const int64_t wb = plan.layout.weight_bytes;
-  w.zero(plan.out_rows + row * plan.layout.row_bytes, plan.layout.row_bytes);
+  const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
+  w.zero(plan.out_rows + row * rows.bytes, rows.bytes);
+  if (scales.bytes) w.zero(plan.out_scales + row * scales.bytes, scales.bytes);
   if (w.lane() != 0) return;
   if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
   if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;

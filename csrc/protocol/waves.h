@@ -70,17 +70,12 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
     const int64_t* route = plan.routes + at->token * plan.width;
     const uint8_t* wave = of_routes + at->token * plan.width;
     const auto goes_now = [&](int j) { return route[j] != kNoRoute && wave[j] == at->wave; };
-    const auto to = w.template list<Target>(plan.width, [&](int j) -> Target {
-      if (!goes_now(j)) return nullptr;
-      return slot_of(plan, peers, rank_of(route[j])).rows + row_of(route[j]) * plan.layout.row_bytes;
-    });
-    if (to.count == 0) continue;
+    if (send_row(w, plan, peers, at->token, goes_now) == 0) continue;
     if (w.throttled()) {
       int remote = 0;
       for (int j = 0; j < plan.width; ++j) remote += goes_now(j) && rank_of(route[j]) != peers.rank;
-      w.pass_throttle(remote * plan.layout.row_bytes);
+      w.pass_throttle(remote * plan.layout.moved_bytes());
     }
-    w.multicast(to, plan.x + at->token * plan.x_stride, plan.layout.row_bytes);
     ++sent;
   }
   if (at->token < plan.tokens) return;

@@ -6,8 +6,32 @@
 namespace commlib::testing {
 namespace {
 
-Rows rows_of(const RankCase& r, bool weights) {
-  return {r.x.data(), r.x_stride, r.tokens, weights, weights ? r.weights.data() : nullptr};
+RowFormat format_of(const Scenario& s, const Manner& manner, int64_t scale_bytes) {
+  if (!manner.says_format) return {};
+  const int type = 1 + static_cast<int>(s.config.dtype) + (scale_bytes ? 256 : 0);
+  return {static_cast<uint16_t>(type), s.row_bytes(), scale_bytes};
+}
+
+std::byte scale_of(int64_t rank, int64_t token, int64_t i) {
+  return static_cast<std::byte>(37 * rank + 11 * token + 5 * i + 1);
+}
+
+Rows rows_of(Dispatched& d, const Manner& manner) {
+  const Scenario& s = *d.scenario;
+  const RankCase& r = d.mine();
+  d.scale_bytes = manner.scale_bytes;
+  d.sent_scales = Buffer(r.tokens * manner.scale_bytes);
+  for (int64_t i = 0; i < d.sent_scales.bytes(); ++i) {
+    d.sent_scales.data()[i] = scale_of(d.rank, i / manner.scale_bytes, i % manner.scale_bytes);
+  }
+  return {r.x.data(),
+          r.x_stride,
+          r.tokens,
+          s.asked.weights,
+          s.asked.weights ? r.weights.data() : nullptr,
+          d.sent_scales.data(),
+          manner.scale_bytes,
+          format_of(s, manner, manner.scale_bytes)};
 }
 
 // Room for results, aligned to a cache line or not: both ways of storing are taken.
@@ -20,6 +44,8 @@ Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
   if (r.grouped || !manner.zero_copy) {
     d.rows = room(self, r.results * s.row_bytes());
     received.rows = d.rows.data();
+    d.scales = room(self, r.results * manner.scale_bytes);
+    received.scales = d.scales.data();
   } else {
     received.rows_in_slot = true;
   }
@@ -81,8 +107,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   const RankCase& r = d->mine();
   d->room = RoutingRoom(s, self.rank);
   d->routing = d->room.view;
-  auto pending =
-      self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves, manner.caller);
+  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves,
+                                           manner.caller, format_of(s, manner, manner.scale_bytes));
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
   if (manner.between) manner.between();
@@ -98,8 +124,8 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   }
   d->source.resize(r.source.size());
   received.source = d->source.data();
-  d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(r, s.asked.weights), d->routing,
-                                                   received, manner.async, manner.held)};
+  d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(*d, manner), d->routing, received,
+                                                   manner.async, manner.held)};
   if (!received.rows) d->lease = pending->lease;
   d->pending = std::move(pending);
   return d;
@@ -112,8 +138,8 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
   d->rank = self.rank;
   d->routing = known.routing;
   const Received received = room_for(self, *d, manner);
-  d->under_way = {self, self.comm->redispatch(rows_of(d->mine(), values.asked.weights), d->routing, received,
-                                              manner.async, &d->lease, manner.held, manner.caller)};
+  d->under_way = {self, self.comm->redispatch(rows_of(*d, manner), d->routing, received, manner.async,
+                                              &d->lease, manner.held, manner.caller)};
   return d;
 }
 
@@ -129,6 +155,8 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   CombineInput input;
   input.y = r.y.data();
   input.stride = values.row_bytes();
+  input.format = format_of(values, manner, 0);
+  input.dtype = values.config.dtype;
   if (r.weighted) input.weights = r.y_weights.data();
   std::shared_ptr<SlotLease> lent;
   if (!r.weighted && !r.grouped && manner.combine != RowsOf::tensor) {
@@ -160,6 +188,24 @@ void check_redispatch(const Dispatched& d) {
   const RankCase& r = d.mine();
   check_bytes(d.data(), r.received, "rows are in source-then-token order, and bit by bit those sent");
   if (d.scenario->asked.weights) check_bytes(d.weights.data(), r.received_weights, "weights are right");
+}
+
+const std::byte* Dispatched::scales_data(const Communicator& comm) const {
+  if (!lease) return scales.data();
+  RowFormat format;
+  format.type = 1;
+  format.bytes = scenario->row_bytes();
+  format.scale_bytes = scale_bytes;
+  return lease->slot().rows + comm.layout().with(format).scales().at;
+}
+
+void check_scales(const Rank& self, const Dispatched& d, const Int64s& source) {
+  Buffer wanted(d.mine().results * d.scale_bytes);
+  for (int64_t i = 0; i < wanted.bytes(); ++i) {
+    const int64_t row = i / d.scale_bytes, rank = source[row * 2], token = source[row * 2 + 1];
+    wanted.data()[i] = rank < 0 ? std::byte{0} : scale_of(rank, token, i % d.scale_bytes);
+  }
+  check_bytes(d.scales_data(*self.comm), wanted, "scales are those that came with each row, 0 in padding");
 }
 
 void check_dispatch(const Dispatched& d) {

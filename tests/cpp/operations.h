@@ -19,6 +19,10 @@ struct Manner {
   Held held = nullptr;              // until the operation is done
   std::function<void()> between;    // called between the halves of a dispatch, if set
   uint8_t caller = 0;               // the same on all ranks, or 0
+  // The scenario's rows, which need not be of the communicator's type and width, as rows that say what they
+  // are; with scales of so many bytes, but in a combine. The same on all ranks.
+  bool says_format = false;
+  int64_t scale_bytes = 0;
 };
 Manner random_manner(Random& random);
 
@@ -57,12 +61,14 @@ struct Dispatched {
   int rank = 0;
   RoutingRoom room;
   Int64s expand_to, ids, source;
-  Buffer rows, weights;
+  Buffer rows, weights, sent_scales, scales;
+  int64_t scale_bytes = 0;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows
   std::unique_ptr<PendingDispatch> pending;
   RoutePlan routing;
   int64_t dropped = 0;
 
+  const std::byte* scales_data(const Communicator& comm) const;
   const RankCase& mine() const { return scenario->ranks[rank]; }
   const std::byte* data() const { return lease ? lease->slot().rows : rows.data(); }
 
@@ -89,6 +95,8 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
 void check_bytes(const void* got, const Buffer& wanted, const char* what);
 // OpId, and compare bit by bit.
 void check_dispatch(const Dispatched& d);
+// Each received row's scales are those that its source sent beside it.
+void check_scales(const Rank& self, const Dispatched& d, const Int64s& source);
 void check_redispatch(const Dispatched& d);
 void check_combine(const Rank& self, const Combined& c, const Scenario& values);
 

@@ -276,7 +276,11 @@ Scenario random_scenario(const Config& config, int ranks, const Asked& asked, Ra
 }
 
 Scenario with_other_values(const Scenario& s, Random& random) {
-  Scenario other{s.config, s.asked, {}};
+  return with_other_values(s, random, s.config);
+}
+
+Scenario with_other_values(const Scenario& s, Random& random, const Config& config) {
+  Scenario other{config, s.asked, {}};
   for (const RankCase& r : s.ranks) {
     RankCase same;
     same.tokens = r.tokens;

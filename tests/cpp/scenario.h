@@ -89,7 +89,8 @@ struct Scenario {
 Scenario random_scenario(const Config& config, int ranks, const Asked& asked, Random& random);
 // The same with a routing and layouts that the caller has filled in: tokens, topk_idx, grouped, align.
 void complete(Scenario& scenario, Random& random);
-// The same routing, other values.
+// The same routing, other values; and rows of another type and width, if `config` says so.
 Scenario with_other_values(const Scenario& scenario, Random& random);
+Scenario with_other_values(const Scenario& scenario, Random& random, const Config& config);
 
 }  // namespace commlib::testing

@@ -34,7 +34,8 @@ struct Ranks {
     }
   }
   void call(int rank, uint32_t epoch) {
-    for (auto& of : signals) of[rank].calls[epoch % kCallRing] = tagged(epoch, Call{OpKind::combine}.bits());
+    for (auto& of : signals)
+      of[rank].calls[epoch % kCallRing].word = tagged(epoch, Call{OpKind::combine}.bits());
   }
   void awaits(int rank, uint64_t ranks) { publish_awaited(clerk, peers[rank], ranks); }
   void awaits_no_more(int rank) { publish_awaited(clerk, peers[rank], 0); }

@@ -57,7 +57,7 @@ void wait_for_words_that_overtake(Waiter& waiter, uint64_t seed, uint64_t steps)
     while (ptx::load_acquire_sys(&waiter.begun) < cuda::kWarpLanes) ptx::nanosleep(20);
     ptx::nanosleep(cuda::kLookNs);
     for (uint64_t i = 0; i < steps; ++i) ptx::store_release_sys(&waiter.signals[1].arrived[0], i);
-    ptx::store_release_sys(&waiter.signals[1].calls[kEpoch % kCallRing], tagged(kEpoch, kCall.bits()));
+    ptx::store_release_sys(&waiter.signals[1].calls[kEpoch % kCallRing].word, tagged(kEpoch, kCall.bits()));
     ptx::nanosleep(cuda::kLookNs);
     ptx::store_release_sys(&waiter.signals[1].pulled, 1);
     // Something goes on, or simulated time would leap.

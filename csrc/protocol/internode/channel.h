@@ -14,8 +14,6 @@ struct ChunkHeader {
   uint32_t padding[13];
 };
 
-constexpr int64_t kFrameAlign = 16;  // bulk copies want it
-
 // One token's part of a chunk. Which fields it has depends on what the chunk is for.
 struct FrameLayout {
   int32_t rows_at;      // int32 [served]: its row at each rank that the gateway serves, in order; -1: none
@@ -23,19 +21,24 @@ struct FrameLayout {
   int32_t ordinals_at;  // int32 [topk]: see SendPlan
   int32_t weights_at;   // [topk]
   int32_t row_at;
+  int32_t scales_at;
   int32_t bytes;
 
   COMMLIB_HD static FrameLayout of(int64_t served, int64_t experts, int64_t ordinals, int64_t weight_bytes,
-                                   int64_t row_bytes) {
+                                   int64_t row_bytes, int64_t scale_bytes = 0) {
     constexpr int64_t kRowsAt = 4;  // the token comes first
     const int64_t experts_at = kRowsAt + 4 * served;
     const int64_t ordinals_at = experts_at + 4 * experts;
     const int64_t weights_at = align_up(ordinals_at + 4 * ordinals, 8);
     const int64_t row_at = align_up(weights_at + weight_bytes, kFrameAlign);
-    return {
-        static_cast<int32_t>(kRowsAt),     static_cast<int32_t>(experts_at),
-        static_cast<int32_t>(ordinals_at), static_cast<int32_t>(weights_at),
-        static_cast<int32_t>(row_at),      static_cast<int32_t>(row_at + align_up(row_bytes, kFrameAlign))};
+    const int64_t scales_at = row_at + align_up(row_bytes, kFrameAlign);
+    return {static_cast<int32_t>(kRowsAt),
+            static_cast<int32_t>(experts_at),
+            static_cast<int32_t>(ordinals_at),
+            static_cast<int32_t>(weights_at),
+            static_cast<int32_t>(row_at),
+            static_cast<int32_t>(scales_at),
+            static_cast<int32_t>(scales_at + align_up(scale_bytes, kFrameAlign))};
   }
   COMMLIB_HD int64_t per_chunk(const ChannelShape& shape) const {
     return (shape.chunk_bytes - static_cast<int64_t>(sizeof(ChunkHeader))) / bytes;
@@ -52,6 +55,7 @@ struct Frame {
   COMMLIB_HD int32_t* ordinals() const { return reinterpret_cast<int32_t*>(at + layout.ordinals_at); }
   COMMLIB_HD std::byte* weights() const { return at + layout.weights_at; }
   COMMLIB_HD std::byte* row() const { return at + layout.row_at; }
+  COMMLIB_HD std::byte* scales() const { return at + layout.scales_at; }
 };
 
 // One queue's end of a channel, in one operation.

@@ -11,7 +11,8 @@ namespace commlib {
 COMMLIB_HD FrameLayout dispatch_layout(const SendPlan& plan, const Internode& internode, bool with_weights) {
   return FrameLayout::of(internode.served_most, plan.is_fresh() || with_weights ? plan.topk : 0,
                          plan.is_fresh() ? plan.topk : 0,
-                         with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes);
+                         with_weights ? plan.topk * plan.layout.weight_bytes : 0, plan.layout.row_bytes,
+                         plan.layout.scale_bytes);
 }
 
 // A queue's part in one dispatch.
@@ -51,8 +52,11 @@ COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchQueue& d, int g) {
                        write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, gateway.serves,
                                   d.internode.served_most);
                        write_token_metadata(w, d, frame, t);
-                       const auto to = w.template list<Target>(1, [&](int) -> Target { return frame.row(); });
-                       w.multicast(to, plan.x + t * plan.x_stride, plan.layout.row_bytes);
+                       copy_row(w, plan.layout, plan.x + t * plan.x_stride,
+                                plan.scales + t * plan.scales_stride, 1,
+                                [&](int, const RowArray& array) -> Target {
+                                  return array.at == 0 ? frame.row() : frame.scales();
+                                });
                      });
 }
 
@@ -68,12 +72,11 @@ COMMLIB_HD void pass_row_on(Worker& w, const DispatchQueue& d, const Frame& fram
     if (row < 0) continue;
     write_row_metadata(w, plan, d.peers, rank_at(d.internode.served, i), row, of);
   }
-  const auto to = w.template list<Target>(served, [&](int i) -> Target {
+  copy_row(w, plan.layout, frame.row(), frame.scales(), served, [&](int i, const RowArray& array) -> Target {
     const int32_t row = frame.rows()[i];
     if (row < 0) return nullptr;
-    return slot_of(plan, d.peers, rank_at(d.internode.served, i)).rows + row * plan.layout.row_bytes;
+    return place_in_slot(plan, d.peers, rank_at(d.internode.served, i), row, array);
   });
-  w.multicast(to, frame.row(), plan.layout.row_bytes);
 }
 
 COMMLIB_HD bool frame_fits(const DispatchQueue& d, const Frame& frame) {
