@@ -23,7 +23,7 @@ import commlib
 from commlib import ExpertParallel
 from commlib.model import UniformRouting
 
-HEADER, CHUNK_HEADER, CHUNK, MAILBOX, WORD = 24, 64, 60 << 10, 640, 8
+HEADER, CHUNK_HEADER, CHUNK, MAILBOX, WORD = 24, 64, 60 << 10, 1152, 8
 RING_BUDGET, LEAST_CHUNKS, MOST_CHUNKS = 64 << 20, 2, 32
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from commlib.arrays import as_tensor
 from commlib.event import Event
+from commlib.formats import can_be_summed
 
 if TYPE_CHECKING:
     from commlib.communicator import Communicator
@@ -53,8 +54,10 @@ def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
 
 
 def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Tensor | None]) -> None:
-    """The ``out`` of a combine, which is written past autograd."""
-    _check_rows("out", out, settings, tokens)
+    """The ``out`` of a combine, which is written past autograd; ``inputs``: y comes first."""
+    _check_rows("out", out, settings, tokens, any_format=True)
+    if inputs[0] is not None and inputs[0].dim() == 2:
+        _check_alike("out", out, inputs[0])
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
@@ -102,6 +105,17 @@ def check_align(c: Communicator, align: int) -> None:
         )
 
 
+def check_gradient(rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
+    """That rows of a dispatch can have a gradient, where autograd wants one."""
+    if not wanted or (scales is None and can_be_summed(rows.dtype)):
+        return
+    what = "that come with scales" if scales is not None else f"of {rows.dtype}"
+    raise ValueError(
+        f"rows {what} have no gradient, nor have the weights that go with them: detach() what requires grad, "
+        "or dispatch under torch.no_grad()"
+    )
+
+
 def check_event(previous_event: Any) -> None:
     """That an operation can wait for it."""
     if not isinstance(previous_event, Event):
@@ -117,6 +131,7 @@ def check_event(previous_event: Any) -> None:
 def check_dispatch(
     c: Communicator,
     x: Tensor,
+    scales: Tensor | None,
     topk_idx: Tensor,
     topk_weights: Tensor | None,
     align: int,
@@ -124,7 +139,8 @@ def check_dispatch(
 ) -> None:
     """Arguments of dispatch. The core checks the range of ids."""
     growing = c.settings.grows and x.shape[0] > c.settings.max_tokens
-    _check_rows("x", x, c.settings, x.shape[0] if growing else None)
+    _check_rows("x", x, c.settings, x.shape[0] if growing else None, any_format=scales is not None)
+    _check_scales(c, x, scales)
     shape = (x.shape[0], c.settings.topk)
     if topk_idx.shape != shape:
         raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(topk_idx.shape)}")
@@ -150,12 +166,18 @@ def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
 
 
 def check_redispatch(
-    c: Communicator, x: Tensor, topk_weights: Tensor | None, routing: RoutePlan, grouped: bool
+    c: Communicator,
+    x: Tensor,
+    scales: Tensor | None,
+    topk_weights: Tensor | None,
+    routing: RoutePlan,
+    grouped: bool,
 ) -> None:
     """Arguments of a dispatch with a handle, or of a combine's gradient."""
     _check_routing(c, routing, grouped)
     tokens = routing.routes.shape[0]
-    _check_rows("x", x, c.settings)
+    _check_rows("x", x, c.settings, any_format=True)
+    _check_scales(c, x, scales)
     if x.shape[0] != tokens:
         raise ValueError(f"x has {x.shape[0]} rows, but the handle's dispatch had {tokens}")
     if topk_weights is not None:
@@ -174,11 +196,14 @@ def check_combine(
     """Arguments of combine, or of a dispatch's gradient."""
     _check_routing(c, routing, grouped)
     rows = routing.source.shape[0]
-    _check_rows("y", y, c.settings, rows)
+    _check_rows("y", y, c.settings, rows, any_format=True)
+    if not can_be_summed(y.dtype):
+        raise ValueError(f"y must be of a floating type that can be summed, got {y.dtype}")
     if weights is not None:
         _check_dense(c, "weights", weights, (rows,), c.weight_dtype)
     if bias is not None:
-        _check_rows("bias", bias, c.settings, routing.routes.shape[0])
+        _check_rows("bias", bias, c.settings, routing.routes.shape[0], any_format=True)
+        _check_alike("bias", bias, y)
     if weight_grads is not None:
         shape = (rows,) if grouped else (rows, c.settings.topk)
         _check_dense(c, "weight_grads", weight_grads, shape, c.weight_dtype)
@@ -195,14 +220,22 @@ def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
             raise ValueError(f"out shares memory with {name}, which is read while out is written")
 
 
-def _check_rows(name: str, rows: Tensor, settings: Settings, count: int | None = None) -> None:
-    """That rows have the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens rows."""
-    if rows.dtype != settings.dtype:
-        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}")
-    _check_device(name, rows, settings.device)
+def _check_rows(
+    name: str, rows: Tensor, settings: Settings, count: int | None = None, any_format: bool = False
+) -> None:
+    """That rows have the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens rows.
+
+    ``any_format``: of any dtype and width that need no more bytes.
+    """
     shape = rows.shape
-    if len(shape) != 2 or shape[1] != settings.hidden:
-        raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(shape)}")
+    room = settings.hidden * settings.dtype.itemsize
+    fits = any_format and len(shape) == 2 and 0 < shape[1] * rows.element_size() <= room
+    most = f" (or other rows of at most {room} bytes)" if any_format else ""
+    if rows.dtype != settings.dtype and not fits:
+        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}{most}")
+    _check_device(name, rows, settings.device)
+    if len(shape) != 2 or (shape[1] != settings.hidden and not fits):
+        raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(shape)}{most}")
     if count is None:
         if shape[0] > settings.max_tokens:
             raise ValueError(f"{name} has {shape[0]} rows, but max_tokens is {settings.max_tokens}")
@@ -212,6 +245,23 @@ def _check_rows(name: str, rows: Tensor, settings: Settings, count: int | None =
         raise ValueError(
             f"the elements of a row of {name} must lie side by side, but its strides are "
             f"{rows.stride()}: call .contiguous()"
+        )
+
+
+def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None) -> None:
+    if scales is None:
+        return
+    _check_device("scales", scales, c.settings.device)
+    if scales.dim() != 2 or scales.shape[0] != x.shape[0] or scales.shape[1] == 0:
+        raise ValueError(f"scales must be [{x.shape[0]}, 1 or more], got {list(scales.shape)}")
+    if scales.stride()[1] != 1 and scales.shape[1] > 1 and scales.shape[0] > 0:
+        raise ValueError(f"scales of a row must lie side by side, but the strides are {scales.stride()}")
+
+
+def _check_alike(name: str, rows: Tensor, y: Tensor) -> None:
+    if rows.dtype != y.dtype or rows.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{name} must be as y is, {y.dtype} of width {y.shape[1]}, got {rows.dtype} of {rows.shape[1]}"
         )
 
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from commlib import _core
 from commlib.errors import CommError
+from commlib.formats import OWN, viewed
 from commlib.team import Team, shape_of
 
 if TYPE_CHECKING:
@@ -153,12 +154,24 @@ class Communicator:
         return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
     def view(self, lease: _core.SlotLease, rows: int) -> Tensor:
-        """Rows in a slot, which they keep."""
+        """The communicator's own rows in a slot, which they keep."""
         return torch.from_dlpack(self.core.view(lease, rows))
 
-    def new_rows(self, rows: int) -> Tensor:
-        """Memory for rows."""
-        return self.backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
+    def view_like(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
+        """Rows in a slot, of the type and width of ``like``."""
+        if format.is_own:
+            return self.view(lease, rows)
+        return viewed(torch.from_dlpack(self.core.view(lease, rows, format)), like)
+
+    def view_scales(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
+        """The scales that lie beside rows in a slot."""
+        return viewed(torch.from_dlpack(self.core.view(lease, rows, format, True)), like)
+
+    def new_rows(self, rows: int, format: _core.RowFormat = OWN, like: Tensor | None = None) -> Tensor:
+        """Memory for rows; ``like``: of that type and width, where the format is not the communicator's."""
+        if format.is_own or like is None:
+            return self.backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
+        return self.backend.empty(rows, like.shape[1], dtype=like.dtype)
 
     def new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
         """Memory for the weights of received rows; nothing where none were given."""

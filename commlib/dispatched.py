@@ -125,6 +125,8 @@ class Dispatched(Generic[Array]):
         tokens_per_expert: ``[local experts]`` int64, before padding.
         offsets: "expert": ``[local experts + 1]`` int64, where each group begins, after padding.
         source: ``[N, 2]`` or ``[M, 2]`` int64: rank and token of each row; -1 in padding.
+        scales: what came with rows that were given with scales, ``[N, S]`` or ``[M, S]``, zero in padding;
+            else None.
         handle: the routing.
         event: with ``async_op``: when the rows are there.
     """
@@ -138,6 +140,7 @@ class Dispatched(Generic[Array]):
     source: Array
     handle: Handle
     event: Event | None = None
+    scales: Array | Any = None
 
     def finish(self) -> Dispatched[Array]:
         """Wait for the rows of a dispatch with ``async_op``; see :meth:`commlib.Event.finish`."""

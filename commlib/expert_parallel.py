@@ -134,7 +134,7 @@ class ExpertParallel:
 
     def dispatch(
         self,
-        x: Array,
+        x: Array | tuple[Array, Any],
         topk_idx: Any = None,
         topk_weights: Any = None,
         *,
@@ -155,7 +155,9 @@ class ExpertParallel:
         Args:
             x: ``[T, hidden]``, ``0 <= T <= max_tokens``; T may differ by rank. Rows may lie apart (a
                 stride), elements of a row may not. Tensor, or NumPy or CuPy array; results are of the same
-                kind.
+                kind. Or ``(rows [T, W], scales [T, S])`` of any types, the same on all ranks; a row and its
+                scales take no more bytes than ``hidden`` elements. With ``handle`` rows alone may differ as
+                well. Rows with scales, or of a type that combine cannot sum, have no gradient.
             topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
                 with ``handle``. Copied: it may change as soon as the call returns.
             topk_weights: ``[T, topk]`` of any floating type, taken as float32 (float64 for float64 rows).
@@ -189,8 +191,11 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
         self._before(async_op, previous_event)
-        export = exporter_for(x)
-        rows, weights = self._tensor("x", x), self._weights("topk_weights", topk_weights)
+        given, beside = x if isinstance(x, tuple) else (x, None)
+        export = exporter_for(given)
+        rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
+        scales = None if beside is None else self._tensor("scales", beside)
+        checks.check_gradient(rows, scales, ops.wants_gradient(rows, weights))
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
             layout, align = handle.layout, handle.align
@@ -208,17 +213,17 @@ class ExpertParallel:
             rest = (self._name, *self._sizes, grouped, align, overflow == "drop")
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
-                return ops.dispatch(x, idx, w, *rest, zero_copy, async_op, in_waves)
+                return ops.dispatch(x, idx, w, *rest, zero_copy, async_op, in_waves, scales)
 
             def routing_of(outputs: tuple) -> ops.RoutePlan:
-                routes, local, source, groups = outputs[3:]
+                routes, local, source, groups = outputs[3:7]
                 return ops.RoutePlan(idx, routes, local, source, groups, self._name)
         else:
             known, arguments = handle._tensors(), handle._arguments()
             groups = self._copied(known.groups)
 
             def issue(x: Tensor, w: Tensor | None) -> tuple:
-                return ops.redispatch(x, w, *arguments, zero_copy, async_op)
+                return ops.redispatch(x, w, *arguments, zero_copy, async_op, scales)
 
             def routing_of(outputs: tuple) -> ops.RoutePlan:
                 return known
@@ -237,6 +242,7 @@ class ExpertParallel:
         )
         return Dispatched(
             x=export(outputs[0]),
+            scales=None if scales is None else export(outputs[-1]),
             topk_idx=None if grouped else export(routing.local),
             topk_weights=None if weights is None else export(outputs[1]),
             tokens_per_expert=export(tokens_per_expert),
@@ -304,7 +310,9 @@ class ExpertParallel:
 
         Args:
             y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a
-                ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights.
+                ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights. Or rows of
+                another floating type or width, the same on all ranks, of no more bytes; ``bias``, ``out``
+                and the result are as y is.
             handle: of the dispatch.
             weights: ``[num_rows]`` of any floating type, one for each row of y (layout "expert":
                 ``Dispatched.topk_weights``). None: rows are summed unweighted.
@@ -415,8 +423,7 @@ class ExpertParallel:
         """
         messages, sent = self._comm.core.network_sent
         network = {"messages": messages, "bytes": sent, "refused": self._comm.core.network_refused}
-        shared = {"growths": self._comm.growths}
-        shared |= {f"network_{name}": count for name, count in network.items()}
+        shared = {"growths": self._comm.growths} | {f"network_{name}": n for name, n in network.items()}
         return self._attachment.stats | shared
 
     def memory_report(self) -> MemoryReport:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from commlib import _core, checks, compiling
-from commlib.communicator import Attachment, attachment_of, refuse_forward_mode
+from commlib import _core, checks, compiling, shapes
+from commlib.communicator import Attachment, Communicator, attachment_of
 from commlib.errors import CapacityExceeded
+from commlib.formats import OWN, format_of
+from commlib.settings import CORE_DTYPES
 
 
 class RoutePlan(NamedTuple):
@@ -43,15 +45,15 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasa
 _library = torch.library.Library("commlib", "DEF")
 _DISPATCH = (
     "(Tensor x, Tensor topk_idx, Tensor? topk_weights, Tensor comm, int width, int experts, bool grouped, "
-    "int align, bool drop, bool zero_copy, bool async_op, bool in_waves) -> "
+    "int align, bool drop, bool zero_copy, bool async_op, bool in_waves, Tensor? scales) -> "
 )
-_library.define(f"dispatch{_DISPATCH} (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+_library.define(f"dispatch{_DISPATCH} ({', '.join(['Tensor'] * 8)})", tags=_TAGS)
 # For torch.compile: its back end mistakes one size for another where an op with an effect returns a tuple of
 # tensors whose sizes are known only at run time. In eager mode autograd takes longer for a list.
 _library.define(f"traced_dispatch{_DISPATCH} Tensor[]", tags=_TAGS)
 _library.define(
-    f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op) "
-    "-> (Tensor, Tensor)",
+    f"redispatch(Tensor x, Tensor? topk_weights, {_ROUTING}, bool zero_copy, bool async_op, "
+    "Tensor? scales) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _library.define(
@@ -70,8 +72,38 @@ def _row_stride(tensor: Tensor) -> int:
     return tensor.stride(0) * tensor.element_size()
 
 
-def _rows(x: Tensor, weights: Tensor | None) -> _core.Rows:
-    return _core.Rows(x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights))
+def _rows(
+    x: Tensor, weights: Tensor | None, scales: Tensor | None = None, format: _core.RowFormat = OWN
+) -> _core.Rows:
+    rows = x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights)
+    if format is OWN:
+        return _core.Rows(*rows)
+    return _core.Rows(*rows, _address(scales), 0 if scales is None else _row_stride(scales), format)
+
+
+def _in_memory(
+    c: Communicator, size: int, format: _core.RowFormat, x: Tensor, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Memory for received rows like ``x``, and for their scales: nothing where there are none."""
+    rows = c.new_rows(size, format, x)
+    if scales is None:
+        return rows, c.backend.empty(0, dtype=torch.float32)
+    return rows, c.backend.empty(size, scales.shape[1], dtype=scales.dtype)
+
+
+def _in_slot(
+    c: Communicator,
+    lease: _core.SlotLease,
+    size: int,
+    format: _core.RowFormat,
+    x: Tensor,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same, where they have been received."""
+    rows = c.view_like(lease, size, format, x)
+    if scales is None:
+        return rows, c.backend.empty(0, dtype=torch.float32)
+    return rows, c.view_scales(lease, size, format, scales)
 
 
 def known_routing(r: RoutePlan, grouped: bool) -> _core.RoutePlan:
@@ -105,10 +137,12 @@ def _dispatch(
     zero_copy: bool,
     async_op: bool,
     in_waves: bool,
+    scales: Tensor | None,
 ) -> tuple[Tensor, ...]:
     a = attachment_of(comm)
     c = a.communicator
-    checks.check_dispatch(c, x, topk_idx, topk_weights, align, (width, experts))
+    checks.check_dispatch(c, x, scales, topk_idx, topk_weights, align, (width, experts))
+    format = format_of(c.settings, x, scales)
     tokens, topk = topk_idx.shape
     routes = c.backend.empty(tokens, width)
     groups = c.backend.empty(2 * experts + 1 if grouped else experts)
@@ -121,7 +155,7 @@ def _dispatch(
         *_addresses_of_groups(groups, grouped),
         align,
     )
-    pending = _begin_dispatch(a, view, topk_weights is not None, drop, in_waves)
+    pending = _begin_dispatch(a, view, topk_weights is not None, drop, in_waves, format)
     backend = c.backend
     try:
         size = pending.results
@@ -129,19 +163,23 @@ def _dispatch(
         source = backend.empty(size, 2)
         weights = c.new_weights(topk_weights, size, grouped)
         in_slot = zero_copy or (not grouped and c.can_spare_slots(0))
-        rows = c.view(pending.lease, size) if in_slot else c.new_rows(size)
+        if in_slot:
+            rows, new_scales = _in_slot(c, pending.lease, size, format, x, scales)
+        else:
+            rows, new_scales = _in_memory(c, size, format, x, scales)
         received = _core.Received(
             None if in_slot else rows.data_ptr(),
             weights.data_ptr(),
             0 if grouped else local.data_ptr(),
             source.data_ptr(),
+            new_scales.data_ptr(),
         )
         routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
-        keep = (x, topk_weights, rows, weights, *routing[:-1])
+        keep = (x, topk_weights, scales, rows, weights, new_scales, *routing[:-1])
         backend.begin()
         ticket = c.core.finish_dispatch(
             pending,
-            _rows(x, topk_weights),
+            _rows(x, topk_weights, scales, format),
             known_routing(routing, grouped),
             received,
             async_op,
@@ -155,23 +193,29 @@ def _dispatch(
     a.event = backend.end("dispatch", ticket, (*keep, counts), async_op)
     if in_waves and a.event is not None:
         a.event.waves = pending
-    return rows, weights, counts, routes, local, source, groups
+    return rows, weights, counts, routes, local, source, groups, new_scales
 
 
 def _begin_dispatch(
-    a: Attachment, view: _core.RoutePlan, weighted: bool, drop: bool, in_waves: bool
+    a: Attachment,
+    view: _core.RoutePlan,
+    weighted: bool,
+    drop: bool,
+    in_waves: bool,
+    format: _core.RowFormat,
 ) -> _core.PendingDispatch:
     """Publish to the other ranks what goes where; where the communicator grows, make room for what comes."""
     c = a.communicator
     try:
         c.backend.begin_plan()
-        return c.core.begin_dispatch(view, weighted, drop and not c.settings.grows, in_waves, a.caller)
+        drop = drop and not c.settings.grows
+        return c.core.begin_dispatch(view, weighted, drop, in_waves, a.caller, format)
     except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
         if not c.settings.grows:
             raise
         c.make_room(error.rows)
     c.backend.begin_plan()
-    return c.core.begin_dispatch(view, weighted, False, in_waves, a.caller)
+    return c.core.begin_dispatch(view, weighted, False, in_waves, a.caller, format)
 
 
 def _redispatch(
@@ -186,29 +230,34 @@ def _redispatch(
     grouped: bool,
     zero_copy: bool,
     async_op: bool,
-) -> tuple[Tensor, Tensor]:
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     a = attachment_of(comm)
     c = a.communicator
     routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
-    checks.check_redispatch(c, x, topk_weights, routing, grouped)
+    checks.check_redispatch(c, x, scales, topk_weights, routing, grouped)
+    format = format_of(c.settings, x, scales)
     size = source.shape[0]
     weights = c.new_weights(topk_weights, size, grouped)
     in_slot = zero_copy or (not grouped and c.can_spare_slots(1))
-    out = None if in_slot else c.new_rows(size)
-    keep = (x, topk_weights, out, weights, *routing[:-1])
+    rows, new_scales = (None, None) if in_slot else _in_memory(c, size, format, x, scales)
+    keep = (x, topk_weights, scales, rows, weights, new_scales, *routing[:-1])
     c.backend.begin()
     ticket, lease = c.core.redispatch(
-        _rows(x, topk_weights),
+        _rows(x, topk_weights, scales, format),
         known_routing(routing, grouped),
-        _core.Received(None if out is None else out.data_ptr(), weights.data_ptr()),
+        _core.Received(
+            None if rows is None else rows.data_ptr(), weights.data_ptr(), scales=_address(new_scales)
+        ),
         async_op,
         keep if async_op else None,
         a.caller,
     )
-    rows = c.view(lease, size) if out is None else out
+    if rows is None or new_scales is None:
+        rows, new_scales = _in_slot(c, lease, size, format, x, scales)
     a.count(redispatches=1, rows_received=local.shape[0])
     a.event = c.backend.end("redispatch", ticket, (rows, *keep), async_op)
-    return rows, weights
+    return rows, weights, new_scales
 
 
 def _combine(
@@ -230,8 +279,9 @@ def _combine(
     c = a.communicator
     routing = RoutePlan(topk_idx, routes, local, source, groups, comm)
     checks.check_combine(c, y, weights, bias, weight_grads, routing, grouped)
+    format = format_of(c.settings, y)
     if out is None:
-        out = c.new_rows(routes.shape[0])
+        out = c.new_rows(routes.shape[0], format, y)
     shape = topk_idx.shape if weight_grads is not None else (0,)
     out_weights = c.backend.empty(*shape, dtype=c.settings.weight_dtype)
     given = _core.CombineInput(
@@ -242,6 +292,8 @@ def _combine(
         _address(weight_grads),
         _address(bias),
         0 if bias is None else _row_stride(bias),
+        format,
+        CORE_DTYPES[y.dtype],
     )
     keep = (y, weights, bias, weight_grads, out, out_weights, *routing[:-1])
     c.backend.begin()
@@ -257,77 +309,6 @@ def _combine(
     a.count(combines=1)
     a.event = c.backend.end("combine", ticket, keep, async_op)
     return out, out_weights
-
-
-# Shapes for torch.compile: how many rows arrive is known only at run time.
-
-
-def _fake_weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: Tensor) -> Tensor:
-    if given is None:
-        return x.new_empty(0, dtype=torch.float32)
-    return given.new_empty((size,) if grouped else (size, topk))
-
-
-def _fake_dispatch(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor | None,
-    comm: Tensor,
-    width: int,
-    experts: int,
-    grouped: bool,
-    align: int,
-    drop: bool,
-    zero_copy: bool,
-    async_op: bool,
-    in_waves: bool,
-) -> tuple[Tensor, ...]:
-    refuse_forward_mode()
-    context = torch.library.get_ctx()
-    unique = context.new_dynamic_size()
-    size = context.new_dynamic_size() if grouped else unique
-    groups = 2 * experts + 1 if grouped else experts
-    tokens, topk = topk_idx.shape
-    return (
-        x.new_empty(size, x.shape[1]),
-        _fake_weights(topk_weights, size, grouped, topk, x),
-        topk_idx.new_empty(groups),
-        topk_idx.new_empty(tokens, width),
-        topk_idx.new_empty(unique, topk),
-        topk_idx.new_empty(size, 2),
-        topk_idx.new_empty(groups),
-    )
-
-
-def _fake_redispatch(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    topk_idx: Tensor,
-    routes: Tensor,
-    local: Tensor,
-    source: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    refuse_forward_mode()
-    size, topk, grouped = source.shape[0], topk_idx.shape[1], rest[2]
-    return x.new_empty(size, x.shape[1]), _fake_weights(topk_weights, size, grouped, topk, x)
-
-
-def _fake_combine(
-    y: Tensor,
-    weights: Tensor | None,
-    bias: Tensor | None,
-    weight_grads: Tensor | None,
-    topk_idx: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    refuse_forward_mode()
-    out_weights = (
-        y.new_empty(0, dtype=torch.float32)
-        if weight_grads is None
-        else weight_grads.new_empty(topk_idx.shape)
-    )
-    return y.new_empty(topk_idx.shape[0], y.shape[1]), out_weights
 
 
 # Gradients.
@@ -351,7 +332,9 @@ def combine_adjoint(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of the output's gradient, and gradients of weights sent back: a dispatch along the routes."""
     weights = None if g_out_weights is None else g_out_weights.contiguous()
-    rows, g_weight_grads = redispatch(g_out.contiguous(), weights, *routing, grouped, False, async_op)
+    rows, g_weight_grads, _ = redispatch(
+        g_out.contiguous(), weights, *routing, grouped, False, async_op, None
+    )
     return rows, None if g_out_weights is None else g_weight_grads
 
 
@@ -368,27 +351,27 @@ def gradients_of_rows(
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, topk_idx, topk_weights, comm, _, _, ctx.grouped, *_ = inputs
     ctx.has_weights = topk_weights is not None
-    ctx.save_for_backward(topk_idx, *output[3:], comm)
+    ctx.save_for_backward(topk_idx, *output[3:7], comm)
     compiling.save_results()
 
 
 def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     weights = g_weights if ctx.has_weights else None
     gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.grouped, g_rows, weights)
-    return gx, None, gw, *(None,) * 9
+    return gx, None, gw, *(None,) * 10
 
 
 def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, topk_weights, *routing, ctx.grouped, _, _ = inputs
+    _, topk_weights, *routing, ctx.grouped, _, _, _ = inputs
     ctx.has_weights = topk_weights is not None
     ctx.save_for_backward(*routing)
     compiling.save_results()
 
 
-def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor) -> tuple[Any, ...]:
+def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, _: Tensor) -> tuple[Any, ...]:
     weights = g_weights if ctx.has_weights else None
     gx, gw = dispatch_adjoint(ctx.saved_tensors, ctx.grouped, g_rows, weights)
-    return gx, gw, *(None,) * 9
+    return gx, gw, *(None,) * 10
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -453,18 +436,18 @@ def _past_autograd(op: Any, inputs: int, traced: Any = None) -> Callable[..., An
     return call
 
 
-_dispatch_op = _register("dispatch", _dispatch, _fake_dispatch, _dispatch_backward, _setup_dispatch)
+_dispatch_op = _register("dispatch", _dispatch, shapes.dispatch, _dispatch_backward, _setup_dispatch)
 _traced_dispatch = _register(
     "traced_dispatch",
     lambda *arguments: list(_dispatch(*arguments)),
-    lambda *arguments: list(_fake_dispatch(*arguments)),
+    lambda *arguments: list(shapes.dispatch(*arguments)),
     lambda ctx, grads: _dispatch_backward(ctx, *grads),
     _setup_dispatch,
 )
 _redispatch_op = _register(
-    "redispatch", _redispatch, _fake_redispatch, _redispatch_backward, _setup_redispatch
+    "redispatch", _redispatch, shapes.redispatch, _redispatch_backward, _setup_redispatch
 )
-_combine_op = _register("combine", _combine, _fake_combine, _combine_backward, _setup_combine)
+_combine_op = _register("combine", _combine, shapes.combine, _combine_backward, _setup_combine)
 for _op in (_traced_dispatch, _redispatch_op, _combine_op):
     compiling.keep_in_order(_op)
 

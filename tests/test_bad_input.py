@@ -90,7 +90,8 @@ def test_dispatch_refuses(device, name):
 
 
 BAD_COMBINE = {
-    "dtype": (dict(y=rows(dtype=torch.bfloat16)), ValueError, "y must be torch.float32"),
+    "dtype": (dict(y=rows(dtype=torch.float64)), ValueError, "y must be torch.float32"),
+    "no sum": (dict(y=rows(dtype=torch.int32)), ValueError, "y must be of a floating type that"),
     "rows": (dict(y=rows(3)), ValueError, "y must have 4 rows, got 3"),
     "weights": (dict(weights=torch.ones(3)), ValueError, r"weights must be \[4\]"),
     "bias": (dict(bias=rows(5)), ValueError, "bias must have 4 rows"),
@@ -168,7 +169,7 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit(device, name):
         routing[place] = change(routing[place])
         for op, rest in (
             (torch.ops.commlib.combine, (False,)),
-            (torch.ops.commlib.redispatch, (False, False)),
+            (torch.ops.commlib.redispatch, (False, False, None)),
         ):
             inputs = (x, None, None, None) if op == torch.ops.commlib.combine else (x, None)
             with pytest.raises(ValueError, match=r"not the routing of a dispatch|must have 3 rows"):
@@ -188,14 +189,14 @@ def test_routes_that_are_no_rows_are_refused_before_memory_of_other_ranks_is_tou
         with pytest.raises(ValueError, match=rf"routes\[2, 0\] is {route}, which is no row of any rank"):
             torch.ops.commlib.combine(x, None, None, None, *changed, False, False)
         with pytest.raises(ValueError, match="no row of any rank"):
-            torch.ops.commlib.redispatch(x, None, *changed, False, False, False)
+            torch.ops.commlib.redispatch(x, None, *changed, False, False, False, None)
         assert torch.equal(ep.combine(d.x, d.handle), x)
 
 
 def test_ops_called_by_themselves_check_as_dispatch_does(device):
     with ExpertParallel(**CONFIG, device=device) as ep:
         x, idx, name = rows(device=device), ids(device=device), ep._name
-        options = (False, 1, False, False, False, False)
+        options = (False, 1, False, False, False, False, None)
         for change, text in (
             (dict(x=x.double()), "x must be torch.float32"),
             (dict(x=x[:, :32]), r"x must be \[rows, 64\]"),
@@ -203,7 +204,7 @@ def test_ops_called_by_themselves_check_as_dispatch_does(device):
             (dict(idx=idx.t().contiguous().t()), "topk_idx must be contiguous"),
             (dict(weights=torch.ones(4, device=device)), r"topk_weights must be \[4, 2\]"),
             (dict(sizes=(2, 8)), "width and experts"),
-            (dict(options=(True, 2**40, False, False, False, False)), "align must be"),
+            (dict(options=(True, 2**40, False, False, False, False, None)), "align must be"),
         ):
             given = dict(x=x, idx=idx, weights=None, sizes=ep._sizes, options=options) | change
             with pytest.raises(ValueError, match=text):

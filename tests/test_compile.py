@@ -52,7 +52,7 @@ def test_ops_pass_torchs_own_checks(device):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             torch.ops.commlib.dispatch.default,
-            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, False, False),
+            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, False, False, None),
             test_utils=tests,
         )
         torch.library.opcheck(
@@ -62,7 +62,7 @@ def test_ops_pass_torchs_own_checks(device):
         )
         torch.library.opcheck(
             torch.ops.commlib.redispatch.default,
-            (x, w, *d.handle._arguments(), False, False),
+            (x, w, *d.handle._arguments(), False, False, None),
             test_utils=tests,
         )
 

@@ -283,7 +283,8 @@ def grow_in_threads(rank, turns=6):
 
     for _ in range(turns):
         turn = threading.Barrier(2)
-        with growing(world, timeout=10.0) as first, growing(world, timeout=10.0) as second:
+        options = dict(timeout=10.0, exclusive=True)
+        with growing(world, **options) as first, growing(world, **options) as second:
             order = [(first, 0, turn), (second, 1, turn)]
             threads = [threading.Thread(target=use, args=a) for a in (order if rank else reversed(order))]
             for thread in threads:

@@ -106,6 +106,8 @@ STEPS = (
     tests("waves", 35),
     tests("throttle", 20),
     tests("memory", 25),
+    tests("sharing", 40),
+    tests("formats", 25),
     tests("partition", 20),
     tests("overlap", 40),
     tests("autocast", 75),
