@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +20,25 @@ _POOLED_BYTES = 1 << 20  # results of at least this size come from the communica
 Span = Callable[[], tuple[float, float]]  # begin and end of a finished operation, in seconds
 
 
+@dataclass(eq=False)
+class Trace:
+    """Where the operations of a communicator are noted for one who traces it.
+
+    Attributes:
+        zero: CUDA: the event whose time is 0.
+        notes: name and span of each operation.
+    """
+
+    zero: torch.cuda.Event | None = None
+    notes: list[tuple[str, Span]] = field(default_factory=list)
+
+
 class Backend(ABC):
     """One rank's device."""
 
     device: torch.device
     core: _core.Communicator
-    trace: list[tuple[str, Span]] | None = None  # where operations are noted while they are traced
+    traces: tuple[Trace, ...] = ()  # where operations are noted now
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """A new tensor on the device."""
@@ -44,8 +58,8 @@ class Backend(ABC):
         return 0
 
     def go_on_from(self, before: Backend) -> None:
-        """Take the place of one of the same rank: its trace goes on here, from the same zero."""
-        self.trace = before.trace
+        """Take the place of one of the same rank: its traces go on here."""
+        self.traces = before.traces
 
     def close(self) -> None:
         """Finish what is under way and tell the other ranks."""
@@ -110,8 +124,8 @@ class CpuBackend(Backend):
     ) -> Event | None:
         if ticket is None:
             return None
-        if self.trace is not None:
-            self.trace.append((name, lambda: (ticket.begun, ticket.ended)))
+        for trace in self.traces:
+            trace.notes.append((name, lambda: (ticket.begun, ticket.ended)))
         return CpuEvent(self.core, ticket) if async_op else None
 
 
@@ -135,12 +149,6 @@ class CudaBackend(Backend):
         self._in_step = in_step
         self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
-        self.zero = torch.cuda.Event(enable_timing=True)  # recorded by the tracer: its time is 0
-
-    def go_on_from(self, before: Backend) -> None:
-        super().go_on_from(before)
-        assert isinstance(before, CudaBackend)
-        self.zero = before.zero
 
     def close(self) -> None:
         try:
@@ -164,7 +172,7 @@ class CudaBackend(Backend):
     def begin(self) -> None:
         _refuse_capture()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if self.trace is not None:
+        if self.traces:
             self._begun = torch.cuda.Event(enable_timing=True)
             self._begun.record(self.stream)
 
@@ -175,10 +183,12 @@ class CudaBackend(Backend):
     def end(
         self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
     ) -> Event | None:
-        if self.trace is not None:
+        if self.traces:
             begun, ended = self._begun, torch.cuda.Event(enable_timing=True)
             ended.record(self.stream)
-            self.trace.append((name, span_of(self.zero, begun, ended)))
+            for trace in self.traces:
+                assert trace.zero is not None
+                trace.notes.append((name, span_of(trace.zero, begun, ended)))
         current = torch.cuda.current_stream(self.device)
         tensors = [t for t in keep if isinstance(t, Tensor) and t.is_cuda]
         addresses = [t.data_ptr() for t in tensors]

@@ -34,7 +34,7 @@ _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 # For a kernel: a sleep costs at least 50 µs, and what the host waits for comes within milliseconds.
 _SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
-_USER = 6  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
+_USER = 7  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 
 
@@ -68,14 +68,27 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
         settings: all but the timeout.
         timeout: seconds that a rank waits for a peer; None: the team's, 600 for a new one.
     """
-    group, device = talk.group, settings.device
-    team = None if settings.exclusive else find_team(group, device)
-    known = team.find(settings) if team else None
-    mine = known.attach() if known else None  # so that it is not closed meanwhile
+    team = None if settings.exclusive else find_team(talk.group, settings.device)
+    mine = team.attach(settings) if team else None
+    try:
+        return _agree(talk, settings, timeout, team, mine)
+    except BaseException:
+        if mine is not None:
+            mine.close()  # not only when the exception goes, which may be kept
+        raise
+
+
+def _agree(
+    talk: Conversation,
+    settings: Settings,
+    timeout: float | None,
+    team: Team | None,
+    mine: Attachment | None,
+) -> Attachment:
     have = {
         "team": team.uid if team else None,
-        "communicator": known.uid if known else None,
-        "callers": known.callers if known else 0,
+        "communicator": mine.communicator.uid if mine else None,
+        "callers": mine.communicator.callers if mine else 0,
     }
     infos = _introduce(talk, settings, have)
     if team is None or not _agreed(infos, "team"):
@@ -103,7 +116,7 @@ def _attach_to_new(
     team.add(communicator)
     if not settings.exclusive:
         keep_team(talk.group, settings.device, team)
-    attachment = communicator.attach()
+    attachment = Attachment(communicator)
     attachment.agree(1)
     return attachment
 

@@ -105,14 +105,14 @@ def check_align(c: Communicator, align: int) -> None:
         )
 
 
-def check_gradient(rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
+def check_gradient(settings: Settings, rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
     """That rows of a dispatch can have a gradient, where autograd wants one."""
-    if not wanted or (scales is None and can_be_summed(rows.dtype)):
+    if not wanted or (scales is None and can_be_summed(settings, rows.dtype)):
         return
     what = "that come with scales" if scales is not None else f"of {rows.dtype}"
     raise ValueError(
-        f"rows {what} have no gradient, nor have the weights that go with them: detach() what requires grad, "
-        "or dispatch under torch.no_grad()"
+        f"rows {what} have no gradient here, nor have the weights that go with them: detach() what requires "
+        "grad, or dispatch under torch.no_grad()"
     )
 
 
@@ -197,8 +197,11 @@ def check_combine(
     _check_routing(c, routing, grouped)
     rows = routing.source.shape[0]
     _check_rows("y", y, c.settings, rows, any_format=True)
-    if not can_be_summed(y.dtype):
-        raise ValueError(f"y must be of a floating type that can be summed, got {y.dtype}")
+    if not can_be_summed(c.settings, y.dtype):
+        raise ValueError(
+            f"y must be of a floating type that can be summed beside {c.settings.dtype}, got {y.dtype}: "
+            "float64 rows are summed in float64, all others in float32"
+        )
     if weights is not None:
         _check_dense(c, "weights", weights, (rows,), c.weight_dtype)
     if bias is not None:

@@ -6,6 +6,7 @@ import atexit
 import functools
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,6 +70,8 @@ class Communicator:
         self.closed = False
         self.callers = self.growths = 0
         self._attached: set[int] = set()
+        # Guards whether it is closed and for whom it is open. Garbage collection may detach inside of it.
+        self._lock = threading.RLock()
         self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
@@ -79,29 +82,27 @@ class Communicator:
         """How many share it now."""
         return len(self._attached)
 
-    def attach(self) -> Attachment:
-        """Keep it open for one more."""
-        return Attachment(self)
+    def attach(self) -> Attachment | None:
+        """Keep it open for one more; None: no operation can come any more, as far as this rank knows."""
+        attachment = Attachment(self)
+        if not self.closed and self.core.is_usable:  # now nobody else closes it
+            return attachment
+        attachment.close()
+        return None
 
     def attached_as(self, number: int) -> None:
         """Keep it open for the attachment of this number."""
-        self._attached.add(number)
+        with self._lock:
+            self._attached.add(number)
 
     def detach(self, number: int) -> None:
         """That attachment is closed, or gone; the last one closes the communicator. Twice does no harm."""
-        self._attached.discard(number)
-        if not self._attached:
-            self.close()
-
-    def is_usable(self) -> bool:
-        """Whether operations can come, as far as this rank knows."""
-        if self.closed:
-            return False
-        try:
-            self.core.check_health()
-        except CommError:
-            return False
-        return True
+        with self._lock:
+            self._attached.discard(number)
+            last = not self._attached
+            self.closed |= last
+        if last:
+            self.backend.close()
 
     def set_timeout(self, seconds: float) -> None:
         """Of later operations."""

@@ -195,7 +195,7 @@ class ExpertParallel:
         export = exporter_for(given)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)
-        checks.check_gradient(rows, scales, ops.wants_gradient(rows, weights))
+        checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
             layout, align = handle.layout, handle.align

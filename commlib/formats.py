@@ -38,9 +38,12 @@ def format_of(settings: Settings, rows: Tensor, scales: Tensor | None = None) ->
     return _core.RowFormat(number | _number_of(scales) << _SCALES_SHIFT, _row_bytes(rows), _row_bytes(scales))
 
 
-def can_be_summed(dtype: torch.dtype) -> bool:
-    """Whether combine takes rows of this type; others only travel, and have no gradient."""
-    return dtype in CORE_DTYPES
+def can_be_summed(settings: Settings, dtype: torch.dtype) -> bool:
+    """Whether combine takes rows of this type; others only travel, and have no gradient.
+
+    Weights are of the type that sums are taken in, which float64 rows alone have otherwise.
+    """
+    return dtype in CORE_DTYPES and (dtype == torch.float64) == (settings.dtype == torch.float64)
 
 
 def viewed(raw: Tensor, like: Tensor) -> Tensor:

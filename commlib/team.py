@@ -13,7 +13,7 @@ from commlib import _core
 from commlib.conversation import Group
 
 if TYPE_CHECKING:
-    from commlib.communicator import Communicator
+    from commlib.communicator import Attachment, Communicator
     from commlib.settings import Settings
 
 
@@ -43,10 +43,12 @@ class Team:
         """Take in one that is connected, on all ranks."""
         self._members.add(communicator)
 
-    def find(self, settings: Settings) -> Communicator | None:
-        """The communicator that was made for these settings and can be used."""
+    def attach(self, settings: Settings) -> Attachment | None:
+        """A part in the communicator that was made for these settings, if one is there and can be used."""
         shape = shape_of(settings)
-        return next((c for c in self.communicators if c.shape == shape and c.is_usable()), None)
+        # The newest first: all ranks have had it. An older one may be closed on some and garbage on others.
+        parts = (c.attach() for c in reversed(self.communicators) if c.shape == shape)
+        return next((part for part in parts if part is not None), None)
 
     def set_timeout(self, seconds: float) -> None:
         """Of later operations of all its communicators."""

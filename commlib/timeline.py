@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commlib.backend import CudaBackend, Span, span_of
+from commlib.backend import CudaBackend, Span, Trace, span_of
 
 if TYPE_CHECKING:
     from commlib.expert_parallel import ExpertParallel
@@ -58,25 +58,28 @@ class Timeline:
     def __init__(self, ep: ExpertParallel) -> None:
         self._ep = ep
         self._backend = ep._comm.backend
-        self._trace: list[tuple[str, Span]] = []
+        self._trace = Trace()
         self._notes: list[tuple[str, str, Span]] = []
         self.intervals: list[Interval] = []
 
     def __enter__(self) -> Timeline:
-        self._backend.trace = self._trace = []
-        self._zero = 0.0
-        if isinstance(self._backend, CudaBackend):
-            self._backend.zero.record(torch.cuda.current_stream(self._backend.device))
+        backend = self._ep._comm.backend
+        self._trace, self._zero = Trace(), 0.0
+        if isinstance(backend, CudaBackend):
+            self._trace.zero = torch.cuda.Event(enable_timing=True)
+            self._trace.zero.record(torch.cuda.current_stream(backend.device))
         else:
             self._zero = time.monotonic()
+        backend.traces = (*backend.traces, self._trace)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._ep._comm.backend.trace = None  # perhaps another backend, with a larger heap
+        backend = self._ep._comm.backend  # perhaps another one, with a larger heap
+        backend.traces = tuple(trace for trace in backend.traces if trace is not self._trace)
         if error[0] is not None:
             return
         self._ep.synchronize()
-        notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in self._trace)]
+        notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in self._trace.notes)]
         for lane, name, span in notes:
             begin, end = span()
             self.intervals.append(Interval(lane, name, begin - self._zero, end - self._zero))
@@ -88,7 +91,8 @@ class Timeline:
         if isinstance(self._backend, CudaBackend):
             stream = torch.cuda.current_stream(self._backend.device)
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            zero = self._backend.zero
+            zero = self._trace.zero
+            assert zero is not None
             begun.record(stream)
             yield
             ended.record(stream)

@@ -275,14 +275,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(name):
         assert torch.equal(d.scales, S)
 
 
+def test_a_row_and_its_scales_may_fill_the_room():
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep:
+        x = torch.arange(4 * 117, dtype=torch.int16).view(4, 117).to(torch.int8)
+        s = torch.arange(4 * 11, dtype=torch.int16).view(4, 11).to(torch.int8)
+        d = ep.dispatch((x, s), IDX, zero_copy=True)
+        assert torch.equal(d.x, x) and torch.equal(d.scales, s)
+
+
 def test_rows_without_a_gradient_say_so():
     with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep:
         weights = torch.ones(4, 1, requires_grad=True)
         with pytest.raises(ValueError, match="rows that come with scales have no gradient"):
             ep.dispatch((X, S), IDX, weights)
+        with pytest.raises(ValueError, match="rows that come with scales have no gradient"):
+            ep.dispatch((X, S.clone().requires_grad_()), IDX)
         d = ep.dispatch((X, S), IDX, weights.detach())
         with pytest.raises(ValueError, match=r"rows of torch\.int8 have no gradient"):
             ep.dispatch(X, None, weights, handle=d.handle)
+        with pytest.raises(ValueError, match=r"rows of torch\.float64 have no gradient here"):
+            ep.dispatch(torch.zeros(4, 8, dtype=torch.float64, requires_grad=True), handle=d.handle)
         with torch.no_grad():
             assert torch.equal(ep.dispatch(X, None, weights, handle=d.handle).x, X)
         with pytest.raises(ValueError, match="y must be of a floating type that can be summed"):
@@ -291,7 +303,7 @@ def test_rows_without_a_gradient_say_so():
             ep.combine(torch.zeros(4, 8), d.handle, bias=torch.zeros(4, 8).half())
         with pytest.raises(ValueError, match="out must be as y is"):
             ep.combine(torch.zeros(4, 8), d.handle, out=torch.zeros(4, 8).half())
-        with pytest.raises(ValueError, match="float64 for float64 rows only"):
+        with pytest.raises(ValueError, match="float64 rows are summed in float64"):
             ep.combine(torch.zeros(4, 8, dtype=torch.float64), d.handle)
 
 

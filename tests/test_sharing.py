@@ -253,6 +253,71 @@ def test_ranks_that_collect_garbage_at_different_times_agree_anew(device):
     assert commlib.run_ranks(rank_main, 2, device=device) == [(1, 2), (1, 2)]
 
 
+def test_one_that_is_garbage_on_some_ranks_only_keeps_no_others_from_sharing():
+    """A second shape keeps the team, so that rank 1 goes on to find the old one."""
+
+    def rank_main(rank):
+        old, other = made(), made(hidden=32)
+        if rank == 0:
+            old.close()
+        eps = [made() for _ in range(4)]
+        for ep in eps:
+            check_sums(ep)
+        assert not other._comm.closed
+        return len({ep._comm for ep in eps}), [ep._attachment.caller for ep in eps]
+
+    assert commlib.run_ranks(rank_main, 2) == [(1, [1, 2, 3, 4])] * 2
+
+
+def test_one_that_has_just_been_closed_is_not_joined():
+    def rank_main(rank):
+        ep = made()
+        communicator = ep._comm
+        part = communicator.attach()
+        ep.close()
+        assert not communicator.closed
+        part.close()
+        assert communicator.closed and communicator.attach() is None and communicator.attached == 0
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_an_error_that_is_kept_keeps_nothing_open():
+    def rank_main(rank):
+        ep, kept = made(timeout=30.0), None
+        try:
+            made(timeout=20.0)
+        except ValueError as error:
+            kept = error
+        ep.close()
+        assert kept is not None and ep._comm.closed
+        with made(timeout=20.0) as anew:
+            check_sums(anew)
+
+    commlib.run_ranks(rank_main, 2)
+
+
+def test_a_report_does_not_wait_for_an_operation():
+    """Rank 1 comes only when the report is there."""
+    reported = threading.Event()
+
+    def rank_main(rank):
+        waiting, other = made(), made(hidden=32)
+        if rank == 1:
+            reported.wait(60)
+            return check_sums(waiting)
+        thread = threading.Thread(target=round_trip, args=(waiting,))
+        thread.start()
+        time.sleep(0.1)
+        for ep in (waiting, other):
+            assert len(ep.memory_report().others) == 1
+        reported.set()
+        thread.join()
+        return None
+
+    commlib.run_ranks(rank_main, 2)
+
+
 def test_what_was_found_and_not_agreed_on_is_not_kept_open():
     def rank_main(rank):
         old = made()

@@ -35,6 +35,24 @@ def test_operations_and_compute_are_noted_in_order(device, tmp_path):
         assert [e["name"] for e in events if e["ph"] == "X"] == [i.name for i in intervals]
 
 
+def test_timelines_of_layers_that_share_a_communicator_do_not_meet(device):
+    """Each notes the operations of both, as long as it is open."""
+    world = make_world([6, 9], device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as first, ExpertParallel(**world.config()) as second:
+            with Timeline(first) as outer:
+                with Timeline(second) as inner:
+                    d = second.dispatch(world.x[rank], world.topk_idx[rank])
+                first.dispatch(world.x[rank], world.topk_idx[rank])
+                second.combine(d.x, d.handle)
+            assert first._comm.backend.traces == ()
+            return [[i.name for i in timeline.intervals] for timeline in (outer, inner)]
+
+    for names in commlib.run_ranks(rank_main, 2, device=device):
+        assert names == [["dispatch", "dispatch", "combine"], ["dispatch"]]
+
+
 def test_busy_counts_no_moment_twice():
     timeline = Timeline.__new__(Timeline)
     timeline.intervals = [

@@ -36,7 +36,6 @@ Communicator::Communicator(const Config& config)
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
 }
 
-// A derived class has closed it, so whoever tells it meanwhile to leave finds that it has.
 Communicator::~Communicator() {
   if (config_.team && home_.is_here()) config_.team->remove(*this);
 }
@@ -199,9 +198,16 @@ void Communicator::end_turn(PendingDispatch& dispatch) {
 
 Communicator::Issue::~Issue() { comm_.issuer_.store({}, std::memory_order_relaxed); }
 
-int Communicator::slots_in_use() {
-  const Issue issue(*this, Issue::Of::pending_dispatch);
-  return slots_->in_use();
+int Communicator::slots_in_use() const {
+  if (!home_.is_here()) check_can_wait();
+  const auto slots = std::atomic_load(&slots_);
+  return slots ? slots->in_use() : 0;
+}
+
+bool Communicator::is_usable() const {
+  if (!home_.is_here()) return false;
+  std::lock_guard<std::mutex> lock(broken_mutex_);
+  return broken_.empty();
 }
 
 void Communicator::leave(uint32_t how, uint64_t blamed, const std::string& why) {
@@ -267,6 +273,7 @@ void Communicator::close() {
     untold = std::current_exception();
   }
   leave(kClosed, bit_of(config_.rank), "it has been closed");
+  if (config_.team) config_.team->remove(*this);  // which may be telling it on another thread
   if (network_) network_->close(std::min(kFlushSeconds, timeout_.load(std::memory_order_relaxed)));
   {
     std::lock_guard<std::timed_mutex> issue(issue_mutex_);  // no thread is in the middle of a call

@@ -211,7 +211,9 @@ class Communicator {
   const Config& config() const { return config_; }
   const SlotLayout& layout() const { return layout_; }
   virtual void set_timeout(double seconds) { timeout_.store(seconds, std::memory_order_relaxed); }
-  int slots_in_use();
+  int slots_in_use() const;
+  // Whether operations can be issued, as far as this rank knows. Unlike check_health, reports nothing.
+  virtual bool is_usable() const;
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() = 0;
 
@@ -330,8 +332,8 @@ class Communicator {
   template <class Execute>
   auto issued(Execute execute) -> decltype(execute());
   // The next operation. Its epoch is 0 where it is captured: it has none before it runs.
-  OpId next_op(Call call, const SlotLease& lease);
-  PlanOp plan_op(const RoutePlan& routing, const PendingDispatch& pending, bool drop) const;
+  OpId next_op(Call call, const SlotLease& lease, const RowFormat& format);
+  PlanOp plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const;
   RowsOp rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
                  const SlotLease& lease) const;
   SendPlan send_plan(const Rows& rows, const RoutePlan& routing) const;
@@ -346,7 +348,8 @@ class Communicator {
   const int width_;
   std::vector<uint8_t> owner_;  // by expert
   const SlotLayout layout_;
-  std::shared_ptr<SlotPool> slots_;   // set by the backend, once it has a heap
+  // Set by the backend, once it has a heap. Loaded and stored whole: any thread may ask slots_in_use().
+  std::shared_ptr<SlotPool> slots_;
   std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
   // Of ranks of this node. Loaded and stored whole, because any thread may ask has_exited().

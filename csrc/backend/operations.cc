@@ -45,9 +45,10 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   pending->format = format;
   pending->lease = take_slot();
   const int flags = (drop ? kCallDrops : 0) | (in_waves ? kCallInWaves : 0);
-  pending->id = next_op(call_of(OpKind::dispatch, has_weights, caller, format, flags), *pending->lease);
+  pending->id =
+      next_op(call_of(OpKind::dispatch, has_weights, caller, format, flags), *pending->lease, format);
   const PlanReport& report = pending->plan =
-      issued([&] { return execute_plan(pending->id, plan_op(routing, *pending, drop)); });
+      issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
   if (report.status == PlanStatus::bad_id) {
     --epoch_;  // no rank has heard of it
     raise_bad_id(report.bad_index, report.bad_id);
@@ -93,7 +94,8 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   layout_of(rows.format);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
-  const OpId id = next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format), *slot);
+  const OpId id =
+      next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format), *slot, rows.format);
   if (received.rows_in_slot) *lease = slot;
   return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
 }
@@ -107,13 +109,12 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   if (!input.format.is_own()) check_sum_of(input.dtype);
   CombineSlot slot = combine_slot(input, routing, layout_of(input.format));
   CombineOp op{};
-  op.format = input.format;
   op.local_sum = local_sum_plan(input, routing, slot);
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
   op.in_place = slot.in_place;
-  const OpId id =
-      next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format), *slot.lease);
+  const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format), *slot.lease,
+                          input.format);
   return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
@@ -126,9 +127,9 @@ std::shared_ptr<SlotLease> Communicator::lend_slot() {
   return lease;
 }
 
-OpId Communicator::next_op(Call call, const SlotLease& lease) {
+OpId Communicator::next_op(Call call, const SlotLease& lease, const RowFormat& format) {
   call.slot = static_cast<uint8_t>(lease.index());
-  return {call, is_captured() ? 0 : ++epoch_};
+  return {call, is_captured() ? 0 : ++epoch_, format.is_own() ? 0 : format.word()};
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
@@ -193,16 +194,14 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
   const bool plain = !routing.expand_to && !input.weights && input.stride == layout.row_bytes;
   auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
-  if (!lease) return {take_slot(), false, false};
+  if (!lease || input.y != lease->slot().rows) return {take_slot(), false, false};
   lease->use();
   const bool users_rows = !lease->lent();
   return {std::move(lease), true, users_rows};
 }
 
-PlanOp Communicator::plan_op(const RoutePlan& routing, const PendingDispatch& pending, bool drop) const {
-  const SlotLease& lease = *pending.lease;
+PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const {
   PlanOp op{};
-  op.format = pending.format;
   op.routing = {routing.topk_idx, routing.tokens, config_.topk, width_, placement_, nullptr};
   op.routes = routing.routes;
   op.ordinals = lease.slot().sent_ordinals;
@@ -219,7 +218,6 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const PendingDispatch& pe
 RowsOp Communicator::rows_op(const Rows& rows, const RoutePlan& routing, const Received& received,
                              const SlotLease& lease) const {
   RowsOp op{};
-  op.format = rows.format;
   op.send = send_plan(rows, routing);
   op.unpack = unpack_plan(routing, received, lease);
   op.unpack.layout = op.send.layout;

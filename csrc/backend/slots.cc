@@ -16,6 +16,7 @@ SlotLease::~SlotLease() {
 }
 
 Slot SlotLease::slot() const { return pool_->slot(index_); }
+const SlotLayout& SlotLease::layout() const { return pool_->layout(); }
 
 void SlotLease::use() {
   if (lent_ && used_) {
@@ -51,7 +52,6 @@ std::shared_ptr<SlotLease> SlotPool::take() {
 std::shared_ptr<SlotLease> SlotPool::find(const std::byte* address) {
   if (!holds(address)) return nullptr;
   const auto index = static_cast<int>((address - slots_) / layout_.bytes());
-  if (address != slot(index).rows) return nullptr;
   std::lock_guard<std::mutex> lock(mutex_);
   return states_[index].lease.lock();
 }

@@ -24,6 +24,7 @@ class SlotLease {
 
   int index() const { return index_; }
   Slot slot() const;
+  const SlotLayout& layout() const;
   // A lent slot is written by the user and good for one combine: peers may still pull after it has returned.
   void lend() { lent_ = true; }
   bool lent() const { return lent_; }
@@ -51,10 +52,11 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
 
   // A free slot, or null.
   std::shared_ptr<SlotLease> take();
-  // The lease of the slot whose first row lies at `address`, or null.
+  // The lease of the slot in which `address` lies, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
   // Whether `address` lies in any slot.
   bool holds(const std::byte* address) const;
+  const SlotLayout& layout() const { return layout_; }
   Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
   int in_use();
   virtual ~SlotPool() = default;

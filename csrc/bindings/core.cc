@@ -67,7 +67,7 @@ py::capsule to_dlpack(const Memory& m) {
 Memory view_of(std::shared_ptr<SlotLease> lease, int64_t rows, const RowFormat& format, bool scales,
                const Communicator& comm) {
   const Config& config = comm.config();
-  const SlotLayout layout = comm.layout().with(format);
+  const SlotLayout layout = lease->layout().with(format);
   const RowArray array = scales ? layout.scales() : layout.rows();
   std::byte* data = lease->slot().rows + array.at;
   const dlpack::Device device =
@@ -374,6 +374,7 @@ void bind_communicator(py::module_& m) {
       .def("wait_event", &Communicator::wait_event, py::arg("event"), NoGil())
       .def("synchronize", &Communicator::synchronize, NoGil())
       .def("check_health", &Communicator::check_health, NoGil())
+      .def_property_readonly("is_usable", py::cpp_function(&Communicator::is_usable, NoGil()))
       .def("note_uses", &Communicator::note_uses, py::arg("addresses"), py::arg("stream"), NoGil())
       .def("lend_slot", &Communicator::lend_slot, NoGil())
       .def(

@@ -92,8 +92,8 @@ std::shared_ptr<void> CpuCommunicator::new_rows(int64_t rows) {
 }
 
 int64_t CpuCommunicator::touched_bytes() {
-  std::lock_guard<std::timed_mutex> issue(issue_mutex_);
-  return region_ ? static_cast<int64_t>(region_->touched_bytes()) : 0;
+  const auto region = std::atomic_load(&region_);
+  return region ? static_cast<int64_t>(region->touched_bytes()) : 0;
 }
 
 // Threads that wait for an operation may still be on their way out of the pool, so the pool itself stays. The
@@ -102,8 +102,8 @@ void CpuCommunicator::has_closed() {
   pool_->stop();
   std::atomic_store(&processes_, {});
   regions_.clear();
-  region_.reset();
-  slots_.reset();
+  std::atomic_store(&region_, {});
+  std::atomic_store(&slots_, {});
 }
 
 }  // namespace commlib

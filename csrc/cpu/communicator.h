@@ -62,7 +62,7 @@ class CpuCommunicator final : public Communicator {
   const VectorOps* ops_;
   Throttle throttle_;
   Sequence sequence_{};
-  std::shared_ptr<Region> region_;                // this rank's
+  std::shared_ptr<Region> region_;                // this rank's; loaded and stored whole, as slots_
   std::vector<std::shared_ptr<Region>> regions_;  // of this node
   std::shared_ptr<BufferPool> buffers_;
   std::unique_ptr<WorkerPool> pool_;

@@ -12,8 +12,8 @@ void CpuWorker::fail(FailureRecord record, double seconds) {
   op_.failed.store(true, std::memory_order_release);
 }
 
-bool CpuWorker::mismatch(int peer, Call theirs, uint64_t format, uint64_t their_format) {
-  fail(mismatch_record(*this, *op_.peers, op_.id, peer, theirs, format, their_format), 0);
+bool CpuWorker::mismatch(int peer) {
+  fail(mismatch_record(*this, *op_.peers, op_.id, peer), 0);
   return false;
 }
 

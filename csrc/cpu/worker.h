@@ -157,7 +157,7 @@ class CpuWorker {
         *internode.event, [&] { return load_word(internode.progress) != seen; }, [=] { return ranks; },
         Phase::network);
   }
-  bool mismatch(int peer, Call theirs, uint64_t format, uint64_t their_format);
+  bool mismatch(int peer);
   void malformed(int peer, Phase phase);
   // Whether the operation may begin: not if the one before it ended the communicator.
   bool may_begin();

@@ -164,6 +164,7 @@ OpParams CudaCommunicator::params(const OpId& id, int ring_bytes) const {
   OpParams op{};
   op.peers = peers_;
   op.call = id.call;
+  op.format = id.format;
   op.number = id.epoch;
   op.state = state_;
   op.host = host_on_device_;
@@ -182,6 +183,10 @@ void CudaCommunicator::check_health() {
   if (load_word(&host_->failed) == 0) return;
   drain();  // kernels leave their waits now, and use their tensors, which the caller may free, until then
   raise(host_->record);
+}
+
+bool CudaCommunicator::is_usable() const {
+  return Communicator::is_usable() && load_word(&host_->failed) == 0;
 }
 
 void CudaCommunicator::abort_waits(Cause cause, int peer) {

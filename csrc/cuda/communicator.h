@@ -30,6 +30,7 @@ class CudaCommunicator final : public Communicator {
   void wait_event(uintptr_t event) override;
   void synchronize() override;
   void check_health() override;
+  bool is_usable() const override;
   void set_timeout(double seconds) override;
   int64_t touched_bytes() override { return static_cast<int64_t>(region_->bytes()); }
   uintptr_t plan_stream() const override { return reinterpret_cast<uintptr_t>(plan_stream_); }

@@ -43,7 +43,8 @@ template <class T, class Worker>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineKernelOp op) {
   SumWorker<T, Worker> w(op.common);
   // The call comes from the kernel's arguments: between nodes there is no register to spare.
-  if (w.begin(Does::move_rows)) run_combine(w, op.combine, op.common.peers, {op.common.call, w.id().epoch});
+  if (w.begin(Does::move_rows))
+    run_combine(w, op.combine, op.common.peers, {op.common.call, w.id().epoch, op.common.format});
 }
 
 }  // namespace commlib::cuda

@@ -29,15 +29,22 @@ class GpuMemory final : public NetworkMemory {
     std::memset(memory_.back().get(), 0, bytes);
     return memory_.back().get();
   }
-  // Copies beside the kernels, which wait for these words. The copy is done when it returns.
+  // Copies beside the kernels, which wait for these words. The copy is done when it returns. The last word
+  // comes after the others, which it may announce: a copy by itself has no order.
   void write_control(uint64_t offset, const std::byte* words, uint64_t bytes) override {
     const OnDevice guard(device_);
-    check(cudaMemcpyAsync(control_ + offset, words, bytes, cudaMemcpyHostToDevice, stream_.get()),
-          "cudaMemcpyAsync");
+    const uint64_t before = bytes - sizeof(uint64_t);
+    if (before > 0) copy(offset, words, before);
+    copy(offset + before, words + before, sizeof(uint64_t));
     check(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize");
   }
 
  private:
+  void copy(uint64_t offset, const std::byte* words, uint64_t bytes) {
+    check(cudaMemcpyAsync(control_ + offset, words, bytes, cudaMemcpyHostToDevice, stream_.get()),
+          "cudaMemcpyAsync");
+  }
+
   const int device_;
   std::byte* const control_;
   const Stream stream_;

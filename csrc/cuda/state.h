@@ -72,6 +72,7 @@ struct HostState {
 struct OpParams {
   PeerTable peers;
   Call call;
+  uint64_t format;  // of OpId
   uint64_t number;  // of the operation, among those that the host has launched; 0: it is in a graph
   DeviceState* state;
   HostState* host;  // as mapped on the device

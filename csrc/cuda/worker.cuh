@@ -117,10 +117,9 @@ struct WaitingLane {
   announce_wait(w, op.peers, block_shared().id, awaited, ptx::globaltimer() - start >= half);
 }
 
-[[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer, Call theirs,
-                                                          uint64_t format, uint64_t their_format) {
+[[gnu::noinline]] __device__ inline void fail_by_mismatch(const OpParams& op, int peer) {
   WaitingLane w{op};
-  FailureRecord record = mismatch_record(w, op.peers, block_shared().id, peer, theirs, format, their_format);
+  FailureRecord record = mismatch_record(w, op.peers, block_shared().id, peer);
   fail(op, &record, ptx::globaltimer());
 }
 
@@ -140,7 +139,7 @@ enum class Does : uint8_t { plan, wait, move_rows };
   OpId& id = block_shared().id;
   const uint64_t ended = ptx::load_acquire_gpu(&sequence.ended);
   const uint64_t last = sequence.refused > ended ? sequence.refused : ended;
-  id = {op.call, op.number == 0 ? last + 1 : op.number + sequence.replayed};
+  id = {op.call, op.number == 0 ? last + 1 : op.number + sequence.replayed, op.format};
   block_shared().last_pull = sequence.last_pull[op.call.slot];
   if (does == Does::wait) id.epoch = block_shared().last_pull;  // it waits for that operation's pulls
   if (ptx::load_acquire_gpu(&op.state->failed) != 0 || op.state->closed != 0) return false;
@@ -319,8 +318,8 @@ class WarpWorker {
     return all(await([=] { return ptx::load_acquire_sys(progress) != seen; }, 0, [=] { return ranks; },
                      Phase::network));
   }
-  __device__ bool mismatch(int peer, Call theirs, uint64_t format, uint64_t their_format) const {
-    fail_by_mismatch(op_, peer, theirs, format, their_format);
+  __device__ bool mismatch(int peer) const {
+    fail_by_mismatch(op_, peer);
     return false;
   }
   __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }

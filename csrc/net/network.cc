@@ -57,7 +57,7 @@ class HostMemory final : public NetworkMemory {
 
 FrameLayout largest_frame(const NetShape& shape, const Topology& topology) {
   return FrameLayout::of(topology.served_most, shape.topk, shape.topk, shape.topk * shape.weight_bytes,
-                         shape.row_bytes);
+                         shape.row_bytes, kFrameAlign);  // which scales may need besides
 }
 
 int64_t or_else(int64_t asked, int64_t otherwise) { return asked ? asked : otherwise; }

@@ -9,11 +9,11 @@ namespace commlib {
 // Each rank says what it calls, and which of its slots the call may use. This wakes no thread: counts, or
 // rows in place, follow and wake those that wait. Ranks wait for the call itself only before a redispatch.
 template <class Worker>
-COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, const OpId& id, const RowFormat& format) {
+COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, const OpId& id) {
   for (int p = w.lane(); p < peers.size; p += w.lanes()) {
     SaidCall& said = peers.signals_to(p).calls[id.epoch % kCallRing];
-    const bool own = format.is_own();
-    if (!own) w.store_relaxed(&said.format, format.word());
+    const bool own = id.format == 0;
+    if (!own) w.store_relaxed(&said.format, id.format);
     w.publish(&said.word, tagged(id.tag(), id.call.bits()));
     if (!peers.is_near(p)) {
       send_words(w, peers, p, own ? &said.word : &said.format, own ? 1 : 2);
@@ -25,30 +25,24 @@ COMMLIB_HD void publish_call(Worker& w, const PeerTable& peers, const OpId& id, 
 
 // Says what this rank calls once no rank pulls any more from the slot that it lends. All lanes of one worker.
 template <class Worker>
-COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId& id,
-                                   const RowFormat& format) {
+COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId& id) {
   if (!await_slot(w, peers)) return false;
-  publish_call(w, peers, id, format);
+  publish_call(w, peers, id);
   return true;
 }
 
 // Reads every rank's call at this epoch, and the slot it lends: false if a call is missing at the deadline,
 // or does not agree with this rank's, nor its rows with this rank's.
 template <class Worker>
-COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, const OpId& id, const RowFormat& format,
-                              uint8_t* slots) {
+COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, const OpId& id, uint8_t* slots) {
   bool ok = true;
   for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
     const SaidCall& said = peers.signals_from(p).calls[id.epoch % kCallRing];
     ok = w.await_tag(&said.word, id.tag(), p, Phase::call);
     if (!ok) break;
-    const Call theirs = Call::from_bits(value_of(w.read(&said.word)));
-    const uint64_t their_format = theirs.has(kCallSaysFormat) ? w.load_relaxed(&said.format) : 0;
-    const uint64_t our_format = format.is_own() ? 0 : format.word();
-    if (!theirs.agrees_with(id.call) || their_format != our_format) {
-      ok = w.mismatch(p, theirs, our_format, their_format);
-    }
-    slots[p] = theirs.slot;
+    const CallAndFormat theirs = call_in(w, said, w.read(&said.word));
+    if (!theirs.agrees_with(w.id())) ok = w.mismatch(p);  // id(): a plan has no registers left for it
+    slots[p] = theirs.call.slot;
   }
   return w.all(ok);
 }

@@ -28,11 +28,17 @@ struct FailureRecord {
   uint32_t epoch;
   uint32_t call;        // what this rank called, packed
   uint32_t their_call;  // mismatch: what `peer` called instead, packed
-  uint64_t format;      // of rows, in a mismatch: RowFormat::word, or 0
-  uint64_t their_format;
-  uint64_t awaited;    // the ranks that this one waited for, as a mask; often those blamed
-  uint64_t blamed;     // as a mask
-  uint64_t last_call;  // the newest call word of `peer`, 0: none yet
+  // In a mismatch the rows of both calls (OpId::format) take the place of two others, to keep it small: a GPU
+  // has it on a stack.
+  union {
+    uint64_t awaited;  // the ranks that this one waited for, as a mask; often those blamed
+    uint64_t format;
+  };
+  union {
+    uint64_t last_call;  // the newest call word of `peer`, 0: none yet
+    uint64_t their_format;
+  };
+  uint64_t blamed;  // as a mask
   uint64_t waited_ns;
 };
 
@@ -64,13 +70,31 @@ COMMLIB_HD FailureRecord timeout_record(Worker& w, const PeerTable& peers, const
   return new_record(w, peers, id, Cause::timeout, late, silent ? silent : late, phase);
 }
 
+// A call of a rank, and of what rows it is.
+struct CallAndFormat {
+  Call call;
+  uint64_t format;
+  COMMLIB_HD bool agrees_with(const OpId& id) const {
+    return call.agrees_with(id.call) && format == id.format;
+  }
+};
+
+// What is said there of a call: `word` is its word as it was read (acquire).
 template <class Worker>
-COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const OpId& id, int peer,
-                                         Call theirs, uint64_t format = 0, uint64_t their_format = 0) {
+COMMLIB_HD CallAndFormat call_in(Worker& w, const SaidCall& said, uint64_t word) {
+  const Call call = Call::from_bits(value_of(word));
+  return {call, call.has(kCallSaysFormat) ? w.read(&said.format) : 0};
+}
+
+// `peer` has made another call at this epoch; what it said of that stays until it is a ring of calls ahead.
+template <class Worker>
+COMMLIB_HD FailureRecord mismatch_record(Worker& w, const PeerTable& peers, const OpId& id, int peer) {
   FailureRecord r = new_record(w, peers, id, Cause::mismatch, bit_of(peer), bit_of(peer), Phase::call);
-  r.their_call = theirs.bits();
-  r.format = format;
-  r.their_format = their_format;
+  const SaidCall& said = peers.signals_from(peer).calls[id.epoch % kCallRing];
+  const CallAndFormat theirs = call_in(w, said, w.read(&said.word));
+  r.their_call = theirs.call.bits();
+  r.format = id.format;
+  r.their_format = theirs.format;
   return r;
 }
 
@@ -85,10 +109,11 @@ template <class Worker>
 COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const OpId& id,
                                         FailureRecord* record) {
   for (int p = 0; p < peers.size; ++p) {
-    const uint64_t word = w.read(&peers.signals_from(p).calls[id.epoch % kCallRing].word);
-    const Call theirs = Call::from_bits(value_of(word));
-    if (tag_of(word) != id.tag() || theirs.op == OpKind::none || theirs.agrees_with(id.call)) continue;
-    *record = mismatch_record(w, peers, id, p, theirs);
+    const SaidCall& said = peers.signals_from(p).calls[id.epoch % kCallRing];
+    const uint64_t word = w.read(&said.word);
+    const CallAndFormat theirs = call_in(w, said, word);
+    if (tag_of(word) != id.tag() || theirs.call.op == OpKind::none || theirs.agrees_with(id)) continue;
+    *record = mismatch_record(w, peers, id, p);
     return true;
   }
   return false;

@@ -79,6 +79,7 @@ struct RowFormat {
 struct OpId {
   Call call;
   uint64_t epoch;
+  uint64_t format = 0;  // RowFormat::word; 0: the communicator's own rows
 
   // What a tagged word carries of the epoch.
   COMMLIB_HD uint32_t tag() const { return static_cast<uint32_t>(epoch); }

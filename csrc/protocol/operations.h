@@ -19,7 +19,6 @@ struct RowsOp {
   uint8_t slots[kMaxRanks];
   int64_t source_rows[kMaxRanks];
   uint8_t* waves_of_routes;  // in waves: scratch, [tokens][width]
-  RowFormat format;
 };
 
 struct CombineOp {
@@ -27,7 +26,6 @@ struct CombineOp {
   PullPlan pull;
   bool in_place;    // the rows to pull are in the slot already
   bool users_rows;  // which holds a tensor of the user's
-  RowFormat format;
 };
 
 // The plans of a fresh dispatch, with what its own plan found.
@@ -48,8 +46,8 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
   SendPlan send = fresh_send(op);
   if (!fresh) {
     // No other rank has heard of this call yet.
-    if (w.index() == 0) lend_when_writable(w, peers, id, op.format);
-    if (!w.once([&] { return collect_calls(w, peers, id, op.format, w.slots()); })) return w.flush();
+    if (w.index() == 0) lend_when_writable(w, peers, id);
+    if (!w.once([&] { return collect_calls(w, peers, id, w.slots()); })) return w.flush();
     send.slots = w.slots();
   }
   if (move_rows(w, send, peers, id)) unpack(w, fresh ? fresh_unpack(op) : op.unpack);
@@ -69,12 +67,12 @@ COMMLIB_HD void run_combine(Worker& w, const CombineOp& op, const PeerTable& pee
   pull.slots = w.slots();
   bool ok = op.in_place || w.once([&] { return await_slot(w, peers); });
   if (ok) {
-    if (w.index() == 0) publish_call(w, peers, id, op.format);
+    if (w.index() == 0) publish_call(w, peers, id);
     start_pull(w, pull, peers, id);
     sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, pull, peers.rank));
     if (arrive(w, peers, id.epoch)) w.pulls_from_slot(id);
     ok = w.once([&] {
-      return collect_calls(w, peers, id, op.format, w.slots()) &&
+      return collect_calls(w, peers, id, w.slots()) &&
              await_arrivals(w, peers, peers.near, kLastWave, id.epoch);
     });
   }

@@ -18,7 +18,6 @@ struct PlanOp {
   int64_t capacity;
   bool drop;
   uint32_t dispatch;  // number of the first round of counts
-  RowFormat format;
   // Scratch.
   uint32_t* expert_counts;  // [experts]
   uint32_t* worker_counts;  // [workers][experts]
@@ -116,12 +115,11 @@ COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& pe
                                 int round) {
   const Placement& placement = op.routing.placement;
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
-  if (round == 1 && w.index() == 0) publish_call(w, peers, w.id(), op.format);
+  if (round == 1 && w.index() == 0) publish_call(w, peers, w.id());
   publish_counts(w, peers, placement, {s.rank_totals, op.expert_counts}, dispatch);
   bool ok = collect_counts(w, peers, placement, dispatch,
                            {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts});
-  if (round == 1 && w.index() == w.count() - 1)
-    ok = ok && collect_calls(w, peers, w.id(), op.format, s.slots);
+  if (round == 1 && w.index() == w.count() - 1) ok = ok && collect_calls(w, peers, w.id(), s.slots);
   return w.meet(ok);
 }
 

@@ -37,12 +37,9 @@ struct SlotLayout {
   COMMLIB_HD int arrays() const { return scale_bytes ? 2 : 1; }
   COMMLIB_HD RowArray array(int i) const { return i == 0 ? rows() : scales(); }
   COMMLIB_HD int64_t moved_bytes() const { return row_bytes + scale_bytes; }  // of a row, from rank to rank
-  // Whether rows of another format fit where a slot, or a frame between nodes, has room for the largest.
+  // A slot, and a frame between nodes, have room besides for where scales begin.
   COMMLIB_HD bool has_room_for(const RowFormat& format) const {
-    if (format.scale_bytes == 0) return format.bytes <= room_bytes;
-    return align_up(capacity * format.bytes, kRowAlign) + capacity * format.scale_bytes <=
-               capacity * room_bytes &&
-           align_up(format.bytes, kFrameAlign) + format.scale_bytes <= room_bytes;
+    return format.bytes + format.scale_bytes <= room_bytes;
   }
   COMMLIB_HD SlotLayout with(const RowFormat& format) const {
     SlotLayout layout = *this;
@@ -52,7 +49,7 @@ struct SlotLayout {
     return layout;
   }
 
-  COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * room_bytes, kRowAlign); }
+  COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * room_bytes, kRowAlign) + kRowAlign; }
   COMMLIB_HD int64_t experts_at() const { return tokens_at() + align_up(capacity * 4, kRowAlign); }
   COMMLIB_HD int64_t ordinals_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
   COMMLIB_HD int64_t weights_at() const { return ordinals_at() + align_up(capacity * topk * 4, kRowAlign); }

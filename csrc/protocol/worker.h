@@ -66,8 +66,7 @@
 //   notify(signals)            wakes the threads that wait for one of these words, where threads sleep
 //   post(outbox, post)         hands something to the network
 //   copy_scalar(dst, src, n)   4 or 8 bytes; null writes zero
-//   mismatch(peer, theirs, format, their_format)
-//                              records that the peer made another call, or has other rows; always false
+//   mismatch(peer)             records that the peer made another call, or has other rows; always false
 //   malformed(peer, phase)     records that the peer sent something that does not fit the operation
 #pragma once
 

@@ -94,6 +94,22 @@ void one_handle_serves_rows_of_any_type_between_nodes() {
   }
 }
 
+void rows_and_scales_may_fill_the_room() {
+  Random random(145);
+  for (const bool nodes : {false, true}) {
+    Config config = roomy(4, random);
+    if (nodes) config.net.node_of = {0, 1, 0, 1};
+    const Scenario own = random_scenario(config, 4, {}, random);
+    const Scenario formats[3] = {with_rows(own, DType::bf16, 127, random),
+                                 with_rows(own, DType::f16, 101, random),
+                                 with_rows(own, DType::f16, 128, random)};
+    const int64_t room = own.row_bytes();
+    in_ranks(config, 4, [&](Rank& self) {
+      check_formats(self, formats, room - formats[0].row_bytes(), room - formats[1].row_bytes());
+    });
+  }
+}
+
 void rows_of_any_format_come_in_waves() {
   Random random(142);
   for (int i = 0; i < rounds(8); ++i) {
@@ -153,6 +169,33 @@ void combines_of_different_rows_are_a_mismatch() {
   formats_that_differ_are_a_mismatch_on_all(OpKind::combine);
 }
 
+// Rank 1 comes when ranks 0 and 2, whose rows differ, have both said so, and one of them may have given up.
+void a_mismatch_of_rows_is_reported_while_another_rank_is_late() {
+  Random random(146);
+  const Config config = roomy(3, random);
+  const Scenario own = random_scenario(config, 3, {}, random);
+  const Scenario narrow = with_rows(own, DType::bf16, 32, random),
+                 wide = with_rows(own, DType::f32, 32, random);
+  in_ranks(config, 3, [&](Rank& self) {
+    const DispatchedPtr d = start_dispatch(self, own, {});
+    check_dispatch(*d);
+    Manner manner;
+    manner.says_format = true;
+    const auto call = [&] {
+      start_redispatch(self, *d, self.rank == 2 ? wide : narrow, manner)->under_way.wait();
+    };
+    if (self.rank != 1) {
+      const auto error = check_throws<CommFailure>(call, "rows that differ");
+      check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::mismatch),
+                  "the cause");
+      check_equal(error.failure.record.peer, 2 - self.rank, "the rank to blame");
+    }
+    self.meet();
+    if (self.rank == 1) check_throws<CommFailure>(call, "a call when the others have given up");
+    self.meet();
+  });
+}
+
 void rows_without_room_are_refused_before_anything_is_sent() {
   Random random(144);
   const Config config = roomy(2, random);
@@ -192,7 +235,10 @@ void rows_without_room_are_refused_before_anything_is_sent() {
 const Suite suite({
     {"one_handle_serves_rows_of_any_type_and_width", one_handle_serves_rows_of_any_type_and_width},
     {"one_handle_serves_rows_of_any_type_between_nodes", one_handle_serves_rows_of_any_type_between_nodes},
+    {"rows_and_scales_may_fill_the_room", rows_and_scales_may_fill_the_room},
     {"rows_of_any_format_come_in_waves", rows_of_any_format_come_in_waves},
+    {"a_mismatch_of_rows_is_reported_while_another_rank_is_late",
+     a_mismatch_of_rows_is_reported_while_another_rank_is_late},
     {"dispatches_of_different_rows_are_a_mismatch", dispatches_of_different_rows_are_a_mismatch},
     {"redispatches_of_different_rows_are_a_mismatch", redispatches_of_different_rows_are_a_mismatch},
     {"combines_of_different_rows_are_a_mismatch", combines_of_different_rows_are_a_mismatch},
