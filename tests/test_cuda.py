@@ -448,5 +448,5 @@ def test_a_result_is_not_overwritten_while_a_named_stream_reads_it(x, idx):
 
 @gpu
 def test_every_communicator_has_a_stream_of_its_own():
-    several = [ExpertParallel(num_sms=1, **CONFIG) for _ in range(40)]
+    several = [ExpertParallel(num_sms=1, exclusive=True, **CONFIG) for _ in range(40)]
     assert len({ep._comm.backend.stream.cuda_stream for ep in several}) == 40
