@@ -127,9 +127,13 @@ class Kernel:
         return sum(n for op, n in self.instructions.items() if re.match(r"(RED|ATOM).*ADD.*\.SYS", op))
 
     def a_piece(self) -> list[float]:
-        """Instructions for 16 bytes of a row, in each loop that sums: it loads pieces and stores none."""
+        """Instructions for 16 bytes of a row, in each loop that sums: it loads pieces, adds and stores none.
+
+        Loops that load other things of 16 bytes, such as what an operation is called, add no fractions.
+        """
         load = r"LDS\.128" if self.target >= 90 else r"LDG\.E\.128"
-        sums = [loop for loop in loops_with(self.code, load) if not loop.count(r"STG\.E\.128")]
+        loops = [loop for loop in loops_with(self.code, load) if not loop.count(r"STG\.E\.128")]
+        sums = [loop for loop in loops if loop.count(r"[FDH]ADD")]
         return sorted(len(loop.ops) / loop.count(load) for loop in sums)
 
     def slow(self) -> list[str]:
