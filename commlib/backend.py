@@ -40,9 +40,20 @@ class Backend(ABC):
     core: _core.Communicator
     traces: tuple[Trace, ...] = ()  # where operations are noted now
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._nothing = torch.empty(0, dtype=torch.float32, device=device)
+        self._ints = torch.empty(0, dtype=torch.int64, device=device)
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """A new tensor on the device."""
+        if dtype == torch.int64:
+            return self._ints.new_empty(shape)  # quicker than naming the device
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def nothing(self) -> Tensor:
+        """A new tensor without elements, float32: in place of a result that there is not."""
+        return self._nothing.new_empty(0)
 
     @abstractmethod
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
@@ -101,7 +112,7 @@ class CpuBackend(Backend):
     core: _core.CpuCommunicator
 
     def __init__(self, core: _core.CpuCommunicator) -> None:
-        self.device = torch.device("cpu")
+        super().__init__(torch.device("cpu"))
         self.core = core
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
@@ -142,7 +153,7 @@ class CudaBackend(Backend):
         free_sms: Callable[[], None],
         in_step: bool = False,
     ) -> None:
-        self.device = stream.device
+        super().__init__(stream.device)
         self.core = core
         self.stream = stream
         self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)

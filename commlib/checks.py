@@ -197,7 +197,7 @@ def check_combine(
     _check_routing(c, routing, grouped)
     rows = routing.source.shape[0]
     _check_rows("y", y, c.settings, rows, any_format=True)
-    if not can_be_summed(c.settings, y.dtype):
+    if y.dtype != c.settings.dtype and not can_be_summed(c.settings, y.dtype):
         raise ValueError(
             f"y must be of a floating type that can be summed beside {c.settings.dtype}, got {y.dtype}: "
             "float64 rows are summed in float64, all others in float32"
@@ -231,14 +231,9 @@ def _check_rows(
     ``any_format``: of any dtype and width that need no more bytes.
     """
     shape = rows.shape
-    room = settings.hidden * settings.dtype.itemsize
-    fits = any_format and len(shape) == 2 and 0 < shape[1] * rows.element_size() <= room
-    most = f" (or other rows of at most {room} bytes)" if any_format else ""
-    if rows.dtype != settings.dtype and not fits:
-        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}{most}")
+    if rows.dtype != settings.dtype or len(shape) != 2 or shape[1] != settings.hidden:
+        _check_other_rows(name, rows, settings, any_format)
     _check_device(name, rows, settings.device)
-    if len(shape) != 2 or (shape[1] != settings.hidden and not fits):
-        raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(shape)}{most}")
     if count is None:
         if shape[0] > settings.max_tokens:
             raise ValueError(f"{name} has {shape[0]} rows, but max_tokens is {settings.max_tokens}")
@@ -249,6 +244,18 @@ def _check_rows(
             f"the elements of a row of {name} must lie side by side, but its strides are "
             f"{rows.stride()}: call .contiguous()"
         )
+
+
+def _check_other_rows(name: str, rows: Tensor, settings: Settings, any_format: bool) -> None:
+    """That rows which are not the communicator's own may be others."""
+    shape = list(rows.shape)
+    room = settings.hidden * settings.dtype.itemsize
+    if any_format and len(shape) == 2 and 0 < shape[1] * rows.element_size() <= room:
+        return
+    most = f" (or other rows of at most {room} bytes)" if any_format else ""
+    if rows.dtype != settings.dtype:
+        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}{most}")
+    raise ValueError(f"{name} must be [rows, {settings.hidden}], got {shape}{most}")
 
 
 def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None) -> None:

@@ -177,7 +177,7 @@ class Communicator:
     def new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
         """Memory for the weights of received rows; nothing where none were given."""
         if given is None:
-            return self.backend.empty(0, dtype=torch.float32)
+            return self.backend.nothing()
         shape = (rows,) if grouped else (rows, self.settings.topk)
         return self.backend.empty(*shape, dtype=self.weight_dtype)
 

@@ -195,12 +195,12 @@ class ExpertParallel:
         export = exporter_for(given)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)
-        checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
+        if scales is not None or rows.dtype != self._comm.settings.dtype:
+            checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
             layout, align = handle.layout, handle.align
-        layout = layout or "rank"
-        checks.check_layout(layout, zero_copy, overflow)
+        checks.check_layout(layout := layout or "rank", zero_copy, overflow)
         checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
         grouped = layout == "expert"
         if in_waves and not (grouped and async_op and handle is None):
@@ -421,8 +421,8 @@ class ExpertParallel:
         often it took a larger heap; messages to other nodes, and the bytes in them (without what UCX, TCP and
         the wire add); messages refused because they did not prove their sender.
         """
-        messages, sent = self._comm.core.network_sent
-        network = {"messages": messages, "bytes": sent, "refused": self._comm.core.network_refused}
+        core, (messages, sent) = self._comm.core, self._comm.core.network_sent
+        network = {"messages": messages, "bytes": sent, "refused": core.network_refused}
         shared = {"growths": self._comm.growths} | {f"network_{name}": n for name, n in network.items()}
         return self._attachment.stats | shared
 

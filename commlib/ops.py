@@ -87,7 +87,7 @@ def _in_memory(
     """Memory for received rows like ``x``, and for their scales: nothing where there are none."""
     rows = c.new_rows(size, format, x)
     if scales is None:
-        return rows, c.backend.empty(0, dtype=torch.float32)
+        return rows, c.backend.nothing()
     return rows, c.backend.empty(size, scales.shape[1], dtype=scales.dtype)
 
 
@@ -102,7 +102,7 @@ def _in_slot(
     """The same, where they have been received."""
     rows = c.view_like(lease, size, format, x)
     if scales is None:
-        return rows, c.backend.empty(0, dtype=torch.float32)
+        return rows, c.backend.nothing()
     return rows, c.view_scales(lease, size, format, scales)
 
 
@@ -142,7 +142,7 @@ def _dispatch(
     a = attachment_of(comm)
     c = a.communicator
     checks.check_dispatch(c, x, scales, topk_idx, topk_weights, align, (width, experts))
-    format = format_of(c.settings, x, scales)
+    format = OWN if scales is None else format_of(c.settings, x, scales)
     tokens, topk = topk_idx.shape
     routes = c.backend.empty(tokens, width)
     groups = c.backend.empty(2 * experts + 1 if grouped else experts)
@@ -282,8 +282,10 @@ def _combine(
     format = format_of(c.settings, y)
     if out is None:
         out = c.new_rows(routes.shape[0], format, y)
-    shape = topk_idx.shape if weight_grads is not None else (0,)
-    out_weights = c.backend.empty(*shape, dtype=c.settings.weight_dtype)
+    if weight_grads is None:
+        out_weights = c.backend.nothing()
+    else:
+        out_weights = c.backend.empty(*topk_idx.shape, dtype=c.weight_dtype)
     given = _core.CombineInput(
         y.data_ptr(),
         _row_stride(y),
@@ -292,8 +294,7 @@ def _combine(
         _address(weight_grads),
         _address(bias),
         0 if bias is None else _row_stride(bias),
-        format,
-        CORE_DTYPES[y.dtype],
+        *(() if format is OWN else (format, CORE_DTYPES[y.dtype])),
     )
     keep = (y, weights, bias, weight_grads, out, out_weights, *routing[:-1])
     c.backend.begin()
