@@ -107,6 +107,7 @@ STEPS = (
     tests("throttle", 20),
     tests("memory", 25),
     tests("sharing", 40),
+    tests("teams", 20),
     tests("formats", 25),
     tests("partition", 20),
     tests("overlap", 40),
