@@ -71,14 +71,14 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
     team = None if settings.exclusive else find_team(talk.group, settings.device)
     mine = team.attach(settings) if team else None
     try:
-        return _agree(talk, settings, timeout, team, mine)
+        return _join_or_make(talk, settings, timeout, team, mine)
     except BaseException:
         if mine is not None:
             mine.close()  # not only when the exception goes, which may be kept
         raise
 
 
-def _agree(
+def _join_or_make(
     talk: Conversation,
     settings: Settings,
     timeout: float | None,

@@ -102,7 +102,7 @@ class Communicator:
             last = not self._attached
             self.closed |= last
         if last:
-            self.backend.close()
+            self.close()
 
     def set_timeout(self, seconds: float) -> None:
         """Of later operations."""

@@ -30,19 +30,14 @@ def dispatch(
     width: int,
     experts: int,
     grouped: bool,
-    align: int,
-    drop: bool,
-    zero_copy: bool,
-    async_op: bool,
-    in_waves: bool,
-    scales: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     refuse_forward_mode()
     context = torch.library.get_ctx()
     unique = context.new_dynamic_size()
     size = context.new_dynamic_size() if grouped else unique
     groups = 2 * experts + 1 if grouped else experts
-    tokens, topk = topk_idx.shape
+    (tokens, topk), scales = topk_idx.shape, rest[-1]
     return (
         x.new_empty(size, x.shape[1]),
         _weights(topk_weights, size, grouped, topk, x),
@@ -62,15 +57,10 @@ def redispatch(
     routes: Tensor,
     local: Tensor,
     source: Tensor,
-    groups: Tensor,
-    comm: Tensor,
-    grouped: bool,
-    zero_copy: bool,
-    async_op: bool,
-    scales: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     refuse_forward_mode()
-    size, topk = source.shape[0], topk_idx.shape[1]
+    size, topk, grouped, scales = source.shape[0], topk_idx.shape[1], rest[2], rest[-1]
     weights = _weights(topk_weights, size, grouped, topk, x)
     return x.new_empty(size, x.shape[1]), weights, _scales(scales, size, x)
 

@@ -107,7 +107,6 @@ struct PendingDispatch {
   OpId id{};
   std::shared_ptr<SlotLease> lease;
   PlanReport plan{};
-  RowFormat format{};
   int64_t rows = 0;     // unique
   int64_t results = 0;  // unique, or grouped with their padding
 };

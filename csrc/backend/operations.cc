@@ -42,7 +42,6 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   layout_of(format);
   keep_near();
   auto pending = std::make_unique<PendingDispatch>();
-  pending->format = format;
   pending->lease = take_slot();
   const int flags = (drop ? kCallDrops : 0) | (in_waves ? kCallInWaves : 0);
   pending->id =
@@ -74,7 +73,7 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
                                      const Received& received, bool async, Held held) {
   const Issue issue(*this, Issue::Of::pending_dispatch);
   Rows sent = rows;
-  sent.format = pending.format;
+  sent.format = RowFormat::from_word(pending.id.format);
   RowsOp op = rows_op(sent, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
   std::copy_n(pending.plan.slots, config_.size, op.slots);

@@ -242,7 +242,6 @@ void bind_structs(py::module_& m) {
              return RowFormat{type, bytes, scale_bytes};
            }),
            py::arg("type"), py::arg("bytes"), py::arg("scale_bytes") = 0)
-      .def_readonly("scale_bytes", &RowFormat::scale_bytes)
       .def_property_readonly("is_own", &RowFormat::is_own);
 
   py::class_<Rows>(m, "Rows").def(

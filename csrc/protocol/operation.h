@@ -52,13 +52,12 @@ struct Call {
 constexpr uint8_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
 constexpr uint8_t kCallDrops = 2;       // overflow="drop"
 constexpr uint8_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
-constexpr uint8_t kCallSaysFormat =
-    8;  // rows are not the communicator's own: their format goes with the call
+constexpr uint8_t kCallSaysFormat = 8;  // rows are not the communicator's own: a RowFormat goes with it
 
 // The rows of one operation, and the scales beside each: bytes, whatever they mean.
 struct RowFormat {
-  uint16_t type =
-      0;  // a number for the elements' types, the same on all ranks; 0: the communicator's own rows
+  // A number for the elements' types, the same on all ranks; 0: the communicator's own rows.
+  uint16_t type = 0;
   int64_t bytes = 0;
   int64_t scale_bytes = 0;
 

@@ -183,6 +183,13 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   return c;
 }
 
+void run_operation(Rank& self, OpKind op, const Dispatched& known, const Scenario& values,
+                   const Manner& manner) {
+  if (op == OpKind::dispatch) return start_dispatch(self, values, manner)->under_way.wait();
+  if (op == OpKind::redispatch) return start_redispatch(self, known, values, manner)->under_way.wait();
+  start_combine(self, known, values, manner)->under_way.wait();
+}
+
 void check_redispatch(const Dispatched& d) {
   d.under_way.wait();
   const RankCase& r = d.mine();

@@ -91,6 +91,10 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
 // The y of `values` back along the routing of `known`, which must be finished.
 CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner);
 
+// One of these, and waits for it.
+void run_operation(Rank& self, OpKind op, const Dispatched& known, const Scenario& values,
+                   const Manner& manner);
+
 // `got` may lie in a slot of the heap, which only copies need reach.
 void check_bytes(const void* got, const Buffer& wanted, const char* what);
 // OpId, and compare bit by bit.

@@ -144,13 +144,8 @@ void formats_that_differ_are_a_mismatch_on_all(OpKind op) {
       Manner manner;
       manner.says_format = self.rank != 1 || !one_says_none;
       const Scenario& mine = self.rank != 1 ? narrow : one_says_none ? own : wide;
-      const auto error = check_throws<CommFailure>(
-          [&] {
-            if (op == OpKind::dispatch) return start_dispatch(self, mine, manner)->under_way.wait();
-            if (op == OpKind::redispatch) return start_redispatch(self, *d, mine, manner)->under_way.wait();
-            start_combine(self, *d, mine, manner)->under_way.wait();
-          },
-          "rows that differ");
+      const auto error =
+          check_throws<CommFailure>([&] { run_operation(self, op, *d, mine, manner); }, "rows that differ");
       check_equal(static_cast<int>(error.failure.record.cause), static_cast<int>(Cause::mismatch),
                   "the cause");
       check_contains(error.what(), "Rows and scales must be of one type and width on all ranks", "the text");

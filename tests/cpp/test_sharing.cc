@@ -21,13 +21,8 @@ void numbers_that_differ_are_a_mismatch_on_all(OpKind op) {
     check_dispatch(*d);
     Manner manner;
     manner.caller = self.rank == 1 ? 255 : 7;
-    const auto error = check_throws<CommFailure>(
-        [&] {
-          if (op == OpKind::dispatch) return start_dispatch(self, s, manner)->under_way.wait();
-          if (op == OpKind::redispatch) return start_redispatch(self, *d, s, manner)->under_way.wait();
-          start_combine(self, *d, s, manner)->under_way.wait();
-        },
-        "calls of different layers");
+    const auto error = check_throws<CommFailure>([&] { run_operation(self, op, *d, s, manner); },
+                                                 "calls of different layers");
     const FailureRecord& record = error.failure.record;
     check_equal(static_cast<int>(record.cause), static_cast<int>(Cause::mismatch), "the cause");
     if (self.rank != 1) {
