@@ -56,10 +56,17 @@ def _readable(array: Any) -> Any:
         return array  # on a GPU, or of a type that NumPy does not know
 
 
+def _numpy_of(tensor: torch.Tensor) -> Any:
+    try:
+        return tensor.numpy()
+    except TypeError:
+        return tensor
+
+
 def exporter_for(array: Any) -> Callable[[torch.Tensor], Any]:
     """A function that turns a tensor into the kind of array that ``array`` is (no copy).
 
-    bfloat16 stays a tensor for NumPy, which has no such type.
+    Types that NumPy lacks, as bfloat16, stay tensors for it.
     """
     if isinstance(array, torch.Tensor):
         return lambda tensor: tensor
@@ -69,5 +76,5 @@ def exporter_for(array: Any) -> Callable[[torch.Tensor], Any]:
 
         return cupy.from_dlpack
     if isinstance(array, np.ndarray):
-        return lambda t: t if t.dtype == torch.bfloat16 else t.numpy()
+        return _numpy_of
     return lambda tensor: tensor

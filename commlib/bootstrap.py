@@ -70,6 +70,8 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
     """
     team = None if settings.exclusive else find_team(talk.group, settings.device)
     mine = team.attach(settings) if team else None
+    if team and (known := team.communicators):
+        talk.watch = known[-1].core.has_exited
     try:
         return _join_or_make(talk, settings, timeout, team, mine)
     except BaseException:

@@ -105,6 +105,15 @@ def check_align(c: Communicator, align: int) -> None:
         )
 
 
+def rows_and_scales(x: Any) -> tuple[Any, Any]:
+    """What dispatch is given as ``x``, apart; no scales: None."""
+    if not isinstance(x, tuple):
+        return x, None
+    if len(x) != 2:
+        raise ValueError(f"x must be rows, or a pair (rows, scales), got a tuple of {len(x)}")
+    return x
+
+
 def check_gradient(settings: Settings, rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
     """That rows of a dispatch can have a gradient, where autograd wants one."""
     if not wanted or (scales is None and can_be_summed(settings, rows.dtype)):
@@ -214,6 +223,9 @@ def check_combine(
 
 def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
     """That ``out`` shares no memory with tensors that are read while it is written."""
+    for name, tensor in zip(("out", "y", "weights", "bias"), (out, *inputs), strict=False):
+        if tensor is not None:
+            _check_plain(name, tensor)
     begin, end = _extent(out)
     for name, tensor in zip(("y", "weights", "bias"), inputs, strict=False):
         if tensor is None:
@@ -221,6 +233,16 @@ def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
         first, last = _extent(tensor)
         if begin < last and first < end:
             raise ValueError(f"out shares memory with {name}, which is read while out is written")
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """That its values lie at its address. PyTorch sees to that only where its dispatcher calls."""
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(f"{name} is a negated or conjugated view: with out=, call .resolve_neg() first")
+    if tensor.layout != torch.strided or (tensor.numel() > 0 and tensor.data_ptr() == 0):
+        raise ValueError(
+            f"{name} must be an ordinary dense tensor where out= is given, got {type(tensor).__name__}"
+        )
 
 
 def _check_rows(

@@ -202,9 +202,10 @@ class Attachment:
         self.event: Event | None = None
         self._closed = False
         self._number = next(_numbers)
-        communicator.attached_as(self._number)
+        # First what lets go of it: a Ctrl-C may come at any moment.
         _core.when_gone(self, functools.partial(_last_call, self._number, communicator))
         _attachments[self._number] = weakref.ref(self)
+        communicator.attached_as(self._number)
 
     def agree(self, caller: int) -> None:
         """Be the attachment of this number, from 1, among all that the ranks have agreed on."""

@@ -191,7 +191,7 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
         self._before(async_op, previous_event)
-        given, beside = x if isinstance(x, tuple) else (x, None)
+        given, beside = checks.rows_and_scales(x)
         export = exporter_for(given)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)

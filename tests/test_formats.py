@@ -184,6 +184,15 @@ def test_scales_may_lie_apart_and_arrays_of_numpy_stay_arrays():
         assert (scales == np.stack([source[:, 1] * 6 + 2, source[:, 1] * 6 + 3], 1)).all()
 
 
+@pytest.mark.skipif(FP8 is torch.uint8, reason="this PyTorch has no float8")
+def test_a_type_that_numpy_lacks_stays_a_tensor():
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep:
+        scales = torch.ones(4, 2).to(FP8)
+        d = ep.dispatch((np.ones((4, 8), np.int8), scales), np.array([[0], [1], [2], [3]]))
+        assert isinstance(d.x, np.ndarray)
+        assert torch.equal(d.scales.float(), scales.float())
+
+
 @pytest.mark.parametrize("nodes", ["direct", "hierarchical"])
 def test_between_nodes(nodes):
     world = make_world([5, 0, 7, 4], num_experts=8, topk=3, hidden=HIDDEN)
@@ -273,6 +282,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(name):
             ep.dispatch(x, IDX)
         d = ep.dispatch((X, S), IDX)
         assert torch.equal(d.scales, S)
+
+
+@pytest.mark.parametrize("x", [(), (X,), (X, S, S)])
+def test_a_tuple_that_is_no_pair_is_named(x):
+    with (
+        ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep,
+        pytest.raises(ValueError, match=rf"a pair \(rows, scales\), got a tuple of {len(x)}"),
+    ):
+        ep.dispatch(x, IDX)
+
+
+def test_out_takes_only_tensors_whose_values_are_at_their_address():
+    """Others would be summed as what lies there."""
+    with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep:
+        d = ep.dispatch((X, S), IDX)
+        negated, out = torch.full((4, 1), 1 + 2j).conj().imag, torch.empty(4, 1)
+        assert negated.is_neg()
+        wanted = torch.full((4, 1), -2.0)
+        assert torch.equal(ep.combine(negated, d.handle), wanted)
+        for y, bias, name in ((negated, None, "y"), (wanted, negated, "bias")):
+            with pytest.raises(ValueError, match=f"{name} is a negated or conjugated view"):
+                ep.combine(y, d.handle, bias=bias, out=out)
+        sparse = torch.zeros(4, 1).to_sparse()
+        with pytest.raises(ValueError, match="y must be an ordinary dense tensor"):
+            ep.combine(sparse, d.handle, out=out)
+        assert torch.equal(ep.combine(negated.resolve_neg(), d.handle, out=out), wanted)
 
 
 def test_a_row_and_its_scales_may_fill_the_room():

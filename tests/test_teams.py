@@ -1,8 +1,11 @@
 """What all communicators of a rank with the same others have in common: timeout, failure, a report."""
 
+import os
+import signal
 import time
 
 import pytest
+from processes import with_torch
 from test_sharing import IDX, X, check_sums, made, round_trip
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -112,3 +115,19 @@ def test_shapes_that_differ_have_regions_of_their_own_in_one_team(capsys):
     out = capsys.readouterr().out
     assert "8 experts on 2 ranks, top 2, rows of 64 float32, used by 2 ExpertParallels: heap" in out
     assert "8 experts on 2 ranks, top 2, rows of 128 float32, used by 1 ExpertParallel: heap" in out
+
+
+@pytest.mark.parametrize("hidden", [64, 32])
+def test_joining_hears_that_a_rank_is_gone(in_processes, hidden):
+    """From a communicator that is there, not after the time for start-up."""
+
+    def main(group):
+        first = made(startup_timeout=50.0)
+        check_sums(first)
+        if first.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(PeerTimeout, match="the process of rank 1 has exited") as raised:
+            made(hidden=hidden, startup_timeout=50.0)
+        return raised.value.peers
+
+    assert in_processes(with_torch(main), 2)[0] == [1]
