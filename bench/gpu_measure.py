@@ -26,7 +26,7 @@ from tqdm import tqdm
 from workload import Job, Shape, WrongResults
 
 import commlib
-from commlib.group import resolve_group
+from commlib.startup.group import resolve_group
 
 GROUPED_SMS = 8  # rows by expert are measured with this many SMs a rank only
 

@@ -44,7 +44,7 @@ from seats import NoSeat
 from workload import Shape
 
 from commlib import cuda
-from commlib.launcher import find_launch
+from commlib.startup.launcher import find_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GPU_DEFAULTS = dict(tokens=4096, hidden=4096, ffn_hidden=1536, experts=64, topk=8, dtype="bf16", iters=12)

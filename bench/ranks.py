@@ -24,7 +24,7 @@ from report import gpu, host, machine
 
 import commlib
 from commlib import cuda
-from commlib.group import resolve_group
+from commlib.startup.group import resolve_group
 
 
 class Ranks(ABC):

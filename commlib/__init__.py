@@ -1,6 +1,7 @@
 """commlib: expert-parallel dispatch and combine for mixture-of-experts models."""
 
-from commlib import cuda, nn, overlap
+from commlib import nn, overlap
+from commlib.devices import cuda
 from commlib.dispatched import Dispatched, Handle
 from commlib.errors import (
     CallMismatch,
@@ -12,11 +13,10 @@ from commlib.errors import (
 )
 from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
-from commlib.group import Group
-from commlib.inprocess import run_ranks
 from commlib.partition import SMPartition
-
-__version__ = "0.1.0"
+from commlib.startup.group import Group
+from commlib.startup.inprocess import run_ranks
+from commlib.version import __version__
 
 __all__ = [
     "CallMismatch",
@@ -31,6 +31,7 @@ __all__ = [
     "HandleError",
     "PeerTimeout",
     "SMPartition",
+    "__version__",
     "cuda",
     "nn",
     "overlap",

@@ -7,7 +7,7 @@ from torch import Tensor
 from commlib._core import CpuCommunicator
 from commlib.dispatched import Handle
 from commlib.expert_parallel import ExpertParallel
-from commlib.ops import _rows, known_routing
+from commlib.operations import rows_of, view_of
 
 
 class BareMover:
@@ -26,9 +26,9 @@ class BareMover:
     def __init__(self, ep: ExpertParallel, x: Tensor, handle: Handle) -> None:
         assert isinstance(ep._comm.core, CpuCommunicator), "only CPUs have a bare mover"
         self._core = ep._comm.core
-        self._keep = handle._tensors(), x
-        self._view = known_routing(handle._tensors(), grouped=False)
-        self._rows = _rows(x, None)
+        self._keep = handle._plan, x
+        self._view = view_of(handle._plan, grouped=False)
+        self._rows = rows_of(x, None)
         self._out = ep._comm.new_rows(handle.num_tokens)
 
     def send(self) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from commlib.arrays import as_tensor
+from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
+from commlib.communicator import Communicator
 from commlib.event import Event
 from commlib.formats import can_be_summed
-
-if TYPE_CHECKING:
-    from commlib.communicator import Communicator
-    from commlib.ops import RoutePlan
-    from commlib.settings import Settings
+from commlib.settings import Settings
 
 Layout = Literal["rank", "expert"]
 Overflow = Literal["error", "drop"]
@@ -35,10 +33,20 @@ _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
 
 def tensor_on(device: torch.device, name: str, array: Any, writable: bool = False) -> Tensor:
-    """``array`` as a tensor that lies on ``device``."""
+    """``array`` as a dense tensor that lies on ``device`` and holds its values as they are.
+
+    Operations that PyTorch's dispatcher does not see would take a negated or conjugated view's for those
+    that lie in memory.
+    """
     tensor = as_tensor(name, array, writable)
     _check_device(name, tensor, device)
-    return tensor
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: call .to_dense()")
+    if torch.compiler.is_compiling() or not (tensor.is_neg() or tensor.is_conj()):
+        return tensor
+    if writable:
+        raise ValueError(f"{name} is a negated or conjugated view, which cannot be written")
+    return tensor.resolve_conj().resolve_neg()
 
 
 def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
@@ -53,14 +61,14 @@ def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
     return idx.to(torch.int64).contiguous()  # copies: it was not both contiguous and int64
 
 
-def check_out(out: Tensor, tokens: int, settings: Settings, inputs: Sequence[Tensor | None]) -> None:
-    """The ``out`` of a combine, which is written past autograd; ``inputs``: y comes first."""
+def check_out(out: Tensor, tokens: int, settings: Settings, call: Combine) -> None:
+    """The ``out`` of a combine, which is written past autograd."""
     _check_rows("out", out, settings, tokens, any_format=True)
-    if inputs[0] is not None and inputs[0].dim() == 2:
-        _check_alike("out", out, inputs[0])
+    if call.y.dim() == 2:
+        _check_alike("out", out, call.y)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *call[:3])):
         raise ValueError(
             "out= is not differentiable, and out or an input requires grad: call without it, or under "
             "torch.no_grad()"
@@ -116,7 +124,7 @@ def rows_and_scales(x: Any) -> tuple[Any, Any]:
 
 def check_gradient(settings: Settings, rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
     """That rows of a dispatch can have a gradient, where autograd wants one."""
-    if not wanted or (scales is None and can_be_summed(settings, rows.dtype)):
+    if not wanted or (scales is None and can_be_summed(settings.dtype, rows.dtype)):
         return
     what = "that come with scales" if scales is not None else f"of {rows.dtype}"
     raise ValueError(
@@ -137,31 +145,32 @@ def check_event(previous_event: Any) -> None:
 # -- what an op gets ----------------------------------------------------------------------------------------
 
 
-def check_dispatch(
-    c: Communicator,
-    x: Tensor,
-    scales: Tensor | None,
-    topk_idx: Tensor,
-    topk_weights: Tensor | None,
-    align: int,
-    sizes: tuple[int, int],
-) -> None:
+def check_sizes(c: Communicator, call: Dispatch) -> None:
+    """That what torch.compile was told of the communicator is so."""
+    if (call.width, call.experts) != (c.width, c.experts):
+        raise ValueError(
+            f"width and experts are {(call.width, call.experts)}, but the communicator's "
+            f"{(c.width, c.experts)}"
+        )
+
+
+def check_dispatch(c: Communicator, call: Dispatch) -> None:
     """Arguments of dispatch. The core checks the range of ids."""
+    x, idx, scales = call.x, call.topk_idx, call.scales
     growing = c.settings.grows and x.shape[0] > c.settings.max_tokens
     _check_rows("x", x, c.settings, x.shape[0] if growing else None, any_format=scales is not None)
+    _check_memory("x", x)
     _check_scales(c, x, scales)
     shape = (x.shape[0], c.settings.topk)
-    if topk_idx.shape != shape:
-        raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(topk_idx.shape)}")
-    _check_dense(c, "topk_idx", topk_idx, shape, torch.int64)
+    if idx.shape != shape:
+        raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(idx.shape)}")
+    _check_dense(c, "topk_idx", idx, shape, torch.int64)
     if growing:
-        _check_tokens_go_somewhere(topk_idx, c.settings.max_tokens)
-    if topk_weights is not None:
-        _check_dense(c, "topk_weights", topk_weights, shape, c.weight_dtype)
-    if sizes != (c.width, c.experts):
-        raise ValueError(f"width and experts are {sizes}, but the communicator's {(c.width, c.experts)}")
-    if align != 1:
-        check_align(c, align)
+        _check_tokens_go_somewhere(idx, c.settings.max_tokens)
+    if call.topk_weights is not None:
+        _check_dense(c, "topk_weights", call.topk_weights, shape, c.weight_dtype)
+    if call.align != 1:
+        check_align(c, call.align)
 
 
 def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
@@ -174,75 +183,62 @@ def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
         )
 
 
-def check_redispatch(
-    c: Communicator,
-    x: Tensor,
-    scales: Tensor | None,
-    topk_weights: Tensor | None,
-    routing: RoutePlan,
-    grouped: bool,
-) -> None:
-    """Arguments of a dispatch with a handle, or of a combine's gradient."""
-    _check_routing(c, routing, grouped)
-    tokens = routing.routes.shape[0]
+def check_redispatch(c: Communicator, call: Redispatch) -> None:
+    """Arguments of a dispatch with a handle, or of a combine's gradient, but for its plan."""
+    x, tokens = call.x, call.plan.routes.shape[0]
     _check_rows("x", x, c.settings, any_format=True)
-    _check_scales(c, x, scales)
+    _check_memory("x", x)
+    _check_scales(c, x, call.scales)
     if x.shape[0] != tokens:
         raise ValueError(f"x has {x.shape[0]} rows, but the handle's dispatch had {tokens}")
-    if topk_weights is not None:
-        _check_dense(c, "topk_weights", topk_weights, (tokens, c.settings.topk), c.weight_dtype)
+    if call.topk_weights is not None:
+        _check_dense(c, "topk_weights", call.topk_weights, (tokens, c.settings.topk), c.weight_dtype)
 
 
-def check_combine(
-    c: Communicator,
-    y: Tensor,
-    weights: Tensor | None,
-    bias: Tensor | None,
-    weight_grads: Tensor | None,
-    routing: RoutePlan,
-    grouped: bool,
-) -> None:
-    """Arguments of combine, or of a dispatch's gradient."""
-    _check_routing(c, routing, grouped)
-    rows = routing.source.shape[0]
+def check_combine(c: Communicator, call: Combine) -> None:
+    """Arguments of combine, or of a dispatch's gradient, but for its plan."""
+    y, rows = call.y, call.plan.source.shape[0]
     _check_rows("y", y, c.settings, rows, any_format=True)
-    if y.dtype != c.settings.dtype and not can_be_summed(c.settings, y.dtype):
+    _check_memory("y", y)
+    if y.dtype != c.settings.dtype and not can_be_summed(c.settings.dtype, y.dtype):
         raise ValueError(
             f"y must be of a floating type that can be summed beside {c.settings.dtype}, got {y.dtype}: "
             "float64 rows are summed in float64, all others in float32"
         )
-    if weights is not None:
-        _check_dense(c, "weights", weights, (rows,), c.weight_dtype)
-    if bias is not None:
-        _check_rows("bias", bias, c.settings, routing.routes.shape[0], any_format=True)
-        _check_alike("bias", bias, y)
-    if weight_grads is not None:
-        shape = (rows,) if grouped else (rows, c.settings.topk)
-        _check_dense(c, "weight_grads", weight_grads, shape, c.weight_dtype)
+    if call.weights is not None:
+        _check_dense(c, "weights", call.weights, (rows,), c.weight_dtype)
+    if call.bias is not None:
+        _check_rows("bias", call.bias, c.settings, call.plan.routes.shape[0], any_format=True)
+        _check_memory("bias", call.bias)
+        _check_alike("bias", call.bias, y)
+    if call.weight_grads is not None:
+        shape = (rows,) if call.grouped else (rows, c.settings.topk)
+        _check_dense(c, "weight_grads", call.weight_grads, shape, c.weight_dtype)
 
 
-def check_apart(out: Tensor, inputs: Sequence[Any]) -> None:
+def check_plan(c: Communicator, r: RoutePlan, grouped: bool) -> None:
+    """That sizes fit each other; the core checks the numbers in them."""
+    topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
+    sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
+    for tensor, size in zip((r.topk_idx, r.routes, r.local, r.groups), sizes, strict=True):
+        if tensor.numel() != size or tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            raise ValueError(_misfit(r, sizes))
+    if not grouped and received != r.source.shape[0]:
+        raise ValueError(_misfit(r, sizes))
+    for tensor in r.tensors:
+        _check_device("the routing", tensor, c.settings.device)
+
+
+def check_apart(out: Tensor, call: Combine) -> None:
     """That ``out`` shares no memory with tensors that are read while it is written."""
-    for name, tensor in zip(("out", "y", "weights", "bias"), (out, *inputs), strict=False):
-        if tensor is not None:
-            _check_plain(name, tensor)
+    _check_memory("out", out)
     begin, end = _extent(out)
-    for name, tensor in zip(("y", "weights", "bias"), inputs, strict=False):
+    for name, tensor in (("y", call.y), ("weights", call.weights), ("bias", call.bias)):
         if tensor is None:
             continue
         first, last = _extent(tensor)
         if begin < last and first < end:
             raise ValueError(f"out shares memory with {name}, which is read while out is written")
-
-
-def _check_plain(name: str, tensor: Tensor) -> None:
-    """That its values lie at its address. PyTorch sees to that only where its dispatcher calls."""
-    if tensor.is_neg() or tensor.is_conj():
-        raise ValueError(f"{name} is a negated or conjugated view: with out=, call .resolve_neg() first")
-    if tensor.layout != torch.strided or (tensor.numel() > 0 and tensor.data_ptr() == 0):
-        raise ValueError(
-            f"{name} must be an ordinary dense tensor where out= is given, got {type(tensor).__name__}"
-        )
 
 
 def _check_rows(
@@ -284,6 +280,7 @@ def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None) -> None:
     if scales is None:
         return
     _check_device("scales", scales, c.settings.device)
+    _check_memory("scales", scales)
     if scales.dim() != 2 or scales.shape[0] != x.shape[0] or scales.shape[1] == 0:
         raise ValueError(f"scales must be [{x.shape[0]}, 1 or more], got {list(scales.shape)}")
     if scales.stride()[1] != 1 and scales.shape[1] > 1 and scales.shape[0] > 0:
@@ -303,28 +300,16 @@ def _check_dense(
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     _check_device(name, tensor, c.settings.device)
+    _check_memory(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, but its strides are {tensor.stride()}")
 
 
-def _check_routing(c: Communicator, r: RoutePlan, grouped: bool) -> None:
-    """That sizes fit each other; the core checks the numbers in them."""
-    topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
-    sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
-    for tensor, size in zip((r.topk_idx, r.routes, r.local, r.groups), sizes, strict=True):
-        if tensor.numel() != size or tensor.dtype != torch.int64 or not tensor.is_contiguous():
-            raise ValueError(_misfit(r, sizes))
-    if not grouped and received != r.source.shape[0]:
-        raise ValueError(_misfit(r, sizes))
-    if not c.on_host:
-        for tensor in r[:-1]:
-            _check_device("the routing", tensor, c.settings.device)
-
-
 def _misfit(r: RoutePlan, sizes: Sequence[int]) -> str:
-    given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in zip(r._fields, r, strict=True))
+    named = zip(r._fields, r.tensors, strict=False)
+    given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named)
     return (
         f"not the routing of a dispatch of this communicator and layout: contiguous int64 with {sizes} "
         f"elements in topk_idx, routes, local and groups: {given}"
@@ -333,8 +318,15 @@ def _misfit(r: RoutePlan, sizes: Sequence[int]) -> str:
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        where = "the CPU" if device.type == "cpu" else str(device)
-        raise ValueError(f"{name} must be on {where}, as this communicator is, got {tensor.device}")
+        raise ValueError(f"{name} must be on {device}, as this communicator is, got {tensor.device}")
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """That a tensor has an address: some classes of tensors have none, nor has one whose storage is freed."""
+    if tensor.data_ptr() == 0 and tensor.numel() > 0:
+        raise ValueError(
+            f"{name} has no memory of its own: it is a {type(tensor).__name__}, or its storage has been freed"
+        )
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -10,22 +10,19 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from commlib import _core
+from commlib.devices import Backend
 from commlib.errors import CommError
-from commlib.formats import OWN, viewed
+from commlib.formats import OWN, format_of, viewed
+from commlib.settings import Settings
+from commlib.startup.topology import Topology
 from commlib.team import Team, shape_of
-
-if TYPE_CHECKING:
-    from commlib.backend import Backend
-    from commlib.event import Event
-    from commlib.settings import Settings
-    from commlib.topology import Topology
 
 _SLOTS_TO_WORK_WITH = 2
 _MOST_CALLERS = 255  # whose numbers, from 1, travel in 8 bits
@@ -53,7 +50,7 @@ class Communicator:
         rank: int,
         size: int,
         settings: Settings,
-        team: Team,
+        team: Team[Communicator],
         uid: str,
         backend: Backend,
         topology: Topology,
@@ -75,7 +72,6 @@ class Communicator:
         self.first_expert, self.experts = mine.start, len(mine)
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
-        self.on_host = settings.device.type == "cpu"
 
     @property
     def attached(self) -> int:
@@ -154,19 +150,23 @@ class Communicator:
         """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
         return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
+    def format_of(self, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
+        """What the core is to know of these rows, and of the scales beside them."""
+        return format_of(self.settings.dtype, self.settings.hidden, rows, scales)
+
     def view(self, lease: _core.SlotLease, rows: int) -> Tensor:
         """The communicator's own rows in a slot, which they keep."""
-        return torch.from_dlpack(self.core.view(lease, rows))
+        return self.backend.tensor(self.core.view(lease, rows))
 
     def view_like(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
         """Rows in a slot, of the type and width of ``like``."""
         if format.is_own:
             return self.view(lease, rows)
-        return viewed(torch.from_dlpack(self.core.view(lease, rows, format)), like)
+        return viewed(self.backend.tensor(self.core.view(lease, rows, format)), like)
 
     def view_scales(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
         """The scales that lie beside rows in a slot."""
-        return viewed(torch.from_dlpack(self.core.view(lease, rows, format, True)), like)
+        return viewed(self.backend.tensor(self.core.view(lease, rows, format, True)), like)
 
     def new_rows(self, rows: int, format: _core.RowFormat = OWN, like: Tensor | None = None) -> Tensor:
         """Memory for rows; ``like``: of that type and width, where the format is not the communicator's."""
@@ -174,10 +174,8 @@ class Communicator:
             return self.backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
         return self.backend.empty(rows, like.shape[1], dtype=like.dtype)
 
-    def new_weights(self, given: Tensor | None, rows: int, grouped: bool) -> Tensor:
-        """Memory for the weights of received rows; nothing where none were given."""
-        if given is None:
-            return self.backend.nothing()
+    def new_weights(self, rows: int, grouped: bool) -> Tensor:
+        """Memory for the weights of received rows."""
         shape = (rows,) if grouped else (rows, self.settings.topk)
         return self.backend.empty(*shape, dtype=self.weight_dtype)
 
@@ -192,14 +190,12 @@ class Attachment:
         communicator: of operations.
         caller: its number among those attached, from 1, the same on all ranks; 0: not agreed on yet.
         stats: counts of its own operations.
-        event: of its asynchronous operation issued last, until it is taken.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
         self.caller = 0
         self.stats = dict.fromkeys(_COUNTED, 0)
-        self.event: Event | None = None
         self._closed = False
         self._number = next(_numbers)
         # First what lets go of it: a Ctrl-C may come at any moment.
@@ -239,11 +235,13 @@ class Attachment:
         for name, n in increments.items():
             self.stats[name] += n
 
-    def take_event(self) -> Event:
-        """The event of the asynchronous operation just issued."""
-        event, self.event = self.event, None
-        assert event is not None
-        return event
+
+def attach_in(team: Team[Communicator], settings: Settings) -> Attachment | None:
+    """A part in the team's communicator that was made for these settings, if it has one that can be used."""
+    shape = shape_of(settings)
+    # The newest first: all ranks have had it. An older one may be closed on some and garbage on others.
+    parts = (c.attach() for c in reversed(team.communicators) if c.shape == shape)
+    return next((part for part in parts if part is not None), None)
 
 
 def _last_call(number: int, communicator: Communicator) -> None:
@@ -271,7 +269,7 @@ def attachment_of(name: Tensor) -> Attachment:
     """What an operation is called on.
 
     Raises:
-        CommError: no attachment has that number, or not any more; or it is closed.
+        CommError: no attachment has that number, or not any more.
         NotImplementedError: forward-mode AD is on, for which operations have no rule.
     """
     refuse_forward_mode()
@@ -280,7 +278,6 @@ def attachment_of(name: Tensor) -> Attachment:
     found = known() if known else None
     if found is None:
         raise CommError(f"there is no communicator number {number}: it has been closed, and nothing keeps it")
-    found.check_open()
     return found
 
 

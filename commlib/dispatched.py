@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
 
 from commlib import checks, ops
 from commlib.arrays import Array
+from commlib.calls import Arrived, Combine, Rearrived, RoutePlan
 from commlib.checks import Layout
+from commlib.communicator import Attachment, Communicator
+from commlib.devices import platform_of
 from commlib.errors import HandleError
 from commlib.event import Event
+from commlib.settings import Settings
 
-if TYPE_CHECKING:
-    from commlib.expert_parallel import ExpertParallel
+
+class Owner(Protocol):
+    """What a handle asks of the :class:`commlib.ExpertParallel` that it is of."""
+
+    rank: int
+    size: int
+    device: torch.device
+    num_local_experts: int
+    _attachment: Attachment
+    _comm: Communicator
+    _name: Tensor
+
+    @property
+    def settings(self) -> Settings: ...
 
 
 class Handle:
@@ -25,21 +42,21 @@ class Handle:
     last tensor that views it is gone.
     """
 
-    def __init__(self, ep: ExpertParallel, routing: ops.RoutePlan, layout: Layout, align: int) -> None:
+    def __init__(self, ep: Owner, plan: RoutePlan, layout: Layout, align: int) -> None:
         self._ep = ep
-        self._routing: ops.RoutePlan | None = routing
+        self._known: RoutePlan | None = plan
         self.layout = layout
         self.align = align
 
     @property
     def num_tokens(self) -> int:
         """Tokens that this rank sent: rows of ``combine``'s result."""
-        return self._tensors().routes.shape[0]
+        return self._plan.routes.shape[0]
 
     @property
     def num_rows(self) -> int:
         """Rows of ``Dispatched.x``, and of what ``combine`` takes."""
-        return self._tensors().source.shape[0]
+        return self._plan.source.shape[0]
 
     def counts(self) -> list[int]:
         """Tokens of each local expert, before padding, on the host.
@@ -47,9 +64,9 @@ class Handle:
         They are known as soon as dispatch has returned. ``Dispatched.tokens_per_expert`` of an asynchronous
         dispatch on a GPU is not: it comes with the rows.
         """
-        return self._tensors().groups[: self._ep.num_local_experts].tolist()
+        return self._plan.groups[: self._ep.num_local_experts].tolist()
 
-    def on(self, ep: ExpertParallel) -> Handle:
+    def on(self, ep: Owner) -> Handle:
         """The same routing for rows of another dtype or width, on another communicator.
 
         All ranks call it: the other communicator takes a larger heap here where it grows and this one's is
@@ -67,21 +84,23 @@ class Handle:
             _check_same(name, getattr(mine, name), getattr(theirs, name))
         for name in ("num_experts", "topk"):
             _check_same(name, getattr(mine.settings, name), getattr(theirs.settings, name))
-        settings, routing = mine.settings, self._tensors()
+        settings, plan = mine.settings, self._plan
         theirs._comm.make_room(settings.capacity_on(mine.size), settings.max_tokens)
-        return Handle(theirs, routing._replace(comm=theirs._name), self.layout, self.align)
+        return Handle(theirs, plan._replace(comm=theirs._name, view=None), self.layout, self.align)
 
     def release(self) -> None:
         """Give the handle up: using it again raises HandleError. Twice is fine."""
-        self._routing = None
+        self._known = None
 
-    def _tensors(self) -> ops.RoutePlan:
-        if self._routing is None:
+    @property
+    def _plan(self) -> RoutePlan:
+        if self._known is None:
             raise HandleError("this handle has been released")
-        return self._routing
+        return self._known
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return (*self._tensors(), self.layout == "expert")
+    @property
+    def _grouped(self) -> bool:
+        return self.layout == "expert"
 
 
 def _check_same(name: str, mine: Any, theirs: Any) -> None:
@@ -89,7 +108,7 @@ def _check_same(name: str, mine: Any, theirs: Any) -> None:
         raise ValueError(f"the handle is of a communicator with {name} {mine}, the other one has {theirs}")
 
 
-def check_handle(ep: ExpertParallel, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
+def check_handle(ep: Owner, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
     """That the handle is this communicator's, and that what is given beside it says the same."""
     if not isinstance(handle, Handle):
         raise TypeError(f"handle must be a Dispatched.handle, got {type(handle).__name__}")
@@ -97,20 +116,19 @@ def check_handle(ep: ExpertParallel, handle: Handle, layout: str | None = None, 
         raise HandleError(
             "this handle is of a dispatch on another communicator (handle.on(ep) makes it one of this)"
         )
-    routing = handle._tensors()
+    plan = handle._plan
     if layout is not None and layout != handle.layout:
         raise ValueError(f'the handle\'s layout is "{handle.layout}", not "{layout}"')
     if topk_idx is not None and not torch.compiler.is_compiling():
         given = checks.tensor_on(ep.device, "topk_idx", topk_idx)
-        differs = given.shape != routing.topk_idx.shape
-        # On a GPU the host would have to wait for the values.
-        if not differs and not given.is_cuda:
-            differs = not bool((given == routing.topk_idx).all())
+        differs = given.shape != plan.topk_idx.shape
+        if not differs and platform_of(ep.device).readable(given):
+            differs = not bool((given == plan.topk_idx).all())
         if differs:
             raise ValueError("topk_idx differs from that of the handle; leave it out (None)")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Dispatched(Generic[Array]):
     """Rows that a rank received. N: unique rows; M: rows grouped by expert, padding included.
 
@@ -142,11 +160,36 @@ class Dispatched(Generic[Array]):
     event: Event | None = None
     scales: Array | Any = None
 
+    @staticmethod
+    def of(
+        handle: Handle,
+        export: Callable[[Tensor], Any],
+        came: Arrived | Rearrived,
+        groups: Tensor,
+        event: Event | None,
+    ) -> Dispatched[Any]:
+        """What a dispatch returns, of arrays that ``export`` makes; ``groups``: as in RoutePlan, a copy."""
+        plan, offsets = handle._plan, None
+        if handle._grouped:
+            experts = handle._ep.num_local_experts
+            groups, offsets = groups.split_with_sizes((experts, experts + 1))
+        return Dispatched(
+            x=export(came.rows),
+            topk_idx=None if handle._grouped else export(plan.local),
+            topk_weights=None if came.weights is None else export(came.weights),
+            tokens_per_expert=export(groups),
+            offsets=None if offsets is None else export(offsets),
+            source=export(plan.source),
+            handle=handle,
+            event=event,
+            scales=None if came.scales is None else export(came.scales),
+        )
+
     def finish(self) -> Dispatched[Array]:
         """Wait for the rows of a dispatch with ``async_op``; see :meth:`commlib.Event.finish`."""
         if self.event is None:
             return self
-        if self.event.split is None:
+        if self.event.recorded is None:
             self.event.wait()
             return replace(self, event=None)
         x: Any = self.x  # a tensor: autograd records nothing else
@@ -208,5 +251,7 @@ def combine_places(
         ValueError: a tensor of the wrong shape, dtype or device.
         HandleError, PeerTimeout: as combine.
     """
-    out, back = ops.combine(y, None, bias, values.contiguous(), *handle._arguments(), async_op)
-    return out, back, handle._ep._take_event(None) if async_op else None
+    call = Combine(y, None, bias, values.contiguous(), handle._plan, handle._grouped)
+    (out, back), event = ops.combine(handle._ep._attachment, call, async_op)
+    assert back is not None
+    return out, back, event

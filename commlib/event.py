@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from commlib import _core, split
-from commlib.split import Split
+from commlib import _core
+
+
+class Recorded(Protocol):
+    """An asynchronous operation that autograd records."""
+
+    def finish(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Record that these results, which are there, are used from here on."""
 
 
 class Event(ABC):
@@ -18,7 +24,7 @@ class Event(ABC):
     a result before :meth:`wait` or :meth:`finish` gives undefined values.
     """
 
-    split: Split | None = None  # where autograd records the operation
+    recorded: Recorded | None = None  # None: autograd does not know of the operation
     waves: _core.PendingDispatch | None = None  # the dispatch, where its rows come in waves
 
     def finish(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +42,7 @@ class Event(ABC):
             RuntimeError: in backward, where the results of two calls were used.
         """
         self.wait()
-        return tensors if self.split is None else split.finish(self.split, tensors)
+        return tensors if self.recorded is None else self.recorded.finish(tensors)
 
     @abstractmethod
     def query(self) -> bool:
@@ -57,7 +63,7 @@ class Event(ABC):
 
         From here on results are used directly, so :meth:`finish` records nothing any more.
         """
-        self.split = None
+        self.recorded = None
         if self.waves is None:
             self.wait()
         else:
@@ -73,64 +79,3 @@ class Event(ABC):
         Raises:
             PeerTimeout: a rank did not do its part in time.
         """
-
-
-class CpuEvent(Event):
-    """On the CPU's pool of communication threads."""
-
-    def __init__(self, comm: _core.Communicator, ticket: _core.Ticket) -> None:
-        self._comm = comm
-        self._ticket = ticket
-
-    def query(self) -> bool:
-        return self._ticket.done
-
-    def wait(self) -> None:
-        self._comm.wait(self._ticket)
-
-    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
-        self._comm.wait_expert(waves, self._ticket, expert, 0)
-
-    def synchronize(self) -> None:
-        self.wait()
-
-
-class CudaEvent(Event):
-    """On the communication stream of a CUDA device."""
-
-    def __init__(
-        self,
-        comm: _core.Communicator,
-        event: torch.cuda.Event,
-        device: torch.device,
-        addresses: list[int],
-        in_step: bool = False,
-    ) -> None:
-        self._comm = comm
-        self._event = event
-        self._device = device
-        self._addresses = addresses  # of what the operation works on
-        self._in_step = in_step  # the host waits as well
-
-    def query(self) -> bool:
-        return self._event.query()
-
-    def wait(self) -> None:
-        self._event.wait(self._using_stream())
-        if self._in_step:
-            self.synchronize()
-
-    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
-        stream = self._using_stream()
-        self._comm.wait_expert(waves, None, expert, stream.cuda_stream)
-        if self._in_step:
-            stream.synchronize()
-
-    def _using_stream(self) -> torch.cuda.Stream:
-        """The current stream, which from now on may use the results."""
-        stream = torch.cuda.current_stream(self._device)
-        self._comm.note_uses(self._addresses, stream.cuda_stream)
-        return stream
-
-    def synchronize(self) -> None:
-        self._comm.wait_event(self._event.cuda_event)

@@ -7,19 +7,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from commlib import checks, ops, split
+from commlib import checks, ops
 from commlib.arrays import Array, exporter_for
-from commlib.bootstrap import attach, resolve_device
+from commlib.calls import Combine, Dispatch, Redispatch
 from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
 from commlib.dispatched import Dispatched, Handle, check_handle
 from commlib.errors import CommError
 from commlib.event import Event
-from commlib.group import ThreadGroup, resolve_group
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
 from commlib.settings import ANY_TOKENS, Settings, checked_timeout, startup_patience, startup_seconds
-from commlib.topology import RoutingMode
+from commlib.startup.connect import attach, resolve_device
+from commlib.startup.group import ThreadGroup, resolve_group
+from commlib.startup.topology import RoutingMode
 
 
 class ExpertParallel:
@@ -191,66 +192,34 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
         self._before(async_op, previous_event)
+        checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
         given, beside = checks.rows_and_scales(x)
-        export = exporter_for(given)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)
         if scales is not None or rows.dtype != self._comm.settings.dtype:
             checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
+        if in_waves and not (layout == "expert" and async_op and handle is None):
+            raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
-            layout, align = handle.layout, handle.align
-        checks.check_layout(layout := layout or "rank", zero_copy, overflow)
-        checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
-        grouped = layout == "expert"
-        if in_waves and not (grouped and async_op and handle is None):
-            raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
+            checks.check_layout(handle.layout, zero_copy, overflow)
+            known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
+            again, event = ops.redispatch(self._attachment, known, async_op)
+            groups = self._copied(handle._plan.groups)
+            return Dispatched.of(handle, exporter_for(given), again, groups, event)
+        layout = layout or "rank"
+        checks.check_layout(layout, zero_copy, overflow)
+        align = checks.as_int("align", align)
+        checks.check_align(self._comm, align)
+        idx = checks.copied_topk_idx(self.device, topk_idx)
+        grouped, drop = layout == "expert", overflow == "drop"
+        call = Dispatch(
+            *(rows, idx, weights, self._name, *self._sizes, grouped, align, drop, zero_copy, scales)
+        )
         in_waves = in_waves and len(self.topology.hosts) == 1
-        if handle is None:
-            align = checks.as_int("align", align)
-            checks.check_align(self._comm, align)
-            idx = checks.copied_topk_idx(self.device, topk_idx)
-            rest = (self._name, *self._sizes, grouped, align, overflow == "drop")
-
-            def issue(x: Tensor, w: Tensor | None) -> tuple:
-                return ops.dispatch(x, idx, w, *rest, zero_copy, async_op, in_waves, scales)
-
-            def routing_of(outputs: tuple) -> ops.RoutePlan:
-                routes, local, source, groups = outputs[3:7]
-                return ops.RoutePlan(idx, routes, local, source, groups, self._name)
-        else:
-            known, arguments = handle._tensors(), handle._arguments()
-            groups = self._copied(known.groups)
-
-            def issue(x: Tensor, w: Tensor | None) -> tuple:
-                return ops.redispatch(x, w, *arguments, zero_copy, async_op, scales)
-
-            def routing_of(outputs: tuple) -> ops.RoutePlan:
-                return known
-
-        part = None
-        if async_op and not in_waves and ops.wants_gradient(rows, weights):
-            part, outputs = split.start_dispatch(self._attachment, issue, rows, weights, routing_of, grouped)
-        else:
-            outputs = issue(rows, weights)
-        if handle is None:
-            handle, groups = Handle(self, routing_of(outputs), layout, align), outputs[2]
-        routing = handle._tensors()
-        experts = self.num_local_experts
-        tokens_per_expert, offsets = (
-            groups.split_with_sizes((experts, experts + 1)) if grouped else (groups, None)
-        )
-        return Dispatched(
-            x=export(outputs[0]),
-            scales=None if scales is None else export(outputs[-1]),
-            topk_idx=None if grouped else export(routing.local),
-            topk_weights=None if weights is None else export(outputs[1]),
-            tokens_per_expert=export(tokens_per_expert),
-            offsets=None if offsets is None else export(offsets),
-            source=export(routing.source),
-            handle=handle,
-            event=self._take_event(part) if async_op else None,
-        )
+        came, event = ops.dispatch(self._attachment, call, async_op, in_waves)
+        handle = Handle(self, came.plan(call), layout, align)
+        return Dispatched.of(handle, exporter_for(given), came, came.counts, event)
 
     @overload
     def combine(
@@ -329,29 +298,19 @@ class ExpertParallel:
             ValueError, TypeError, NotImplementedError, PeerTimeout, HandleError: as dispatch.
         """
         self._before(async_op, previous_event)
-        export = exporter_for(y)
         check_handle(self, handle)
         rows, row_weights = self._tensor("y", y), self._weights("weights", weights)
         bias_rows = None if bias is None else self._tensor("bias", bias)
-        inputs = (rows, row_weights, bias_rows)
-        target = None if out is None else checks.tensor_on(self.device, "out", out, writable=True)
-        arguments = (*inputs, None, *handle._arguments(), async_op)
-        part = None
-        if target is not None:
-            checks.check_out(target, handle.num_tokens, self.settings, inputs)
-            ops.combine_into(target, arguments)
-            result = out
-        elif async_op and ops.wants_gradient(*inputs):
-
-            def issue(y: Tensor, w: Tensor | None, b: Tensor | None) -> tuple:
-                return ops.combine(y, w, b, *arguments[3:])[:1]
-
-            grouped = handle.layout == "expert"
-            part, sums = split.start_combine(self._attachment, issue, *inputs, handle._tensors(), grouped)
-            result = export(sums)
+        call = Combine(rows, row_weights, bias_rows, None, handle._plan, handle._grouped)
+        if out is None:
+            (sums, _), event = ops.combine(self._attachment, call, async_op)
+            result = exporter_for(y)(sums)
         else:
-            result = export(ops.combine(*arguments)[0])
-        return (result, self._take_event(part)) if async_op else result
+            target = checks.tensor_on(self.device, "out", out, writable=True)
+            checks.check_out(target, handle.num_tokens, self.settings, call)
+            event = ops.combine_into(target, self._attachment, call, async_op)
+            result = out
+        return (result, event) if async_op else result
 
     def combine_buffer(self, handle: Handle) -> Tensor:
         """Memory in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
@@ -428,7 +387,7 @@ class ExpertParallel:
 
     def memory_report(self) -> MemoryReport:
         """Print, and return, what this rank's communicators on the group hold and may come to hold."""
-        report = report_memory(self)
+        report = report_memory(self._comm)
         print(report)
         return report
 
@@ -493,8 +452,3 @@ class ExpertParallel:
         if previous_event is not None:
             checks.check_event(previous_event)
             previous_event.wait()
-
-    def _take_event(self, part: split.Split | None) -> Event:
-        event = self._attachment.take_event()
-        event.split = part
-        return event

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from commlib import _core
-from commlib.settings import CORE_DTYPES
 
-if TYPE_CHECKING:
-    from commlib.settings import Settings
-
+# What the core can sum.
+CORE_DTYPES = {
+    torch.bfloat16: _core.DType.bf16,
+    torch.float16: _core.DType.f16,
+    torch.float32: _core.DType.f32,
+    torch.float64: _core.DType.f64,
+}
 # Each has a number from 1, by which ranks tell each other what their rows are: append only.
 _TYPES = (
     *("bfloat16", "float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"),
@@ -24,13 +25,13 @@ _SCALES_SHIFT = 8
 OWN = _core.RowFormat()
 
 
-def format_of(settings: Settings, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
-    """What the core is to know of ``rows [n, width]`` and ``scales [n, s]``.
+def format_of(dtype: torch.dtype, hidden: int, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
+    """What a core whose own rows are ``[n, hidden]`` of ``dtype`` is to know of these, and their scales.
 
     Raises:
         ValueError: a type that has no number here.
     """
-    if scales is None and rows.dtype is settings.dtype and rows.shape[1] == settings.hidden:
+    if scales is None and rows.dtype is dtype and rows.shape[1] == hidden:
         return OWN
     number = _number_of(rows)
     if scales is None:
@@ -38,12 +39,12 @@ def format_of(settings: Settings, rows: Tensor, scales: Tensor | None = None) ->
     return _core.RowFormat(number | _number_of(scales) << _SCALES_SHIFT, _row_bytes(rows), _row_bytes(scales))
 
 
-def can_be_summed(settings: Settings, dtype: torch.dtype) -> bool:
-    """Whether combine takes rows of this type; others only travel, and have no gradient.
+def can_be_summed(own: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether combine takes rows of ``dtype`` beside its own; others only travel, and have no gradient.
 
     Weights are of the type that sums are taken in, which float64 rows alone have otherwise.
     """
-    return dtype in CORE_DTYPES and (dtype == torch.float64) == (settings.dtype == torch.float64)
+    return dtype in CORE_DTYPES and (dtype == torch.float64) == (own == torch.float64)
 
 
 def viewed(raw: Tensor, like: Tensor) -> Tensor:

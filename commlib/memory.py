@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from commlib.communicator import Communicator
-    from commlib.expert_parallel import ExpertParallel
+from commlib.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ class MemoryReport(CommunicatorMemory):
         return "\n".join(f"commlib memory: {text}" for text in (super().__str__(), *map(str, self.others)))
 
 
-def report_memory(ep: ExpertParallel) -> MemoryReport:
-    """The report for the communicator of one ExpertParallel, and for its team."""
-    mine = ep._comm
+def report_memory(mine: Communicator) -> MemoryReport:
+    """The report for one communicator, and for its team."""
     others = (CommunicatorMemory(*_memory_of(c)) for c in mine.team.communicators if c is not mine)
     return MemoryReport(*_memory_of(mine), others=tuple(others))
 

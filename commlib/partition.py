@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 import torch
 
-from commlib import _core, cuda
+from commlib.devices import default_device, platform_of
 
 
 class SMPartition:
@@ -32,6 +30,12 @@ class SMPartition:
 
     It can be entered again after it was left, and by several threads (in-process ranks) at once.
 
+    Attributes:
+        device: with an index where it is a GPU.
+        asked: SMs or cores asked for, for communication.
+        comm, compute: how many there are for communication, and for compute.
+        share: what the device does for it.
+
     Args:
         comm: SMs (cores) for communication.
         device: "cpu", "cuda" or "cuda:i". None: the current CUDA device if there is one, else "cpu".
@@ -42,38 +46,12 @@ class SMPartition:
     """
 
     def __init__(self, comm: int, device: Any = None) -> None:
-        if device is None:
-            device = "cuda" if cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        platform = platform_of(device := device or default_device())
+        platform.require()
+        self.device = platform.resolve(torch.device(device))
         self.asked = comm
-        self._entered = threading.local()
-        self._lock = threading.Lock()  # guards _inside and _before
-        self._inside = 0
-        if self.device.type == "cuda":
-            cuda.require()
-            self.device = torch.device("cuda", cuda.device_index(device))
-            self._part = cuda._cuda.Partition(cuda.device_index(device), comm)
-            self.comm, self.compute = self._part.comm_sms, self._part.compute_sms
-            self.comm_cores: list[int] = []
-            self.compute_cores: list[int] = []
-            return
-        cores = sorted(os.sched_getaffinity(0))
-        if not 1 <= comm < len(cores):
-            raise ValueError(f"comm must lie in [1, {len(cores)}) with {len(cores)} cores, got {comm}")
-        self.comm, self.compute = comm, len(cores) - comm
-        self.compute_cores, self.comm_cores = cores[:-comm], cores[-comm:]
-
-    @property
-    def compute_stream(self) -> torch.cuda.Stream:
-        """The calling thread's stream on the compute SMs (CUDA only)."""
-        if getattr(self._entered, "stream", None) is None:
-            self._entered.owner = self._part.compute_stream()  # this thread's alone, as long as it lives
-            self._entered.stream = torch.cuda.ExternalStream(self._entered.owner.handle, self.device)
-        return self._entered.stream
-
-    def give_streams(self, config: _core.Config) -> None:
-        """Let a communicator work on the communication SMs (CUDA only), in streams of its own."""
-        cuda._cuda.give_streams(config, self._part)
+        self.share = platform.partition(self.device, comm)
+        self.comm, self.compute = self.share.comm, self.share.compute
 
     def check_fits(self, device: torch.device, num_sms: int | None) -> None:
         """Raise ValueError unless a communicator on ``device`` with ``num_sms`` can use this partition."""
@@ -83,46 +61,14 @@ class SMPartition:
             raise ValueError(f"num_sms is {num_sms}, but the partition has {self.comm} for communication")
 
     def __enter__(self) -> SMPartition:
-        if self.device.type == "cuda":
-            before = torch.cuda.current_stream(self.device)
-            self._entered.before = [*getattr(self._entered, "before", []), before]
-            self.compute_stream.wait_stream(before)
-            torch.cuda.set_stream(self.compute_stream)
-            return self
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._threads_before = torch.get_num_threads()
-                torch.set_num_threads(min(self._threads_before, self.compute))
-        _move_threads(self.compute_cores, but_not_on=self.comm_cores)
+        self.share.enter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            before = self._entered.before.pop()
-            before.wait_stream(self.compute_stream)
-            torch.cuda.set_stream(before)
-            return
-        with self._lock:
-            self._inside -= 1
-            if self._inside:
-                return
-            torch.set_num_threads(self._threads_before)
-        _move_threads(sorted([*self.compute_cores, *self.comm_cores]), but_not_on=self.comm_cores)
+        self.share.leave()
 
     def __repr__(self) -> str:
-        kind = "SMs" if self.device.type == "cuda" else "cores"
         return (
-            f"SMPartition({self.device}: {self.comm} {kind} for communication ({self.asked} asked), "
-            f"{self.compute} for compute)"
+            f"SMPartition({self.device}: {self.comm} {self.share.unit} for communication "
+            f"({self.asked} asked), {self.compute} for compute)"
         )
-
-
-def _move_threads(cores: list[int], but_not_on: list[int]) -> None:
-    """Move all threads of this process to ``cores``, except those that are bound to ``but_not_on``."""
-    for thread in map(int, os.listdir("/proc/self/task")):
-        try:
-            if os.sched_getaffinity(thread) != set(but_not_on):
-                os.sched_setaffinity(thread, cores)
-        except ProcessLookupError:  # it has ended meanwhile
-            continue

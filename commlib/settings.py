@@ -10,26 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from commlib import _core, cuda
+from commlib import _core
+from commlib.devices import platform_of
+from commlib.formats import CORE_DTYPES
 from commlib.partition import SMPartition
-from commlib.topology import ROUTINGS, RoutingMode, node_size
+from commlib.startup.topology import ROUTINGS, RoutingMode, node_size
 
-CORE_DTYPES = {
-    torch.bfloat16: _core.DType.bf16,
-    torch.float16: _core.DType.f16,
-    torch.float32: _core.DType.f32,
-    torch.float64: _core.DType.f64,
-}
 _MAX_SMS = 1024
 _MAX_SECONDS = 3e8  # so that times in nanoseconds fit 64 bits
 START_SECONDS = 300.0  # that ranks wait for each other at start-up unless told otherwise
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
 _FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
 ANY_TOKENS = 2**16  # that a rank may send then, where most go nowhere
-# Slots, unless told otherwise. On a CPU they cost address space until they are written; of all ranks' heaps
-# together not more than this, of the 128 TiB that a process has.
-_CPU_SLOTS, _FEWEST_CPU_SLOTS, _CPU_ADDRESSES = 128, 8, 2**41
-_GPU_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -103,10 +95,7 @@ class Settings:
         return replace(self, max_tokens=tokens, capacity=_int("capacity", capacity, 1, _MAX_ROWS))
 
     def _check_place(self, num_sms: int | None) -> None:
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f'device must be "cpu" or "cuda", got {self.device}')
-        if self.device.type == "cuda":
-            cuda.require()
+        platform_of(self.device).require()
         if self.partition is not None:
             if not isinstance(self.partition, SMPartition):
                 raise TypeError(f"partition must be an SMPartition, got {_shown(self.partition)}")
@@ -120,10 +109,8 @@ class Settings:
         """How many slots there are."""
         if self.slots is not None:
             return self.slots
-        if self.device.type == "cuda":
-            return _GPU_SLOTS
         heaps = size * self.capacity_on(size) * self.hidden * self.dtype.itemsize  # with one slot each
-        return max(_FEWEST_CPU_SLOTS, min(_CPU_SLOTS, _CPU_ADDRESSES // heaps))
+        return platform_of(self.device).default_slots(heaps)
 
     def shared(self) -> dict[str, Any]:
         """The settings that must be equal on all ranks."""

@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from commlib import _core
-from commlib.conversation import Group
-
-if TYPE_CHECKING:
-    from commlib.communicator import Attachment, Communicator
-    from commlib.settings import Settings
+from commlib.settings import Settings
+from commlib.startup.conversation import Group
 
 
-class Team:
+class Member(Protocol):
+    """What a team asks of its communicators."""
+
+    number: int
+    closed: bool
+
+    def set_timeout(self, seconds: float) -> None: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Team(Generic[M]):
     """The communicators of one rank with the same others, on one device.
 
     Each has an order of operations, and memory, of its own. They have one timeout, and give up together: who
@@ -32,23 +41,16 @@ class Team:
     def __init__(self, uid: str, timeout: float) -> None:
         self.uid, self.timeout = uid, timeout
         self.core = _core.Team()
-        self._members: weakref.WeakSet[Communicator] = weakref.WeakSet()
+        self._members: weakref.WeakSet[M] = weakref.WeakSet()
 
     @property
-    def communicators(self) -> list[Communicator]:
+    def communicators(self) -> list[M]:
         """Those that are open, the oldest first."""
         return sorted((c for c in list(self._members) if not c.closed), key=lambda c: c.number)
 
-    def add(self, communicator: Communicator) -> None:
+    def add(self, communicator: M) -> None:
         """Take in one that is connected, on all ranks."""
         self._members.add(communicator)
-
-    def attach(self, settings: Settings) -> Attachment | None:
-        """A part in the communicator that was made for these settings, if one is there and can be used."""
-        shape = shape_of(settings)
-        # The newest first: all ranks have had it. An older one may be closed on some and garbage on others.
-        parts = (c.attach() for c in reversed(self.communicators) if c.shape == shape)
-        return next((part for part in parts if part is not None), None)
 
     def set_timeout(self, seconds: float) -> None:
         """Of later operations of all its communicators."""
@@ -75,10 +77,10 @@ _Key = tuple[int, int, int, int, torch.device]
 
 # The newest team of each group; groups that stand for the same ranks have one origin, rank and size. A forked
 # child finds none of its parent's.
-_teams: dict[_Key, tuple[weakref.ref[object], weakref.ref[Team]]] = {}
+_teams: dict[_Key, tuple[weakref.ref[object], weakref.ref[Team[Any]]]] = {}
 
 
-def find_team(group: Group, device: torch.device) -> Team | None:
+def find_team(group: Group, device: torch.device) -> Team[Any] | None:
     """This rank's team of the group, if it can be used: it has open communicators, and none has given up."""
     origin, team = (ref() for ref in _teams.get(_key(group, device), (_nothing, _nothing)))
     if not isinstance(team, Team) or origin is not group.origin:
@@ -86,11 +88,11 @@ def find_team(group: Group, device: torch.device) -> Team | None:
     return team if team.communicators and not team.core.has_given_up else None
 
 
-def keep_team(group: Group, device: torch.device, team: Team) -> None:
+def keep_team(group: Group, device: torch.device, team: Team[Any]) -> None:
     """Let it be found from now on, as long as a communicator of it is there."""
     key = _key(group, device)
 
-    def forget(ref: weakref.ref[Team]) -> None:
+    def forget(ref: weakref.ref[Team[Any]]) -> None:
         if key in _teams and _teams[key][1] is ref:
             del _teams[key]
 

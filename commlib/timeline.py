@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from commlib.backend import CudaBackend, Span, Trace, span_of
-
-if TYPE_CHECKING:
-    from commlib.expert_parallel import ExpertParallel
+from commlib.devices.base import Span, Trace
+from commlib.expert_parallel import ExpertParallel
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 
@@ -57,19 +52,12 @@ class Timeline:
 
     def __init__(self, ep: ExpertParallel) -> None:
         self._ep = ep
-        self._backend = ep._comm.backend
-        self._trace = Trace()
         self._notes: list[tuple[str, str, Span]] = []
         self.intervals: list[Interval] = []
 
     def __enter__(self) -> Timeline:
         backend = self._ep._comm.backend
-        self._trace, self._zero = Trace(), 0.0
-        if isinstance(backend, CudaBackend):
-            self._trace.zero = torch.cuda.Event(enable_timing=True)
-            self._trace.zero.record(torch.cuda.current_stream(backend.device))
-        else:
-            self._zero = time.monotonic()
+        self._trace = Trace(backend.mark())
         backend.traces = (*backend.traces, self._trace)
         return self
 
@@ -82,26 +70,16 @@ class Timeline:
         notes = [*self._notes, *((COMMUNICATION, name, span) for name, span in self._trace.notes)]
         for lane, name, span in notes:
             begin, end = span()
-            self.intervals.append(Interval(lane, name, begin - self._zero, end - self._zero))
+            self.intervals.append(Interval(lane, name, begin, end))
         self.intervals.sort(key=lambda i: i.begin)
 
     @contextmanager
     def compute(self, name: str) -> Iterator[None]:
         """Note what is computed inside."""
-        if isinstance(self._backend, CudaBackend):
-            stream = torch.cuda.current_stream(self._backend.device)
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            zero = self._trace.zero
-            assert zero is not None
-            begun.record(stream)
-            yield
-            ended.record(stream)
-            self._notes.append((COMPUTE, name, span_of(zero, begun, ended)))
-            return
-        begin = time.monotonic()
+        backend = self._ep._comm.backend
+        begun = backend.mark()
         yield
-        end = time.monotonic()
-        self._notes.append((COMPUTE, name, lambda: (begin, end)))
+        self._notes.append((COMPUTE, name, backend.span(self._trace.zero, begun, backend.mark())))
 
     def busy(self, lane: str) -> float:
         """Seconds in which anything ran on a lane."""

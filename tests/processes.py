@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from commlib.group import Group
-from commlib.inprocess import remake_torch_threads
+from commlib.startup.group import Group
+from commlib.startup.inprocess import remake_torch_threads
 
 HANG_SECONDS = 60  # a rank that is still there then is killed
 

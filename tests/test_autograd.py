@@ -215,7 +215,9 @@ def test_forward_mode_is_refused(device, mode):
             lambda x: ep.dispatch(x, idx).x,
             lambda x: ep.dispatch(x, handle=d.handle).x,
             lambda x: ep.combine(d.x, d.handle, bias=x),
-            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *d.handle._arguments(), False)[0],
+            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *d.handle._plan[:-1], d.handle._grouped)[
+                0
+            ],
         ):
             with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
                 mode(f, x)
@@ -226,10 +228,10 @@ def test_vmap_is_refused(device):
     world = make_world([4], device=device)
     with ExpertParallel(**world.config()) as ep:
         d = ep.dispatch(world.x[0], world.topk_idx[0])
-        arguments = d.handle._arguments()
+        arguments = (*d.handle._plan[:-1], d.handle._grouped)
         for f in (
-            lambda x: torch.ops.commlib.redispatch(x, None, *arguments, False, False, None)[0],
-            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *arguments, False)[0],
+            lambda x: torch.ops.commlib.redispatch(x, None, *arguments, False, None)[0],
+            lambda x: torch.ops.commlib.combine(d.x, None, x, None, *arguments)[0],
             lambda x: ep.combine(d.x, d.handle, bias=x),
         ):
             with pytest.raises(NotImplementedError, match=r"cannot be batched by torch\.vmap"):

@@ -14,7 +14,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 import commlib
-from commlib import ExpertParallel, compiling
+from commlib import ExpertParallel
+from commlib.ops import compiling
 
 
 def layer(ep, x, idx, weights, layout):
@@ -52,17 +53,17 @@ def test_ops_pass_torchs_own_checks(device):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             torch.ops.commlib.dispatch.default,
-            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, False, False, None),
+            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, None),
             test_utils=tests,
         )
         torch.library.opcheck(
             torch.ops.commlib.combine.default,
-            (d.x.clone().requires_grad_(), None, None, None, *d.handle._arguments(), False),
+            (d.x.clone().requires_grad_(), None, None, None, *d.handle._plan[:-1], False),
             test_utils=tests,
         )
         torch.library.opcheck(
             torch.ops.commlib.redispatch.default,
-            (x, w, *d.handle._arguments(), False, False, None),
+            (x, w, *d.handle._plan[:-1], False, False, None),
             test_utils=tests,
         )
 

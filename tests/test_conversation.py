@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import commlib
 from commlib import ExpertParallel, bootstrap, inprocess
-from commlib.conversation import Group, gather
-from commlib.group import StoreGroup, ThreadGroup
+from commlib.startup.conversation import Group, gather
+from commlib.startup.group import StoreGroup, ThreadGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": "float32", "device": "cpu"}
 LONG = 100.0  # seconds: a failure reported only at this deadline would exceed a test's own limit
@@ -234,7 +234,7 @@ def test_an_argument_that_one_rank_cannot_use_is_reported_to_all(world, name):
 
 
 def failing_on(rank, name, error, monkeypatch):
-    """Let a function of commlib.bootstrap fail on the thread that has this rank's name."""
+    """Let a function of commlib.startup.connect fail on the thread that has this rank's name."""
     right = getattr(bootstrap, name)
 
     def or_fail(*args):

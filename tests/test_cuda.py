@@ -13,8 +13,8 @@ from reference import expected_rank_layout, make_world
 
 import commlib
 from commlib import ExpertParallel, cuda
-from commlib.event import CudaEvent
-from commlib.group import resolve_group
+from commlib.devices.cuda import CudaEvent
+from commlib.startup.group import resolve_group
 
 PROGRAMS = Path(__file__).parent / "programs"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

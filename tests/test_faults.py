@@ -15,7 +15,7 @@ import torch
 
 import commlib
 from commlib import ExpertParallel
-from commlib.group import ThreadGroup
+from commlib.startup.group import ThreadGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32}
 X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
@@ -219,16 +219,16 @@ def test_an_error_in_one_rank_ends_the_others_and_is_the_one_raised():
 
 def test_epochs_wrap_around(monkeypatch):
     """Words carry 32 bits of an operation's number: 2**32 operations must not be the end."""
-    from commlib import bootstrap
+    from commlib.startup import connect
 
-    make = bootstrap._config
+    make = connect._config
 
     def near_the_end(*args):
         config = make(*args)
         config.first_epoch = 2**32 - 20
         return config
 
-    monkeypatch.setattr(bootstrap, "_config", near_the_end)
+    monkeypatch.setattr(connect, "_config", near_the_end)
 
     def rank_main(rank):
         with ExpertParallel(timeout=20.0, **CONFIG) as ep:

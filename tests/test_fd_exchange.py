@@ -10,10 +10,10 @@ from array import array
 import pytest
 from processes import HANG_SECONDS, FileGroup, descriptors, memory_of, no_more_descriptors
 
-from commlib import fd_exchange
 from commlib.errors import CommError
-from commlib.fd_exchange import _Exchange, close_fds, exchange_fds
-from commlib.group import Group
+from commlib.startup import fd_exchange
+from commlib.startup.fd_exchange import _Exchange, close_fds, exchange_fds
+from commlib.startup.group import Group
 
 NOBODY = 65534
 LONG = 600.0  # seconds: a test that waits for this deadline is cut off, and fails

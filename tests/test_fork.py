@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import commlib
 from commlib import ExpertParallel
 from commlib.nn import clip_grad_norm_, full_state_dict, fully_shard_experts, sync_gradients
+from commlib.startup.group import SingleGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": torch.float32}
 X, IDX = torch.ones(4, 64), torch.tensor([[0, 7]] * 4)
@@ -84,7 +85,7 @@ def two_ranks(in_processes, rank_main):
 @pytest.mark.parametrize("use", USES)
 def test_using_the_parents_is_an_error(in_processes, use):
     def rank_main(ep):
-        with ExpertParallel(commlib.group.SingleGroup(), device="cpu", **CONFIG) as own:
+        with ExpertParallel(SingleGroup(), device="cpu", **CONFIG) as own:
             d = own.dispatch(X, IDX, async_op=True)
             return in_child(lambda: USES[use](own, d))
 
@@ -165,7 +166,7 @@ def test_ranks_that_are_threads_of_a_child_use_torch_at_once():
 def test_a_child_may_make_its_own(in_processes):
     def rank_main(ep):
         def own():
-            with ExpertParallel(commlib.group.SingleGroup(), device="cpu", num_sms=2, **CONFIG) as mine:
+            with ExpertParallel(SingleGroup(), device="cpu", num_sms=2, **CONFIG) as mine:
                 d = mine.dispatch(X, IDX)
                 return torch.equal(mine.combine(d.x, d.handle), X)
 

@@ -10,8 +10,8 @@ from test_dispatch import worlds
 
 import commlib
 from commlib import CallMismatch, ExpertParallel
-from commlib.conversation import gather
 from commlib.formats import _NUMBERS, _TYPES
+from commlib.startup.conversation import gather
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HIDDEN = 64  # bfloat16 elements: 128 bytes
@@ -293,21 +293,24 @@ def test_a_tuple_that_is_no_pair_is_named(x):
         ep.dispatch(x, IDX)
 
 
-def test_out_takes_only_tensors_whose_values_are_at_their_address():
-    """Others would be summed as what lies there."""
+def test_tensors_whose_values_are_not_at_their_address():
+    """They are never summed as what lies there."""
     with ExpertParallel(num_experts=4, hidden=HIDDEN, topk=1, max_tokens=8, device="cpu") as ep:
         d = ep.dispatch((X, S), IDX)
         negated, out = torch.full((4, 1), 1 + 2j).conj().imag, torch.empty(4, 1)
         assert negated.is_neg()
         wanted = torch.full((4, 1), -2.0)
         assert torch.equal(ep.combine(negated, d.handle), wanted)
-        for y, bias, name in ((negated, None, "y"), (wanted, negated, "bias")):
-            with pytest.raises(ValueError, match=f"{name} is a negated or conjugated view"):
-                ep.combine(y, d.handle, bias=bias, out=out)
-        sparse = torch.zeros(4, 1).to_sparse()
-        with pytest.raises(ValueError, match="y must be an ordinary dense tensor"):
-            ep.combine(sparse, d.handle, out=out)
-        assert torch.equal(ep.combine(negated.resolve_neg(), d.handle, out=out), wanted)
+        assert torch.equal(ep.combine(negated, d.handle, out=out), wanted)
+        assert torch.equal(ep.combine(wanted, d.handle, bias=negated, out=out), 2 * wanted)
+        with pytest.raises(ValueError, match="out is a negated or conjugated view"):
+            ep.combine(wanted, d.handle, out=negated)
+        freed = torch.zeros(4, 1)
+        freed.untyped_storage().resize_(0)
+        for bad, text in ((torch.zeros(4, 1).to_sparse(), "a dense tensor"), (freed, "no memory of its own")):
+            for options in ({}, {"out": out}, {"async_op": True}):
+                with pytest.raises(ValueError, match=text):
+                    ep.combine(bad, d.handle, **options)
 
 
 def test_a_row_and_its_scales_may_fill_the_room():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from commlib.group import MPIGroup, SingleGroup, TorchGroup, resolve_group
+from commlib.startup.group import MPIGroup, SingleGroup, TorchGroup, resolve_group
 
 PROGRAMS = Path(__file__).parent / "programs"
 

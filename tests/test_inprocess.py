@@ -8,7 +8,7 @@ from torch.cuda._utils import _get_device_index
 
 import commlib
 from commlib import cuda
-from commlib.group import resolve_group
+from commlib.startup.group import resolve_group
 
 
 class Stream:
@@ -31,7 +31,7 @@ def chosen(monkeypatch):
     torch.cuda.set_device asks the same function for the number, which refuses a device that has none.
     """
     devices = []
-    monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(cuda, "why_not", lambda: "")
     monkeypatch.setattr(cuda, "warm_up", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: devices.append(_get_device_index(d)))

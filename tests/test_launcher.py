@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from commlib import launcher
 from commlib.errors import CommError
-from commlib.launcher import find_launch
+from commlib.startup import launcher
+from commlib.startup.launcher import find_launch
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 ALONE = TORCH | {"RANK": "0", "WORLD_SIZE": "1"}
@@ -80,7 +80,7 @@ def test_numbers_that_are_none_are_an_error(found):
 
 def test_ancestors_are_this_process_and_those_that_started_it():
     """Seen in a child: the process that started pytest may have ended."""
-    code = "from commlib import launcher\nfor began in launcher._ancestors(): print(began.get('AGE'))"
+    code = "from commlib.startup import launcher\nfor began in launcher._ancestors(): print(began.get('AGE'))"
     began = os.environ | {"AGE": "child"}
     said = subprocess.run([sys.executable, "-c", code], env=began, capture_output=True, text=True).stdout
     ages = said.split()

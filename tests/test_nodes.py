@@ -13,11 +13,12 @@ from test_combine import expert_layer
 from test_dispatch import check
 
 import commlib
-from commlib import ExpertParallel, cli, ucx
-from commlib.bootstrap import _topology
+from commlib import ExpertParallel, cli
 from commlib.cli import topo
 from commlib.errors import CommError, ConfigMismatch
-from commlib.topology import Topology, find_topology, node_size
+from commlib.startup import ucx
+from commlib.startup.connect import _topology
+from commlib.startup.topology import Topology, find_topology, node_size
 
 # Ranks, ranks of a node, routing. The last node may be smaller.
 SPREADS = [(4, 2, "hierarchical"), (4, 2, "direct"), (5, 2, "hierarchical"), (6, 3, "auto"), (3, 1, "auto")]

@@ -21,7 +21,7 @@ LEFT_OVER = (
     "commlib/__pycache__/group.cpython-300.pyc",
     "tests/__pycache__/conftest.cpython-300.pyc",
     "tests/cpp/suite.o",
-    "build/lib/commlib/group.py",
+    "build/lib/commlib/startup/group.py",
     "bench/results/nvidia-2026-11-27-steps.log",
     "bench/results/local/dispatch_combine-cpu-r4.json",
 )

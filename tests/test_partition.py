@@ -22,7 +22,7 @@ def affinities():
 def test_threads_stay_on_their_side():
     partition = SMPartition(comm=1, device="cpu")
     assert (partition.asked, partition.comm, partition.compute) == (1, 1, len(CORES) - 1)
-    comm, compute = set(partition.comm_cores), set(partition.compute_cores)
+    comm, compute = set(partition.share.comm_cores), set(partition.share.compute_cores)
     assert comm | compute == set(CORES) and not comm & compute
     threads = torch.get_num_threads()
     world = make_world([30])
@@ -67,7 +67,7 @@ def test_it_can_be_entered_again_and_inside_itself():
     partition = SMPartition(comm=1, device="cpu")
     for _ in range(2):
         with partition, partition:
-            assert os.sched_getaffinity(0) == set(partition.compute_cores)
+            assert os.sched_getaffinity(0) == set(partition.share.compute_cores)
         assert os.sched_getaffinity(0) == set(CORES)
 
 

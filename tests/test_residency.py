@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from commlib import bootstrap
-from commlib.backend import CudaBackend
-from commlib.residency import Residency
+from commlib.devices import Wish, cuda
+from commlib.devices.residency import Residency
 
 H100 = ("uuid", "cuda:0", 132)
 
@@ -66,15 +65,22 @@ def test_one_communicator_by_itself_is_checked_elsewhere(quiet):
 
 def test_only_what_is_outside_partitions_is_counted(quiet, monkeypatch):
     residency = Residency()
-    monkeypatch.setattr(bootstrap, "of_this_process", residency)
-    facts = {"uuid": "uuid", "sms": 132}
+    monkeypatch.setattr(cuda, "of_this_process", residency)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *_: SimpleNamespace(device="cpu"))
+    config = SimpleNamespace(stream=1, plan_stream=0, num_sms=100)
+    core = SimpleNamespace(plan_stream=0, close=lambda: None)
+
+    def backend(partition):
+        wish = Wish(torch.device("cuda", 3), 100, partition, 2, in_step=False)
+        return cuda.Cuda().backend(core, config, wish, {"uuid": "uuid", "sms": 132})
+
     for partition, counted in ((object(), 0), (None, 100)):
-        settings = SimpleNamespace(partition=partition, device=torch.device("cuda", 3))
-        remove = bootstrap._count_blocks(settings, facts, 100)
+        first = backend(partition)
         assert residency.blocks_on("uuid") == counted
     with pytest.warns(RuntimeWarning, match="on cuda:3 want 200 SMs"):
-        bootstrap._count_blocks(settings, facts, 100)
-    remove()
+        backend(None)
+    first.close()
     assert residency.blocks_on("uuid") == 100
 
 
@@ -92,7 +98,7 @@ def test_closing_a_backend_gives_its_sms_back_last(monkeypatch, failure):
             if failure:
                 raise failure
 
-    backend = CudaBackend(Core(), SimpleNamespace(device=None), lambda: done.append("given back"))
+    backend = cuda.CudaBackend(Core(), SimpleNamespace(device=None), lambda: done.append("given back"))
     if failure:
         with pytest.raises(RuntimeError, match="lost"):
             backend.close()

@@ -335,7 +335,7 @@ def test_a_program_may_end_while_a_thread_waits(operation, end):
     statement, status, deadline = ENDS[end]
     program = f"""
 import os, signal, sys, threading, time, torch, commlib
-from commlib.group import ThreadGroup
+from commlib.startup.group import ThreadGroup
 x, idx, there = torch.ones(4, 64), torch.tensor([[0, 7]] * 4), threading.Barrier(3)
 def rank_main(group):
     ep = commlib.ExpertParallel(group, timeout={deadline}, startup_timeout=60.0, num_sms=2, **{CONFIG_TEXT})

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 from processes import descriptors, memory_of, no_more_descriptors
 
-from commlib import ExpertParallel, bootstrap, cuda
-from commlib.conversation import gather
+from commlib import ExpertParallel, cuda
+from commlib.devices import platform_of
+from commlib.startup import connect as start
+from commlib.startup.conversation import gather
 
 CONFIG = SimpleNamespace(device=0)
 
@@ -45,9 +47,9 @@ def connect(monkeypatch):
 
         stand_in = SimpleNamespace(make_communicator=make, require_peer_access=require_peer_access)
         monkeypatch.setattr(cuda, "_cuda", stand_in)
-        infos = [{"uuid": f"gpu {rank}"} for rank in range(group.size)]
+        infos = [{"uuid": f"gpu {rank}", "host": "here", "shares_fds": True} for rank in range(group.size)]
         with group.converse(60.0) as talk:
-            core = bootstrap._make_and_connect(talk, CONFIG, infos, list(range(group.size)))
+            core = start._make_and_connect(talk, platform_of("cuda"), CONFIG, infos, list(range(group.size)))
             gather(talk, "ready", None)
         return core
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from commlib import __version__, cuda
+from commlib.devices import cuda
+from commlib.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import commlib
-from commlib import cuda
-from commlib.group import Group, resolve_group
+from commlib.devices import cuda
 from commlib.model import Hardware
 from commlib.model.checks import check_int
 from commlib.model.presets import measured_path, preset_for
+from commlib.startup.group import Group, resolve_group
 
 _WARMUP = 2
 _MEASURED = ("sms", "memory_gbps", "dispatch_sm_gbps", "combine_sm_gbps", "latency_us", "tflops")
@@ -270,7 +270,7 @@ def _products(plan: Plan) -> list[float]:
 
 
 def _repeated(plan: Plan, operation: Callable[[], Any]) -> list[float]:
-    alone = commlib.group.SingleGroup()
+    alone = commlib.startup.group.SingleGroup()
     return [_timed(plan, alone, operation)[0] for _ in range(_WARMUP + plan.iters)][_WARMUP:]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from commlib import _core, ucx
-from commlib.bootstrap import own_place
-from commlib.conversation import gather
-from commlib.group import resolve_group
-from commlib.topology import Topology, find_topology, node_size
+from commlib import _core
+from commlib.startup import ucx
+from commlib.startup.connect import own_place
+from commlib.startup.conversation import gather
+from commlib.startup.group import resolve_group
+from commlib.startup.topology import Topology, find_topology, node_size
 
 
 def topo(ranks_per_node: int | None) -> bool:

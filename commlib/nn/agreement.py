@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commlib.group import gather_in
+from commlib.startup.group import gather_in
 
 if TYPE_CHECKING:
     from .shards import Shard

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commlib.group import Group, gather_numbers, resolve_group
+from commlib.startup.group import Group, gather_numbers, resolve_group
 
 from .agreement import number_of
 from .router import TopKRouter

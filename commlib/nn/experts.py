@@ -13,7 +13,7 @@ from .sharded import ShardedExperts
 from .shards import Shard
 
 if TYPE_CHECKING:
-    from commlib import ExpertParallel
+    from commlib.expert_parallel import ExpertParallel
 
 
 class Experts(ShardedExperts):

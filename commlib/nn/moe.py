@@ -18,7 +18,7 @@ from .losses import count_tokens
 from .router import RouterOutput, TopKRouter
 
 if TYPE_CHECKING:
-    from commlib import ExpertParallel
+    from commlib.expert_parallel import ExpertParallel
 
 
 class MoEAux(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .gradients import divided_gradient, mark_gradients_of
+from .sharded_gradient import divided_gradient, mark_gradients_of
 from .shards import Shard, is_dtensor, register_owner
 
 

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from commlib._core import Placement
-from commlib.group import Group, let_go, process_group_of
+from commlib.startup.group import Group, let_go, process_group_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from commlib.group import process_group_of, refuse_in_child
+from commlib.startup.group import process_group_of, refuse_in_child
 
 from .agreement import Agreement
 from .experts import Experts

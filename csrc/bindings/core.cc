@@ -262,7 +262,14 @@ void bind_structs(py::module_& m) {
            }),
            py::arg("topk_idx"), py::arg("routes"), py::arg("tokens"), py::arg("rows") = 0,
            py::arg("expand_to") = 0, py::arg("offsets") = 0, py::arg("rows_per_expert") = 0,
-           py::arg("align") = 1);
+           py::arg("align") = 1)
+      .def(
+          "complete",
+          [](RoutePlan& plan, int64_t rows, Address expand_to) {
+            plan.rows = rows;
+            plan.expand_to = at<int64_t>(expand_to);
+          },
+          py::arg("rows"), py::arg("expand_to"));
 
   py::class_<Received>(m, "Received")
       .def(py::init([](std::optional<Address> rows, Address weights, Address topk_idx, Address source,

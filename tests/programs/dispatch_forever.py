@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import commlib
-from commlib.group import StoreGroup
+from commlib.startup.group import StoreGroup
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import commlib
-from commlib.group import resolve_group
+from commlib.startup.group import resolve_group
 
 if "TORCHELASTIC_RUN_ID" in os.environ:
     dist.init_process_group("gloo")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import commlib
-from commlib.group import StoreGroup
+from commlib.startup.group import StoreGroup
 from soak.faults import EXIT_STATUS, START, End, Fault, blamed
 from soak.plan import Plan
 from soak.steps import Reference, Step

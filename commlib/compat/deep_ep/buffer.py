@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from commlib import cuda
 from commlib.compat.deep_ep import layout as layouts
 from commlib.compat.deep_ep import normal
 from commlib.compat.deep_ep import rows as parcels
@@ -24,6 +23,7 @@ from commlib.compat.deep_ep.layout import Layout
 from commlib.compat.deep_ep.low_latency import LowLatency
 from commlib.compat.deep_ep.owner import Owner
 from commlib.compat.deep_ep.rows import Rows
+from commlib.devices import cuda
 
 _RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # numbers for which DeepEP has tuned configs
 Call = TypeVar("Call", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from torch import Tensor
 from commlib.dispatched import Handle
 from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
-from commlib.group import Group, ThreadGroup
+from commlib.startup.group import Group, ThreadGroup
 
 _NARROW_BYTES, _NARROW_SMS = 4096, 2  # shorter rows are counts and weights, which need few SMs
 
@@ -82,7 +82,7 @@ class Communicators:
         """
         known = handle._ep.settings
         if (known.hidden, known.dtype) == (width, dtype):
-            return handle._ep, handle
+            return next(ep for ep in self._made.values() if ep is handle._ep), handle
         most = None if known.grows else known.max_tokens
         ep = self.of(known.num_experts, known.topk, width, dtype, known.device, most)
         return ep, handle.on(ep)

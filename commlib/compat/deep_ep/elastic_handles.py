@@ -66,7 +66,7 @@ def made_of(
     d: Dispatched[Tensor], shape: Shape, topk_idx: Tensor, num_sms: int, ranks: int, work: Work
 ) -> EPHandle:
     """The handle of a dispatch, complete when the dispatch is."""
-    routing = d.handle._tensors()
+    routing = d.handle._plan
     counts = d.tokens_per_expert
     listed = rounded_up(d.handle.counts(), shape.expert_alignment)
     unique = len(routing.local)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from commlib.group import Group, in_process_group, resolve_group
+from commlib.startup.group import Group, in_process_group, resolve_group
 
 
 def group_of(group: Any, comm: Any = None) -> tuple[Any, Group]:

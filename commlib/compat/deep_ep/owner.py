@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from commlib import cuda
 from commlib.compat.deep_ep.communicators import Communicators
 from commlib.compat.deep_ep.errors import Refused, require
+from commlib.devices import cuda
 
 
 class Owner:

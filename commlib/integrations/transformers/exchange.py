@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
-from commlib import ExpertParallel
+from commlib.expert_parallel import ExpertParallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

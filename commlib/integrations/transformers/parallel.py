@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from transformers.distributed.utils import gather_full_state_dict
 
 from commlib._core import Placement
-from commlib.bootstrap import resolve_device
-from commlib.conversation import gather
-from commlib.group import Group, TorchGroup, gather_numbers, resolve_group
 from commlib.nn import ShardedExperts, full_state_dict
 from commlib.nn.agreement import describe, difference
 from commlib.nn.shards import Ranks, Shard, is_dtensor
 from commlib.settings import START_SECONDS
+from commlib.startup.connect import resolve_device
+from commlib.startup.conversation import gather
+from commlib.startup.group import Group, TorchGroup, gather_numbers, resolve_group
 
 from .exchange import Exchange, parameters_replaced
 

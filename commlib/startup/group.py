@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commlib.conversation import NOTHING, Group, PostingGroup, gather
 from commlib.errors import CommError, PeerTimeout
-from commlib.launcher import find_launch
 from commlib.settings import START_SECONDS
+from commlib.startup.conversation import NOTHING, Group, PostingGroup, gather
+from commlib.startup.launcher import find_launch
 
 __all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "TorchGroup", "resolve_group"]
 
@@ -326,7 +326,7 @@ def resolve_group(group: Any = None, seconds: float = START_SECONDS) -> Group:
     Args:
         group: a Group, a torch.distributed ProcessGroup or 1-D DeviceMesh, or an mpi4py communicator.
             None: the in-process rank of this thread, else torch.distributed's default group, else the ranks
-            that the innermost launcher started (see :func:`commlib.launcher.find_launch`), else one rank.
+            that the innermost launcher started (see :mod:`commlib.startup.launcher`), else one rank.
         seconds: to reach the store that torchrun's environment names.
 
     Raises:

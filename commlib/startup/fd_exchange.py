@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from commlib.conversation import Group, gather
 from commlib.errors import CommError
+from commlib.startup.conversation import Group, gather
 
 Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
 

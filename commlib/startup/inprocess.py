@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from commlib import cuda
+from commlib.devices import platform_of
 from commlib.errors import CommError
-from commlib.group import ThreadGroup, set_current_group
+from commlib.startup.group import ThreadGroup, set_current_group
 
 _STOP_SECONDS = 2.0  # within which ranks have to notice an interrupt
 
@@ -57,9 +56,11 @@ def run_ranks(
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
-    where = _resolve(device)
+    platform = platform_of("cpu" if device is None else device)
+    platform.require()
+    where = platform.resolve(torch.device("cpu" if device is None else device))
     groups = ThreadGroup.world(world_size, str(where), run_ahead)
-    begun = torch.cuda.current_stream(where).record_event() if where.type == "cuda" else None
+    thread_of_rank = platform.rank_thread(where)
     results: list[Any] = [None] * world_size
     failures: list[tuple[int, BaseException]] = []
     remake_torch_threads()
@@ -67,7 +68,7 @@ def run_ranks(
     def rank_main(rank: int) -> None:
         set_current_group(groups[rank])
         try:
-            with _on(where, begun):
+            with thread_of_rank():
                 results[rank] = fn(rank, *args)
             groups[rank].leave(f"rank {rank} has returned from its function, so it takes no part in this")
         except BaseException as error:
@@ -111,37 +112,6 @@ def _stop(groups: list[ThreadGroup], threads: list[threading.Thread], why: str) 
     for thread in threads:
         if thread.ident is not None:  # it has been started
             thread.join(max(0.0, end - time.monotonic()))
-
-
-def _resolve(device: Any) -> torch.device:
-    """The ranks' device; a CUDA device with its index, since a new thread's current device is number 0,
-    whatever the caller's is."""
-    where = torch.device("cpu" if device is None else device)
-    if where.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
-    if where.type == "cpu":
-        return where
-    cuda.require()
-    index = cuda.device_index(where)
-    cuda.warm_up(index)
-    return torch.device("cuda", index)
-
-
-@contextmanager
-def _on(device: torch.device, begun: torch.cuda.Event | None) -> Iterator[None]:
-    """Keep apart what ranks on one GPU must not share, since they would wait for each other in it.
-
-    A stream, which goes on after ``begun``, and the thread that autograd keeps for each device.
-    """
-    if begun is None:
-        yield
-        return
-    torch.cuda.set_device(device)
-    stream = torch.cuda.Stream()
-    stream.wait_event(begun)
-    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
-        yield
-    stream.synchronize()
 
 
 def _root(failures: list[tuple[int, BaseException]]) -> BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,28 +13,21 @@ from typing import Any
 
 import torch
 
-import commlib
-from commlib import _core, cuda, ucx
-from commlib.backend import Backend, CpuBackend, CudaBackend
-from commlib.communicator import Attachment, Communicator
-from commlib.conversation import Conversation, exited, gather
+from commlib import _core
+from commlib.communicator import Attachment, Communicator, attach_in
+from commlib.devices import Backend, Platform, Wish, default_device, platform_of, resolve
+from commlib.devices.base import Facts
 from commlib.errors import CommError, ConfigMismatch, PeerTimeout
-from commlib.fd_exchange import Address, close_fds, exchange_fds
-from commlib.group import Group, ThreadGroup
-from commlib.model import default_num_sms
-from commlib.partition import SMPartition
-from commlib.residency import of_this_process
-from commlib.settings import CORE_DTYPES, Settings
+from commlib.formats import CORE_DTYPES
+from commlib.settings import Settings
+from commlib.startup import ucx
+from commlib.startup.conversation import Conversation, exited, gather
+from commlib.startup.fd_exchange import Address, close_fds, exchange_fds
+from commlib.startup.group import Group, ThreadGroup
+from commlib.startup.topology import Topology, find_topology, node_size
 from commlib.team import Team, find_team, keep_team
-from commlib.topology import Topology, find_topology, node_size
+from commlib.version import __version__
 
-# With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
-# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions.md.
-_SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
-_SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
-# For a kernel: a sleep costs at least 50 µs, and what the host waits for comes within milliseconds.
-_SPIN_GPU = _core.SpinPolicy(pauses=2000, yields=50_000)
-_USER = 7  # frames from _count_blocks to the caller of ExpertParallel, where a warning points
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 
 
@@ -44,17 +37,7 @@ def resolve_device(device: Any, group: Group) -> torch.device:
     Raises:
         ValueError, TypeError: it names no device.
     """
-    if device is None:
-        device = group.device or ("cuda" if cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:i", got {device!r}: {error}') from None
-    if resolved.type == "cpu":
-        return torch.device("cpu")
-    if resolved.type != "cuda" or resolved.index is not None or not cuda.is_available():
-        return resolved
-    return torch.device("cuda", cuda.device_index())
+    return resolve(group.device or default_device() if device is None else device)
 
 
 def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Attachment:
@@ -69,7 +52,7 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
         timeout: seconds that a rank waits for a peer; None: the team's, 600 for a new one.
     """
     team = None if settings.exclusive else find_team(talk.group, settings.device)
-    mine = team.attach(settings) if team else None
+    mine = attach_in(team, settings) if team else None
     if team and (known := team.communicators):
         talk.watch = known[-1].core.has_exited
     try:
@@ -84,7 +67,7 @@ def _join_or_make(
     talk: Conversation,
     settings: Settings,
     timeout: float | None,
-    team: Team | None,
+    team: Team[Communicator] | None,
     mine: Attachment | None,
 ) -> Attachment:
     have = {
@@ -107,7 +90,11 @@ def _join_or_make(
 
 
 def _attach_to_new(
-    talk: Conversation, settings: Settings, timeout: float | None, infos: list[dict[str, Any]], team: Team
+    talk: Conversation,
+    settings: Settings,
+    timeout: float | None,
+    infos: list[Facts],
+    team: Team[Communicator],
 ) -> Attachment:
     team.check_timeout(timeout)
     backend, topology = _connect(talk, settings, infos, team)
@@ -123,34 +110,38 @@ def _attach_to_new(
     return attachment
 
 
-def _agreed(infos: list[dict[str, Any]], what: str) -> bool:
+def _agreed(infos: list[Facts], what: str) -> bool:
     """Whether all ranks have it, and the same one."""
     return infos[0][what] is not None and all(info[what] == infos[0][what] for info in infos)
 
 
-def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> list[dict[str, Any]]:
+def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> list[Facts]:
     """What all ranks say of themselves, by rank; their settings agree."""
     told = {"pid": os.getpid(), "secret": os.urandom(32).hex(), "name": os.urandom(16).hex()}
-    mine = _facts(settings) | own_place() | told | more | {"shared": settings.shared() | _build(settings)}
+    mine = (
+        platform_of(settings.device).facts(settings.device)
+        | own_place()
+        | told
+        | more
+        | {"shared": settings.shared() | _build(settings)}
+    )
     infos = gather(talk, "settings", mine)
     _compare([_shared_of(info, rank) for rank, info in enumerate(infos)])
     return infos
 
 
 def _connect(
-    talk: Conversation, settings: Settings, infos: list[dict[str, Any]], team: Team
+    talk: Conversation, settings: Settings, infos: list[Facts], team: Team[Communicator]
 ) -> tuple[Backend, Topology]:
     """The connected backend of this rank, and where all ranks are."""
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
         _require_network(settings)
-    prepare = _prepare_cuda if settings.device.type == "cuda" else _prepare_cpu
-    config, stream = prepare(talk, settings, infos)
+    platform, wish = platform_of(settings.device), _wish(settings, talk.group)
+    config = _config(talk, settings)
+    platform.configure(config, wish, infos, partial(gather, talk))
     config.team = team.core
-    near = topology.near(talk.rank)
-    if stream is not None:
-        config.share = _share([infos[rank] for rank in near])
     if several:
         config.net.node_of = list(topology.node_of)
         config.net.hierarchical = (
@@ -159,16 +150,8 @@ def _connect(
         networks = {info["network"] for info in infos}
         keys = ucx.message_keys(infos[0]["secret"], talk.rank, talk.size)
         config.use_ucx(keys, loopback=len(networks) == 1)
-    core = _make_and_connect(talk, config, infos, near)
-    backend: Backend
-    if isinstance(core, _core.CpuCommunicator):
-        backend = CpuBackend(core)
-    else:
-        assert stream is not None
-        blocks = config.num_sms + (config.plan_stream != 0)
-        free_sms = _count_blocks(settings, infos[talk.rank], blocks)
-        in_step = isinstance(talk.group, ThreadGroup) and not talk.group.run_ahead
-        backend = CudaBackend(core, stream, free_sms, in_step)
+    core = _make_and_connect(talk, platform, config, infos, topology.near(talk.rank))
+    backend = platform.backend(core, config, wish, infos[talk.rank])
     try:
         gather(talk, "ready", None)
     except BaseException:
@@ -182,7 +165,7 @@ def _reconnect(
     group: Group,
     started: str,
     counts: Iterator[int],
-    team: Team,
+    team: Team[Communicator],
     settings: Settings,
     core: _core.Communicator,
 ) -> Backend:
@@ -214,18 +197,11 @@ def _reconnect(
 
 
 def _make_and_connect(
-    talk: Conversation, config: _core.Config, infos: list[dict[str, Any]], near: list[int]
+    talk: Conversation, platform: Platform, config: _core.Config, infos: list[Facts], near: list[int]
 ) -> _core.Communicator:
-    on_gpu = "uuid" in infos[talk.rank]
-    core: _core.Communicator
-    if on_gpu:
-        for uuid in {infos[rank]["uuid"] for rank in near}:
-            cuda._cuda.require_peer_access(config.device, uuid)
-        core = cuda._cuda.make_communicator(config)
-    else:
-        core = _core.CpuCommunicator(config)
+    core = platform.connectable(config, [infos[rank] for rank in near])
     addresses = [_to_address(said) for said in gather(talk, "addresses", _from_address(core.address()))]
-    if not on_gpu:
+    if not platform.exchanges_fds:
         _open(core, addresses, talk)
         return core
     addresses = exchange_fds(talk, addresses, near, talk.left)
@@ -259,102 +235,18 @@ def _to_address(said: Any) -> Address:
         raise CommError(f"addresses: {str(said)[:80]} is no address") from None
 
 
-def _count_blocks(settings: Settings, facts: dict[str, Any], blocks: int) -> Callable[[], None]:
-    """Warn if all communicators of this process do not fit on the GPU; returns what to call at the end."""
-    if settings.partition is not None:
-        return lambda: None
-    return of_this_process.add(facts["uuid"], str(settings.device), blocks, facts["sms"], stacklevel=_USER)
-
-
-def _prepare_cpu(
-    talk: Conversation, settings: Settings, infos: list[dict[str, Any]]
-) -> tuple[_core.Config, torch.cuda.Stream | None]:
-    beside = [rank for rank, info in enumerate(infos) if info["host"] == infos[talk.rank]["host"]]
-    cores = len(set().union(*(infos[rank]["cpus"] for rank in beside)))
-    partition = settings.partition
-    share = cores // (2 * len(beside)) if partition is None else partition.comm // len(beside)
-    workers = settings.num_sms or max(1, share)
-    everyones = gather(talk, "threads", workers)
-    threads = sum(everyones[rank] for rank in beside)
-    config = _config(talk, settings, workers, threads > cores)
-    if partition is not None:
-        config.cores = partition.comm_cores
-    return config, None
-
-
-def _prepare_cuda(
-    talk: Conversation, settings: Settings, infos: list[dict[str, Any]]
-) -> tuple[_core.Config, torch.cuda.Stream | None]:
-    mine = infos[talk.rank]
-    beside = [
-        i for i in infos if (i["pid"], i["host"], i["uuid"]) == (mine["pid"], mine["host"], mine["uuid"])
-    ]
-    partition = settings.partition
-    there_are = mine["sms"] if partition is None else partition.comm
-    blocks = settings.num_sms or _default_blocks(talk, settings, mine, len(beside))
-    wanted = gather(talk, "SMs", (mine["pid"], mine["uuid"], blocks))
-    together = sum(n for pid, uuid, n in wanted if (pid, uuid) == (mine["pid"], mine["uuid"]))
-    if together > there_are:
-        place = "it has" if partition is None else "its partition has for communication"
-        raise ValueError(
-            f"num_sms of the {len(beside)} ranks on this GPU add up to {together}, but {place} {there_are} "
-            "SMs, and all blocks must run at once"
-        )
-    config = _config(talk, settings, blocks, crowded=False)
-    config.device, config.spin = settings.device.index, _SPIN_GPU
-    _give_streams(config, partition)
-    if together + len(beside) > there_are:
-        config.plan_stream = 0  # no SM is left for plans beside rows: see csrc/cuda/plan.cuh
-    return config, torch.cuda.ExternalStream(config.stream, settings.device)
-
-
-def _give_streams(config: _core.Config, partition: SMPartition | None) -> None:
-    """Streams that the communicator has to itself, on the partition's SMs for communication."""
-    if partition is None:
-        cuda._cuda.give_streams(config, None)
-    else:
-        partition.give_streams(config)
-
-
-def _default_blocks(group: Group, settings: Settings, facts: dict[str, Any], ranks_on_device: int) -> int:
-    """What the performance model proposes; in a partition, all its SMs, shared by the ranks on the GPU."""
-    if settings.partition is not None:
-        return max(1, settings.partition.comm // ranks_on_device)
-    return default_num_sms(
-        name=facts["name"],
-        sms=facts["sms"],
-        ranks=group.size,
-        max_tokens=settings.max_tokens,
-        hidden=settings.hidden,
-        itemsize=settings.dtype.itemsize,
-        topk=settings.topk,
-        experts=settings.num_experts,
-        ranks_on_device=ranks_on_device,
+def _wish(settings: Settings, group: Group) -> Wish:
+    return Wish(
+        settings.device,
+        settings.num_sms,
+        None if settings.partition is None else settings.partition.share,
+        settings.dtype.itemsize,
+        in_step=isinstance(group, ThreadGroup) and not group.run_ahead,
     )
 
 
-def _share(infos: list[dict[str, Any]]) -> str:
-    """How processes on a node share device memory: in a way that all its ranks can."""
-    if any(info["host"] != infos[0]["host"] for info in infos):
-        return "fabric"
-    return "fd" if all(info["shares_fds"] for info in infos) else "none"
-
-
-def _facts(settings: Settings) -> dict[str, Any]:
-    """What the others must know of this rank's device."""
-    if settings.device.type == "cpu":
-        return {"cpus": sorted(os.sched_getaffinity(0))}
-    p = cuda.properties(settings.device)
-    return {
-        "name": p.name,
-        "uuid": p.uuid,
-        "sms": p.sms,
-        "shares_fds": p.shares_fds,
-        "domain": p.domain,
-    }
-
-
-def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _core.Config:
+def _config(group: Group, settings: Settings) -> _core.Config:
+    """What a communicator is made with, wherever it runs."""
     config = _core.Config()
     config.rank, config.size = group.rank, group.size
     config.experts, config.hidden, config.topk = (
@@ -364,17 +256,16 @@ def _config(group: Group, settings: Settings, num_sms: int, crowded: bool) -> _c
     )
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
     config.dtype = CORE_DTYPES[settings.dtype]
-    config.slots, config.num_sms = settings.slots_on(group.size), num_sms
+    config.slots = settings.slots_on(group.size)
     config.timeout = settings.timeout
     config.link_gbps = settings.link_gbps or 0.0
-    config.spin = _SPIN_SHARED_CORE if crowded else _SPIN_OWN_CORE
     return config
 
 
 def _build(settings: Settings) -> dict[str, Any]:
     """Which commlib this is: its version, and its modules' sources as setup.py recorded them."""
-    modules = [_core] if settings.device.type == "cpu" else [_core, cuda._cuda]
-    return {"build": " ".join([commlib.__version__, *map(_sources_of, modules)])}
+    modules = platform_of(settings.device).modules()
+    return {"build": " ".join([__version__, *map(_sources_of, modules)])}
 
 
 def _sources_of(module: Any) -> str:
@@ -390,7 +281,7 @@ def _shared_of(info: Any, rank: int) -> dict[str, Any]:
     return shared
 
 
-def _compare(shared: list[dict[str, Any]]) -> None:
+def _compare(shared: list[Facts]) -> None:
     differences = []
     for name in dict.fromkeys(name for settings in shared for name in settings):
         values: dict[Any, list[int]] = {}
@@ -421,7 +312,7 @@ def own_place() -> dict[str, Any]:
     }
 
 
-def _topology(infos: list[dict[str, Any]], settings: Settings) -> Topology:
+def _topology(infos: list[Facts], settings: Settings) -> Topology:
     # GPUs of one NVLink domain map each other's memory across hosts. All of them or none: a rank outside
     # reaches the others only by the network, and then those of its host should stay together.
     domains = {info.get("domain", "") for info in infos}

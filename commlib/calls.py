@@ -1,0 +1,105 @@
+"""Operations as values: what one is called with, and what it gives.
+
+Each is described here and nowhere else: the ops of PyTorch (:mod:`commlib.ops`) take their schemas, shapes
+and gradients from these fields, by name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from commlib import _core
+
+
+class RoutePlan(NamedTuple):
+    """What a dispatch found out, as tensors: all that later operations on the same routing need.
+
+    Nothing else holds those that are read again: ids, routes, groups, and local with layout="expert".
+    """
+
+    topk_idx: Tensor  # [T, K] global expert ids
+    routes: Tensor  # [T, min(K, R)] rank << 32 | row at that rank, ascending; -1 ends
+    local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
+    source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
+    groups: Tensor  # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow
+    comm: Tensor  # [], see Attachment.name
+    view: _core.RoutePlan | None = None  # the core's, of a plan whose sizes are known to fit each other
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What operations read."""
+        return self[:5]
+
+
+class Dispatch(NamedTuple):
+    """A dispatch by expert ids."""
+
+    x: Tensor  # [T, W]
+    topk_idx: Tensor  # [T, K] int64
+    topk_weights: Tensor | None  # [T, K] of the communicator's weight_dtype
+    comm: Tensor
+    width: int  # min(K, R), and how many local experts there are: sizes of results, for torch.compile
+    experts: int
+    grouped: bool  # layout="expert"
+    align: int
+    drop: bool
+    zero_copy: bool
+    scales: Tensor | None  # [T, S]
+
+
+class Arrived(NamedTuple):
+    """Rows that a dispatch brought, and its routing."""
+
+    rows: Tensor  # [N, W] or [M, W]
+    weights: Tensor | None  # [N, K] or [M]
+    counts: Tensor  # a copy of groups, which the user may change
+    routes: Tensor
+    local: Tensor
+    source: Tensor
+    groups: Tensor
+    scales: Tensor | None
+    view: _core.RoutePlan | None = None
+
+    def plan(self, call: Dispatch) -> RoutePlan:
+        """The routing, for later operations."""
+        own = self.routes, self.local, self.source, self.groups
+        return RoutePlan(call.topk_idx, *own, call.comm, self.view)
+
+
+class Redispatch(NamedTuple):
+    """A dispatch along a known routing, or the gradient of a combine."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+    plan: RoutePlan
+    grouped: bool
+    zero_copy: bool
+    scales: Tensor | None
+
+
+class Rearrived(NamedTuple):
+    """Rows that came along a known routing."""
+
+    rows: Tensor
+    weights: Tensor | None
+    scales: Tensor | None
+
+
+class Combine(NamedTuple):
+    """A combine, or the gradient of a dispatch."""
+
+    y: Tensor  # [N, W] or [M, W]
+    weights: Tensor | None  # [N] or [M]: of rows
+    bias: Tensor | None  # [T, W]
+    weight_grads: Tensor | None  # [N, K] or [M]: values of places, brought back to their tokens
+    plan: RoutePlan
+    grouped: bool
+
+
+class Combined(NamedTuple):
+    """Sums of rows, and what was brought back."""
+
+    out: Tensor  # [T, W]
+    weight_grads: Tensor | None  # [T, K]

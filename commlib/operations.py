@@ -1,0 +1,225 @@
+"""Issue operations: check what the core will read, make room for results, call it.
+
+Whatever calls, the façade, an op of PyTorch or a gradient, comes through here: the core takes addresses.
+Each function returns the results, and with ``async_op`` the event after which they may be used.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from commlib import _core, checks
+from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch, RoutePlan
+from commlib.communicator import Attachment, Communicator
+from commlib.errors import CapacityExceeded
+from commlib.event import Event
+from commlib.formats import CORE_DTYPES, OWN
+
+
+def dispatch(
+    a: Attachment, call: Dispatch, async_op: bool = False, in_waves: bool = False
+) -> tuple[Arrived, Event | None]:
+    """Send each token to the ranks of its experts, once they have agreed on what goes where."""
+    a.check_open()
+    c, backend, grouped = a.communicator, a.communicator.backend, call.grouped
+    checks.check_dispatch(c, call)
+    format = OWN if call.scales is None else c.format_of(call.x, call.scales)
+    tokens, topk = call.topk_idx.shape
+    routes = backend.empty(tokens, c.width)
+    groups = backend.empty(2 * c.experts + 1 if grouped else c.experts)
+    view = _core.RoutePlan(
+        call.topk_idx.data_ptr(),
+        routes.data_ptr(),
+        tokens,
+        0,  # rows, and places: not known yet
+        0,
+        *_addresses_of_groups(groups, grouped),
+        call.align,
+    )
+    pending = _begin(a, call, view, in_waves, format)
+    backend = c.backend  # a new one, where the communicator has grown
+    try:
+        size = pending.results
+        local, source = backend.empty(pending.rows, topk), backend.empty(size, 2)
+        weights = None if call.topk_weights is None else c.new_weights(size, grouped)
+        in_slot = call.zero_copy or (not grouped and c.can_spare_slots(0))
+        rows, scales = (_in_slot if in_slot else _in_memory)(c, size, format, call, pending.lease)
+        places = local.data_ptr()
+        view.complete(pending.rows, places if grouped else 0)
+        received = _core.Received(
+            None if in_slot else rows.data_ptr(),
+            _address(weights),
+            0 if grouped else places,
+            source.data_ptr(),
+            _address(scales),
+        )
+        read = call.topk_idx, routes, local, source, groups
+        keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read)
+        backend.begin()
+        sent = rows_of(call.x, call.topk_weights, call.scales, format)
+        kept = keep if async_op else None
+        ticket = c.core.finish_dispatch(pending, sent, view, received, async_op, kept)
+    except BaseException as error:
+        backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
+        raise
+    counts = backend.copied(groups)
+    a.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
+    event = backend.end("dispatch", ticket, (*keep, counts), async_op)
+    if in_waves and event is not None:
+        event.waves = pending
+    return Arrived(rows, weights, counts, routes, local, source, groups, scales, view), event
+
+
+def _begin(
+    a: Attachment, call: Dispatch, view: _core.RoutePlan, in_waves: bool, format: _core.RowFormat
+) -> _core.PendingDispatch:
+    """Publish to the other ranks what goes where; where the communicator grows, make room for what comes."""
+    c, weighted = a.communicator, call.topk_weights is not None
+    grows = c.settings.grows
+    try:
+        c.backend.begin_plan()
+        return c.core.begin_dispatch(view, weighted, call.drop and not grows, in_waves, a.caller, format)
+    except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
+        if not grows:
+            raise
+        c.make_room(error.rows)
+    c.backend.begin_plan()
+    return c.core.begin_dispatch(view, weighted, False, in_waves, a.caller, format)
+
+
+def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple[Rearrived, Event | None]:
+    """Send rows where those of an earlier dispatch went: no plan, and no counts."""
+    a.check_open()
+    c, plan, grouped = a.communicator, call.plan, call.grouped
+    view = _checked_view(c, plan, grouped)
+    checks.check_redispatch(c, call)
+    format = c.format_of(call.x, call.scales)
+    size = plan.source.shape[0]
+    weights = None if call.topk_weights is None else c.new_weights(size, grouped)
+    in_slot = call.zero_copy or (not grouped and c.can_spare_slots(1))
+    rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
+    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *plan.tensors)
+    c.backend.begin()
+    ticket, lease = c.core.redispatch(
+        rows_of(call.x, call.topk_weights, call.scales, format),
+        view,
+        _core.Received(None if rows is None else rows.data_ptr(), _address(weights), scales=_address(scales)),
+        async_op,
+        keep if async_op else None,
+        a.caller,
+    )
+    if rows is None:
+        rows, scales = _in_slot(c, size, format, call, lease)
+    a.count(redispatches=1, rows_received=plan.local.shape[0])
+    event = c.backend.end("redispatch", ticket, (rows, scales, *keep), async_op)
+    return Rearrived(rows, weights, scales), event
+
+
+def combine(
+    a: Attachment, call: Combine, async_op: bool = False, out: Tensor | None = None
+) -> tuple[Combined, Event | None]:
+    """Sum the experts' rows of each token at its own rank; ``out``: memory for the sums."""
+    a.check_open()
+    c, plan = a.communicator, call.plan
+    view = _checked_view(c, plan, call.grouped)
+    checks.check_combine(c, call)
+    format = c.format_of(call.y)
+    if out is None:
+        out = c.new_rows(plan.routes.shape[0], format, call.y)
+    back = None
+    if call.weight_grads is not None:
+        back = c.backend.empty(*plan.topk_idx.shape, dtype=c.weight_dtype)
+    given = _core.CombineInput(
+        call.y.data_ptr(),
+        _row_stride(call.y),
+        _address(call.weights),
+        back is not None,
+        _address(call.weight_grads),
+        _address(call.bias),
+        0 if call.bias is None else _row_stride(call.bias),
+        *(() if format is OWN else (format, CORE_DTYPES[call.y.dtype])),
+    )
+    keep = (call.y, call.weights, call.bias, call.weight_grads, out, back, *plan.tensors)
+    c.backend.begin()
+    ticket = c.core.combine(
+        given,
+        view,
+        out.data_ptr(),
+        _address(back),
+        async_op,
+        keep if async_op else None,
+        a.caller,
+    )
+    a.count(combines=1)
+    return Combined(out, back), c.backend.end("combine", ticket, keep, async_op)
+
+
+def _in_memory(
+    c: Communicator,
+    size: int,
+    format: _core.RowFormat,
+    call: Dispatch | Redispatch,
+    lease: _core.SlotLease | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Memory that the user will own for received rows, and for scales where some are sent."""
+    rows = c.new_rows(size, format, call.x)
+    if call.scales is None:
+        return rows, None
+    return rows, c.backend.empty(size, call.scales.shape[1], dtype=call.scales.dtype)
+
+
+def _in_slot(
+    c: Communicator,
+    size: int,
+    format: _core.RowFormat,
+    call: Dispatch | Redispatch,
+    lease: _core.SlotLease,
+) -> tuple[Tensor, Tensor | None]:
+    """The same in the slot where they come in."""
+    rows = c.view_like(lease, size, format, call.x)
+    return rows, None if call.scales is None else c.view_scales(lease, size, format, call.scales)
+
+
+def rows_of(
+    x: Tensor, weights: Tensor | None, scales: Tensor | None = None, format: _core.RowFormat = OWN
+) -> _core.Rows:
+    """The core's view of rows to send."""
+    rows = x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights)
+    if format is OWN:
+        return _core.Rows(*rows)
+    return _core.Rows(*rows, _address(scales), 0 if scales is None else _row_stride(scales), format)
+
+
+def view_of(plan: RoutePlan, grouped: bool) -> _core.RoutePlan:
+    """The core's view of a routing that a dispatch has found."""
+    return _core.RoutePlan(
+        plan.topk_idx.data_ptr(),
+        plan.routes.data_ptr(),
+        plan.routes.shape[0],
+        plan.local.shape[0],
+        plan.local.data_ptr() if grouped else 0,
+        *_addresses_of_groups(plan.groups, grouped),
+    )
+
+
+def _checked_view(c: Communicator, plan: RoutePlan, grouped: bool) -> _core.RoutePlan:
+    """The core's view, of a plan that may be anything where it has none yet."""
+    if plan.view is not None:
+        return plan.view
+    checks.check_plan(c, plan, grouped)
+    return view_of(plan, grouped)
+
+
+def _addresses_of_groups(groups: Tensor, grouped: bool) -> tuple[int, int]:
+    """Of offsets, 0 where there are none, and of tokens_per_expert."""
+    begin = groups.data_ptr()
+    return (begin + groups.shape[0] // 2 * groups.element_size() if grouped else 0), begin
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row_stride(tensor: Tensor) -> int:
+    """Bytes from row to row."""
+    return tensor.stride(0) * tensor.element_size()

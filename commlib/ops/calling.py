@@ -1,0 +1,76 @@
+"""Call an op where something in PyTorch has to see it, and what it does otherwise: that is much faster."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from commlib import operations
+from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch
+from commlib.communicator import Attachment, attachment_of
+from commlib.event import Event
+from commlib.ops import schema
+from commlib.ops.schema import flat
+
+_Came = TypeVar("_Came", Arrived, Rearrived)
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_peek = torch._C._functorch.peek_interpreter_stack
+
+
+def dispatch(
+    call: Dispatch, a: Attachment | None = None, async_op: bool = False, in_waves: bool = False
+) -> tuple[Arrived, Event | None]:
+    """:func:`commlib.operations.dispatch` of the attachment that the call names, ``a`` where it is known."""
+    if not async_op and is_seen(call.x, call.topk_weights, call.scales):
+        op: Any = schema.traced_dispatch if torch.compiler.is_compiling() else schema.dispatch
+        return _with_none(Arrived(*op(*call)), call), None
+    return operations.dispatch(a or attachment_of(call.comm), call, async_op, in_waves)
+
+
+def redispatch(
+    call: Redispatch, a: Attachment | None = None, async_op: bool = False
+) -> tuple[Rearrived, Event | None]:
+    """:func:`commlib.operations.redispatch`, likewise."""
+    if not async_op and is_seen(call.x, call.topk_weights, call.scales):
+        return _with_none(Rearrived(*schema.redispatch(*flat(call))), call), None
+    return operations.redispatch(a or attachment_of(call.plan.comm), call, async_op)
+
+
+def combine(
+    call: Combine, a: Attachment | None = None, async_op: bool = False
+) -> tuple[Combined, Event | None]:
+    """:func:`commlib.operations.combine`, likewise."""
+    if not async_op and is_seen(call.y, call.weights, call.bias, call.weight_grads):
+        return Combined(*schema.combine(*flat(call))), None
+    return operations.combine(a or attachment_of(call.plan.comm), call, async_op)
+
+
+def _with_none(came: _Came, call: Dispatch | Redispatch) -> _Came:
+    """None for an op's empty tensors, in place of what has not been sent."""
+    weights = None if call.topk_weights is None else came.weights
+    return came._replace(weights=weights, scales=None if call.scales is None else came.scales)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_seen(*tensors: Tensor | None) -> bool:
+    """Whether anything in PyTorch has to see an operation on these tensors.
+
+    That is a tracer, a mode, a transformation as torch.func's, a profiler, autograd, or a tensor of another
+    class.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _peek() is not None:
+        return True
+    if profiler._is_profiler_enabled:
+        return True
+    recording = torch.is_grad_enabled()
+    for t in tensors:  # noqa: SIM110 (any() would take as long as all the rest)
+        if t is not None and (type(t) not in _ORDINARY or (recording and t.requires_grad)):
+            return True
+    return False

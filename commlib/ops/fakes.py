@@ -1,0 +1,64 @@
+"""Shapes of what the ops return, for torch.compile: how many rows arrive is known only at run time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commlib.calls import Combine, Dispatch, Redispatch
+from commlib.communicator import refuse_forward_mode
+from commlib.ops.schema import unflat
+
+
+def nothing(like: Tensor) -> Tensor:
+    """In place of a result that there is not."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: Tensor) -> Tensor:
+    if given is None:
+        return nothing(x)
+    return given.new_empty((size,) if grouped else (size, topk))
+
+
+def _scales(given: Tensor | None, size: Any, x: Tensor) -> Tensor:
+    return nothing(x) if given is None else given.new_empty(size, given.shape[1])
+
+
+def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
+    refuse_forward_mode()
+    call = Dispatch(*arguments)
+    context = torch.library.get_ctx()
+    unique = context.new_dynamic_size()
+    size = context.new_dynamic_size() if call.grouped else unique
+    groups = 2 * call.experts + 1 if call.grouped else call.experts
+    x, idx = call.x, call.topk_idx
+    tokens, topk = idx.shape
+    return (
+        x.new_empty(size, x.shape[1]),
+        _weights(call.topk_weights, size, call.grouped, topk, x),
+        idx.new_empty(groups),
+        idx.new_empty(tokens, call.width),
+        idx.new_empty(unique, topk),
+        idx.new_empty(size, 2),
+        idx.new_empty(groups),
+        _scales(call.scales, size, x),
+    )
+
+
+def redispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_forward_mode()
+    call = unflat(Redispatch, arguments)
+    x, size, topk = call.x, call.plan.source.shape[0], call.plan.topk_idx.shape[1]
+    weights = _weights(call.topk_weights, size, call.grouped, topk, x)
+    return x.new_empty(size, x.shape[1]), weights, _scales(call.scales, size, x)
+
+
+def combine(*arguments: Any) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode()
+    call = unflat(Combine, arguments)
+    y, idx = call.y, call.plan.topk_idx
+    back = nothing(y) if call.weight_grads is None else call.weight_grads.new_empty(idx.shape)
+    return y.new_empty(idx.shape[0], y.shape[1]), back

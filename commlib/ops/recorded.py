@@ -1,0 +1,176 @@
+"""Asynchronous operations for autograd: two nodes each, so that backward overlaps as forward does.
+
+Forward: *start* issues the operation, *finish* waits for it; what is computed in between runs beside it.
+Backward visits the nodes in reverse: *finish* issues the adjoint operation, *start* waits for it, and the
+gradients of what was computed in between run beside that. For an operation that is never finished (its event
+is only waited for), *start* both issues and waits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from commlib import operations
+from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch, RoutePlan
+from commlib.communicator import Attachment
+from commlib.event import Event
+from commlib.ops import gradients
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class _Recorded(ABC):
+    """What the two nodes of one operation share.
+
+    Attributes:
+        event: of the operation just issued, until it is taken.
+    """
+
+    event: Event | None = None
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._adjoint: tuple[Gradients, Event | None] | None = None  # issued in finish's backward
+
+    @abstractmethod
+    def issue(self) -> tuple[Tensor | None, ...]:
+        """In start's forward: the operation's results."""
+
+    @abstractmethod
+    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Gradients, Event | None]:
+        """The adjoint operation on gradients of the results."""
+
+    def complete(self, results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
+        """Gradients of the inputs, from the adjoint's results, those of the outputs, and saved inputs."""
+        return results
+
+    def finish(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The second node, for tensors whose operation has been waited for."""
+        return _Finish.apply(self, *tensors)
+
+    def begin_backward(self, grads: Sequence[Tensor]) -> None:
+        """In finish's backward."""
+        if self._adjoint is not None:
+            raise RuntimeError(
+                "finish() was called twice on one operation, and the results of both were used"
+            )
+        self._adjoint = self.issue_adjoint(grads, True)
+
+    def end_backward(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
+        """In start's backward."""
+        (results, event), self._adjoint = self._adjoint or self.issue_adjoint(grads, False), None
+        if event is not None:
+            event.wait()
+        return self.complete(results, grads, saved)
+
+
+class _RecordedDispatch(_Recorded):
+    def __init__(self, attachment: Attachment, call: Dispatch | Redispatch, in_waves: bool = False) -> None:
+        super().__init__(attachment)
+        self._in_waves = in_waves
+        self._call: Dispatch | Redispatch | None = call  # until it is issued: it holds rows
+        self._grouped, self._has_weights = call.grouped, call.topk_weights is not None
+        self.plan: RoutePlan | None = None  # once it has been issued
+
+    def issue(self) -> tuple[Tensor | None, ...]:
+        call, self._call = self._call, None
+        if isinstance(call, Dispatch):
+            arrived, self.event = operations.dispatch(self._attachment, call, True, self._in_waves)
+            self.plan = arrived.plan(call)
+            return arrived[:-1]
+        assert call is not None
+        results, self.event = operations.redispatch(self._attachment, call, async_op=True)
+        self.plan = call.plan
+        return tuple(results)
+
+    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Combined, Event | None]:
+        assert self.plan is not None
+        g_weights = grads[1] if self._has_weights else None
+        rest = self._attachment, async_op
+        return gradients.of_dispatch(self.plan, self._grouped, grads[0], g_weights, *rest)
+
+
+class _RecordedCombine(_Recorded):
+    def __init__(self, attachment: Attachment, call: Combine) -> None:
+        super().__init__(attachment)
+        self._call: Combine | None = call
+        self._plan, self._grouped, self._has_bias = call.plan, call.grouped, call.bias is not None
+
+    def issue(self) -> tuple[Tensor | None, ...]:
+        call, self._call = self._call, None
+        assert call is not None
+        results, self.event = operations.combine(self._attachment, call, async_op=True)
+        return tuple(results)
+
+    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Rearrived, Event | None]:
+        return gradients.of_combine(self._plan, self._grouped, grads[0], None, self._attachment, async_op)
+
+    def complete(self, results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
+        rows = results[0]
+        assert rows is not None
+        gy, gw = gradients.of_rows(rows, *saved)
+        return gy, gw, grads[0] if self._has_bias else None
+
+
+class _Start(Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, saved: tuple, *inputs: Tensor | None) -> Any:
+        outputs = recorded.issue()
+        ctx.recorded = recorded
+        ctx.save_for_backward(*saved)
+        known = (t for t in outputs if t is not None)
+        ctx.mark_non_differentiable(*(t for t in known if not t.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, *ctx.recorded.end_backward(grads, ctx.saved_tensors)
+
+
+class _Finish(Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, *tensors: Tensor) -> Any:
+        ctx.recorded = recorded
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.recorded.begin_backward(grads)
+        return None, *grads  # to start, which takes the adjoint's results instead
+
+
+def _started(recorded: _Recorded, saved: tuple, *inputs: Tensor | None) -> tuple[tuple, Event]:
+    outputs = _Start.apply(recorded, saved, *inputs)
+    event, recorded.event = recorded.event, None
+    assert event is not None
+    event.recorded = recorded
+    return outputs, event
+
+
+def dispatch(a: Attachment, call: Dispatch, in_waves: bool) -> tuple[Arrived, Event]:
+    """The first node of an asynchronous dispatch."""
+    recorded = _RecordedDispatch(a, call, in_waves)
+    outputs, event = _started(recorded, (), call.x, call.topk_weights)
+    assert recorded.plan is not None
+    return Arrived(*outputs)._replace(view=recorded.plan.view), event
+
+
+def redispatch(a: Attachment, call: Redispatch) -> tuple[Rearrived, Event]:
+    """The first node of an asynchronous dispatch along a known routing."""
+    outputs, event = _started(_RecordedDispatch(a, call), (), call.x, call.topk_weights)
+    return Rearrived(*outputs), event
+
+
+def combine(a: Attachment, call: Combine) -> tuple[Combined, Event]:
+    """The first node of an asynchronous combine."""
+    saved = () if call.weights is None else (call.y, call.weights)
+    outputs, event = _started(_RecordedCombine(a, call), saved, call.y, call.weights, call.bias)
+    return Combined(*outputs), event

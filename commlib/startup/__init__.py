@@ -1,0 +1,1 @@
+"""How ranks find each other, and agree before there is a communicator."""
