@@ -82,7 +82,8 @@ class Communicators:
         """
         known = handle._ep.settings
         if (known.hidden, known.dtype) == (width, dtype):
-            return next(ep for ep in self._made.values() if ep is handle._ep), handle
+            assert isinstance(handle._ep, ExpertParallel)  # perhaps another buffer's
+            return handle._ep, handle
         most = None if known.grows else known.max_tokens
         ep = self.of(known.num_experts, known.topk, width, dtype, known.device, most)
         return ep, handle.on(ep)
