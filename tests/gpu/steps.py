@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
 
 # Ranks that share a GPU wait for each other on it: load no kernel meanwhile, and give each stream a queue.
 IN_PROCESS = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
@@ -48,7 +51,9 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 def tests(name: str, limit: float, stage: int = 2) -> Step:
     """The tests of one file, in a process of their own, which a CUDA error does not outlive."""
-    return Step(f"test_{name}", stage, LOADING + limit, pytest(f"tests/test_{name}.py"))
+    (path,) = TESTS.glob(f"*/test_{name}.py")
+    command = pytest(path.relative_to(TESTS.parent).as_posix())
+    return Step(f"test_{name}", stage, LOADING + limit, command)
 
 
 def small(ranks: int) -> Step:
@@ -78,7 +83,7 @@ def sanitize_small(tool: str) -> Step:
 
 
 # bf16 on 1, 2 and 4 ranks.
-EXACT = ("tests/test_cuda.py", "-k", "bit_for_bit and dtype0 and not 8-dtype0")
+EXACT = ("tests/gpu/test_cuda.py", "-k", "bit_for_bit and dtype0 and not 8-dtype0")
 DECODING = ("--ranks", "1", "4", "8", "--tokens", "128", "--num-sms", "4", "8")
 LARGE = ("--ranks", "4", "--num-sms", "4", "8", "--iters", "5")
 ON_GPU = ("--device", "cuda", "--ranks", "4")
@@ -98,7 +103,7 @@ STEPS = (
     tests("dispatch", 60),
     tests("combine", 60),
     tests("async", 30),
-    tests("faults", 40),
+    tests("peer_faults", 40),
     tests("bad_input", 40),
     tests("autograd", 45),
     tests("split", 25),
@@ -126,9 +131,9 @@ STEPS = (
     # 4. Slow steps: the compiler, separate programs, sanitizers.
     tests("compile", 120, stage=4),
     tests("nodes", 60, stage=4),
-    tests("gpu_bench", 150, stage=4),
+    tests("gpu_benchmark", 150, stage=4),
     tests("gpu_comparison", 120, stage=4),
-    tests("overlap_bench", 150, stage=4),
+    tests("overlap_benchmark", 150, stage=4),
     *(sanitize_cpp(tool) for tool in ("memcheck", "racecheck")),
     *(sanitize_small(tool) for tool in ("memcheck", "racecheck")),
 )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from hf_models import VOCAB, model_of
 
 from commlib.integrations.transformers import Trainer, parallelize

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from exchange import check
 from reference import (
     World,
     apply_experts,
@@ -21,7 +22,6 @@ from reference import (
     expert_scale,
     tolerance,
 )
-from test_dispatch import check
 
 import commlib
 from soak.plan import WORLDS, Plan
