@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ class SupportsDLPack(Protocol):
 
 # The kind of array that a user gives, and gets back.
 Array = TypeVar("Array", torch.Tensor, np.ndarray, SupportsDLPack)
+# Any kind, beside it.
+AnyArray: TypeAlias = torch.Tensor | np.ndarray | SupportsDLPack
 
 
 def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from commlib import checks, ops
-from commlib.arrays import Array, exporter_for
+from commlib.arrays import AnyArray, Array, exporter_for
 from commlib.calls import Combine, Dispatch, Redispatch
 from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
@@ -17,7 +18,14 @@ from commlib.errors import CommError
 from commlib.event import Event
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
-from commlib.settings import ANY_TOKENS, Settings, checked_timeout, startup_patience, startup_seconds
+from commlib.settings import (
+    ANY_TOKENS,
+    Settings,
+    checked_timeout,
+    dtype_of,
+    startup_patience,
+    startup_seconds,
+)
 from commlib.startup.connect import attach, resolve_device
 from commlib.startup.group import ThreadGroup, resolve_group
 from commlib.startup.topology import RoutingMode
@@ -92,8 +100,8 @@ class ExpertParallel:
         hidden: int,
         topk: int,
         max_tokens: int | None,
-        dtype: Any = torch.bfloat16,
-        device: Any = None,
+        dtype: torch.dtype | np.dtype[Any] | type | str = torch.bfloat16,
+        device: torch.device | str | None = None,
         num_sms: int | None = None,
         capacity: int | None = None,
         slots: int | None = None,
@@ -113,7 +121,7 @@ class ExpertParallel:
             self.device = where = resolve_device(device, self.group)
             tokens = ANY_TOKENS if max_tokens is None else max_tokens
             asked = Settings(
-                *(num_experts, hidden, topk, tokens, dtype, where, num_sms, capacity, slots),
+                *(num_experts, hidden, topk, tokens, dtype_of(dtype), where, num_sms, capacity, slots),
                 partition=partition,
                 link_gbps=link_gbps,
                 routing=routing,
@@ -135,9 +143,9 @@ class ExpertParallel:
 
     def dispatch(
         self,
-        x: Array | tuple[Array, Any],
-        topk_idx: Any = None,
-        topk_weights: Any = None,
+        x: Array | tuple[Array, AnyArray],
+        topk_idx: AnyArray | None = None,
+        topk_weights: AnyArray | None = None,
         *,
         layout: Layout | None = None,
         align: int = 1,
@@ -227,9 +235,9 @@ class ExpertParallel:
         y: Array,
         handle: Handle,
         *,
-        weights: Any = None,
-        bias: Any = None,
-        out: Any = None,
+        weights: AnyArray | None = None,
+        bias: AnyArray | None = None,
+        out: AnyArray | None = None,
         async_op: Literal[False] = False,
         previous_event: Event | None = None,
     ) -> Array: ...
@@ -240,9 +248,9 @@ class ExpertParallel:
         y: Array,
         handle: Handle,
         *,
-        weights: Any = None,
-        bias: Any = None,
-        out: Any = None,
+        weights: AnyArray | None = None,
+        bias: AnyArray | None = None,
+        out: AnyArray | None = None,
         async_op: Literal[True],
         previous_event: Event | None = None,
     ) -> tuple[Array, Event]: ...
@@ -253,21 +261,21 @@ class ExpertParallel:
         y: Array,
         handle: Handle,
         *,
-        weights: Any = None,
-        bias: Any = None,
-        out: Any = None,
+        weights: AnyArray | None = None,
+        bias: AnyArray | None = None,
+        out: AnyArray | None = None,
         async_op: bool,
         previous_event: Event | None = None,
     ) -> Array | tuple[Array, Event]: ...
 
     def combine(
         self,
-        y: Any,
+        y: AnyArray,
         handle: Handle,
         *,
-        weights: Any = None,
-        bias: Any = None,
-        out: Any = None,
+        weights: AnyArray | None = None,
+        bias: AnyArray | None = None,
+        out: AnyArray | None = None,
         async_op: bool = False,
         previous_event: Event | None = None,
     ) -> Any:
@@ -429,10 +437,10 @@ class ExpertParallel:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _tensor(self, name: str, array: Any) -> Tensor:
+    def _tensor(self, name: str, array: AnyArray) -> Tensor:
         return checks.tensor_on(self.device, name, array)
 
-    def _weights(self, name: str, weights: Any) -> Tensor | None:
+    def _weights(self, name: str, weights: AnyArray | None) -> Tensor | None:
         if weights is None:
             return None
         given, wanted = self._tensor(name, weights), self._comm.weight_dtype

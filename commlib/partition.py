@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from commlib.devices import default_device, platform_of
@@ -45,7 +43,7 @@ class SMPartition:
         RuntimeError: there is no such GPU, or its driver has no green contexts.
     """
 
-    def __init__(self, comm: int, device: Any = None) -> None:
+    def __init__(self, comm: int, device: torch.device | str | None = None) -> None:
         platform = platform_of(device := device or default_device())
         platform.require()
         self.device = platform.resolve(torch.device(device))

@@ -69,7 +69,7 @@ class Settings:
             hidden=_int("hidden", self.hidden, 1, 2**24),
             topk=_int("topk", self.topk, 1, min(_core.MAX_TOPK, experts)),
             max_tokens=_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size),
-            dtype=_dtype(self.dtype),
+            dtype=dtype_of(self.dtype),
             num_sms=num_sms,
             capacity=None if self.capacity is None else _int("capacity", self.capacity, 1, _MAX_ROWS),
             slots=None if self.slots is None else _int("slots", self.slots, 1, _core.MAX_SLOTS),
@@ -117,6 +117,24 @@ class Settings:
         own = ("num_sms", "timeout", "partition", "link_gbps")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return values | {"device": self.device.type, "dtype": str(self.dtype)}
+
+
+def dtype_of(value: Any) -> torch.dtype:
+    """A torch.dtype, also from one of NumPy's or a name.
+
+    Raises:
+        ValueError: rows of a communicator cannot be of that type.
+    """
+    found = value
+    if value is not None and not isinstance(value, torch.dtype):
+        try:
+            name = value.removeprefix("torch.") if isinstance(value, str) else np.dtype(value).name
+            found = getattr(torch, name, None)
+        except TypeError:
+            found = None
+    if not isinstance(found, torch.dtype) or found not in CORE_DTYPES:
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {_shown(value)}")
+    return found
 
 
 def checked_timeout(seconds: Any, name: str = "timeout") -> float:
@@ -180,20 +198,6 @@ def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {_shown(value)}")
     return bool(value)
-
-
-def _dtype(value: Any) -> torch.dtype:
-    """A torch.dtype, also from one of NumPy's or a name."""
-    found = value
-    if value is not None and not isinstance(value, torch.dtype):
-        try:
-            name = value.removeprefix("torch.") if isinstance(value, str) else np.dtype(value).name
-            found = getattr(torch, name, None)
-        except TypeError:
-            found = None
-    if not isinstance(found, torch.dtype) or found not in CORE_DTYPES:
-        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {_shown(value)}")
-    return found
 
 
 def _shown(value: Any) -> str:

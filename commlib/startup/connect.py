@@ -31,7 +31,7 @@ from commlib.version import __version__
 _DEFAULT_TIMEOUT = 600.0  # seconds: a checkpoint or a compilation on one rank takes minutes
 
 
-def resolve_device(device: Any, group: Group) -> torch.device:
+def resolve_device(device: torch.device | str | None, group: Group) -> torch.device:
     """The device that ``ExpertParallel(device=...)`` means: with an index where it is a CUDA device.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,12 +13,17 @@ from commlib.devices import platform_of
 from commlib.errors import CommError
 from commlib.startup.group import ThreadGroup, set_current_group
 
+T = TypeVar("T")
 _STOP_SECONDS = 2.0  # within which ranks have to notice an interrupt
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, device: Any = None, run_ahead: bool = False
-) -> list[Any]:
+    fn: Callable[..., T],
+    world_size: int,
+    *args: Any,
+    device: torch.device | str | None = None,
+    run_ahead: bool = False,
+) -> list[T]:
     """Run ``fn(rank, *args)`` on ``world_size`` threads that are ranks of one group.
 
     Inside ``fn``, ``ExpertParallel()`` without a group finds that group, and its device. On a GPU each thread

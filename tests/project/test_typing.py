@@ -38,6 +38,10 @@ reveal_type(commlib.__version__)  # str
 d = ep.dispatch(x, idx, layout="experts")  # error: Literal['experts']
 d = ep.dispatch(x, idx, overflow="lose")  # error: Literal['lose']
 d = ep.dispatch([1, 2], idx)  # error: type "list[int]"
+d = ep.dispatch(x, [[0, 1]] * 3)  # error: incompatible type "list[list[int]]"
+d = ep.dispatch((x, array), idx, topk_weights=array)
+reveal_type(commlib.run_ranks(lambda rank: str(rank), 2))  # list[str]
+commlib.SMPartition(2, device=3)  # error: incompatible type "int"
 commlib.ExpertParallel(num_experts=4, hidden=8, topk=2, max_tokens=8, routing="hop")  # error: Literal['hop']
 
 def rows(d: Dispatched[torch.Tensor]) -> int:
