@@ -83,6 +83,7 @@ def distribution(version: str, commands: list[str]) -> type[setuptools.Distribut
     )
 
 
+CUDA_BINDINGS = "csrc/bindings/cuda.cc"
 # -ffp-contract=off: multiply and add stay apart, so all vector widths give the same bits.
 core = Pybind11Extension(
     "commlib._core",
@@ -91,7 +92,7 @@ core = Pybind11Extension(
         + glob("csrc/cpu/*.cc")
         + glob("csrc/heap/*.cc")
         + glob("csrc/net/*.cc")
-        + ["csrc/bindings/core.cc"]
+        + [source for source in glob("csrc/bindings/*.cc") if source != CUDA_BINDINGS]
     ),
     include_dirs=["csrc", *UCX_INCLUDE],
     cxx_std=17,
@@ -110,7 +111,7 @@ else:
                 glob("csrc/backend/*.cc")
                 + glob("csrc/heap/*.cc")
                 + ["csrc/net/inspection.cc", "csrc/net/network.cc", "csrc/net/topology.cc"]  # UCX is _core's
-                + ["csrc/bindings/cuda.cc"]
+                + [CUDA_BINDINGS]
                 + glob("csrc/cuda/*.cc")
                 + glob("csrc/cuda/*.cu")
             ),

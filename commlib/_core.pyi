@@ -1,110 +1,159 @@
-"""The C++ core (csrc/bindings/core.cc). Arguments named by address take ``tensor.data_ptr()``."""
+"""
+commlib's C++ core: the CPU backend, and what all backends have in common.
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+Arguments named by address take ``tensor.data_ptr()``; shapes and types are checked in Python.
+"""
 
-MAX_RANKS: int
-MAX_SLOTS: int
-MAX_TOPK: int
+from __future__ import annotations
 
-class CombineInput:
-    def __init__(
-        self,
-        y: int,
-        stride: int,
-        weights: int,
-        has_weight_grads: bool,
-        weight_grads: int,
-        bias: int,
-        bias_stride: int,
-        format: RowFormat = ...,
-        dtype: DType = ...,
-    ) -> None: ...
+import collections.abc
+import typing
 
-class Communicator:
-    def address(self) -> tuple[int, int, int, bytes, bytes]: ...
-    def begin_dispatch(
-        self,
-        routing: RoutePlan,
-        has_weights: bool,
-        drop: bool,
-        in_waves: bool,
-        caller: int = ...,
-        format: RowFormat = ...,
-    ) -> PendingDispatch: ...
-    def check_health(self) -> None: ...
-    def close(self) -> None: ...
-    def combine(
-        self,
-        input: CombineInput,
-        routing: RoutePlan,
-        out: int,
-        out_weights: int,
-        async_op: bool,
-        keep: object,
-        caller: int = ...,
-    ) -> Ticket | None: ...
-    def connect(self, arg0: Sequence[tuple[int, int, int, bytes, bytes]]) -> None: ...
-    def finish_dispatch(
-        self,
-        pending: PendingDispatch,
-        rows: Rows,
-        routing: RoutePlan,
-        received: Received,
-        async_op: bool,
-        keep: object,
-    ) -> Ticket | None: ...
-    def give_up(self, arg0: str) -> None: ...
-    def has_exited(self, arg0: int) -> bool: ...
-    def lend_slot(self) -> SlotLease: ...
-    def note_uses(self, addresses: Sequence[int], stream: int) -> None: ...
-    def redispatch(
-        self,
-        rows: Rows,
-        routing: RoutePlan,
-        received: Received,
-        async_op: bool,
-        keep: object,
-        caller: int = ...,
-    ) -> tuple[Ticket | None, SlotLease]: ...
-    def set_timeout(self, arg0: float) -> None: ...
-    def synchronize(self) -> None: ...
-    def view(self, lease: SlotLease, rows: int, format: RowFormat = ..., scales: bool = ...) -> Memory: ...
-    def wait(self, arg0: Ticket) -> None: ...
-    def wait_event(self, event: int) -> None: ...
-    def wait_expert(
-        self, dispatch: PendingDispatch, ticket: Ticket | None, expert: int, stream: int
-    ) -> None: ...
-    @property
-    def heap_bytes(self) -> int: ...
-    @property
-    def is_usable(self) -> bool: ...
-    @property
-    def plan_stream(self) -> int: ...
-    @property
-    def slot_bytes(self) -> int: ...
-    @property
-    def slots_in_use(self) -> int: ...
-    @property
-    def touched_bytes(self) -> int: ...
-    @property
-    def network_memory(self) -> int: ...
-    @property
-    def network_sent(self) -> tuple[int, int]: ...
-    @property
-    def network_refused(self) -> int: ...
+import typing_extensions
 
-class CpuCommunicator(Communicator):
-    def __init__(self, config: Config) -> None: ...
-    def bare_pull(self, arg0: RoutePlan, arg1: int) -> None: ...
-    def bare_send(self, arg0: Rows, arg1: RoutePlan) -> None: ...
-    def new_rows(self, arg0: int) -> Memory: ...
+__all__: list[str] = [
+    "MAX_RANKS",
+    "MAX_SLOTS",
+    "MAX_TOPK",
+    "CombineInput",
+    "Communicator",
+    "Config",
+    "CpuCommunicator",
+    "DType",
+    "Memory",
+    "NetConfig",
+    "PendingDispatch",
+    "Placement",
+    "Received",
+    "RoutePlan",
+    "RowFormat",
+    "Rows",
+    "SlotLease",
+    "SpinPolicy",
+    "Team",
+    "Ticket",
+    "available_vector_ops",
+    "close_way_back",
+    "load_ucx",
+    "multicast",
+    "reduce",
+    "when_gone",
+]
+
+class Placement:
+    """
+    Which rank owns which expert: contiguous blocks.
+
+    Their sizes differ by one at most.
+
+    Raises:
+        ValueError: fewer than one of either, more than 2**20 experts, or more than 4095 ranks.
+    """
+    def __init__(self, experts: int, ranks: int) -> None: ...
+    def experts_of(self, rank: int) -> range:
+        """
+        The experts of one rank. Raises IndexError where there is no such rank.
+        """
     @property
-    def idle_bytes(self) -> int: ...
+    def owners(self) -> list[int]:
+        """
+        The owner of each expert.
+        """
+
+class DType:
+    """
+    The elements of rows.
+
+    Members:
+
+      bf16
+
+      f16
+
+      f32
+
+      f64
+    """
+
+    __members__: typing.ClassVar[dict[str, DType]]
+    bf16: typing.ClassVar[DType]
+    f16: typing.ClassVar[DType]
+    f32: typing.ClassVar[DType]
+    f64: typing.ClassVar[DType]
+    @typing.overload
+    def __eq__(self, other: DType) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: DType) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
     @property
-    def vector_ops(self) -> str: ...
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class SpinPolicy:
+    """
+    How long a wait burns its core before it sleeps.
+    """
+    def __init__(self, pauses: int, yields: int) -> None: ...
+
+class NetConfig:
+    """
+    Ranks on other nodes.
+
+    Attributes:
+        node_of: by rank; empty: all share one node.
+        hierarchical: one gateway for each node, or each rank its own.
+        chunk_bytes: 0: what suits.
+        chunks: 0: what suits.
+    """
+
+    chunk_bytes: int
+    chunks: int
+    hierarchical: bool
+    node_of: list[int]
+
+class Team:
+    """
+    All communicators of one rank with the same other ranks.
+    """
+    def __init__(self) -> None: ...
+    @property
+    def has_given_up(self) -> bool:
+        """
+        Whether one of them has ever given up.
+        """
 
 class Config:
+    """
+    What a communicator is made from.
+
+    Attributes:
+        size: ranks.
+        max_tokens: of one rank, in one dispatch.
+        capacity: rows that a rank can receive.
+        num_sms: threads (CPU) or blocks (CUDA).
+        timeout: seconds.
+        link_gbps: emulated limit of this rank's link, in GB/s; 0: none.
+        first_epoch: for tests.
+        vector_ops: CPU: one of available_vector_ops(), or empty: the widest.
+        cores: CPU: that threads may run on; empty: any.
+        device: CUDA: its number.
+        stream: CUDA: of communication; 0 on the CPU.
+        plan_stream: CUDA: of plans; 0: the same.
+        share: CUDA: how heaps reach other processes, "fd", "fabric" or "none".
+    """
+
     capacity: int
     cores: list[int]
     device: int
@@ -128,78 +177,28 @@ class Config:
     topk: int
     vector_ops: str
     def __init__(self) -> None: ...
-    def use_ucx(self, keys: list[tuple[bytes, bytes]], loopback: bool) -> None: ...
-
-class DType:
-    bf16: ClassVar[DType] = ...
-    f16: ClassVar[DType] = ...
-    f32: ClassVar[DType] = ...
-    f64: ClassVar[DType] = ...
-    def __init__(self, value: int) -> None: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def value(self) -> int: ...
-
-class Memory:
-    def __dlpack__(self, **kwargs: object) -> object: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-
-class NetConfig:
-    node_of: list[int]
-    hierarchical: bool
-    chunk_bytes: int
-    chunks: int
-
-class PendingDispatch:
-    @property
-    def dropped(self) -> int: ...
-    @property
-    def lease(self) -> SlotLease: ...
-    @property
-    def results(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-
-class Received:
-    def __init__(
-        self, rows: int | None, weights: int, topk_idx: int = ..., source: int = ..., scales: int = ...
-    ) -> None: ...
-
-class Placement:
-    """Which rank owns which expert: contiguous blocks, whose sizes differ by one at most.
-
-    Raises:
-        ValueError: fewer than one of either, more than 2**20 experts, or more than 4095 ranks.
-    """
-
-    def __init__(self, experts: int, ranks: int) -> None: ...
-    def experts_of(self, rank: int) -> range:
-        """The experts of one rank. Raises IndexError where there is no such rank."""
-    @property
-    def owners(self) -> list[int]:
-        """The owner of each expert."""
-
-class RoutePlan:
-    def __init__(
-        self,
-        topk_idx: int,
-        routes: int,
-        tokens: int,
-        rows: int = ...,
-        expand_to: int = ...,
-        offsets: int = ...,
-        rows_per_expert: int = ...,
-        align: int = ...,
-    ) -> None: ...
-    def complete(self, rows: int, expand_to: int) -> None: ...
+    def use_ucx(self, keys: list[tuple[bytes, bytes]], loopback: bool) -> None:
+        """
+        Reach other nodes over UCX. Keys by rank: what messages to it show, and what those from it must show.
+        """
 
 class RowFormat:
-    def __init__(self, type: int = ..., bytes: int = ..., scale_bytes: int = ...) -> None: ...
+    """
+    The rows of one operation, and the scales beside each.
+
+    Without arguments: the communicator's own rows.
+    """
+    @typing.overload
+    def __init__(self) -> None: ...
+    @typing.overload
+    def __init__(self, type: int, bytes: int, scale_bytes: int = 0) -> None: ...
     @property
     def is_own(self) -> bool: ...
 
 class Rows:
+    """
+    The rows that a rank sends.
+    """
     def __init__(
         self,
         x: int,
@@ -207,34 +206,283 @@ class Rows:
         count: int,
         has_weights: bool,
         weights: int,
-        scales: int = ...,
-        scales_stride: int = ...,
+        scales: int = 0,
+        scales_stride: int = 0,
         format: RowFormat = ...,
     ) -> None: ...
 
-class SlotLease: ...
+class RoutePlan:
+    """
+    What a dispatch finds, and later operations use again.
+    """
+    def __init__(
+        self,
+        topk_idx: int,
+        routes: int,
+        tokens: int,
+        rows: int = 0,
+        expand_to: int = 0,
+        offsets: int = 0,
+        rows_per_expert: int = 0,
+        align: int = 1,
+    ) -> None: ...
+    def complete(self, rows: int, expand_to: int) -> None:
+        """
+        What a dispatch knows once counts are here.
+        """
 
-class SpinPolicy:
-    def __init__(self, pauses: int, yields: int) -> None: ...
+class Received:
+    """
+    Where received rows go. Rows None: they stay in their slot.
+    """
+    def __init__(
+        self, rows: int | None, weights: int, topk_idx: int = 0, source: int = 0, scales: int = 0
+    ) -> None: ...
 
-class Team:
-    def __init__(self) -> None: ...
-    @property
-    def has_given_up(self) -> bool: ...
+class CombineInput:
+    """
+    The rows that a combine sums, and what goes with them.
+    """
+    def __init__(
+        self,
+        y: int,
+        stride: int,
+        weights: int,
+        has_weight_grads: bool,
+        weight_grads: int,
+        bias: int,
+        bias_stride: int,
+        format: RowFormat = ...,
+        dtype: DType = ...,
+    ) -> None: ...
+
+class SlotLease:
+    """
+    Holds one slot until it is destroyed.
+    """
+
+class Memory:
+    """
+    Rows that keep their memory alive; torch.from_dlpack takes them.
+    """
+    def __dlpack__(self, **kwargs) -> typing_extensions.CapsuleType: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 class Ticket:
+    """
+    An asynchronous operation.
+    """
     @property
     def begun(self) -> float: ...
     @property
-    def ended(self) -> float: ...
-    @property
     def done(self) -> bool: ...
+    @property
+    def ended(self) -> float: ...
 
-def close_way_back() -> None: ...
-def when_gone(arg0: object, arg1: Callable[[], None]) -> None: ...
-def load_ucx(paths: Sequence[str]) -> str: ...
-def available_vector_ops() -> list[str]: ...
-def multicast(arg0: str, arg1: Sequence[int], arg2: int, arg3: int) -> None: ...
-def reduce(
-    arg0: str, arg1: DType, arg2: int, arg3: Sequence[int], arg4: Sequence[int], arg5: int
-) -> None: ...
+class PendingDispatch:
+    """
+    A dispatch whose counts are known.
+
+    Its rows have not moved yet or, in waves, may be moving.
+    """
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def lease(self) -> SlotLease: ...
+    @property
+    def results(self) -> int:
+        """
+        Rows, or rows in groups with their padding.
+        """
+    @property
+    def rows(self) -> int:
+        """
+        Unique rows.
+        """
+
+class Communicator:
+    """
+    One rank of an expert-parallel group.
+    """
+    def address(self) -> tuple[int, int, int, bytes, bytes]:
+        """
+        What the other ranks need to connect.
+        """
+    def begin_dispatch(
+        self,
+        routing: RoutePlan,
+        has_weights: bool,
+        drop: bool,
+        in_waves: bool,
+        caller: int = 0,
+        format: RowFormat = ...,
+    ) -> PendingDispatch:
+        """
+        Plan, and learn how many rows come.
+
+        Fills in routes, rows_per_expert and offsets.
+
+        Raises:
+            ValueError: an expert id that there is not, or a format for which slots have no room.
+            CapacityExceeded: on all ranks alike, unless `drop`.
+        """
+    def check_health(self) -> None:
+        """
+        Raise what has failed. Does not wait.
+        """
+    def close(self) -> None:
+        """
+        Finish what is under way, and tell the others.
+        """
+    def combine(
+        self,
+        input: CombineInput,
+        routing: RoutePlan,
+        out: int,
+        out_weights: int,
+        async_op: bool,
+        keep: typing.Any,
+        caller: int = 0,
+    ) -> Ticket | None: ...
+    def connect(self, peers: list[tuple[int, int, int, bytes, bytes]]) -> None:
+        """
+        Map the heaps of the others, whose addresses these are by rank.
+        """
+    def finish_dispatch(
+        self,
+        pending: PendingDispatch,
+        rows: Rows,
+        routing: RoutePlan,
+        received: Received,
+        async_op: bool,
+        keep: typing.Any,
+    ) -> Ticket | None:
+        """
+        Move the rows. Keeps `keep` until they have moved; None: a stream orders what comes after.
+        """
+    def give_up(self, why: str) -> None:
+        """
+        After an error between two halves of an operation: the other ranks need not wait.
+        """
+    def has_exited(self, rank: int) -> bool:
+        """
+        Whether the process of a rank of this node is gone.
+        """
+    def lend_slot(self) -> SlotLease:
+        """
+        A slot to write rows for a combine into.
+        """
+    def note_uses(self, addresses: list[int], stream: int) -> None:
+        """
+        CUDA: `stream` may still use the tensors at these addresses when they go.
+        """
+    def redispatch(
+        self,
+        rows: Rows,
+        routing: RoutePlan,
+        received: Received,
+        async_op: bool,
+        keep: typing.Any,
+        caller: int = 0,
+    ) -> tuple[Ticket | None, SlotLease]:
+        """
+        Move the rows of other tensors along a known routing.
+        """
+    def set_timeout(self, seconds: float) -> None: ...
+    def synchronize(self) -> None:
+        """
+        Wait for all operations issued.
+        """
+    def view(self, lease: SlotLease, rows: int, format: RowFormat = ..., scales: bool = False) -> Memory:
+        """
+        Rows in a slot, or their scales; as bytes where they are not the communicator's own.
+        """
+    def wait(self, ticket: Ticket) -> None: ...
+    def wait_event(self, event: int) -> None:
+        """
+        CUDA: wait for an event of the communication stream.
+        """
+    def wait_expert(self, dispatch: PendingDispatch, ticket: Ticket | None, expert: int, stream: int) -> None:
+        """
+        Of a dispatch in waves: wait for the rows of one of this rank's experts.
+        """
+    @property
+    def heap_bytes(self) -> int: ...
+    @property
+    def is_usable(self) -> bool: ...
+    @property
+    def network_memory(self) -> int: ...
+    @property
+    def network_refused(self) -> int: ...
+    @property
+    def network_sent(self) -> tuple[int, int]:
+        """
+        Messages and bytes, to other nodes.
+        """
+    @property
+    def plan_stream(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots_in_use(self) -> int: ...
+    @property
+    def touched_bytes(self) -> int: ...
+
+class CpuCommunicator(Communicator):
+    """
+    A rank on the CPU.
+    """
+    def __init__(self, config: Config) -> None: ...
+    def bare_pull(self, routing: RoutePlan, out: int) -> None:
+        """
+        For benchmarks: one worker pulls the rows, and nothing else.
+        """
+    def bare_send(self, rows: Rows, routing: RoutePlan) -> None:
+        """
+        For benchmarks: one worker sends the rows, and nothing else.
+        """
+    def new_rows(self, rows: int) -> Memory:
+        """
+        Memory that is used again when it has gone.
+        """
+    @property
+    def idle_bytes(self) -> int: ...
+    @property
+    def vector_ops(self) -> str: ...
+
+def available_vector_ops() -> list[str]:
+    """
+    What this processor runs, the widest first.
+    """
+
+def close_way_back() -> None:
+    """
+    At the end of the program: threads other than the main one that are still in the core stay there.
+    """
+
+def load_ucx(paths: collections.abc.Sequence[str]) -> str:
+    """
+    Load UCX from the first of these that loads; its version.
+
+    Raises:
+        RuntimeError: what went wrong with each.
+    """
+
+def multicast(name: str, dst: list[int], src: int, bytes: int) -> None:
+    """
+    For tests: store one row in many places, in this vector width.
+    """
+
+def reduce(name: str, dtype: DType, dst: int, src: list[int], weights: list[int], elements: int) -> None:
+    """
+    For tests: sum rows, each times its weight, in this vector width.
+    """
+
+def when_gone(object: typing.Any, function: collections.abc.Callable[[], None]) -> None:
+    """
+    Call a function when an object has gone; a Ctrl-C meanwhile is not lost.
+    """
+
+MAX_RANKS: int = 64
+MAX_SLOTS: int = 255
+MAX_TOPK: int = 32

@@ -42,7 +42,8 @@ Communicator::~Communicator() {
 
 int64_t Communicator::control_bytes() const {
   const int64_t signals = config_.size * static_cast<int64_t>(sizeof(Signals));
-  const int64_t counts = 2 * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t counts =
+      int64_t{2} * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
   return align_up(signals + counts, 4096);
 }
 
@@ -57,7 +58,7 @@ void Communicator::write_first_words(std::byte* control) const {
     for (SaidCall& said : signals[s].calls) said.word = said_before;
   }
   auto* counts = reinterpret_cast<uint64_t*>(signals + config_.size);
-  std::fill_n(counts, 2 * config_.size * count_words(placement_), said_before);
+  std::fill_n(counts, int64_t{2} * config_.size * count_words(placement_), said_before);
 }
 
 PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {

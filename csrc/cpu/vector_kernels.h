@@ -111,7 +111,7 @@ void reduce(std::byte* dst, const Term* terms, int n, int64_t elements) {
 }
 
 template <class Isa>
-VectorOps make_vector_ops(const char* name) {
+VectorOps make_vector_ops(const char* name) noexcept {
   return {name,
           multicast<Isa>,
           {reduce<Isa, Bf16>, reduce<Isa, Half>, reduce<Isa, float>, reduce<Isa, double>},

@@ -40,7 +40,7 @@ void keep_with_graph(cudaStream_t stream, std::shared_ptr<void> what) {
   cudaUserObject_t object = nullptr;
   check(cudaUserObjectCreate(&object, kept.get(), let_go, 1, cudaUserObjectNoDestructorSync),
         "cudaUserObjectCreate");
-  kept.release();
+  static_cast<void>(kept.release());  // it is the user object's
   const cudaError_t error = cudaGraphRetainUserObject(graph_of(stream), object, 1, cudaGraphUserObjectMove);
   if (error != cudaSuccess) cudaUserObjectRelease(object, 1);
   check(error, "cudaGraphRetainUserObject");

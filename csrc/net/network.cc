@@ -111,7 +111,7 @@ ChannelShape Network::shape_for(int queues) const {
   const int64_t rings = int64_t{2} * topology_.channels_most * queues;
   const int64_t fit = kRingsBytes / std::max<int64_t>(1, rings * chunk);
   auto chunks = static_cast<int32_t>(or_else(asked_chunks_, kLeastChunks));
-  while (!asked_chunks_ && chunks < kMostChunks && 2 * chunks <= fit) chunks *= 2;
+  while (!asked_chunks_ && chunks < kMostChunks && int64_t{2} * chunks <= fit) chunks *= 2;
   return {chunk, chunks, queues};
 }
 

@@ -93,7 +93,7 @@ COMMLIB_HD uint32_t* expert_counts_of(Worker& w, const PlanOp& op) {
 // of each expert.
 template <int kWorkers, class Worker>
 COMMLIB_HD void count_tokens(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) {
-  const int ranks = op.routing.placement.ranks;
+  const auto ranks = static_cast<int>(op.routing.placement.ranks);
   const int64_t experts = op.routing.placement.experts;
   uint32_t* mine = expert_counts_of(w, op);
   for (int p = w.lane(); p < ranks; p += w.lanes()) s.rank_counts[w.index()][p] = 0;

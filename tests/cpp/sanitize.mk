@@ -13,7 +13,7 @@ RUN_SANITIZED := sh tests/cpp/run_sanitized.sh
 
 # A package of the sources in commlib/ with a module of its own.
 SANITIZED_PACKAGE := $(SANITIZE)/python/commlib
-BINDINGS := csrc/bindings/core.cc $(wildcard csrc/net/ucx_*.cc)
+BINDINGS := $(filter-out %/cuda.cc,$(wildcard csrc/bindings/*.cc)) $(wildcard csrc/net/ucx_*.cc)
 BINDINGS_FLAGS = -fvisibility=hidden $(shell $(SANITIZE_PYTHON) tests/cpp/include_flags.py)
 # Python itself is not instrumented: libasan must come first, and know libstdc++'s __cxa_throw. What it leaks is its own.
 UNDER_ASAN = LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \

@@ -1,0 +1,140 @@
+// Rows, as operations take them by address and as tensors see them.
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "bindings/memory.h"
+
+namespace commlib::python {
+namespace {
+
+constexpr dlpack::DataType kBytes{dlpack::kUInt, 8, 1};
+
+dlpack::DataType type_of(DType dtype) {
+  const uint8_t code = dtype == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat;
+  return {code, static_cast<uint8_t>(8 * size_of(dtype)), 1};
+}
+
+struct DlpackContext {
+  dlpack::ManagedTensor managed;
+  std::shared_ptr<void> owner;
+  int64_t shape[2];
+};
+
+py::capsule to_dlpack(const Memory& m) {
+  auto* c = new DlpackContext{{}, m.owner, {m.rows, m.columns}};
+  c->managed.tensor = {m.data, m.device, 2, m.type, c->shape, nullptr, 0};
+  c->managed.context = c;
+  c->managed.deleter = [](dlpack::ManagedTensor* t) { delete static_cast<DlpackContext*>(t->context); };
+  return py::capsule(&c->managed, "dltensor", [](PyObject* capsule) {
+    // A consumer renames the capsule and calls the deleter itself.
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* t = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    t->deleter(t);
+  });
+}
+
+Rows rows_of(Address x, int64_t stride, int64_t count, bool has_weights, Address weights, Address scales,
+             int64_t scales_stride, const RowFormat& format) {
+  return {at<std::byte>(x),      stride,        count, has_weights, at<std::byte>(weights),
+          at<std::byte>(scales), scales_stride, format};
+}
+
+RoutePlan route_plan_of(Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address expand_to,
+                        Address offsets, Address rows_per_expert, int64_t align) {
+  return {at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(expand_to),
+          at<int64_t>(offsets),  at<int64_t>(rows_per_expert), align};
+}
+
+void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
+  plan.rows = rows;
+  plan.expand_to = at<int64_t>(expand_to);
+}
+
+Received received_of(std::optional<Address> rows, Address weights, Address topk_idx, Address source,
+                     Address scales) {
+  return {at<std::byte>(rows.value_or(0)),
+          !rows,
+          at<std::byte>(weights),
+          at<int64_t>(topk_idx),
+          at<int64_t>(source),
+          at<std::byte>(scales)};
+}
+
+CombineInput combine_input_of(Address y, int64_t stride, Address weights, bool has_weight_grads,
+                              Address weight_grads, Address bias, int64_t bias_stride,
+                              const RowFormat& format, DType dtype) {
+  return {at<std::byte>(y),
+          stride,
+          at<std::byte>(weights),
+          has_weight_grads,
+          at<std::byte>(weight_grads),
+          at<std::byte>(bias),
+          bias_stride,
+          format,
+          dtype};
+}
+
+void bind_operands(py::module_& m) {
+  py::class_<RowFormat>(m, "RowFormat", R"(The rows of one operation, and the scales beside each.
+
+Without arguments: the communicator's own rows.)")
+      .def(py::init<>())
+      .def(py::init([](uint16_t type, int64_t bytes, int64_t scale_bytes) {
+             return RowFormat{type, bytes, scale_bytes};
+           }),
+           "type"_a, "bytes"_a, "scale_bytes"_a = 0)
+      .def_property_readonly("is_own", &RowFormat::is_own);
+
+  py::class_<Rows>(m, "Rows", "The rows that a rank sends.")
+      .def(py::init(&rows_of), "x"_a, "stride"_a, "count"_a, "has_weights"_a, "weights"_a, "scales"_a = 0,
+           "scales_stride"_a = 0, format_arg());
+
+  py::class_<RoutePlan>(m, "RoutePlan", "What a dispatch finds, and later operations use again.")
+      .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "tokens"_a, "rows"_a = 0, "expand_to"_a = 0,
+           "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1)
+      .def("complete", &complete, "rows"_a, "expand_to"_a, "What a dispatch knows once counts are here.");
+
+  py::class_<Received>(m, "Received", "Where received rows go. Rows None: they stay in their slot.")
+      .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0);
+
+  py::class_<CombineInput>(m, "CombineInput", "The rows that a combine sums, and what goes with them.")
+      .def(py::init(&combine_input_of), "y"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,
+           "weight_grads"_a, "bias"_a, "bias_stride"_a, format_arg(),
+           py::arg_v("dtype", DType::bf16, "DType.bf16"));
+}
+
+void bind_memory(py::module_& m) {
+  py::class_<SlotLease, std::shared_ptr<SlotLease>>(m, "SlotLease", "Holds one slot until it is destroyed.");
+  py::class_<Memory>(m, "Memory", "Rows that keep their memory alive; torch.from_dlpack takes them.")
+      .def("__dlpack__", [](const Memory& self, const py::kwargs&) { return to_dlpack(self); })
+      .def("__dlpack_device__",
+           [](const Memory& self) { return py::make_tuple(int{self.device.type}, int{self.device.id}); });
+}
+
+}  // namespace
+
+Memory view_of(const Communicator& comm, std::shared_ptr<SlotLease> lease, int64_t rows,
+               const RowFormat& format, bool scales) {
+  const Config& config = comm.config();
+  const SlotLayout layout = lease->layout().with(format);
+  const RowArray array = scales ? layout.scales() : layout.rows();
+  std::byte* data = lease->slot().rows + array.at;
+  const dlpack::Device device =
+      config.stream ? dlpack::Device{dlpack::kCuda, config.device} : dlpack::Device{dlpack::kHost, 0};
+  if (format.is_own()) return {std::move(lease), data, rows, config.hidden, type_of(config.dtype), device};
+  return {std::move(lease), data, rows, array.bytes, kBytes, device};
+}
+
+Memory new_rows(CpuCommunicator& comm, int64_t rows) {
+  auto buffer = comm.new_rows(rows);
+  void* data = buffer.get();
+  const Config& config = comm.config();
+  return {std::move(buffer), data, rows, config.hidden, type_of(config.dtype), {dlpack::kHost, 0}};
+}
+
+void bind_rows(py::module_& m) {
+  bind_operands(m);
+  bind_memory(m);
+}
+
+}  // namespace commlib::python
