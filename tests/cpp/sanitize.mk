@@ -19,7 +19,7 @@ BINDINGS_FLAGS = -fvisibility=hidden $(shell $(SANITIZE_PYTHON) tests/cpp/includ
 UNDER_ASAN = LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:suppressions=$(abspath tests/cpp/asan.supp) UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZE)/python) $(SANITIZE_PYTHON)
 SANITIZED_RUNS ?= 40
-SANITIZED_TESTS := $(addprefix tests/,test_arrays.py test_async.py test_bad_input.py test_waves.py)
+SANITIZED_TESTS := tests/unit/test_arrays.py $(addprefix tests/protocol/,test_async.py test_bad_input.py test_waves.py)
 
 .PHONY: test-sanitize test-sanitize-core test-sanitize-python
 test-sanitize: test-sanitize-core test-sanitize-python  ## the C++ core and the bindings under sanitizers, SEED=n repeats a run
