@@ -5,7 +5,7 @@ CXX ?= g++
 SEED ?=
 SANITIZE_PYTHON ?= $(if $(BIN),$(BIN)/python,python3)
 SANITIZE := build/sanitize
-SANITIZE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -fPIC -pthread -Icsrc
+SANITIZE_FLAGS := -std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -fPIC -pthread -Icsrc
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN_FLAGS := -fsanitize=thread
 SANITIZED := $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc tests/cpp/cpu/*.cc)

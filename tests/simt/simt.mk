@@ -4,7 +4,7 @@
 CXX ?= g++
 SEED ?=
 SIMT := build/simt
-SIMT_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas \
+SIMT_FLAGS := -std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas \
   -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -DCOMMLIB_SIMT -Icsrc -Itests
 SIMT_RUN = $(if $(SEED),--seed $(SEED))
 
