@@ -5,7 +5,7 @@ CXX ?= g++
 SEED ?=
 SANITIZE_PYTHON ?= $(if $(BIN),$(BIN)/python,python3)
 SANITIZE := build/sanitize
-SANITIZE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -fPIC -pthread -Icsrc
+SANITIZE_FLAGS := -std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -fPIC -pthread -Icsrc
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all
 TSAN_FLAGS := -fsanitize=thread
 SANITIZED := $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) $(wildcard csrc/backend/*.cc csrc/cpu/*.cc csrc/heap/*.cc tests/cpp/*.cc tests/cpp/cpu/*.cc)
@@ -19,7 +19,7 @@ BINDINGS_FLAGS = -fvisibility=hidden $(shell $(SANITIZE_PYTHON) tests/cpp/includ
 UNDER_ASAN = LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:suppressions=$(abspath tests/cpp/asan.supp) UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(abspath $(SANITIZE)/python) $(SANITIZE_PYTHON)
 SANITIZED_RUNS ?= 40
-SANITIZED_TESTS := $(addprefix tests/,test_arrays.py test_async.py test_bad_input.py test_waves.py)
+SANITIZED_TESTS := tests/unit/test_arrays.py $(addprefix tests/protocol/,test_async.py test_bad_input.py test_waves.py)
 
 .PHONY: test-sanitize test-sanitize-core test-sanitize-python
 test-sanitize: test-sanitize-core test-sanitize-python  ## the C++ core and the bindings under sanitizers, SEED=n repeats a run

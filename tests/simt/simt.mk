@@ -4,7 +4,7 @@
 CXX ?= g++
 SEED ?=
 SIMT := build/simt
-SIMT_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas \
+SIMT_FLAGS := -std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas \
   -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -DCOMMLIB_SIMT -Icsrc -Itests
 SIMT_RUN = $(if $(SEED),--seed $(SEED))
 
@@ -23,8 +23,9 @@ SIMT_KERNELS := csrc/cuda/launch.cu tests/simt/runtime/cudart.cc
 
 # What does not depend on the engine is compiled once for each pair.
 objects = $(addsuffix .o,$(addprefix $(SIMT)/$(1)/,$(2)))
-SIMT_PROGRAMS := $(SIMT)/kernels-bulk $(SIMT)/kernels-plain \
-  $(if $(SIMT_CUDA),$(SIMT)/backend-bulk $(SIMT)/backend-plain $(SIMT)/backend-races)
+# The longest run first, so that it runs beside all the others.
+SIMT_PROGRAMS := $(if $(SIMT_CUDA),$(SIMT)/backend-races $(SIMT)/backend-bulk $(SIMT)/backend-plain) \
+  $(SIMT)/kernels-bulk $(SIMT)/kernels-plain
 
 SIMT_RUNS := $(addsuffix .run,$(SIMT_PROGRAMS))
 

@@ -44,7 +44,9 @@ def test_bfloat16_may_be_named():
 
 
 @pytest.mark.parametrize(
-    "bad", [None, "float8", "nn", "", 3, torch.int32, "int32", np.int8, object()], ids=repr
+    "bad",
+    [None, "float8", "nn", "", 3, torch.int32, "int32", np.int8, pytest.param(object(), id="object()")],
+    ids=repr,
 )
 def test_what_is_no_dtype_of_rows_is_refused(bad):
     with pytest.raises(ValueError, match="dtype must be bfloat16, float16, float32 or float64, got"):
