@@ -62,6 +62,10 @@ bench-layer: setup  ## a whole MoE layer over commlib and over all-to-alls; RANK
 bench-nodes: setup  ## as root: across nodes whose links are limited for real; NODES_BENCH=--small
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/nodes.py $(NODES_BENCH)
 
+.PHONY: figures
+figures: setup  ## the tables in README.md and docs/, from the samples in bench/results/
+	$(BIN)/python bench/figures.py
+
 train: setup  ## a small MoE language model, experts over RANKS ranks, against the unsharded one
 	$(LAUNCH) examples/train_moe_lm.py --check
 
