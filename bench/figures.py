@@ -29,7 +29,7 @@ from bench import (
     validate_model,
 )
 from bench.harness.report import Titled, markdown, markdown_table
-from bench.harness.samples import BENCH, write
+from bench.harness.samples import BENCH, RECORDED, write
 from bench.harness.stats import Stats
 from bench.systems.commlib import OWNED, ZERO_COPY
 from bench.systems.layers import COMMLIB, GLOO, MPI
@@ -42,7 +42,7 @@ MARK = re.compile(r"<!-- figures\b")
 
 
 def samples(name: str) -> dict[str, Any]:
-    return json.loads((BENCH / "results" / f"{name}.json").read_text())
+    return json.loads((RECORDED / f"{name}.json").read_text())
 
 
 def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:

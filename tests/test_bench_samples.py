@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.harness.samples import BENCH, laid_out, options, write_samples
+from bench.harness.samples import RECORDED, laid_out, options, write_samples
 
-RECORDED = sorted((BENCH / "results").glob("*.json"))
+FILES = sorted(RECORDED.glob("*.json"))
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 CONTENT = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 
@@ -59,7 +59,7 @@ def test_a_path_among_samples_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_recorded_samples_are_as_they_would_be_written(path):
     text = path.read_text()
     assert text == laid_out(json.loads(text)) + "\n"
