@@ -35,7 +35,7 @@ from bench.limited_link import add_link_arguments
 from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY
 from bench.systems.cpus import CHOICES, GLOO, MPI, PLAIN, open_systems
 from commlib import cuda
-from commlib.measuring import Interval, timed, usable_cores
+from commlib.cli.measuring import Interval, timed, usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LATENCY_BLOCK = 50  # iterations that a system runs before the next one's turn

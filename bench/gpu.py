@@ -47,7 +47,7 @@ from bench.harness.workload import Shape, WrongResults, add_shape_arguments
 from bench.systems.commlib import OWNED, ZERO_COPY
 from bench.systems.one_gpu import GROUPED, OPERATIONS, PLAIN, TUNED
 from commlib import cuda
-from commlib.measuring import let_ranks_share_a_gpu
+from commlib.cli.measuring import let_ranks_share_a_gpu
 
 COLUMNS = ("", "system", "SMs", "ms (min-max)", "kernels", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
 KERNEL_COLUMNS = ("", "system", "SMs", "kernel", "launches", "µs (min-max)", "µs an operation")

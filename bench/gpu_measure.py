@@ -25,8 +25,8 @@ from bench.harness.report import progress
 from bench.harness.turns import System
 from bench.harness.workload import Job, Shape, WrongResults
 from bench.systems.one_gpu import iterate, make_baselines, open_commlib
+from commlib.cli.measuring import DeviceClock, timing_event
 from commlib.group import resolve_group
-from commlib.measuring import DeviceClock, timing_event
 
 GROUPED_SMS = 8  # rows by expert are measured with this many SMs a rank only
 

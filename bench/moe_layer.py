@@ -45,8 +45,8 @@ from bench.rig.netns import Rig
 from bench.rig.node_ranks import Meeting, NodesLaunch, Traffic, busiest_bytes
 from bench.systems.layers import CHOICES, COMMLIB, Place, Problem, Systems
 from commlib import cuda
+from commlib.cli.measuring import usable_cores
 from commlib.launcher import find_launch
-from commlib.measuring import usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GPU_DEFAULTS = dict(tokens=4096, hidden=4096, ffn_hidden=1536, experts=64, topk=8, dtype="bf16", iters=12)

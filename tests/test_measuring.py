@@ -3,8 +3,8 @@
 import time
 
 import commlib
+from commlib.cli.measuring import HostClock, clock_for, host_facts
 from commlib.group import SingleGroup, resolve_group
-from commlib.measuring import HostClock, clock_for, host_facts
 
 
 def test_ranks_that_share_a_gpu_have_its_clock_and_others_their_hosts(host_clock):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from commlib.cli.measuring import Interval, timed
 from commlib.group import let_go
-from commlib.measuring import Interval, timed
 
 SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
 

@@ -10,7 +10,7 @@ import torch
 from bench.harness.facts import commit, driver, slug
 from bench.harness.launch import Launch
 from commlib import cuda
-from commlib.measuring import host_facts
+from commlib.cli.measuring import host_facts
 
 CUDA_ENVIRONMENT = ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS")
 

@@ -20,8 +20,8 @@ from bench.harness.launch import Launch
 from bench.harness.machine import gpu, host, machine
 from bench.harness.report import progress
 from commlib import cuda
+from commlib.cli.measuring import DeviceClock, let_ranks_share_a_gpu, usable_cores
 from commlib.group import resolve_group
-from commlib.measuring import DeviceClock, let_ranks_share_a_gpu, usable_cores
 
 let_ranks_share_a_gpu()  # before anything asks CUDA
 

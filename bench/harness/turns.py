@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.harness.launch import Launch
 from bench.harness.report import progress
 from bench.harness.workload import Job, Received
-from commlib.measuring import Interval
+from commlib.cli.measuring import Interval
 
 Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
 Intervals = dict[str, dict[str, list[Interval]]]  # the same on one rank, with begin and end

@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.harness.launch import SETTLE_SECONDS, Launch
 from bench.rig.netns import own_link
-from commlib.measuring import Interval, timed
+from commlib.cli.measuring import Interval, timed
 
 POLL_SECONDS = 0.001
 

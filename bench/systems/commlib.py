@@ -10,7 +10,7 @@ from bench.harness.launch import Launch
 from bench.harness.turns import Report, System
 from bench.harness.workload import Job, Received
 from commlib.bench_support import BareMover
-from commlib.measuring import Interval
+from commlib.cli.measuring import Interval
 
 ZERO_COPY, OWNED, LIMIT = "commlib zero-copy", "commlib owned", "bare limit"
 

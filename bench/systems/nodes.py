@@ -21,7 +21,7 @@ from bench.systems.commlib import Commlib
 from bench.systems.gloo import GlooBaseline, RowPerExpertGloo
 from bench.systems.mpi import MpiBaseline
 from bench.systems.tcp import Mesh
-from commlib.measuring import Interval
+from commlib.cli.measuring import Interval
 
 EACH, GLOO, MPI, DIRECT, HIERARCHICAL, BARE = (
     "gloo, row per expert",

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import commlib
 from commlib import cuda
-from commlib.group import Group, SingleGroup, resolve_group
-from commlib.measuring import (
+from commlib.cli.measuring import (
     Clock,
     HostClock,
     clock_for,
@@ -30,6 +29,7 @@ from commlib.measuring import (
     let_ranks_share_a_gpu,
     usable_cores,
 )
+from commlib.group import Group, SingleGroup, resolve_group
 from commlib.model import Hardware
 from commlib.model.checks import check_int
 from commlib.model.presets import measured_path, preset_for
