@@ -1,6 +1,6 @@
 # The benchmarks: what each shows is in docs/performance.md and docs/overlap.md. Included by the Makefile.
 # Samples go to bench/results/local/, which git ignores; README and docs/ cite those in bench/results/.
-.PHONY: bench bench-overlap bench-link bench-layer bench-nodes
+.PHONY: bench bench-overlap bench-link bench-layer bench-nodes figures
 bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 
@@ -17,3 +17,6 @@ bench-layer: setup  ## a whole MoE layer over commlib and over all-to-alls; RANK
 
 bench-nodes: setup  ## as root: across nodes whose links are limited for real; NODES_BENCH=--small
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/nodes.py $(NODES_BENCH)
+
+figures: setup  ## the tables in README.md and docs/, from the samples in bench/results/
+	$(BIN)/python bench/figures.py

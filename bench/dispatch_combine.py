@@ -21,17 +21,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import gpu_comparison
-import limited_link
 import torch
-from common import Interval, Launch, Stats, add_shape_arguments, progress, timed, usable_cores
-from limited_link import add_link_arguments
-from report import NO_GPU, RESULTS, machine, show, table, write_json
-from systems import CHOICES, GLOO, LIMIT, MPI, OWNED, PLAIN, ZERO_COPY, System, open_systems
-from turns import Intervals, Samples, job_spans, measure_throughput
-from workload import Job, Shape
 
+from bench import gpu_comparison, limited_link
+from bench.harness.launch import Launch
+from bench.harness.machine import machine, where
+from bench.harness.report import NO_GPU, Titled, progress, show, table
+from bench.harness.samples import RESULTS, options, write_samples
+from bench.harness.stats import Stats
+from bench.harness.turns import Intervals, Samples, System, job_spans, measure_throughput
+from bench.harness.workload import Job, Shape, add_shape_arguments
+from bench.limited_link import add_link_arguments
+from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY
+from bench.systems.cpus import CHOICES, GLOO, MPI, PLAIN, open_systems
 from commlib import cuda
+from commlib.cli.measuring import Interval, timed, usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LATENCY_BLOCK = 50  # iterations that a system runs before the next one's turn
@@ -160,34 +164,36 @@ def latency_rows(samples: Samples, skipped: dict[str, str]) -> Iterator[list[str
             yield ["dispatch + combine", name, skipped[name]]
 
 
+def throughput_table(args: argparse.Namespace, found: dict[str, Any]) -> Titled:
+    """Dispatch and combine, by system."""
+    facts, row_bytes = found["machine"], args.hidden * DTYPES[args.dtype].itemsize
+    title = (
+        f"{where(facts)}, T={args.tokens} H={args.hidden} {args.dtype}, top-{args.topk} of {args.experts} "
+        f"experts, median of {args.iters}"
+    )
+    sections = [
+        throughput_rows(operation, found["throughput"], row_bytes, found["skipped"])
+        for operation in ("dispatch", "combine")
+    ]
+    return title, ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned", "of limit"), sections
+
+
+def latency_table(args: argparse.Namespace, found: dict[str, Any]) -> Titled:
+    """A dispatch and a combine of one token."""
+    title = f"Latency: 1 token on each of 2 ranks, median of {args.latency_iters}"
+    rows = latency_rows(found["latency"]["samples_s"], found["skipped"])
+    return title, ("", "system", "µs", "90 % below", "x tuned gloo"), [rows]
+
+
 def publish(launch: Launch, args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print the tables and write the JSON; rank 0 only."""
     skipped = {MPI: launch.no_mpi} if "mpi" in args.only and launch.no_mpi else {}
-    facts = machine(launch)
-    row_bytes = args.hidden * DTYPES[args.dtype].itemsize
-    show(
-        table(
-            f"{launch.size} ranks on {facts['cores']} cores ({facts['cpu']}), T={args.tokens} "
-            f"H={args.hidden} {args.dtype}, top-{args.topk} of {args.experts} experts, "
-            f"median of {args.iters}",
-            ["", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned", "of limit"],
-            [
-                throughput_rows(operation, result["throughput"], row_bytes, skipped)
-                for operation in ("dispatch", "combine")
-            ],
-        )
-    )
+    found = {"config": options(args), "machine": machine(launch), "skipped": skipped} | result
+    show(table(*throughput_table(args, found)))
     if "latency" in result:
-        show(
-            table(
-                f"Latency: 1 token on each of 2 ranks, median of {args.latency_iters}",
-                ["", "system", "µs", "90 % below", "x tuned gloo"],
-                [latency_rows(result["latency"]["samples_s"], skipped)],
-            )
-        )
+        show(table(*latency_table(args, found)))
     path = args.json or RESULTS / f"dispatch_combine-cpu-r{launch.size}.json"
-    config = vars(args) | {"only": sorted(args.only), "json": str(path)}
-    write_json(path, {"config": config, "machine": facts, "skipped": skipped} | result)
+    write_samples(path, found)
     show(f"every sample: {path}")
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import subprocess
 import sys
 import time
@@ -35,20 +34,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# CUDA reads them when it starts; see docs/gpu.md.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 import torch
-from common import Stats, add_shape_arguments
-from gpu_kernels import ALL, Key
-from gpu_measure import Plan, Record, measure, watch
-from gpu_systems import GROUPED, OPERATIONS, PLAIN, TUNED
-from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write, write_json
-from systems import OWNED, ZERO_COPY
-from workload import Shape, WrongResults
 
+from bench.gpu_measure import Plan, Record, measure, watch
+from bench.harness.facts import slug
+from bench.harness.kernels import ALL, Key
+from bench.harness.machine import gpu, host
+from bench.harness.report import NO_GPU, Titled, markdown, show, table
+from bench.harness.samples import RESULTS, options, write, write_samples
+from bench.harness.stats import Stats
+from bench.harness.workload import Shape, WrongResults, add_shape_arguments
+from bench.systems.commlib import OWNED, ZERO_COPY
+from bench.systems.one_gpu import GROUPED, OPERATIONS, PLAIN, TUNED
 from commlib import cuda
+from commlib.cli.measuring import let_ranks_share_a_gpu
 
 COLUMNS = ("", "system", "SMs", "ms (min-max)", "kernels", "GB/s/rank", "GB/s/SM", "x tuned", "of copy")
 KERNEL_COLUMNS = ("", "system", "SMs", "kernel", "launches", "µs (min-max)", "µs an operation")
@@ -207,6 +206,20 @@ def _end(launcher: subprocess.Popen[bytes]) -> None:
         launcher.wait()
 
 
+def recorded(found: dict[str, Any]) -> list[tuple[Plan, Record]]:
+    """What a run wrote, but for its kernels: by number of ranks."""
+    measured = []
+    args = argparse.Namespace(**found["config"])
+    for ranks, facts in found["ranks"].items():
+        record = Record(copies=facts["copy_bytes_per_s"], rows=facts["rows"])
+        for series in found["series"]:
+            if series["ranks"] == int(ranks):
+                key = series["system"], series["num_sms"], series["operation"]
+                record.seconds[key] = series["seconds"]
+        measured.append((plan_for(int(ranks), args, found["machine"]["sms"]), record))
+    return measured
+
+
 @dataclass
 class Findings:
     """The results so far, and how they are reported."""
@@ -254,7 +267,7 @@ class Findings:
             tables.append(markdown(*table_of(plan, record, self.facts)))
             if record.kernels:
                 tables.append(markdown(*kernel_table(plan, record)))
-        write_json(self.path, self._as_json())
+        write_samples(self.path, self._as_json())
         notes = [*self.notes(), f"[every sample]({self.path.name})"]
         write(self.path.with_suffix(".md"), "\n".join([*tables, *(f"{note}.\n" for note in notes)]))
 
@@ -269,7 +282,7 @@ class Findings:
         """Every sample, and what it depends on."""
         measured = self.measured
         return {
-            "config": vars(self.args) | {"json": self.path.name},
+            "config": options(self.args),
             "machine": self.facts,
             "others": self.others,
             "left_out": self.left_out,
@@ -301,6 +314,7 @@ def measure_all(findings: Findings, deadline: float | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    let_ranks_share_a_gpu()
     args = parse_arguments(argv)
     if not cuda.is_available():
         print(f"bench/gpu.py needs a GPU: {cuda.why_not()}", file=sys.stderr)

@@ -23,141 +23,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Launch, Stats
-from gpu_baselines import CupyNcclBaseline, NcclBaseline, PlainNcclBaseline
-from gpu_peers import (
-    DeepEp,
-    Vdev,
-    VdevBaseline,
-    why_no_cupy,
-    why_no_deep_ep,
-    why_no_symmetric_memory,
-)
-from report import NO_GPU, RESULTS, Titled, gpu, host, markdown, show, slug, table, write, write_json
-from seats import NoSeat, Seat, gpu_numbers
-from systems import OWNED, ZERO_COPY, Baseline, Commlib, CommlibZeroCopy, System
-from torch import Tensor
-from turns import Samples, measure_throughput
-from workload import Job, Received, Shape
 
-import commlib
-from commlib import cuda
+from bench.harness.facts import slug
+from bench.harness.launch import Launch
+from bench.harness.machine import gpu, host
+from bench.harness.report import NO_GPU, Titled, markdown, show, table
+from bench.harness.samples import RESULTS, options, write, write_samples
+from bench.harness.seats import NoSeat, take_gpu
+from bench.harness.stats import Stats
+from bench.harness.turns import Samples, System, measure_throughput
+from bench.harness.workload import Job, Shape
+from bench.systems.gpus import CHOICES, ORDER, PLAIN, TUNED, Setting, UntilDone
 
-PLAIN, TUNED, CUPY = "NCCL, plain", "NCCL, tuned", "CuPy's NCCL"
-VDEV, DEEP_EP = "symmetric memory", "DeepEP"
 COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
-SLOTS = 4  # as in bench/gpu.py
 SHORT = 42  # characters of a reason in the table's one line; the whole of it stands below
 DEFAULTS = {"tokens": 4096, "experts": 256, "iters": 12, "warmup": 3}
-
-
-@dataclass
-class Setting:
-    """What systems are made from.
-
-    Attributes:
-        group: of NCCL; gloo stands in for it in tests.
-        open: closes the systems that were made.
-    """
-
-    launch: Launch
-    shape: Shape
-    device: torch.device
-    num_sms: int | None
-    group: dist.ProcessGroup
-    open: ExitStack
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Sizes, by the names that baselines have for them."""
-        return self.shape.sizes | {"device": self.device}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One or more systems that belong together.
-
-    Attributes:
-        names: of its systems, in the table's order.
-        why_not: the reason why this rank cannot have them; empty if it can.
-        make: makes the systems. Called by all ranks, if none has a reason.
-    """
-
-    names: tuple[str, ...]
-    why_not: Callable[[Setting], str]
-    make: Callable[[Setting], list[System]]
-
-
-def _commlib(setting: Setting) -> list[System]:
-    options = {"device": setting.device, "num_sms": setting.num_sms, "slots": SLOTS}
-    ep = commlib.ExpertParallel(setting.launch.ranks, **options, **setting.shape.sizes)
-    setting.open.callback(ep.close)
-    return [CommlibZeroCopy(ep), Commlib(ep)]
-
-
-def _nccl(setting: Setting) -> list[System]:
-    return [
-        Baseline(PLAIN, PlainNcclBaseline(setting.group, **setting.sizes)),
-        Baseline(TUNED, NcclBaseline(setting.group, **setting.sizes)),
-    ]
-
-
-def _cupy(setting: Setting) -> list[System]:
-    return [Baseline(CUPY, CupyNcclBaseline(setting.launch, **setting.sizes))]
-
-
-def _vdev(setting: Setting) -> list[System]:
-    assert dist.group.WORLD is not None
-    return [Vdev(VDEV, VdevBaseline(dist.group.WORLD, **setting.sizes))]
-
-
-def _deep_ep(setting: Setting) -> list[System]:
-    assert dist.group.WORLD is not None
-    system = DeepEp(DEEP_EP, dist.group.WORLD, setting.shape, setting.num_sms)
-    setting.open.callback(system.close)
-    return [system]
-
-
-CHOICES = {
-    "commlib": Choice((ZERO_COPY, OWNED), lambda _: "", _commlib),
-    "nccl": Choice((PLAIN, TUNED), lambda _: "", _nccl),
-    "cupy": Choice((CUPY,), lambda _: why_no_cupy(), _cupy),
-    "symm_mem": Choice((VDEV,), lambda s: why_no_symmetric_memory(s.launch.size), _vdev),
-    "deep_ep": Choice((DEEP_EP,), lambda s: why_no_deep_ep(s.shape, s.launch.size), _deep_ep),
-}
-ORDER = [name for choice in CHOICES.values() for name in choice.names]
-
-
-class UntilDone(System):
-    """A system whose operations end when the GPU has done them."""
-
-    def __init__(self, system: System, device: torch.device) -> None:
-        self.name, self._system = system.name, system
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def dispatch(self, job: Job) -> Received:
-        received = self._system.dispatch(job)
-        self._wait()
-        return received
-
-    def place(self, job: Job) -> Tensor:
-        y = self._system.place(job)
-        self._wait()
-        return y
-
-    def combine(self, y: Tensor) -> Tensor:
-        out = self._system.combine(y)
-        self._wait()
-        return out
-
-    def release(self) -> None:
-        self._system.release()
-
-    def wrong_rows(self, job: Job, received: Received) -> list[str]:
-        return self._system.wrong_rows(job, received)
-
-    def wrong_sum(self, job: Job, out: Tensor) -> list[str]:
-        return self._system.wrong_sum(job, out)
 
 
 @dataclass
@@ -182,9 +62,9 @@ def open_systems(setting: Setting, only: set[str], outcome: Outcome) -> list[Sys
     for key, choice in CHOICES.items():
         if key in only:
             made: list[System] = []
-            why = _agreed(setting.launch, choice.why_not(setting))
+            why = setting.launch.agreed(choice.why_not(setting))
             if not why:
-                why = _agreed(setting.launch, _tried(lambda c=choice, m=made: m.extend(c.make(setting))))
+                why = setting.launch.agreed(_tried(lambda c=choice, m=made: m.extend(c.make(setting))))
             if why:
                 outcome.missing |= dict.fromkeys(choice.names, why)
             else:
@@ -198,9 +78,9 @@ def checked(launch: Launch, job: Job, systems: Sequence[System], outcome: Outcom
     for system in systems:
         wrong: list[str] = []
         # All ranks meet after each step, so that a rank that fails leaves none in the next.
-        why = _agreed(launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_rows(job, s.dispatch(job)))))
-        why = why or _agreed(
-            launch, _tried(lambda s=system, w=wrong: w.extend(s.wrong_sum(job, s.combine(s.place(job)))))
+        why = launch.agreed(_tried(lambda s=system, w=wrong: w.extend(s.wrong_rows(job, s.dispatch(job)))))
+        why = why or launch.agreed(
+            _tried(lambda s=system, w=wrong: w.extend(s.wrong_sum(job, s.combine(s.place(job)))))
         )
         system.release()
         texts = list(chain(*launch.gather([f"rank {launch.rank}: {text}" for text in wrong])))
@@ -221,16 +101,6 @@ def _tried(run: Callable[[], Any]) -> str:
     except Exception as error:  # other libraries raise anything: assertions, drivers' errors
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
-
-
-def _agreed(launch: Launch, why: str) -> str:
-    """The reason of the first rank that has one."""
-    reasons = launch.gather(why)
-    found = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
-    if not found:
-        return ""
-    rank, reason = found[0]
-    return reason if len({*reasons}) == 1 else f"rank {rank}: {reason}"
 
 
 @contextmanager
@@ -304,9 +174,8 @@ def publish(facts: dict[str, Any], shape: Shape, args: argparse.Namespace, outco
     name = f"nccl-{slug(facts['gpu'])}-r{facts['ranks']}-{datetime.date.today()}.json"
     path = args.json or RESULTS / name
     show(table(*titled), *notes, f"every sample: {path}")
-    config = vars(args) | {"only": sorted(args.only), "json": str(path)}
     found = {"samples_s": outcome.samples, "rows": outcome.rows, "wrong": outcome.wrong}
-    write_json(path, {"config": config, "machine": facts, "missing": outcome.missing} | found)
+    write_samples(path, {"config": options(args), "machine": facts, "missing": outcome.missing} | found)
     write(path.with_suffix(".md"), "\n".join([markdown(*titled), *(f"{note}.\n" for note in notes)]))
 
 
@@ -318,20 +187,6 @@ def end(launch: Launch, outcome: Outcome) -> None:
     wrong = ["WRONG RESULTS", *outcome.wrong] if outcome.wrong else ours
     if wrong:
         sys.exit("\n".join(wrong) if launch.rank == 0 else 1)
-
-
-def take_gpu(launch: Launch) -> tuple[torch.device, int]:
-    """This rank's GPU, from now on the current one, and the number of hosts. Called by all ranks.
-
-    Raises:
-        NoSeat: some rank has no GPU to itself.
-    """
-    if why := _agreed(launch, cuda.why_not()):
-        raise NoSeat(f"needs a GPU for each rank: {why}")
-    seats = launch.gather(Seat.here())
-    device = torch.device("cuda", gpu_numbers(seats)[launch.rank])
-    torch.cuda.set_device(device)
-    return device, len({seat.host for seat in seats})
 
 
 def main(shape: Shape, args: argparse.Namespace) -> None:

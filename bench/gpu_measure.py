@@ -17,15 +17,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from common import progress
-from gpu_clock import CopyMeter, DeviceClock
-from gpu_kernels import KernelProfile, KernelSeries, Key
-from gpu_systems import iterate, make_baselines, open_commlib
-from systems import System
 from tqdm import tqdm
-from workload import Job, Shape, WrongResults
 
 import commlib
+from bench.harness.kernels import KernelProfile, KernelSeries, Key
+from bench.harness.report import progress
+from bench.harness.turns import System
+from bench.harness.workload import Job, Shape, WrongResults
+from bench.systems.one_gpu import iterate, make_baselines, open_commlib
+from commlib.cli.measuring import DeviceClock, timing_event
 from commlib.startup.group import resolve_group
 
 GROUPED_SMS = 8  # rows by expert are measured with this many SMs a rank only
@@ -55,6 +55,25 @@ class Plan:
     device: str = "cuda"
     profile_iters: int = 0  # with each number of SMs, while kernels are watched
     deadline: float | None = None  # of the monotonic clock: no step begins that would end later
+
+
+class CopyMeter:
+    """Measures how fast the GPU copies its own memory: the limit for ranks that share it."""
+
+    def __init__(self, num_bytes: int, device: str) -> None:
+        self._source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+        self._target = torch.empty_like(self._source)
+        for _ in range(3):
+            self.bandwidth()
+
+    def bandwidth(self) -> float:
+        """Bytes read and written per second, of one copy while nothing else runs."""
+        begin, end = timing_event(), timing_event()
+        begin.record()
+        self._target.copy_(self._source)
+        end.record()
+        end.synchronize()
+        return 2 * self._source.numel() / (begin.elapsed_time(end) * 1e-3)
 
 
 @dataclass

@@ -27,14 +27,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Stats
-from overlap_matmul import Matmul, above
-from ranks import Case, Ranks, interleaved, on_ranks
-from report import RESULTS, Titled, device_name, show, table, where, write_json
 from torch import Tensor
-from workload import Job, LinkRows, Received, Shape, WrongResults
 
 import commlib
+from bench.harness.machine import device_name, where
+from bench.harness.ranks import Case, Ranks, interleaved, on_ranks
+from bench.harness.report import Titled, show, table
+from bench.harness.samples import RESULTS, options, write_samples
+from bench.harness.stats import Stats
+from bench.harness.workload import Job, LinkRows, Received, Shape, WrongResults
+from bench.overlap_matmul import Matmul, above
 from commlib.model import Config
 
 
@@ -304,9 +306,8 @@ def publish(args: argparse.Namespace, measured: Measured) -> None:
     config = Config(facts["ranks"], args.tokens, args.hidden, args.topk, args.experts)
     show(*findings(measured, config))
     path = args.json or RESULTS / f"limited_link-{device_name(facts)}-r{facts['ranks']}.json"
-    options = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(args).items()}
     content = asdict(measured)
-    write_json(path, {"config": options | {"json": str(path)}, "machine": content.pop("facts")} | content)
+    write_samples(path, {"config": options(args), "machine": content.pop("facts")} | content)
     show(f"every sample: {path}")
 
 

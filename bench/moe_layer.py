@@ -5,13 +5,13 @@
     mpirun -n 8 python bench/moe_layer.py --device cuda            # a GPU for each rank; NCCL
     python bench/moe_layer.py --link-gbps 0.125 --nodes 2          # as root: nodes whose links are limited
 
-The all-to-all layer is the usual one (bench/all_to_all_layer.py): a row for each of a token's experts.
+The all-to-all layer (bench/systems/all_to_all_layer.py) is usual: a row for each of a token's experts.
 commlib sends a row once to each rank. All systems have the same router, the same experts and the same tokens,
 and take turns in changing order. Before anything is timed, each system's output and all its gradients are
 compared with the unsharded layer's; a wrong one ends the run.
 
 "MB sent" is the rows and counts that the busiest rank sends to others. With `--link-gbps` nodes are network
-namespaces (bench/netns.py), whose links limit all systems alike, and "MB on link" is what the busiest
+namespaces (bench/rig/netns.py), whose links limit all systems alike, and "MB on link" is what the busiest
 direction of any node's link carried, by its interface's counters. "Peak" is of a rank's memory, counted from
 before the layer's communication was set up; weights and tokens are not in it.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -31,19 +30,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import Launch, Stats, add_shape_arguments, usable_cores
-from gpu_comparison import take_gpu
-from layer_systems import CHOICES, COMMLIB, Place, Problem, Systems
-from namespaces import why_not
-from netns import Rig
-from netns_mpi import mpirun
-from node_systems import Meeting, NodesLaunch, Traffic
-from ranks import Case, HostRanks, interleaved
-from report import NO_GPU, RESULTS, gpu, host, show, table, write_json
-from seats import NoSeat
-from workload import Shape
 
+from bench.harness.launch import Launch
+from bench.harness.machine import gpu, host
+from bench.harness.ranks import Case, HostRanks, interleaved
+from bench.harness.report import NO_GPU, show, table
+from bench.harness.samples import RESULTS, options, write_samples
+from bench.harness.seats import NoSeat, take_gpu
+from bench.harness.stats import Stats
+from bench.harness.workload import Shape, add_shape_arguments
+from bench.rig.mpi import mpirun
+from bench.rig.namespaces import why_not
+from bench.rig.netns import Rig
+from bench.rig.node_ranks import Meeting, NodesLaunch, Traffic, busiest_bytes
+from bench.systems.layers import CHOICES, COMMLIB, Place, Problem, Systems
 from commlib import cuda
+from commlib.cli.measuring import usable_cores
 from commlib.startup.launcher import find_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -170,13 +172,14 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             pairs = zip(result["samples_s"][name], result["samples_s"][COMMLIB], strict=True)
             ratios = [Stats.of([theirs / ours for theirs, ours in pairs]).text(unit=1, digits=2)]
         peaks = [peak for peak in result["peak_bytes"][name] if peak is not None]
-        moved = max(result["sent_bytes"][name])
-        if "traffic" in result:
-            carried = [max(map(max, turn)) for turn in zip(*result["traffic"][name], strict=True)]
-            moved = statistics.median(carried)
         peak = f"{max(peaks) / 1e6:.0f}" if peaks else "?"
-        rows.append([name, taken.text(), *ratios, f"{moved / 1e6:.2f}", peak])
+        rows.append([name, taken.text(), *ratios, f"{moved_bytes(result, name) / 1e6:.2f}", peak])
     return rows + [[name, why] for name, why in result["skipped"].items()]
+
+
+def moved_bytes(result: dict[str, Any], name: str) -> float:
+    """Sent by the busiest rank, or over the busiest link where links were counted."""
+    return busiest_bytes(result["traffic"][name]) if "traffic" in result else max(result["sent_bytes"][name])
 
 
 def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -195,9 +198,7 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     columns = ["", "ms (min-max)", "x commlib (min-max)", moved, "peak MB"]
     kind = "gpu" if "gpu" in facts else "cpu" if args.link_gbps is None else f"{args.nodes}-nodes"
     path = args.json or RESULTS / f"moe_layer-{kind}-r{facts['ranks']}.json"
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    config |= {"only": sorted(args.only), "json": str(path)}
-    write_json(path, {"config": config} | result)
+    write_samples(path, {"config": options(args)} | result)
     show(table(title, columns, [rows_of(result)]), f"every sample: {path}")
 
 

@@ -3,7 +3,7 @@
     python bench/nodes.py                           # 2 and 4 nodes of 2 ranks, links of 1 and 5 Gb/s
     python bench/nodes.py --nodes 2 --gbit 1 --small
 
-For each number of nodes and rate it makes a rig (netns.py), and runs all systems on the same routing under
+For each number of nodes and rate it makes a rig (bench/rig), and runs all systems on the same routing under
 one mpirun, in turns. "MB" is what crossed the busiest direction of any link, by the counters of the nodes'
 interfaces, headers and acknowledgements included. "Least" is the rows alone, each token once to each node
 that it must reach; "of limit" is the time that these need at the link's rate over the time taken (a link
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,13 +24,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import Stats, add_shape_arguments
-from namespaces import why_not
-from netns import Rig
-from netns_mpi import mpirun
-from node_systems import BARE, DIRECT, EACH, GLOO, HIERARCHICAL, MPI, Meeting
-from report import RESULTS, show, table, write_json
-
+from bench.harness.report import show, table
+from bench.harness.samples import RESULTS, options, write_samples
+from bench.harness.stats import Stats
+from bench.harness.workload import add_shape_arguments
+from bench.rig.mpi import mpirun
+from bench.rig.namespaces import why_not
+from bench.rig.netns import Rig
+from bench.rig.node_ranks import Meeting, busiest_bytes
+from bench.systems.nodes import BARE, DIRECT, EACH, GLOO, HIERARCHICAL, MPI
 from commlib.model import UniformRouting
 
 ITEM_BYTES = 2  # bf16
@@ -86,9 +87,9 @@ def measure(args: argparse.Namespace, nodes: int, gbit: float) -> dict[str, Any]
         }
 
 
-def busiest_bytes(per_node: list[list[list[int]]]) -> float:
-    """The median of what the busiest direction of any node's link carried in an operation."""
-    return statistics.median(max(map(max, iteration)) for iteration in zip(*per_node, strict=True))
+def row_bytes(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, int]:
+    """Bytes of rows on the busiest link: each token once to a node (the least), to a rank, to an expert."""
+    return {name: rows * args.hidden * ITEM_BYTES for name, rows in result["busiest_rows"].items()}
 
 
 def rows_of(result: dict[str, Any], operation: str, least: float) -> Iterator[list[str]]:
@@ -112,8 +113,7 @@ def rows_of(result: dict[str, Any], operation: str, least: float) -> Iterator[li
 
 def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Print one rig's table."""
-    row_bytes = args.hidden * ITEM_BYTES
-    bytes_of = {name: rows * row_bytes for name, rows in result["busiest_rows"].items()}
+    bytes_of = row_bytes(args, result)
     facts, nodes = result["machine"], result["nodes"]
     title = (
         f"{nodes} nodes x {args.ranks_per_node} ranks on {facts['cores']} cores ({facts['cpu']}), links of "
@@ -148,7 +148,7 @@ def main() -> None:
             results.append(result)
     path = args.json or (None if args.small else RESULTS / "nodes-cpu.json")
     if path:
-        write_json(path, {"config": vars(args) | {"json": str(path)}, "rigs": results})
+        write_samples(path, {"config": options(args), "rigs": results})
         show(f"every sample: {path}")
 
 

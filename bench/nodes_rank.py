@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Launch, add_shape_arguments
-from node_systems import Counted, Meeting, NodesLaunch, Rows, open_systems
-from report import machine
-from turns import measure_throughput
-from workload import Job, Shape
+
+from bench.harness.launch import Launch
+from bench.harness.machine import machine
+from bench.harness.turns import measure_throughput
+from bench.harness.workload import Job, Shape, add_shape_arguments
+from bench.rig.node_ranks import Meeting, NodesLaunch
+from bench.systems.nodes import Counted, Rows, open_systems
 
 
 def parse_arguments() -> argparse.Namespace:

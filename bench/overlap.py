@@ -21,16 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import overlap_layer
-import overlap_matmul
 import torch
-from common import Stats, add_shape_arguments
-from overlap_layer import Layer, LayerPlan, LayerResult
-from overlap_matmul import MatmulPlan, MatmulResult
-from ranks import Ranks, on_ranks
-from report import NO_GPU, RESULTS, Titled, device_name, show, table, where, write_json
-from workload import Job, Shape
 
+from bench import overlap_layer, overlap_matmul
+from bench.harness.machine import device_name, where
+from bench.harness.ranks import Ranks, on_ranks
+from bench.harness.report import NO_GPU, Titled, show, table
+from bench.harness.samples import RESULTS, options, write_samples
+from bench.harness.stats import Stats
+from bench.harness.workload import Job, Shape, add_shape_arguments
+from bench.overlap_layer import Layer, LayerPlan, LayerResult
+from bench.overlap_matmul import MatmulPlan, MatmulResult
 from commlib import cuda
 
 CPU_DEFAULTS = dict(hidden=1024, ffn_hidden=512, experts=4, topk=2, matmul=256, num_sms=[1], chunks=[4, 8])
@@ -172,9 +173,8 @@ def publish(args: argparse.Namespace, measured: Measured) -> None:
         show(table(*parts))
     show(*notes(measured))
     path = args.json or RESULTS / f"overlap-{device_name(facts)}-r{facts['ranks']}.json"
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     content = asdict(measured)
-    write_json(path, {"config": config, "machine": content.pop("facts")} | content)
+    write_samples(path, {"config": options(args), "machine": content.pop("facts")} | content)
     picture = args.plot or path.with_suffix(".png")
     try:
         plot(picture, measured)

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from overlap_matmul import PARTED, Samples, computing, reached
-from ranks import Case, Ranks, interleaved
 from torch import Tensor, nn
-from workload import LinkRows, Shape, WrongResults
 
 import commlib
+from bench.harness.ranks import Case, Ranks, interleaved
+from bench.harness.workload import TOLERANCE, LinkRows, Shape, WrongResults, distance
+from bench.overlap_matmul import PARTED, Samples, computing, reached
 from commlib.nn import MoELayer, TopKRouter
 from commlib.overlap import TwoBatch
 
@@ -34,8 +34,6 @@ COMMUNICATION, COMPUTE, SEQUENCE, TWO_BATCHES = (
 ALONE = (COMMUNICATION, COMPUTE, COMPUTE + PARTED)
 OPERATIONS = 4  # dispatch and combine, and the adjoint of each
 WARMUP = 2
-# Relative to the norm. Weights' gradients are summed over chunks, each part rounded to the dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -182,12 +180,6 @@ class Layer:
         wrong = [text for texts in self._ranks.gather(wrong) for text in texts]
         if wrong:
             raise WrongResults("\n".join(wrong))
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    """The distance of two tensors, relative to the norm of the second, if that is not 0."""
-    off, norm = float((got.float() - want.float()).norm()), float(want.float().norm())
-    return off / norm if norm else off
 
 
 def measure(ranks: Ranks, layer: Layer, plan: LayerPlan, link_gbps: float, num_sms: int) -> LayerResult:

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Stats
-from ranks import Case, Ranks, interleaved
-from workload import Job, Received, Shape, WrongResults
 
 import commlib
+from bench.harness.ranks import Case, Ranks, interleaved
+from bench.harness.stats import Stats
+from bench.harness.workload import Job, Received, Shape, WrongResults
 
 COMMUNICATION, EVERYTHING, SHARE, BOTH = (
     "communication",

@@ -10,16 +10,17 @@ docs/scaling.md has the formulas.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import commlib
+from bench.harness.machine import host
+from bench.harness.report import Titled, show, table
+from bench.harness.samples import write_samples
 from commlib import ExpertParallel
 from commlib.model import UniformRouting
 
@@ -125,66 +126,76 @@ def measure(case: Case) -> dict[str, float]:
     return {"messages": messages, "bytes": sent, "network memory": memory}
 
 
-def show_measured(console: Console, cases: list[Case]) -> list[dict]:
-    table = Table(title="Measured: one dispatch, by one rank (T=128 H=1024 bf16, top-8 of 64, weights)")
-    for heading in ("ranks", "nodes", "messages", "worked out", "bytes", "worked out", "ratio"):
-        table.add_column(heading, justify="right")
-    rows = []
-    for case in cases:
-        got, want = measure(case), case.sent()
-        messages = want["row messages"] + want["other messages"]
-        sent = want["row bytes"] + want["other bytes"]
-        rows.append(asdict(case) | got | {"predicted messages": messages, "predicted bytes": sent})
-        values = (f"{got['messages']:.0f}", f"{messages:.0f}", f"{got['bytes']:,.0f}", f"{sent:,.0f}")
-        table.add_row(str(case.ranks), str(case.nodes), *values, f"{got['bytes'] / sent:.3f}")
-    console.print(table)
-    return rows
+def measured_table(measured: list[dict[str, Any]]) -> Titled:
+    """What was sent beside what the formulas say."""
+    rows = [
+        [
+            str(found["ranks"]),
+            str(found["ranks"] // found["node"]),
+            f"{found['messages']:.0f}",
+            f"{found['predicted messages']:.0f}",
+            f"{found['bytes']:,.0f}",
+            f"{found['predicted bytes']:,.0f}",
+            f"{found['bytes'] / found['predicted bytes']:.3f}",
+        ]
+        for found in measured
+    ]
+    title = "Measured: one dispatch, by one rank (T=128 H=1024 bf16, top-8 of 64, weights)"
+    return title, ("ranks", "nodes", "messages", "worked out", "bytes", "worked out", "ratio"), [rows]
 
 
-def show_predicted(console: Console, cases: list[Case]) -> list[dict]:
-    table = Table(
-        title="Worked out: one dispatch, by one rank (T=4096 H=7168 bf16, top-8 of 256, 8 ranks a node)"
+def predicted_table(predicted: list[dict[str, Any]]) -> Titled:
+    """What the formulas say of more ranks than one machine has."""
+    rows = [
+        [
+            str(found["ranks"]),
+            f"{found['row messages']:,.0f}",
+            f"{found['other messages']:,.0f}",
+            f"{found['row bytes'] / 1e6:,.1f}",
+            f"{found['other bytes'] / found['row bytes']:.1%}",
+            f"{(found['control'] + found['words for far ranks']) / 1e6:,.1f}",
+            f"{found['rings'] / 1e6:,.0f}",
+        ]
+        for found in predicted
+    ]
+    title = "Worked out: one dispatch, by one rank (T=4096 H=7168 bf16, top-8 of 256, 8 ranks a node)"
+    columns = ("ranks", "row messages", "other messages", "rows MB", "beside them", "control MB", "rings MB")
+    return title, columns, [rows]
+
+
+def measure_beside_formulas(case: Case) -> dict[str, Any]:
+    """What a case sends, and what the formulas say."""
+    sent = case.sent()
+    return (
+        asdict(case)
+        | measure(case)
+        | {
+            "predicted messages": sent["row messages"] + sent["other messages"],
+            "predicted bytes": sent["row bytes"] + sent["other bytes"],
+        }
     )
-    headings = ("ranks", "row messages", "other messages", "rows MB", "beside them", "control MB", "rings MB")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    rows = []
-    for case in cases:
-        sent, memory = case.sent(), case.memory()
-        rows.append(asdict(case) | sent | memory)
-        table.add_row(
-            str(case.ranks),
-            f"{sent['row messages']:,.0f}",
-            f"{sent['other messages']:,.0f}",
-            f"{sent['row bytes'] / 1e6:,.1f}",
-            f"{sent['other bytes'] / sent['row bytes']:.1%}",
-            f"{(memory['control'] + memory['words for far ranks']) / 1e6:,.1f}",
-            f"{memory['rings'] / 1e6:,.0f}",
-        )
-    console.print(table)
-    return rows
+
+
+def predict() -> list[dict[str, Any]]:
+    """The formulas, up to 2048 ranks."""
+    large = Case(ranks=16, node=8, experts=256, topk=8, tokens=4096, hidden=7168)
+    # More ranks than experts: in practice experts are then replicated; here their number grows.
+    cases = [replace(large, ranks=r, experts=max(256, r)) for r in (16, 32, 64, 128, 256, 512, 1024, 2048)]
+    return [asdict(case) | case.sent() | case.memory() for case in cases]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write what was measured; default: nowhere")
     args = parser.parse_args()
-    console = Console()
     small = Case(ranks=4, node=2, experts=64, topk=8, tokens=128, hidden=1024)
-    measured = show_measured(
-        console,
-        [replace(small, ranks=r, node=n) for r, n in ((4, 2), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))],
-    )
-    large = Case(ranks=16, node=8, experts=256, topk=8, tokens=4096, hidden=7168)
-    # More ranks than experts: in practice experts are then replicated; here their number grows.
-    predicted = show_predicted(
-        console,
-        [replace(large, ranks=r, experts=max(256, r)) for r in (16, 32, 64, 128, 256, 512, 1024, 2048)],
-    )
+    cases = [replace(small, ranks=r, node=n) for r, n in ((4, 2), (8, 2), (8, 4), (16, 2), (16, 4), (16, 8))]
+    measured, predicted = [measure_beside_formulas(case) for case in cases], predict()
+    show(table(*measured_table(measured)), table(*predicted_table(predicted)))
     if args.json:
-        args.json.write_text(json.dumps({"measured": measured, "predicted": predicted}, indent=1) + "\n")
+        write_samples(args.json, {"machine": host(), "measured": measured, "predicted": predicted})
 
 
 if __name__ == "__main__":

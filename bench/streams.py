@@ -1,6 +1,6 @@
 """The rates that TCP itself reaches on a rig's links: plain sockets between nodes, and nothing else.
 
-    python bench/streams.py --gbit 1 5 --nodes 2 4      # as root: makes rigs (netns.py) and measures them
+    python bench/streams.py --gbit 1 5 --nodes 2 4      # as root: makes rigs (bench/rig) and measures them
 
 The figures say whether a rig's links are as fast as asked, and how much of that the machine's cores leave
 when all nodes send at once. `nodes.py` compares its systems with the same exchange.
@@ -9,79 +9,12 @@ when all nodes send at once. `nodes.py` compares its systems with the same excha
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from netns import Node, Rig
-
-PORT = 29512
-CHUNK = 1 << 20
-CONNECT_SECONDS = 20.0
-
-
-class Mesh:
-    """A connection to every other node.
-
-    Args:
-        addresses: of all nodes.
-        index: which of them this is.
-    """
-
-    def __init__(self, addresses: Sequence[str], index: int) -> None:
-        with socket.create_server((addresses[index], PORT)) as server:
-            below = {node: _connect(addresses[node], index) for node in range(index)}
-            above = [server.accept()[0] for _ in range(index + 1, len(addresses))]
-        self._peers = below | {_name(connection): connection for connection in above}
-        self._pool = ThreadPoolExecutor(2 * len(self._peers))
-        self._source, self._sinks = memoryview(bytes(CHUNK)), {p: bytearray(CHUNK) for p in self._peers}
-
-    def exchange(self, send: dict[int, int], receive: dict[int, int]) -> None:
-        """Send these numbers of bytes to the nodes, and receive these, all at the same time."""
-        work = [self._pool.submit(self._send, peer, n) for peer, n in send.items() if n]
-        work += [self._pool.submit(self._receive, peer, n) for peer, n in receive.items() if n]
-        for part in work:
-            part.result()
-
-    def close(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
-        self._pool.shutdown()
-
-    def _send(self, peer: int, left: int) -> None:
-        while left:
-            left -= self._peers[peer].send(self._source[:left])
-
-    def _receive(self, peer: int, left: int) -> None:
-        sink = memoryview(self._sinks[peer])
-        while left:
-            got = self._peers[peer].recv_into(sink[:left])
-            if not got:
-                raise ConnectionError(f"node {peer} closed its connection, {left} bytes early")
-            left -= got
-
-
-def _connect(address: str, index: int) -> socket.socket:
-    """Connect to a node that may not listen yet, and send this node's index."""
-    deadline = time.monotonic() + CONNECT_SECONDS
-    while True:
-        try:
-            connection = socket.create_connection((address, PORT), timeout=CONNECT_SECONDS)
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-    connection.settimeout(None)
-    connection.sendall(bytes([index]))
-    return connection
-
-
-def _name(connection: socket.socket) -> int:
-    return connection.recv(1)[0]
+from bench.rig.netns import Node, Rig
+from bench.systems.tcp import Mesh
 
 
 def measure(nodes: int, gbit: float, megabytes: int, one_way: bool) -> tuple[float, int]:

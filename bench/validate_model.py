@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import markdown, show, table
-
+from bench.harness.report import Titled, markdown, show, table
 from commlib.model import DOCUMENTED, FITTED, Assumptions, Config, Operation, predict, preset
 from commlib.model.presets import FITTED_ROWS
 
@@ -192,17 +191,13 @@ def _stats(errors: list[float]) -> tuple[str, str, str]:
     return str(len(errors)), f"{statistics.median(errors):.1%}", f"{max(errors):.0%}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    args = parser.parse_args()
+def findings() -> tuple[list[Titled], list[str]]:
+    """The tables, and notes on them."""
     rows, left_out = read()
     sections = [list(table_rows([row for row in rows if row.mode == mode])) for mode in MODES]
-    tables = [
+    tables: list[Titled] = [
         ("Published and predicted", COLUMNS, sections),
-        ("Absolute error, of rows that nothing was fitted on", SUMMARY, [summary_rows(rows)]),
+        ("Absolute error, of rows that nothing was fitted on", SUMMARY, [list(summary_rows(rows))]),
     ]
     notes = [
         f"{letter}: {text}" for letter, text in ASSUMED.items() if any(letter in r.assumed for r in rows)
@@ -210,10 +205,24 @@ def main() -> None:
     notes += ['*: a constant of "fitted" was fitted on this row', GENERAL]
     notes.append(f"predicted: {len(rows)} of {len(rows) + len(left_out)} rows")
     notes += [f"not predicted: row {number}, {reason}" for number, reason in left_out.items()]
-    if args.markdown:
-        print(*(markdown(*each) for each in tables), sep="\n")
-        print(*(f"* {note}" for note in notes), sep="\n")
+    return tables, notes
+
+
+def as_markdown() -> str:
+    """The tables and notes as in docs/model.md."""
+    tables, notes = findings()
+    return "\n".join([*(markdown(*each) for each in tables), *(f"* {note}" for note in notes)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    if parser.parse_args().markdown:
+        print(as_markdown(), end="")
     else:
+        tables, notes = findings()
         show(*(table(*each) for each in tables), *notes)
 
 

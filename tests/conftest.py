@@ -32,8 +32,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)  # the tests go on
 
-BENCH = Path(__file__).parent.parent / "bench"
-
 _deselected = pytest.StashKey[str]()
 
 
@@ -123,8 +121,7 @@ class HostStream:
 
 @pytest.fixture
 def host_clock(monkeypatch):
-    """Code for a GPU that times with CUDA's events, on the CPU; bench/ can be imported."""
-    monkeypatch.syspath_prepend(BENCH)
+    """Code for a GPU that times with CUDA's events, on the CPU."""
     monkeypatch.setattr(torch.cuda, "Event", HostEvent)
     monkeypatch.setattr(torch.cuda, "Stream", HostStream)
     monkeypatch.setattr(torch.cuda, "current_stream", HostStream)

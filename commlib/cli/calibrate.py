@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,11 +19,20 @@ import torch
 from torch import Tensor
 
 import commlib
+from commlib.cli.measuring import (
+    Clock,
+    HostClock,
+    clock_for,
+    cpu_model,
+    host_facts,
+    let_ranks_share_a_gpu,
+    usable_cores,
+)
 from commlib.devices import cuda
 from commlib.model import Hardware
 from commlib.model.checks import check_int
 from commlib.model.presets import measured_path, preset_for
-from commlib.startup.group import Group, resolve_group
+from commlib.startup.group import Group, SingleGroup, resolve_group
 
 _WARMUP = 2
 _MEASURED = ("sms", "memory_gbps", "dispatch_sm_gbps", "combine_sm_gbps", "latency_us", "tflops")
@@ -54,9 +60,7 @@ class Plan:
         Raises:
             ValueError: a number that makes no sense; the text names it.
         """
-        # In-process ranks on a GPU need both variables (docs/gpu.md); CUDA reads them when it starts.
-        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        let_ranks_share_a_gpu()
         device = args.device or ("cuda" if cuda.is_available() else "cpu")
         gpu = device == "cuda"
         if gpu:
@@ -64,7 +68,7 @@ class Plan:
         for name in ("ranks", "tokens", "hidden", "topk", "experts", "iters", "copy_mib", "matmul"):
             if getattr(args, name) is not None:
                 check_int(name, getattr(args, name), 1)
-        tried = args.num_sms or ([1, 2, 4, 8, 16] if gpu else sorted({1, min(2, _cores())}))
+        tried = args.num_sms or ([1, 2, 4, 8, 16] if gpu else sorted({1, min(2, usable_cores())}))
         most = cuda.properties().sms // args.ranks if gpu else 1024
         num_sms = tuple(sorted(n for n in tried if 1 <= n <= most))
         if not num_sms:
@@ -85,7 +89,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of rank 0, by number of SMs, and the rows that it moved each time."""
+    """Seconds of rank 0, or of all where they share a GPU, by number of SMs, and the rows of each time."""
 
     tokens: int
     rows: int  # (token, rank) pairs
@@ -122,8 +126,7 @@ def calibrate(plan: Plan, out: Path | None) -> None:
         hardware = _hardware(plan, samples, copies, products)
         path = out or measured_path(hardware.name)
         record: dict[str, Any] = {
-            "machine": platform.platform(),
-            "commlib": commlib.__version__,
+            "machine": host_facts(),
             "plan": asdict(plan),
             "launched_ranks": launched.size,
             "samples_s": asdict(samples),
@@ -174,6 +177,7 @@ def _preset_links(plan: Plan, name: str) -> tuple[float | None, float | None, di
 
 def _measure_rank(plan: Plan) -> Samples:
     group = resolve_group()
+    clock = clock_for(group, plan.device)
     sends = group.rank == 0
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(plan.tokens, plan.experts, generator=generator).topk(plan.topk, dim=1).indices
@@ -182,8 +186,8 @@ def _measure_rank(plan: Plan) -> Samples:
     with torch.no_grad():
         for n in plan.num_sms:
             with _communicator(plan, group, n) as ep:
-                samples.dispatch_one[n], samples.combine_one[n] = _times(plan, ep, group, one)
-                samples.dispatch[n], samples.combine[n] = _times(plan, ep, group, many)
+                samples.dispatch_one[n], samples.combine_one[n] = _times(plan, ep, clock, one)
+                samples.dispatch[n], samples.combine[n] = _times(plan, ep, clock, many)
     return samples
 
 
@@ -212,32 +216,18 @@ def _communicator(plan: Plan, group: Group, num_sms: int) -> commlib.ExpertParal
 
 
 def _times(
-    plan: Plan, ep: commlib.ExpertParallel, group: Group, job: _Job
+    plan: Plan, ep: commlib.ExpertParallel, clock: Clock, job: _Job
 ) -> tuple[list[float], list[float]]:
     """Seconds of dispatch and of combine on this rank."""
-    pairs = [_round_trip(plan, ep, group, job) for _ in range(_WARMUP + plan.iters)][_WARMUP:]
+    pairs = [_round_trip(ep, clock, job) for _ in range(_WARMUP + plan.iters)][_WARMUP:]
     return [dispatch for dispatch, _ in pairs], [combine for _, combine in pairs]
 
 
-def _round_trip(plan: Plan, ep: commlib.ExpertParallel, group: Group, job: _Job) -> tuple[float, float]:
-    dispatch, d = _timed(plan, group, lambda: ep.dispatch(job.x, job.topk_idx, zero_copy=True))
+def _round_trip(ep: commlib.ExpertParallel, clock: Clock, job: _Job) -> tuple[float, float]:
+    dispatch, d = clock.timed(lambda: ep.dispatch(job.x, job.topk_idx, zero_copy=True))
     y = ep.combine_buffer(d.handle).fill_(1.0)
-    combine, _ = _timed(plan, group, lambda: ep.combine(y, d.handle))
+    combine, _ = clock.timed(lambda: ep.combine(y, d.handle))
     return dispatch, combine
-
-
-def _timed(plan: Plan, group: Group, operation: Callable[[], Any]) -> tuple[float, Any]:
-    _synchronize(plan.device)
-    group.barrier()
-    begin = time.perf_counter()
-    result = operation()
-    _synchronize(plan.device)
-    return time.perf_counter() - begin, result
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.current_stream().synchronize()
 
 
 def _count_rows(topk_idx: Tensor, experts: int, ranks: int) -> int:
@@ -254,7 +244,9 @@ def _plain_copies(plan: Plan) -> dict[str, list[float]]:
     """Seconds of a copy: by one thread (CPU), and by all threads or SMs."""
     source = torch.ones(plan.copy_mib << 20, dtype=torch.uint8, device=plan.device)
     target = torch.empty_like(source)
-    everything = {"all": _cores()} if plan.device == "cuda" else {"one thread": 1, "all": _cores()}
+    everything = {"all": usable_cores()}
+    if plan.device == "cpu":
+        everything = {"one thread": 1, **everything}
     found = {}
     for name, threads in everything.items():
         with _threads(threads):
@@ -265,13 +257,13 @@ def _plain_copies(plan: Plan) -> dict[str, list[float]]:
 def _products(plan: Plan) -> list[float]:
     """Seconds of a bf16 matrix product on all cores or SMs."""
     a = torch.ones(plan.matmul, plan.matmul, dtype=torch.bfloat16, device=plan.device)
-    with _threads(_cores()):
+    with _threads(usable_cores()):
         return _repeated(plan, lambda: a @ a)
 
 
 def _repeated(plan: Plan, operation: Callable[[], Any]) -> list[float]:
-    alone = commlib.startup.group.SingleGroup()
-    return [_timed(plan, alone, operation)[0] for _ in range(_WARMUP + plan.iters)][_WARMUP:]
+    clock = HostClock(SingleGroup(), plan.device)
+    return [clock.timed(operation)[0] for _ in range(_WARMUP + plan.iters)][_WARMUP:]
 
 
 @contextmanager
@@ -284,19 +276,12 @@ def _threads(count: int) -> Any:
         torch.set_num_threads(before)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _device_facts(device: str) -> tuple[str, int]:
     """Name, and SMs or cores."""
     if device == "cuda":
         facts = cuda.properties()
         return facts.name, facts.sms
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine(), _cores()
+    return cpu_model(), usable_cores()
 
 
 def _report(plan: Plan, samples: Samples, hardware: Hardware, path: Path) -> None:

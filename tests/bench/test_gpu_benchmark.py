@@ -20,13 +20,13 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def measuring(host_clock):
     """The module that measures, on the CPU."""
-    import gpu_measure
+    from bench import gpu_measure
 
     return gpu_measure
 
 
 def small_plan(measuring):
-    from workload import Shape
+    from bench.harness.workload import Shape
 
     shape = Shape(tokens=24, hidden=40, experts=8, topk=3, dtype=torch.bfloat16, seed=0)
     return measuring.Plan(shape, 2, num_sms=[1, 2], iters=2, warmup=1, copy_bytes=1 << 16, device="cpu")
@@ -48,8 +48,8 @@ def test_every_system_answers_rightly_and_has_its_turns(measuring):
 
 @pytest.mark.parametrize(("part", "text"), [("_sum", "sum: "), ("_received_rows", "rows: ")])
 def test_a_system_that_answers_wrongly_is_not_timed(measuring, monkeypatch, part, text):
-    from gpu_baselines import TunedPeerCopyBaseline
-    from workload import WrongResults
+    from bench.harness.workload import WrongResults
+    from bench.systems.peer_copy import TunedPeerCopyBaseline
 
     right = getattr(TunedPeerCopyBaseline, part)
     monkeypatch.setattr(TunedPeerCopyBaseline, part, lambda self, *rows: right(self, *rows).fill_(torch.nan))
@@ -58,7 +58,7 @@ def test_a_system_that_answers_wrongly_is_not_timed(measuring, monkeypatch, part
 
 
 def test_rates_count_each_row_received_once_and_traffic_what_must_be_read_and_written(measuring):
-    import gpu
+    from bench import gpu
 
     plan = small_plan(measuring)
     record = measuring.Record(copies=[2e9, 1e9, 4e9], rows=50.0)
@@ -73,7 +73,7 @@ def test_rates_count_each_row_received_once_and_traffic_what_must_be_read_and_wr
 
 
 def test_sm_choices_are_those_that_fit_and_all_sms(measuring):
-    import gpu
+    from bench import gpu
 
     args = gpu.parse_arguments([])
     assert list(gpu.plan_for(8, args, sms=132).num_sms) == [2, 4, 6, 8, 12, 16]
@@ -133,7 +133,7 @@ EVENTS = [
 
 
 def test_kernels_belong_to_the_operation_in_whose_window_they_begin(measuring):
-    import gpu_kernels
+    from bench.harness import kernels as gpu_kernels
 
     profile = gpu_kernels.KernelProfile()
     profile._events, profile._keys = EVENTS, [FRESH, KNOWN, FRESH]
@@ -151,8 +151,8 @@ def test_kernels_belong_to_the_operation_in_whose_window_they_begin(measuring):
 
 
 def test_kernel_times_stand_beside_wall_times(measuring):
-    import gpu
-    import gpu_kernels
+    from bench import gpu
+    from bench.harness import kernels as gpu_kernels
 
     plan = replace(small_plan(measuring), profile_iters=2)
     record = measuring.Record(copies=[1e9], rows=50.0)
@@ -169,7 +169,7 @@ def test_kernel_times_stand_beside_wall_times(measuring):
 
 
 def test_without_a_profiler_there_is_a_reason_and_everything_else(measuring, monkeypatch):
-    import gpu_kernels
+    from bench.harness import kernels as gpu_kernels
 
     def refuse(**options):
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")
@@ -213,7 +213,7 @@ def test_what_does_not_fit_before_the_deadline_is_left_out_and_named(measuring, 
 
 @pytest.fixture
 def findings(measuring, tmp_path):
-    import gpu
+    from bench import gpu
 
     args = gpu.parse_arguments(["--quick", "--ranks", "1", "2", "4", "--budget", "60"])
     names = ("gpu", "sms", "commit", "torch", "cuda_of_torch", "driver", "cpu")
@@ -222,7 +222,7 @@ def findings(measuring, tmp_path):
 
 
 def test_results_are_written_after_each_number_of_ranks(measuring, findings, monkeypatch):
-    import gpu
+    from bench import gpu
 
     def measured(plan):
         if plan.ranks == 4:
@@ -245,8 +245,8 @@ def test_results_are_written_after_each_number_of_ranks(measuring, findings, mon
 
 
 def test_kernels_are_watched_after_all_that_is_timed_is_written(measuring, findings, monkeypatch, capsys):
-    import gpu
-    import gpu_kernels
+    from bench import gpu
+    from bench.harness import kernels as gpu_kernels
 
     timed = []
 
@@ -288,7 +288,7 @@ def test_kernels_are_watched_after_all_that_is_timed_is_written(measuring, findi
 def test_several_gpus_are_compared_in_a_process_each(
     measuring, findings, monkeypatch, gpus, deadline, ends, said
 ):
-    import gpu
+    from bench import gpu
 
     class Launcher:
         asked = False
@@ -312,7 +312,7 @@ def test_several_gpus_are_compared_in_a_process_each(
 
 
 def test_a_number_of_ranks_without_time_has_no_table(measuring, findings, monkeypatch, capsys):
-    import gpu
+    from bench import gpu
 
     monkeypatch.setattr(gpu, "measure", lambda plan: measuring.Record(left_out=["1 SMs a rank"]))
     gpu.measure_all(findings, deadline=0.0)
@@ -322,7 +322,7 @@ def test_a_number_of_ranks_without_time_has_no_table(measuring, findings, monkey
 
 @pytest.mark.skipif(cuda.is_available(), reason="a GPU can be used here")
 def test_without_a_gpu_there_is_one_line_and_status_2(measuring, capsys):
-    import gpu
+    from bench import gpu
 
     with pytest.raises(SystemExit) as exit:
         gpu.main([])

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.harness import seats
+from bench.harness.launch import Launch
 from commlib import cuda
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -18,14 +20,6 @@ NCCL = ["NCCL, plain", "NCCL, tuned"]
 
 
 # -- seats ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def seats(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import seats
-
-    return seats
 
 
 @pytest.mark.parametrize(
@@ -41,28 +35,28 @@ def seats(monkeypatch):
         ({"LOCAL_RANK": "", "SLURM_LOCALID": "6"}, 6),
     ],
 )
-def test_the_launchers_local_rank_is_found(seats, environment, place):
+def test_the_launchers_local_rank_is_found(environment, place):
     assert seats.local_rank(environment) == place
 
 
-def test_a_rank_takes_the_gpu_of_its_local_rank_on_each_host(seats):
+def test_a_rank_takes_the_gpu_of_its_local_rank_on_each_host():
     first, second = ("a0", "a1"), ("b0", "b1", "b2")
     ranks = [seats.Seat("a/1", 1, first), seats.Seat("b/2", 0, second), seats.Seat("a/1", 0, first)]
     assert seats.gpu_numbers([*ranks, seats.Seat("b/2", 2, second)]) == [1, 0, 0, 2]
 
 
 @pytest.mark.parametrize("places", [[None, None, None], [0, None, 2], [0, 0, 0]])
-def test_where_the_launcher_does_not_say_ranks_are_counted_on_their_host(seats, places):
+def test_where_the_launcher_does_not_say_ranks_are_counted_on_their_host(places):
     gpus = ("g0", "g1", "g2")
     ranks = [seats.Seat("a/1", place, gpus) for place in places]
     assert seats.gpu_numbers([ranks[0], seats.Seat("b/2", None, ("h",)), *ranks[1:]]) == [0, 0, 1, 2]
 
 
-def test_gpus_that_the_launcher_dealt_out_are_taken_as_they_are(seats):
+def test_gpus_that_the_launcher_dealt_out_are_taken_as_they_are():
     assert seats.gpu_numbers([seats.Seat("a/1", place, (f"g{place}",)) for place in range(3)]) == [0, 0, 0]
 
 
-def test_a_host_with_fewer_gpus_than_ranks_is_named(seats):
+def test_a_host_with_fewer_gpus_than_ranks_is_named():
     ranks = [seats.Seat(f"node{r // 3}/x", r % 3, (f"g{r // 3}0", f"g{r // 3}1")) for r in range(6)]
     with pytest.raises(seats.NoSeat, match="host node0 has 3 ranks, and rank 2, number 2 there, sees 2 GPUs"):
         seats.gpu_numbers(ranks)
@@ -73,15 +67,13 @@ def test_a_host_with_fewer_gpus_than_ranks_is_named(seats):
         seats.gpu_numbers(one)
 
 
-def test_two_ranks_never_share_a_gpu(seats):
+def test_two_ranks_never_share_a_gpu():
     ranks = [seats.Seat("a/1", 0, ("g1", "g0")), seats.Seat("a/1", 1, ("g0", "g1"))]
     with pytest.raises(seats.NoSeat, match="ranks 0 and 1 on host a would share GPU g1"):
         seats.gpu_numbers(ranks)
 
 
-def test_spans_of_hosts_with_clocks_of_their_own_are_not_mixed(seats, monkeypatch):
-    from common import Launch
-
+def test_spans_of_hosts_with_clocks_of_their_own_are_not_mixed(monkeypatch):
     ranks = [
         ("one", [(10.0, 11.0), (20.0, 21.0)]),
         ("other", [(5010.0, 5012.5), (5020.0, 5020.5)]),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bench import moe_layer
+from bench.rig import namespaces
+
 BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
-import namespaces  # noqa: E402
 
 PROGRAM = str(BENCH / "moe_layer.py")
 WITH_FAULT = str(Path(__file__).parents[1] / "programs" / "moe_layer.py")
@@ -114,10 +115,7 @@ def test_what_cannot_be_measured_is_refused(measure, arguments, text):
         (["--link-gbps", "1", "--device", "cuda"], "--link-gbps takes a number above 0, on the CPU"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, arguments, text):
-    monkeypatch.syspath_prepend(BENCH)
-    import moe_layer
-
+def test_arguments_that_make_no_sense_are_refused(capsys, arguments, text):
     with pytest.raises(SystemExit):
         moe_layer.parse_arguments([*SMALL, *arguments])
     assert text in capsys.readouterr().err
@@ -125,9 +123,6 @@ def test_arguments_that_make_no_sense_are_refused(monkeypatch, capsys, arguments
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"no rig here: {WHY_NOT}")
 def test_links_limit_all_systems_alike(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(BENCH)
-    import moe_layer
-
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}", prepend=":")
     monkeypatch.setenv("PYTHONPATH", str(BENCH.parent))
     path = tmp_path / "limited.json"

@@ -1,5 +1,5 @@
-"""The rig that limits links: bench/netns.py. Counts decide here, not clocks, but for one upper bound that no
-slow machine can break: how much came through a limited link in the time it took.
+"""The rig that limits links: bench/rig/netns.py. Counts decide here, not clocks, but for one upper bound that
+no slow machine can break: how much came through a limited link in the time it took.
 """
 
 import json
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import namespaces, netns
+
 BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
-import namespaces  # noqa: E402
-import netns  # noqa: E402
 
 WHY_NOT = namespaces.why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no rig here: {WHY_NOT}")
@@ -104,7 +103,8 @@ def test_a_connection_outlives_a_cut_and_a_slower_link():
 
 
 def test_a_rank_reads_the_counters_of_its_own_link():
-    program = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import netns; print(*netns.own_link())"
+    setup = f"import sys; sys.path.insert(0, {str(BENCH)!r})"
+    program = f"{setup}; from bench.rig import netns; print(*netns.own_link())"
     with netns.Rig(2, 1.0) as rig:
         finish(start_transfer(rig))
         counted = rig.counts()[1]
@@ -130,7 +130,7 @@ def test_a_failure_to_make_it_leaves_nothing():
 def start_program(body="signal.pause()"):
     """A separate program with a rig; its process, once the rig is up."""
     program = (
-        f"import signal, sys; sys.path.insert(0, {str(BENCH)!r}); import netns\n"
+        f"import signal, sys; sys.path.insert(0, {str(BENCH)!r}); from bench.rig import netns\n"
         f"with netns.Rig(2, 1.0) as rig:\n"
         f"    rig.popen(0, ['sleep', '1000'])\n"
         f"    print('up', flush=True)\n"

@@ -1,5 +1,6 @@
 """The benchmarks of overlap and of limited links: their computations, and that they check what they time."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,8 +23,8 @@ GPU = SimpleNamespace(name="GPU of a test", sms=8)
 @pytest.fixture
 def overlap(host_clock, monkeypatch):
     """bench/overlap.py, with in-process ranks as on a GPU, on the CPU."""
-    import overlap
-    import ranks
+    from bench import overlap
+    from bench.harness import ranks
 
     monkeypatch.setattr(cuda, "properties", lambda device: GPU)
     monkeypatch.setattr(ranks, "gpu", lambda: {"gpu": GPU.name, "sms": GPU.sms})
@@ -31,7 +32,7 @@ def overlap(host_clock, monkeypatch):
 
 
 def measured(overlap, ranks, *arguments):
-    from ranks import DeviceRanks
+    from bench.harness.ranks import DeviceRanks
 
     args = overlap.parse_arguments([*SMALL_OVERLAP, *arguments])
 
@@ -66,7 +67,7 @@ def test_a_partition_is_measured_and_reported(overlap, tmp_path, capsys):
 
 
 def test_a_layer_that_answers_wrongly_is_not_timed(overlap, monkeypatch):
-    from workload import WrongResults
+    from bench.harness.workload import WrongResults
 
     right = commlib.nn.moe.run_experts
 
@@ -80,8 +81,8 @@ def test_a_layer_that_answers_wrongly_is_not_timed(overlap, monkeypatch):
 
 
 def test_a_matmul_that_was_not_done_is_not_timed(overlap, monkeypatch):
-    from overlap_matmul import Matmul
-    from workload import WrongResults
+    from bench.harness.workload import WrongResults
+    from bench.overlap_matmul import Matmul
 
     monkeypatch.setattr(Matmul, "run", lambda self: None)
     with pytest.raises(WrongResults, match="the matmul differs"):
@@ -89,9 +90,9 @@ def test_a_matmul_that_was_not_done_is_not_timed(overlap, monkeypatch):
 
 
 def test_efficiency_is_the_longer_of_both_alone_over_both(overlap):
-    from overlap_layer import efficiency as of_layer
-    from overlap_layer import speed_ups
-    from overlap_matmul import efficiency
+    from bench.overlap_layer import efficiency as of_layer
+    from bench.overlap_layer import speed_ups
+    from bench.overlap_matmul import efficiency
 
     samples = {"communication": [2.0], "compute, everything": [1.0], "both": [4.0]}
     assert efficiency(samples, "") == 0.5 and efficiency(samples, ", partition") is None
@@ -106,9 +107,9 @@ def test_efficiency_is_the_longer_of_both_alone_over_both(overlap):
 
 def test_an_efficiency_above_100_percent_is_explained(overlap, capsys):
     """By the spread of its samples, by work that is quicker in parts, or by SMs that the baseline lacked."""
-    from overlap import Measured, notes
-    from overlap_layer import LayerResult
-    from overlap_matmul import MatmulResult
+    from bench.overlap import Measured, notes
+    from bench.overlap_layer import LayerResult
+    from bench.overlap_matmul import MatmulResult
 
     noisy = {"communication": [2.0, 2.0], "compute, its share": [4.0, 9.0], "both": [4.5, 5.0]}
     right = {"communication": [2.0, 2.0], "compute, its share": [4.0, 5.0], "both": [4.5, 4.5]}
@@ -129,14 +130,14 @@ def test_an_efficiency_above_100_percent_is_explained(overlap, capsys):
 
 
 def test_the_smallest_number_of_sms_that_fills_the_link_is_found(host_clock):
-    from limited_link import filling
+    from bench.limited_link import filling
 
     assert filling({1: 0.5, 2: 0.96, 4: 0.99}) == 2
     assert filling({1: 0.5, 2: 0.8, 4: 0.7}) == 2
 
 
 def test_rows_on_the_link_are_those_of_other_ranks(host_clock):
-    from workload import LinkRows
+    from bench.harness.workload import LinkRows
 
     topk_idx = torch.tensor([[0, 1, 5], [2, 3, 4], [0, 1, 1]])  # two experts a rank
     assert LinkRows.of(topk_idx, 2, rank=0) == LinkRows(unique=3, each=4)
@@ -145,9 +146,8 @@ def test_rows_on_the_link_are_those_of_other_ranks(host_clock):
 
 
 def test_what_is_saved_is_held_against_the_closed_form(host_clock):
-    import limited_link
-    from workload import LinkRows
-
+    from bench import limited_link
+    from bench.harness.workload import LinkRows
     from commlib.model import Config
 
     names = ("dispatch", "combine", "matmul", "dispatch beside matmul")
@@ -189,7 +189,7 @@ def test_without_a_gpu_there_is_one_line_and_status_2(host_clock, monkeypatch, c
     arguments = ["--device", "cuda"] + (["--preset", "h800"] if program == "dispatch_combine" else [])
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as exit:
-        __import__(program).main()
+        importlib.import_module(f"bench.{program}").main()
     assert exit.value.code == 2
     assert cuda.why_not() in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Faults of real links between real processes: cut, slow, ranks that die. Needs root; see bench/netns.py."""
+"""Faults of real links between real processes: cut, slow, ranks that die. As root; see bench/rig/netns.py."""
 
 import re
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig import netns
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-import netns  # noqa: E402
 
 pytestmark = pytest.mark.skipif(netns.why_not() is not None, reason=f"no rig: {netns.why_not()}")
 PROGRAM = ROOT / "tests/programs/across_nodes.py"

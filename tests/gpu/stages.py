@@ -34,7 +34,7 @@ from running import CUT, ENDING, FAILED, NOT_RUN, PASSED, Ended, Interrupted
 from steps import Step
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-from facts import commit, driver, gpu_name, slug
+from bench.harness.facts import commit, driver, gpu_name, slug
 
 ROOT = Path(__file__).parent.parent.parent
 SHORTEST = 3.0  # seconds: a step is not begun with less

@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import dispatch_combine
-import gpu_comparison
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
-from baselines import GlooBaseline
+
+from bench import dispatch_combine, gpu_comparison
+from bench.systems.gloo import GlooBaseline
 
 FAULTS = set(sys.argv.pop(1).split(","))
 

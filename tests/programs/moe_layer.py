@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-import all_to_all_layer
-import layer_systems
-import moe_layer
+from bench import moe_layer
+from bench.systems import all_to_all_layer, layers
 
 FAULT = sys.argv.pop(1)
 move = all_to_all_layer.MpiExchange._move
@@ -33,5 +32,5 @@ if FAULT == "mpi-loses-a-row":
 elif FAULT == "half-the-gradient":
     all_to_all_layer._AllToAll.backward = staticmethod(half_the_gradient)
 elif FAULT == "nccl-is-gloo":
-    moe_layer.Place = functools.partial(layer_systems.Place, backend="gloo")
+    moe_layer.Place = functools.partial(layers.Place, backend="gloo")
 moe_layer.main()

@@ -4,13 +4,12 @@ import dataclasses
 import json
 import math
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bench import validate_model
 from commlib.cli import main
 from commlib.model import (
     DOCUMENTED,
@@ -313,17 +312,8 @@ def test_a_file_that_is_not_hardware_is_named(tmp_path, content):
         Hardware.load(path)
 
 
-@pytest.fixture
-def validation(monkeypatch):
-    """bench/validate_model.py, which imports its neighbours as when run as a program."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import validate_model
-
-    return validate_model
-
-
-def test_fitted_rows_are_met_and_the_others_do_not_drift(validation):
-    rows, left_out = validation.read()
+def test_fitted_rows_are_met_and_the_others_do_not_drift():
+    rows, left_out = validate_model.read()
     assert len(rows) == 44 and not left_out
     for row in rows:
         if row.fitted:
@@ -333,20 +323,13 @@ def test_fitted_rows_are_met_and_the_others_do_not_drift(validation):
     assert sum(error > 0.15 for error in others) == 5  # UCCL over EFA (3), pplx-kernels (2)
 
 
-def test_rows_that_cannot_be_predicted_are_told_apart(validation, tmp_path):
-    lines = validation.PUBLISHED.read_text().splitlines()
+def test_rows_that_cannot_be_predicted_are_told_apart(tmp_path):
+    lines = validate_model.PUBLISHED.read_text().splitlines()
     path = tmp_path / "published.csv"
     path.write_text("\n".join([lines[0], lines[1], lines[2].replace("H800", "MI300X"), lines[3]]))
-    rows, left_out = validation.read(path)
+    rows, left_out = validate_model.read(path)
     assert [row.number for row in rows] == [1, 3]
     assert left_out == {2: "DeepEP combine, EP 8: no constants for MI300X"}
-
-
-def test_validation_prints_what_docs_have():
-    command = [sys.executable, str(BENCH / "validate_model.py"), "--markdown"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    docs = (BENCH.parent / "docs" / "model.md").read_text()
-    assert printed.strip() in docs, "docs/model.md is not what bench/validate_model.py --markdown prints"
 
 
 def test_calibration_writes_a_file_that_loads(tmp_path, capsys):

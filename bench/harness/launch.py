@@ -1,11 +1,9 @@
-"""Shared by all benchmarks here: the ranks they run on, a fence, a clock, statistics."""
+"""The ranks of a run that mpirun or torchrun began: a fence, a clock, and values from one to another."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
-import statistics
 import sys
 import time
 import traceback
@@ -18,14 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from commlib.cli.measuring import Interval, timed
 from commlib.startup.group import let_go
 
 SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
-
-
-Interval = tuple[float, float]  # begin and end, seconds of the host's monotonic clock
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,15 @@ class Launch:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def agreed(self, why: str) -> str:
+        """The reason of the first rank that has one; empty if none has."""
+        reasons = self.gather(why)
+        found = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
+        if not found:
+            return ""
+        rank, reason = found[0]
+        return reason if len({*reasons}) == 1 else f"rank {rank}: {reason}"
+
     def spans(self, intervals: Sequence[Interval]) -> list[float]:
         """For each of a list of operations, seconds from the first rank's begin to the last one's end.
 
@@ -146,7 +150,7 @@ def _span(ranks: Sequence[Interval]) -> float:
 
 
 def _join_gloo(comm: Any) -> None:
-    """Form a gloo group of an MPI communicator's ranks: on one host, a rig's nodes (netns.py), several hosts.
+    """Form a gloo group of an MPI communicator's ranks: on one host, a rig's nodes, several hosts.
 
     On several hosts gloo takes the interface that the host's name resolves to, or GLOO_SOCKET_IFNAME.
     """
@@ -162,53 +166,3 @@ def _join_gloo(comm: Any) -> None:
     if store is None:
         store = dist.TCPStore(host, port, comm.size, is_master=False)
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Seconds an operation took: the median and the range of its samples."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @staticmethod
-    def of(samples: Sequence[float]) -> Stats:
-        return Stats(statistics.median(samples), min(samples), max(samples))
-
-    def text(self, unit: float = 1e-3, digits: int = 1) -> str:
-        """``median (lowest-highest)`` in a unit given in seconds."""
-        m, lo, hi = (f"{value / unit:.{digits}f}" for value in (self.median, self.lowest, self.highest))
-        return f"{m} ({lo}-{hi})"
-
-
-def timed(operation: Callable[[], Any]) -> tuple[Interval, Any]:
-    """Run an operation; return when it began and ended on this rank, and its result."""
-    begin = time.monotonic()
-    result = operation()
-    return (begin, time.monotonic()), result
-
-
-def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Options for the rows that are moved; `tokens` is the default."""
-    parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
-    parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def progress(rank: int, title: str, total: int) -> tqdm:
-    """A bar on rank 0's stderr.
-
-    tqdm redraws with a bare carriage return. mpirun makes stderr a pipe, where rich would show
-    nothing until the end.
-    """
-    return tqdm(total=total, desc=title, disable=rank != 0, mininterval=0.5, leave=False)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, in a container fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

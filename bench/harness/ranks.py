@@ -1,6 +1,6 @@
 """The ranks that a benchmark runs on, whatever their device: their number, what they share, and one clock.
 
-On the CPU ranks are processes (:class:`common.Launch`); on a GPU they are threads that share it.
+On the CPU ranks are processes (:class:`Launch`); on a GPU they are threads that share it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-# CUDA reads them when it starts; see docs/gpu.md.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 import torch
-from common import Launch, progress, usable_cores
-from gpu_clock import DeviceClock
-from report import gpu, host, machine
 
 import commlib
+from bench.harness.launch import Launch
+from bench.harness.machine import gpu, host, machine
+from bench.harness.report import progress
 from commlib import cuda
+from commlib.cli.measuring import DeviceClock, let_ranks_share_a_gpu, usable_cores
 from commlib.startup.group import resolve_group
+
+let_ranks_share_a_gpu()  # before anything asks CUDA
 
 
 class Ranks(ABC):

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from common import clock_id
 
+from bench.harness.launch import Launch, clock_id
 from commlib import cuda
 
 # Of torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, Cray's PALS, and Slurm. torchrun's first, since mpirun
@@ -105,3 +105,17 @@ def _of_one_host(ranks: Sequence[int], seats: Sequence[Seat]) -> list[int]:
 
 def _count(gpus: int) -> str:
     return "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+
+
+def take_gpu(launch: Launch) -> tuple[torch.device, int]:
+    """This rank's GPU, from now on the current one, and the number of hosts. Called by all ranks.
+
+    Raises:
+        NoSeat: some rank has no GPU to itself.
+    """
+    if why := launch.agreed(cuda.why_not()):
+        raise NoSeat(f"needs a GPU for each rank: {why}")
+    seats = launch.gather(Seat.here())
+    device = torch.device("cuda", gpu_numbers(seats)[launch.rank])
+    torch.cuda.set_device(device)
+    return device, len({seat.host for seat in seats})

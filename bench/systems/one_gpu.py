@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu_baselines import PeerCopyBaseline, TunedPeerCopyBaseline
-from systems import Baseline, Commlib, CommlibZeroCopy, System
 from torch import Tensor
-from workload import Job, Received, Shape, expert
 
 import commlib
+from bench.harness.turns import System
+from bench.harness.workload import Job, Received, Shape, expert
+from bench.systems.all_to_all import Baseline
+from bench.systems.commlib import Commlib, CommlibZeroCopy
+from bench.systems.peer_copy import PeerCopyBaseline, TunedPeerCopyBaseline
 
 DISPATCH, REDISPATCH, COMBINE = "dispatch", "dispatch again", "combine"
 OPERATIONS = (DISPATCH, REDISPATCH, COMBINE)

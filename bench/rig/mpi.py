@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from netns import INTERFACE, Rig
+from bench.rig.netns import INTERFACE, Rig
 
 # What mpirun passes from node 0's environment to ranks on the other nodes; the agent sets their own.
 _EVERYWHERE = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from baselines import RowTypes
 from torch import Tensor, nn
 
+from bench.systems.mpi import RowTypes
 from commlib.nn import Experts, RouterOutput
 from commlib.nn.losses import count_tokens
 

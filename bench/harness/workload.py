@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Relative to the norm. Weights' gradients are summed over chunks, each part rounded to the dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class WrongResults(Exception):
@@ -172,3 +176,18 @@ class LinkRows:
     @staticmethod
     def busiest(ranks: Sequence[LinkRows]) -> LinkRows:
         return LinkRows(max(r.unique for r in ranks), max(r.each for r in ranks))
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Options for the rows that are moved; `tokens` is the default."""
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """The distance of two tensors, relative to the norm of the second, if that is not 0."""
+    off, norm = float((got.float() - want.float()).norm()), float(want.float().norm())
+    return off / norm if norm else off

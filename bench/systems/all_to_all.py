@@ -1,4 +1,4 @@
-"""Dispatch and combine as they are written without commlib: one all-to-all over gloo or MPI.
+"""Dispatch and combine as they are written without commlib: one all-to-all, over gloo, MPI or NCCL.
 
 These are meant to be hard to beat with the tools they use. A token crosses once to each rank that
 owns one of its experts, every large buffer is allocated once, rows are gathered by one
@@ -9,12 +9,14 @@ five times as fast as `index_add_` into an fp32 buffer), and there are no needle
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from bench.harness.turns import System
+from bench.harness.workload import Job, Received
 
 
 @dataclass(frozen=True)
@@ -147,99 +149,15 @@ class AllToAllBaseline(ABC):
         """Begin an all-to-all of rows; the result's ``wait()`` ends it."""
 
 
-class GlooBaseline(AllToAllBaseline):
-    """`torch.distributed.all_to_all_single` with split sizes, over a gloo process group."""
+class Baseline(System):
+    """gloo, MPI, NCCL, ...: an all-to-all."""
 
-    def __init__(self, group: dist.ProcessGroup | None, **shape: Any) -> None:
-        super().__init__(rank=dist.get_rank(group), ranks=dist.get_world_size(group), **shape)
-        self._group = group
+    def __init__(self, name: str, transport: AllToAllBaseline) -> None:
+        self.name, self._transport = name, transport
 
-    def _exchange_counts(self, counts: Tensor) -> list[int]:
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self._group)
-        return received.tolist()
-
-    def _start(self, into: Tensor, source: Tensor, into_rows: list[int], rows: list[int]) -> Any:
-        # As bytes: gloo only copies, and bytes work for every dtype.
-        return dist.all_to_all_single(
-            into.view(torch.uint8),
-            source.view(torch.uint8),
-            into_rows,
-            rows,
-            group=self._group,
-            async_op=True,
-        )
-
-
-class RowPerExpertGloo(GlooBaseline):
-    """The same with a row for each expert of a token: K rows out, and K rows back, wherever they go."""
-
-    def __init__(self, group: dist.ProcessGroup | None, **shape: Any) -> None:
-        self._experts_per_token = shape["topk"]
-        pairs = {"topk": 1, "max_tokens": shape["max_tokens"] * shape["topk"]}
-        super().__init__(group, **shape | pairs)
-
-    def _plan_of(self, topk_idx: Tensor, topk_weights: Tensor) -> SendPlan:
-        """Each pair of token and expert as a token of its own; their rows are still summed by token."""
-        k = self._experts_per_token
-        pairs = super()._plan_of(topk_idx.reshape(-1, 1), topk_weights.reshape(-1, 1))
-        return replace(pairs, tokens=pairs.tokens // k, bag_start=pairs.bag_start[::k].contiguous())
-
-
-class PlainGlooBaseline(GlooBaseline):
-    """The same over gloo as it is usually written: new tensors every time, and `index_add_` in fp32."""
-
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        plan = self._plan = self._plan_of(topk_idx, topk_weights)
-        self._sent = plan.counts.tolist()
-        self._received = self._exchange_counts(plan.counts)
-        rows = x.new_empty(sum(self._received), x.shape[1])
-        meta = plan.meta.new_empty(sum(self._received), plan.meta.shape[1])
-        dist.all_to_all_single(rows, x[plan.tokens], self._received, self._sent, group=self._group)
-        dist.all_to_all_single(meta, plan.meta, self._received, self._sent, group=self._group)
-        self.topk_idx = meta[:, : self.topk]
-        self.topk_weights = meta[:, self.topk :].view(torch.float32)
-        return rows
+    def dispatch(self, job: Job) -> Received:
+        rows = self._transport.dispatch(job.x, job.topk_idx, job.topk_weights)
+        return Received(rows, self._transport.topk_idx, self._transport.topk_weights)
 
     def combine(self, y: Tensor) -> Tensor:
-        if self._plan is None:
-            raise RuntimeError("combine before any dispatch")
-        back = y.new_empty(sum(self._sent), y.shape[1])
-        dist.all_to_all_single(back, y, self._sent, self._received, group=self._group)
-        out = torch.zeros(len(self._plan.bag_start), y.shape[1], device=y.device)
-        return out.index_add_(0, self._plan.tokens, back.float()).to(y.dtype)
-
-
-class RowTypes:
-    """MPI's datatypes for rows: where an element is a row, no count can exceed an int32."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, Any] = {}
-
-    def __call__(self, num_bytes: int) -> Any:
-        if num_bytes not in self._made:
-            from mpi4py import MPI
-
-            self._made[num_bytes] = MPI.BYTE.Create_contiguous(num_bytes).Commit()
-        return self._made[num_bytes]
-
-
-class MpiBaseline(AllToAllBaseline):
-    """mpi4py's `Ialltoallv`; one element is a row, so that no count can exceed an int32."""
-
-    def __init__(self, comm: Any, **shape: Any) -> None:
-        super().__init__(rank=comm.rank, ranks=comm.size, **shape)
-        self._comm = comm
-        self._row_type = RowTypes()
-
-    def _exchange_counts(self, counts: Tensor) -> list[int]:
-        received = torch.empty_like(counts)
-        self._comm.Alltoall(counts.numpy(), received.numpy())
-        return received.tolist()
-
-    def _start(self, into: Tensor, source: Tensor, into_rows: list[int], rows: list[int]) -> Any:
-        row = self._row_type(source.shape[1] * source.element_size())
-        return self._comm.Ialltoallv(
-            [source.view(torch.uint8).numpy(), rows, row],
-            [into.view(torch.uint8).numpy(), into_rows, row],
-        )
+        return self._transport.combine(y)

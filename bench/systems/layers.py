@@ -1,4 +1,4 @@
-"""The systems of `moe_layer.py`: one MoE layer of the same weights over commlib and over all-to-alls."""
+"""Whole MoE layers that are compared: of the same weights, over commlib and over all-to-alls."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from all_to_all_layer import AllToAllLayer, Exchange, MpiExchange, TorchExchange
-from common import Launch
-from layer_memory import PeakMemory
-from overlap_layer import TOLERANCE, distance
 from torch import Tensor
-from workload import Shape, WrongResults
 
 import commlib
+from bench.harness.launch import Launch
+from bench.harness.memory import PeakMemory
+from bench.harness.workload import TOLERANCE, Shape, WrongResults, distance
+from bench.systems.all_to_all_layer import AllToAllLayer, Exchange, MpiExchange, TorchExchange
 from commlib.nn import MoELayer
 
 COMMLIB, GLOO, MPI, NCCL = "commlib", "gloo all-to-all", "MPI all-to-all", "NCCL all-to-all"

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from baselines import AllToAllBaseline
-from systems import Baseline, System
 from torch import Tensor
-from workload import Job, Received, Shape
+
+from bench.harness.turns import System
+from bench.harness.workload import Job, Received, Shape
+from bench.systems.all_to_all import AllToAllBaseline, Baseline
 
 # Limits of all_to_all_vdev_2d and its way back; they give each split a block, and use at most VDEV_BLOCKS.
 VDEV_MOST_RANKS = VDEV_MOST_PIECES = 16

@@ -1,0 +1,1 @@
+"""What all benchmarks need. It imports nothing itself: ``facts`` is for programs without PyTorch, too."""
