@@ -41,8 +41,9 @@ clean:  ## remove what was built
 
 # -- tests ----------------------------------------------------------------------------------------------------
 .PHONY: test test-hf-all soak train
-test: setup  ## all tests
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest
+test: setup  ## all tests, two files at a time; those of faults have deadlines, and the cores to themselves
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/faults
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest tests/faults
 
 test-hf-all: setup  ## every transformers model with experts, tiny, spread over two ranks; about a minute
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/hf_all.py

@@ -43,7 +43,10 @@ def dispatch(
         local, source = backend.empty(pending.rows, topk), backend.empty(size, 2)
         weights = None if call.topk_weights is None else c.new_weights(size, grouped)
         in_slot = call.zero_copy or (not grouped and c.can_spare_slots(0))
-        rows, scales = (_in_slot if in_slot else _in_memory)(c, size, format, call, pending.lease)
+        if in_slot:
+            rows, scales = _in_slot(c, size, format, call, pending.lease)
+        else:
+            rows, scales = _in_memory(c, size, format, call)
         places = local.data_ptr()
         view.complete(pending.rows, places if grouped else 0)
         received = _core.Received(
@@ -155,11 +158,7 @@ def combine(
 
 
 def _in_memory(
-    c: Communicator,
-    size: int,
-    format: _core.RowFormat,
-    call: Dispatch | Redispatch,
-    lease: _core.SlotLease | None = None,
+    c: Communicator, size: int, format: _core.RowFormat, call: Dispatch | Redispatch
 ) -> tuple[Tensor, Tensor | None]:
     """Memory that the user will own for received rows, and for scales where some are sent."""
     rows = c.new_rows(size, format, call.x)
