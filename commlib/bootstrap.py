@@ -29,7 +29,7 @@ from commlib.team import Team, find_team, keep_team
 from commlib.topology import Topology, find_topology, node_size
 
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
-# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions.md.
+# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions/protocol.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 # For a kernel: a sleep costs at least 50 µs, and what the host waits for comes within milliseconds.
