@@ -64,7 +64,7 @@ def test_the_pages_programs_and_commands_run_as_they_stand(tmp_path):
 
 def test_either_line_of_the_page_makes_the_switch(tmp_path):
     lines = next(block for block in PAGE.split("```")[1::2] if "install()" in block and "def" not in block)
-    for line in lines.strip().splitlines():
+    for line in lines.removeprefix("python\n").strip().splitlines():
         program = f"{line}\nimport sys\nassert 'commlib.compat.deep_ep' in sys.modules"
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr
