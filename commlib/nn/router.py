@@ -62,7 +62,7 @@ class TopKRouter(nn.Module):
         bias: whether the logits have a trained bias (GPT-OSS).
         balance_bias: whether each expert has a bias that counts in the choice but not in the weights, and
             that :func:`commlib.nn.update_bias` moves: balance without an auxiliary loss.
-        loss: ``Scores -> scalar``; None: 0. It is in :attr:`MoEAux.loss`. Your own may sum
+        loss: ``Scores -> scalar``; None: 0. It is in ``MoEAux.loss``. Your own may sum
             :func:`load_balance_loss` and :func:`z_loss`.
         dtype, device: of the parameters.
 
