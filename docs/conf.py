@@ -30,11 +30,13 @@ python_maximum_signature_line_length = 90
 nitpick_ignore_regex = [
     # Other libraries' types. Their own pages would have to be fetched to link to them.
     ("py:.*", r"(torch|numpy|nn|dist|transformers|torchtitan)\..*"),
-    ("py:.*", r"Tensor|Parameter|ProcessGroup|DeviceMesh|Module|PreTrainedModel|(datasets\.)?(Iterable)?Dataset"),
+    ("py:.*", r"Tensor|Parameter|ProcessGroup|DeviceMesh|Module|PreTrainedModel"),
+    ("py:.*", r"(datasets\.)?(Iterable)?Dataset"),
     # The standard library's, for the same reason.
     ("py:.*", r"(typing|collections\.abc|pathlib|abc|types)\..*|Any|Path"),
     # What extension modules give, and what a class keeps for itself.
-    ("py:.*", r"DeviceFacts|commlib\.nn\.shards\.Shard|commlib\.compat\.deep_ep\.communicators\.Communicators"),
+    ("py:.*", r"DeviceFacts|commlib\.nn\.shards\.Shard"),
+    ("py:.*", r"commlib\.compat\.deep_ep\.communicators\.Communicators"),
     # Type variables, and names for unions of types: signatures show them, and no page describes them.
     ("py:.*", r"(commlib\.[\w.]+\.)?(Array|T|_Model|Layout|Overflow|RoutingMode|Steps)"),
 ]

@@ -1,5 +1,6 @@
 """What docs/ says of the code. test_programs runs README's example."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import commlib.cli
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     *(ROOT / "commlib").rglob("*.py"),
@@ -16,6 +19,7 @@ SOURCES = [
     ROOT / "setup.py",
 ]
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGE_OF_NAMES = (ROOT / "docs/api.md").read_text()
 TESTS_OF_PAGES = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*docs.py"))
 # With these, Open MPI runs as root, as in a container, without being told on the command line.
 AS_ROOT = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
@@ -180,6 +184,31 @@ def test_the_layer_pages_programs_and_commands_run_as_they_stand(tmp_path):
     assert max(fullest[-10:]) < 0.7 * fullest[0]  # the bias balances
     assert numbers(converted, "largest difference")[0] < 1e-5
     assert "the same after two ways: True" in converted
+
+
+REFERENCE = (
+    "commlib",
+    "commlib.nn",
+    "commlib.model",
+    "commlib.compat.deep_ep",
+    "commlib.integrations.transformers",
+)
+
+
+@pytest.mark.parametrize("package", REFERENCE)
+def test_every_public_name_is_in_the_reference(package):
+    described = set(re.findall(r"^\.\. [\w:]+:: (?:[\w.]+\.)?(\w+)", PAGE_OF_NAMES, re.MULTILINE))
+    described |= set(re.findall(r"\w+", " ".join(re.findall(r":members: (.*)", PAGE_OF_NAMES))))
+    assert set(importlib.import_module(package).__all__) <= described
+
+
+def test_every_option_of_the_command_is_in_the_reference(capsys):
+    for command in ([], ["bench"], ["topo"]):
+        with pytest.raises(SystemExit):
+            commlib.cli.main([*command, "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert len(options) > 10
+    assert sorted(options - set(re.findall(r"--[a-z-]+", PAGE_OF_NAMES))) == []
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
