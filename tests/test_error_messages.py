@@ -11,7 +11,8 @@ import commlib.errors
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 PAGE = (ROOT / "docs/errors.md").read_text()
-MESSAGES = [block.strip() for block in re.findall(r"^```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)]
+BLOCKS = re.findall(r"^```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+MESSAGES = [message.strip() for block in BLOCKS for message in block.split("\n\n")]
 LITERAL = r'"((?:[^"\\\n]|\\.)*)"'  # of C++
 
 
