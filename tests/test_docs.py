@@ -186,6 +186,12 @@ def test_the_layer_pages_programs_and_commands_run_as_they_stand(tmp_path):
     assert "the same after two ways: True" in converted
 
 
+def test_pages_are_short_enough_to_read():
+    lines = {page: len((ROOT / "docs" / page).read_text().splitlines()) for page in PAGES}
+    assert {page: n for page, n in lines.items() if n > (300 if page.startswith("decisions/") else 500)} == {}
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
 REFERENCE = (
     "commlib",
     "commlib.nn",
