@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"DeviceFacts|commlib\.nn\.shards\.Shard"),
     ("py:.*", r"commlib\.compat\.deep_ep\.communicators\.Communicators"),
     # Type variables, and names for unions of types: signatures show them, and no page describes them.
-    ("py:.*", r"(commlib\.[\w.]+\.)?(Array|T|_Model|Layout|Overflow|RoutingMode|Steps)"),
+    ("py:.*", r"(commlib\.[\w.]+\.)?(Array|SupportsDLPack|T|_Model|Layout|Overflow|RoutingMode|Steps)"),
 ]
 
 # Each public name, under the package that exports it. A signature names the module in which it was written.
