@@ -39,6 +39,7 @@ nitpick_ignore_regex = [
     # What extension modules give, and what a class keeps for itself.
     ("py:.*", r"DeviceFacts|commlib\.nn\.shards\.Shard"),
     ("py:.*", r"commlib\.compat\.deep_ep\.communicators\.Communicators"),
+    ("py:.*", r"commlib\.calls\.(Arrived|Rearrived)|commlib\.dispatched\.Owner"),
     # Type variables, and names for unions of types: signatures show them, and no page describes them.
     ("py:.*", r"(commlib\.[\w.]+\.)?(Array|SupportsDLPack|T|_Model|Layout|Overflow|RoutingMode|Steps)"),
 ]
