@@ -50,7 +50,7 @@ class Handle:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that this rank sent: rows of ``combine``'s result."""
+        """Tokens that this rank sent, which are the rows of ``combine``'s result."""
         return self._plan.routes.shape[0]
 
     @property

@@ -22,7 +22,7 @@ _POOLED_BYTES = 1 << 20  # results of at least this size come from the communica
 # 128 TiB that a process has.
 _SLOTS, _FEWEST_SLOTS, _ADDRESSES = 128, 8, 2**41
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
-# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions.md.
+# the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions/protocol.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
 _SPIN_SHARED_CORE = _core.SpinPolicy(pauses=50, yields=5)
 

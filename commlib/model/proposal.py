@@ -72,7 +72,7 @@ class Proposal:
 
     @property
     def limit(self) -> str:
-        """What the layer waits for: "compute", or the limit of the longer operation."""
+        """What the layer waits for, "compute" or the limit of the longer operation."""
         if self.overlap and self.compute_seconds > self.prediction.seconds:
             return "compute"
         return _longer(self.prediction).limit

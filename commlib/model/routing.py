@@ -67,12 +67,12 @@ class UniformRouting:
 
     @cached_property
     def rank_share(self) -> tuple[float, ...]:
-        """For each rank: the probability that a token goes there."""
+        """For each rank, the probability that a token goes there."""
         return self._shares([self.experts_on(rank) for rank in range(self.ranks)])
 
     @cached_property
     def node_share(self) -> tuple[float, ...]:
-        """For each node: the probability that a token goes there."""
+        """For each node, the probability that a token goes there."""
         each = self.ranks // self.nodes
         owned = [sum(self.experts_on(node * each + i) for i in range(each)) for node in range(self.nodes)]
         return self._shares(owned)

@@ -76,7 +76,7 @@ class Experts(ShardedExperts):
         """Apply each expert to its rows.
 
         Args:
-            x, offsets: as :meth:`forward` takes them.
+            x, offsets: as ``forward`` takes them.
             weights: the parameters of :meth:`shapes`, ``[count, ...]``: use these, and do not read them from
                 ``self``.
 

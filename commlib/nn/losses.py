@@ -9,11 +9,17 @@ from torch import Tensor
 
 
 class Scores(NamedTuple):
-    """What a router's loss is made of, for T tokens and E experts, K of which a token chose."""
+    """What a router's loss is made of, for T tokens and E experts, K of which a token chose.
 
-    logits: Tensor  # [T, E] float32 (float64 for float64 tokens)
-    probs: Tensor  # [T, E], dtype of logits; a token's sum to 1
-    topk_idx: Tensor  # [T, K] int64
+    Attributes:
+        logits: ``[T, E]`` float32 (float64 for float64 tokens).
+        probs: ``[T, E]``, dtype of logits; a token's sum to 1.
+        topk_idx: ``[T, K]`` int64.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    topk_idx: Tensor
 
 
 def load_balance_loss(probs: Tensor, topk_idx: Tensor) -> Tensor:

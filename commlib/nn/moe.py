@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 
 class MoEAux(NamedTuple):
-    """What :class:`MoELayer` returns besides its output, over this rank's own tokens."""
+    """What :class:`MoELayer` returns besides its output, over this rank's own tokens.
 
-    loss: Tensor  # scalar: the router's, load balance by default
-    tokens_per_expert: Tensor  # [num_experts] int64: how often each expert was chosen
+    Attributes:
+        loss: a scalar: the router's, load balance by default.
+        tokens_per_expert: ``[num_experts]`` int64: how often each expert was chosen.
+    """
+
+    loss: Tensor
+    tokens_per_expert: Tensor
 
 
 class MoELayer(nn.Module):

@@ -19,11 +19,17 @@ _TINY = 1e-20  # which DeepSeek-V3 adds to a sum that it divides by
 
 
 class RouterOutput(NamedTuple):
-    """What a router returns for T tokens: any callable that returns such a triple is a router."""
+    """What a router returns for T tokens: any callable that returns such a triple is a router.
 
-    topk_idx: Tensor  # [T, K] int64, global expert ids; -1 leaves a place empty
-    topk_weights: Tensor  # [T, K] float32 (float64 for float64 tokens)
-    loss: Tensor  # scalar, to be added to the training loss (scaled as you like)
+    Attributes:
+        topk_idx: ``[T, K]`` int64, global expert ids; -1 leaves a place empty.
+        topk_weights: ``[T, K]`` float32 (float64 for float64 tokens).
+        loss: a scalar, to be added to the training loss (scaled as you like).
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    loss: Tensor
 
 
 def balance(scores: Scores) -> Tensor:
@@ -62,7 +68,7 @@ class TopKRouter(nn.Module):
         bias: whether the logits have a trained bias (GPT-OSS).
         balance_bias: whether each expert has a bias that counts in the choice but not in the weights, and
             that :func:`commlib.nn.update_bias` moves: balance without an auxiliary loss.
-        loss: ``Scores -> scalar``; None: 0. It is in :attr:`MoEAux.loss`. Your own may sum
+        loss: ``Scores -> scalar``; None: 0. It is in ``MoEAux.loss``. Your own may sum
             :func:`load_balance_loss` and :func:`z_loss`.
         dtype, device: of the parameters.
 

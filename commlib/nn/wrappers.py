@@ -168,7 +168,7 @@ def fully_shard_experts(module: nn.Module, mesh: dist.DeviceMesh, **options: Any
         ValueError: the module has no Experts, ranks of the mesh hold different ones, or shard_placement_fn
             shards a dimension other than that of experts where parameters do not become DTensors over both
             meshes; or a subclass of Experts would have gradients that nothing divides (see
-            :meth:`Experts.local`). It is raised on every rank, and nothing has changed.
+            :meth:`ShardedExperts.local`). It is raised on every rank, and nothing has changed.
         TypeError: ``mesh`` is not a DeviceMesh.
     """
     from torch.distributed.fsdp import fully_shard

@@ -56,8 +56,8 @@ def run_ranks(
         ValueError: world_size < 1, or another device.
         RuntimeError: no CUDA device can be used; the text says why.
         KeyboardInterrupt: on Ctrl-C. Ranks that are in a gather or an operation are ended.
-        The error of the rank that failed first; the other ranks are told, and do not wait for it. At start-up
-        they do not wait for a rank that has returned, either.
+        Exception: that of the rank that failed first; the other ranks are told, and do not wait for it. At
+            start-up they do not wait for a rank that has returned, either.
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")

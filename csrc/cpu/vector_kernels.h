@@ -20,8 +20,8 @@ namespace {
 constexpr int kUnroll = 4;
 
 // How far ahead a sum prefetches its rows. The hardware prefetcher stops at each 4 KiB page, and rows are 3
-// or 4 pages long: prefetching took the sum of 4 ranks' rows from 7.4 to 5.6 ms (docs/performance.md). Past
-// the end of a row it fetches the next one, which is most often needed next; a prefetch never faults.
+// or 4 pages long: prefetching took the sum of 4 ranks' rows from 7.4 to 5.6 ms (docs/measurements/cpu.md).
+// Past the end of a row it fetches the next one, which is most often needed next; a prefetch never faults.
 constexpr int64_t kPrefetchBytes = 2048;
 
 inline bool whole_lines(const void* p, int64_t bytes) {

@@ -2,7 +2,7 @@
 //
 // Why a thread, and not the workers themselves: TCP moves only while a thread moves it, on both sides, also
 // while this rank's workers compute or sleep; a GPU's workers cannot call UCX at all; and UCX's worker, which
-// only one thread uses, needs no locks. See docs/decisions.md.
+// only one thread uses, needs no locks. See docs/decisions/nodes.md.
 #pragma once
 
 #include <atomic>

@@ -3,7 +3,7 @@
 // Chunks are active messages, not puts: the receiver says where bytes go when a message announces itself, so
 // UCX may choose for each path between sending at once (TCP) and fetching by RDMA, and copies what is in a
 // GPU's memory through the host where nothing can read it directly; and completion at the receiver is one
-// call, with no flags that a network would have to order behind data. See docs/decisions.md.
+// call, with no flags that a network would have to order behind data. See docs/decisions/nodes.md.
 #pragma once
 
 #include <string>

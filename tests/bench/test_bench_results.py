@@ -68,7 +68,7 @@ def test_where_benchmarks_write_is_one_place_that_git_ignores():
 
 
 def test_samples_that_texts_cite_are_there():
-    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     cited = {
         (text.parent / link).resolve().relative_to(ROOT).as_posix()
         for text in texts

