@@ -11,7 +11,7 @@ launch = PATH="$(BIN):$$PATH" $(MPIRUN) $(AS_ROOT) --oversubscribe -n $(1) $(BIN
 LAUNCH = $(call launch,$(RANKS))
 SOURCES := $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests/cpp tests/simt -name '*.cc' -o -name '*.h')
-LINTED := commlib bench csrc examples tests setup.py
+LINTED := commlib bench csrc docs examples tests setup.py
 # For the tests in C++, as csrc/nvcc.py does for the modules: warnings are errors only in CI.
 export WERROR ?= $(if $(filter-out 0,$(COMMLIB_WERROR)),-Werror)
 

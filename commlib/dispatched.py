@@ -161,7 +161,7 @@ class Dispatched(Generic[Array]):
     scales: Array | Any = None
 
     @staticmethod
-    def of(
+    def _of(
         handle: Handle,
         export: Callable[[Tensor], Any],
         came: Arrived | Rearrived,

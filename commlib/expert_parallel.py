@@ -214,7 +214,7 @@ class ExpertParallel:
             known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
             again, event = ops.redispatch(self._attachment, known, async_op)
             groups = self._copied(handle._plan.groups)
-            return Dispatched.of(handle, exporter_for(given), again, groups, event)
+            return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = layout or "rank"
         checks.check_layout(layout, zero_copy, overflow)
         align = checks.as_int("align", align)
@@ -227,7 +227,7 @@ class ExpertParallel:
         in_waves = in_waves and len(self.topology.hosts) == 1
         came, event = ops.dispatch(self._attachment, call, async_op, in_waves)
         handle = Handle(self, came.plan(call), layout, align)
-        return Dispatched.of(handle, exporter_for(given), came, came.counts, event)
+        return Dispatched._of(handle, exporter_for(given), came, came.counts, event)
 
     @overload
     def combine(
