@@ -111,4 +111,4 @@ cuda-report: setup  ## what nvcc made of the kernels: registers, stack, spills, 
 clean:  ## remove what was built
 	rm -rf $(VENV) $(MEGATRON_VENV) build *.egg-info commlib/*.so commlib/*.sources
 
--include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk tests/megatron/megatron.mk
+-include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk tests/megatron/megatron.mk tests/simt/torch/torch.mk
