@@ -81,4 +81,4 @@ hooks: $(VENV)/requirements  ## let git run lint's checks of what has changed be
 	$(BIN)/pre-commit install
 
 -include bench/bench.mk csrc/csrc.mk docs/docs.mk tests/gpu/stages.mk
--include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk tests/megatron/megatron.mk
+-include tests/cpp/sanitize.mk tests/cpp/aarch64.mk tests/cpp/gpu/gpu.mk tests/simt/simt.mk tests/simt/torch/torch.mk tests/megatron/megatron.mk

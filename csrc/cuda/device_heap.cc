@@ -108,7 +108,7 @@ class VirtualRegion : public DeviceRegion {
   CUmemAllocationProp properties(Share share) {
     CUmemAllocationProp prop{};
     prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device_}};
+    prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, device_};
     prop.requestedHandleTypes =
         share == Share::fd ? CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR : CU_MEM_HANDLE_TYPE_FABRIC;
     size_t granularity = 0;
@@ -126,7 +126,7 @@ class VirtualRegion : public DeviceRegion {
     allow(device_);
   }
   void allow(int device) override {
-    const CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, {device}}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    const CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
     check(driver().mem_set_access(address(), mapped_, &access, 1), "cuMemSetAccess", kUnreachable);
   }
 

@@ -140,7 +140,7 @@ bool makes_fabric_memory(int device) {
   check(cudaFree(nullptr), "cudaFree", "The device's context could not be made.");
   CUmemAllocationProp prop{};
   prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+  prop.location = {CU_MEM_LOCATION_TYPE_DEVICE, device};
   prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_FABRIC;
   size_t bytes = 0;  // the least there is: 2 MiB
   CUmemGenericAllocationHandle allocation = 0;

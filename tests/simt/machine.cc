@@ -95,10 +95,12 @@ void Machine::launch(int stream, unsigned grid, unsigned block, size_t shared_by
 }
 
 Result Machine::run() {
+  constexpr uint64_t kStepsBetweenLooks = 64;
   Machine* outer = std::exchange(machine, this);
   on_machine = true;
   while (error_.empty()) {
     if (host_) host_->take_in();
+    if (!config.time_leaps && ++steps_ % kStepsBetweenLooks == 0) follow_clock();
     if (!streams_.empty()) {
       step();
     } else if (!host_) {
@@ -202,9 +204,12 @@ void Machine::preempt(int rarer) {
 // would take all switches, and never be asleep at the same time.
 void Machine::sleep(uint64_t ns) {
   constexpr int kMostDoublings = 12;
+  constexpr uint64_t kLongestNap = 60'000;  // by the host's clock: deadlines are looked at after many naps
   self->naps = self->change_at_nap == changes ? std::min(self->naps + 1, kMostDoublings) : 0;
   self->change_at_nap = changes;
-  sleepers_.push({now + 1 + (random.below(2 * ns + 1) << self->naps), self});
+  uint64_t nap = random.below(2 * ns + 1) << self->naps;
+  if (!config.time_leaps) nap = std::min(nap, std::max(2 * ns, kLongestNap));
+  sleepers_.push({now + 1 + nap, self});
   block_current(State::asleep);
 }
 
@@ -252,6 +257,7 @@ void Machine::let_time_pass() {
   constexpr int kFirstWait = 14, kLargestWait = 20;  // of 16 us and 1 ms
   const uint64_t wake = sleepers_.empty() ? UINT64_MAX : sleepers_.top().wake;
   const uint64_t next = std::max(now, copies.empty() ? wake : std::min(wake, copies.front().due));
+  if (!config.time_leaps) return wait_until(next);
   if (delayed > delayed_to_host || !copies.empty() || changes != changes_when_idle_) {
     now = next;
     changes_when_idle_ = changes;
@@ -266,11 +272,33 @@ void Machine::let_time_pass() {
   }
 }
 
+// Time passes as on the host's clock, but for what the machine's thread lost to others: so a deadline expires
+// when it says, also on a busy host.
+void Machine::follow_clock() {
+  constexpr uint64_t kLongestTurn = 2'000'000;
+  const uint64_t clock = real_time();
+  const uint64_t passed = std::min(clock - looked_, kLongestTurn), owed = std::min(ahead_, passed);
+  looked_ = clock;
+  ahead_ -= owed;
+  now += passed - owed;
+}
+
+// To sleep for microseconds would take longer, so time may be ahead by that much.
+void Machine::wait_until(uint64_t next) {
+  constexpr uint64_t kUnnoticed = 10'000, kLongestWait = 1'000'000;
+  if (ahead_ + (next - now) > kUnnoticed) {
+    host_->wait(std::min(next - now, kLongestWait));
+    return follow_clock();
+  }
+  ahead_ += next - now;
+  now = next;
+}
+
 // With a host, deadlines of waits are longer than any test; but checks why a wait does not end, made every
 // few milliseconds, should come at all moments.
 uint64_t Machine::read_time() {
   constexpr size_t kOneIn = 256, kMostNs = 10'000'000;
-  if (host_ && random.one_in(kOneIn)) now += random.below(kMostNs);
+  if (host_ && config.time_leaps && random.one_in(kOneIn)) now += random.below(kMostNs);
   return ++now;
 }
 

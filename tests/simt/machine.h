@@ -171,6 +171,8 @@ struct Copy {
   bool operator<(const Copy& other) const { return due > other.due; }
 };
 
+uint64_t real_time();  // in ns
+
 // The host, as seen by a machine that runs while threads of the host use it (gpu.cc).
 class Host {
  public:
@@ -250,6 +252,8 @@ class Machine {
   void wake_sleepers();
   void idle();
   void let_time_pass();
+  void follow_clock();
+  void wait_until(uint64_t next);
   void land_a_store();
   void advance_due_copies();
   void retire_if_done(Block& block);
@@ -266,10 +270,11 @@ class Machine {
   uint64_t changes_when_idle_ = 0;
   int idle_rounds_ = 0;
   uint64_t switches_ = 0;
+  uint64_t steps_ = 0;
+  uint64_t looked_ = real_time();  // at the host's clock
+  uint64_t ahead_ = 0;             // of it, by how much
   std::string error_;
 };
-
-uint64_t real_time();  // in ns
 
 extern Machine* machine;              // the running one
 extern thread_local bool on_machine;  // whether this is the thread that runs it

@@ -14,6 +14,7 @@ struct Config {
   uint64_t seed = 1;               // the whole run follows from it
   int preempt = 16;                // 1 in this many accesses through ptx:: lets others run first; 0: none
   bool delay_stores = false;       // weak mode: ptx::store_global lands late unless a release orders it
+  bool time_leaps = true;          // false: it passes about as the host's does, beside which the machine runs
   bool find_races = false;         // accesses that nothing orders are errors, whether or not they went wrong
   int sms = 1 << 30;               // blocks that can be resident at a time, of all streams together
   size_t stack_bytes = 128 << 10;  // of a fiber; only what it touches takes memory

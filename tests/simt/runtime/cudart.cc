@@ -3,16 +3,19 @@
 #include "simt/runtime/cudart.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "cuda/ptx.cuh"
 #include "simt/runtime/driver.h"
+#include "simt/runtime/host_work.h"
 
 namespace simt {
 
@@ -24,7 +27,6 @@ thread_local bool next_launch_fails = false;
 
 namespace {
 
-constexpr int kSms = 16;
 constexpr size_t kAlignment = 256;
 constexpr size_t kReservedShared = 1024;  // of each block, by the system
 
@@ -228,11 +230,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   if (simt::health() != cudaSuccess) return cudaErrorLaunchFailure;
+  simt::hand_over(stream);
   return result(gpu->idle(simt::number_of(stream)) ? cudaSuccess : cudaErrorNotReady);
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
+  simt::hand_over(stream);
   gpu->synchronize(simt::number_of(stream));
   return simt::health();
 }
@@ -250,9 +254,16 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (!gpu) return result(cudaErrorInvalidResourceHandle);  // a lease that outlives its world
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
-  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = ++event->records] {
+  simt::launch(stream, 1, 1, 0, [reached = event->reached, when = event->when, number = ++event->records] {
+    *when = simt::clock_ns();
     simt::store_release(reached.get(), number);
   });
+  return simt::health();
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  simt::hand_over_all();
+  gpu->synchronize();
   return simt::health();
 }
 
@@ -261,10 +272,27 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   return result(reached >= event->records ? cudaSuccess : cudaErrorNotReady);
 }
 
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  while (cudaEventQuery(event) != cudaSuccess) {
+    if (const cudaError_t error = simt::health()) return error;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begun, cudaEvent_t ended) {
+  if (begun->records == 0 || ended->records == 0) return result(cudaErrorInvalidResourceHandle);
+  for (const cudaEvent_t event : {begun, ended}) {
+    if (const cudaError_t error = cudaEventQuery(event)) return error;
+  }
+  *ms = static_cast<float>(static_cast<double>(*ended->when) - static_cast<double>(*begun->when)) / 1e6f;
+  return cudaSuccess;
+}
+
 // A kernel of one thread that looks now and then.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureIsolation);  // of what came before
-  gpu->launch(simt::number_of(stream), 1, 1, 0, [reached = event->reached, number = event->records.load()] {
+  simt::launch(stream, 1, 1, 0, [reached = event->reached, number = event->records.load()] {
     while (simt::load_acquire(reached.get()) < number) simt::nanosleep(1000);
   });
   return simt::health();
@@ -272,7 +300,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 // A kernel of one thread. Words arrive whole.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  gpu->launch(simt::number_of(stream), 1, 1, 0, [=] {
+  simt::launch(stream, 1, 1, 0, [=] {
     size_t i = 0;
     for (; i + sizeof(uint64_t) <= bytes; i += sizeof(uint64_t)) {
       uint64_t word;
@@ -285,7 +313,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  gpu->launch(simt::number_of(stream), 1, 1, 0, [=] { std::memset(to, value, bytes); });
+  simt::launch(stream, 1, 1, 0, [=] { std::memset(to, value, bytes); });
   return simt::health();
 }
 
@@ -327,9 +355,8 @@ cudaError_t cudaLaunchKernel(const void* address, dim3 grid, dim3 block, void** 
   const auto* given = static_cast<const std::byte*>(arguments[0]);
   const auto argument = std::make_shared<std::vector<std::byte>>(given, given + kernel.facts.argument_bytes);
   const auto start = [=](cudaStream_t on) {
-    gpu->launch(
-        simt::number_of(on), grid.x, block.x, shared_bytes,
-        [=] { kernel.facts.call(address, argument->data()); },
+    simt::launch(
+        on, grid.x, block.x, shared_bytes, [=] { kernel.facts.call(address, argument->data()); },
         simt::mapped_memory_of(argument->data(), kernel.facts.argument_bytes));
     return simt::health();
   };

@@ -26,6 +26,7 @@ struct CUstream_st {
 // Each record queues a store of its number; waiting for the event means waiting for the last store.
 struct CUevent_st {
   std::shared_ptr<uint64_t> reached = std::make_shared<uint64_t>(0);
+  std::shared_ptr<uint64_t> when = std::make_shared<uint64_t>(0);  // by the host's clock, in ns
   std::atomic<uint64_t> records{0};
 };
 
@@ -41,6 +42,8 @@ bool accesses_are_seen() { return true; }
 
 // What all functions work on; set while none is being called.
 extern Gpu* gpu;
+
+constexpr int kSms = 16;
 
 // The device that it claims to be; a test may set another while there is no communicator.
 struct Chip {

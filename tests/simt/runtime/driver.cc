@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "simt/runtime/cudart.h"
+#include "simt/runtime/host_work.h"
 
 namespace simt {
 
@@ -103,26 +104,14 @@ CUresult mem_set_access(CUdeviceptr p, size_t bytes, const CUmemAccessDesc*, siz
 // A kernel of one thread that looks now and then.
 CUresult stream_wait_value(CUstream stream, CUdeviceptr p, cuuint64_t value, unsigned flags) {
   if (flags != CU_STREAM_WAIT_VALUE_GEQ || p % sizeof(uint64_t) != 0) return CUDA_ERROR_INVALID_VALUE;
-  gpu->launch(number_of(stream), 1, 1, 0, [=] {
+  launch(stream, 1, 1, 0, [=] {
     while (static_cast<int64_t>(load_acquire(static_cast<uint64_t*>(at(p))) - value) < 0) nanosleep(1000);
   });
   return CUDA_SUCCESS;
 }
 
-struct Function {
-  const char* name;
-  void* address;
-};
-
-template <class F>
-Function named(const char* name, F* function) {
-  return {name, reinterpret_cast<void*>(function)};
-}
-
-}  // namespace
-
-void* driver_function(const char* name) {
-  static const Function functions[] = {
+std::vector<DriverFunction> all_functions() {
+  std::vector<DriverFunction> all = {
       named("cuGetErrorName", get_error_name),
       named("cuGetErrorString", get_error_name),
       named("cuDeviceGetAttribute", get_attribute),
@@ -138,7 +127,15 @@ void* driver_function(const char* name) {
       named("cuMemUnmap", mem_unmap),
       named("cuStreamWaitValue64", stream_wait_value),
   };
-  for (const Function& f : functions) {
+  for (const DriverFunction& f : green_context_functions()) all.push_back(f);
+  return all;
+}
+
+}  // namespace
+
+void* driver_function(const char* name) {
+  static const std::vector<DriverFunction> functions = all_functions();
+  for (const DriverFunction& f : functions) {
     if (std::strcmp(f.name, name) == 0) return f.address;
   }
   return nullptr;

@@ -1,0 +1,126 @@
+// Device memory by the rules of PyTorch's caching allocator: what is freed belongs to the stream on which it
+// was allocated, and is given out there again at once; other streams must have been noted. Freed memory is
+// overwritten in the order of its stream, so that whoever uses it longer than that reads garbage.
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "simt/runtime/host_work.h"
+#include "simt/torch/device.h"
+
+namespace standin {
+namespace {
+
+constexpr size_t kUnit = 512;
+constexpr int kGarbage = 0xff;  // NaN in floating point, -1 in integers
+
+struct Block {
+  void* data;
+  size_t bytes;
+  cudaStream_t stream;
+  std::set<cudaStream_t> users = {};    // other streams
+  std::vector<cudaEvent_t> until = {};  // freed, and used by others up to here
+};
+
+void give_back(void* block);
+
+class Memory final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &give_back, kDevice};
+    Block* block = take((bytes + kUnit - 1) / kUnit * kUnit, current_stream());
+    return {block->data, block, &give_back, kDevice};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    catch_up_with_current_stream();
+    default_copy_data(to, from, bytes);
+  }
+
+  void free(Block* block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= block->bytes;
+    for (const cudaStream_t user : std::exchange(block->users, {})) {
+      cudaEvent_t event = nullptr;
+      cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+      cudaEventRecord(event, user);
+      block->until.push_back(event);
+    }
+    block->until.empty() ? reuse(block) : in_use_.push_back(block);
+  }
+  void note_use(Block* block, cudaStream_t stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stream != block->stream) block->users.insert(stream);
+  }
+  size_t used() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return used_;
+  }
+
+ private:
+  Block* take(size_t bytes, cudaStream_t stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    used_ += bytes;
+    look_through_those_in_use();
+    const auto found = free_.find({stream, bytes});
+    if (found != free_.end()) {
+      Block* block = found->second;
+      free_.erase(found);
+      return block;
+    }
+    void* data = nullptr;
+    TORCH_CHECK(posix_memalign(&data, kUnit, bytes) == 0, "CUDA out of memory (of the simulated GPU)");
+    std::memset(data, kGarbage, bytes);
+    return new Block{data, bytes, stream};
+  }
+  void reuse(Block* block) {
+    simt::put_off(block->stream,
+                  [data = block->data, bytes = block->bytes] { std::memset(data, kGarbage, bytes); });
+    free_.insert({{block->stream, block->bytes}, block});
+  }
+  void look_through_those_in_use() {
+    std::vector<Block*> still;
+    for (Block* block : std::exchange(in_use_, {})) {
+      while (!block->until.empty() && cudaEventQuery(block->until.back()) == cudaSuccess) {
+        cudaEventDestroy(block->until.back());
+        block->until.pop_back();
+      }
+      block->until.empty() ? reuse(block) : still.push_back(block);
+    }
+    cudaGetLastError();  // cudaErrorNotReady
+    in_use_ = std::move(still);
+  }
+
+  std::mutex mutex_;  // guards the members below it
+  std::multimap<std::pair<cudaStream_t, size_t>, Block*> free_;
+  std::vector<Block*> in_use_;
+  size_t used_ = 0;
+};
+
+Memory& memory() {
+  static auto* const one = new Memory;  // tensors may outlive the end of the program
+  return *one;
+}
+
+void give_back(void* block) {
+  if (block) memory().free(static_cast<Block*>(block));
+}
+
+}  // namespace
+
+c10::Allocator& allocator() { return memory(); }
+
+void note_use(const c10::DataPtr& data, cudaStream_t stream) {
+  if (data.get_deleter() != &give_back || !data.get_context()) return;  // others' memory, as a heap's
+  memory().note_use(static_cast<Block*>(data.get_context()), stream);
+}
+
+size_t used_bytes() { return memory().used(); }
+
+}  // namespace standin
