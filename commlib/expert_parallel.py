@@ -212,8 +212,8 @@ class ExpertParallel:
             check_handle(self, handle, layout, topk_idx)
             checks.check_layout(handle.layout, zero_copy, overflow)
             known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
+            groups = self._copied(handle._plan.groups)  # before the rows, with which it is there
             again, event = ops.redispatch(self._attachment, known, async_op)
-            groups = self._copied(handle._plan.groups)
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = layout or "rank"
         checks.check_layout(layout, zero_copy, overflow)

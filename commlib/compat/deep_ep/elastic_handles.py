@@ -90,7 +90,7 @@ def made_of(
         if exact is not None:
             exact.copy_(counts)
 
-    read = (d.source, counts, *routing[:-1], *(() if d.offsets is None else (d.offsets,)))
+    read = (d.source, counts, *routing.tensors, *(() if d.offsets is None else (d.offsets,)))
     work.then(fill, by_rank, by_expert, metadata, places, *(() if exact is None else (exact,)), *read)
     return EPHandle(
         do_expand=shape.do_expand,
