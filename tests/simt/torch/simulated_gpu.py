@@ -5,23 +5,11 @@ is a failure: a test that skips itself has not passed.
 """
 
 import os
-import zlib
 
 import not_run
 import pytest
 
 _left_out = pytest.StashKey[list[str]]()
-
-
-def pytest_addoption(parser):
-    parser.addoption("--part", default="1/1", help="of the files, as 1/2: one simulated GPU fills one core")
-
-
-def pytest_ignore_collect(collection_path, config):
-    part, parts = map(int, config.getoption("--part").split("/"))
-    name = collection_path.name
-    mine = zlib.crc32(name.encode()) % parts == part - 1
-    return True if name.startswith("test_") and not mine else None
 
 
 def pytest_configure(config):
@@ -37,6 +25,17 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     lines = [f"  {item.nodeid.rpartition('/')[2]}: {reasons[item]}" for item in left_out]
     config.stash[_left_out] = [f"not run on the simulated GPU: {len(left_out)} cases", *lines]
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist tells the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[_left_out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", [])
 
 
 def pytest_terminal_summary(terminalreporter, config):

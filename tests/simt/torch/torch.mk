@@ -27,16 +27,11 @@ SIMT_TORCH_FLAGS := -g1 -fPIC -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unk
 SIMT_TORCH_RUN = PYTHONPATH="$(abspath tests/simt/torch):$$PYTHONPATH" SIMULATED_GPU="$(abspath $(SIMT_TORCH))" \
   SIMT_SEED="$(SEED)" PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -p simulated_gpu -m gpu --deadline 60
 # A simulated GPU fills one core.
-SIMT_TORCH_PARTS := simt-torch-1/2 simt-torch-2/2
+TESTS ?= -n 2 --dist loadfile tests tests/simt/torch/checks.py
 
-.PHONY: test-gpu-simulated simt-torch $(SIMT_TORCH_PARTS)
-test-gpu-simulated: simt-torch  ## the tests for a GPU on simulated ones, PyTorch included; TESTS=tests/test_cuda.py, SEED=n
-	@$(if $(TESTS),$(SIMT_TORCH_RUN) $(TESTS),$(MAKE) --no-print-directory -j2 -Otarget -f tests/simt/torch/torch.mk BIN=$(BIN) \
-	  SEED=$(SEED) $(SIMT_TORCH_PARTS))
-
-$(SIMT_TORCH_PARTS): simt-torch-%:
-	@echo "== the tests for a GPU on a simulated one, part $*"
-	@$(SIMT_TORCH_RUN) -q --part $* tests $(if $(filter 1/%,$*),tests/simt/torch/checks.py)
+.PHONY: test-gpu-simulated simt-torch
+test-gpu-simulated: simt-torch  ## the tests for a GPU on simulated ones, PyTorch included; TESTS=tests/gpu/test_cuda.py, SEED=n
+	@$(SIMT_TORCH_RUN) -q $(TESTS)
 
 simt-torch: $(if $(SIMT_TORCH_CUDA),,no-cuda-headers) $(if $(filter Makefile,$(firstword $(MAKEFILE_LIST))),setup)
 	@$(MAKE) --no-print-directory -j2 -f tests/simt/torch/torch.mk BIN=$(BIN) $(SIMT_TORCH_BUILT)
