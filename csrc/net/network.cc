@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -268,6 +269,8 @@ void Network::arrived(const Post& post, const std::byte* words) {
     } catch (const std::exception& e) {  // not through a transport's C code
       return lost(post.peer, std::string("its words could not be written: ") + e.what());
     }
+    if (post.number == post.peer * sizeof(Signals) + offsetof(Signals, departed))
+      departed_ |= bit_of(post.peer);
     if (signals_) notify(signals_[post.peer].event);
     return;
   }
@@ -323,7 +326,7 @@ void Network::work() {
     }
   }
   take_posts();
-  transport_->close(closing_seconds_);
+  transport_->close(closing_seconds_, [this](int peer) { return has(departed_, peer); });
 }
 
 void Network::sleep() {

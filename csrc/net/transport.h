@@ -63,8 +63,9 @@ class Transport {
   virtual bool progress() = 0;
   // Sleeps until there is something to move, `wake` can be read, or the time is over.
   virtual void sleep(int wake, int milliseconds) = 0;
-  // Sends what is under way, for at most this long, and disconnects.
-  virtual void close(double seconds) = 0;
+  // Sends what is under way, for at most this long, and disconnects. Not to ranks that have departed, as far
+  // as `has_departed` knows by now: they need nothing more, and may have disconnected before all has arrived.
+  virtual void close(double seconds, const std::function<bool(int peer)>& has_departed) = 0;
 };
 
 using TransportFactory = std::function<std::unique_ptr<Transport>()>;

@@ -32,7 +32,7 @@ class UcxTransport final : public Transport {
   void send(int to, const Header& header, const std::byte* data) override;
   bool progress() override { return lib_.ucp_worker_progress(worker_) != 0; }
   void sleep(int wake, int milliseconds) override;
-  void close(double seconds) override;
+  void close(double seconds, const std::function<bool(int peer)>& has_departed) override;
 
  private:
   struct Peer {
@@ -109,7 +109,7 @@ UcxTransport::UcxTransport(int size, UcxOptions options) : lib_(ucx()), options_
 }
 
 UcxTransport::~UcxTransport() {
-  close(0);
+  close(0, [](int) { return true; });
   if (memory_) lib_.ucp_mem_unmap(context_, memory_);
   if (worker_) lib_.ucp_worker_destroy(worker_);
   if (context_) lib_.ucp_cleanup(context_);
@@ -254,9 +254,9 @@ void UcxTransport::sleep(int wake, int milliseconds) {
 }
 
 // Flushes each connection that has not failed, all at once.
-void UcxTransport::close(double seconds) {
+void UcxTransport::close(double seconds, const std::function<bool(int peer)>& has_departed) {
   const double deadline = monotonic_seconds() + seconds;
-  std::vector<void*> closing;
+  std::vector<std::pair<void*, int>> closing;  // requests, and to which rank
   for (Peer& peer : peers_) {
     if (!peer.ep) continue;
     ucp_request_param_t param{};
@@ -265,13 +265,15 @@ void UcxTransport::close(double seconds) {
       param.flags = UCP_EP_CLOSE_FLAG_FORCE;
     }
     const ucs_status_ptr_t request = lib_.ucp_ep_close_nbx(peer.ep, &param);
-    if (UCS_PTR_IS_PTR(request)) closing.push_back(request);
+    if (UCS_PTR_IS_PTR(request)) closing.emplace_back(request, peer.rank);
     peer.ep = nullptr;
   }
   while (!closing.empty()) {
     lib_.ucp_worker_progress(worker_);
-    if (lib_.ucp_request_check_status(closing.back()) != UCS_INPROGRESS || monotonic_seconds() > deadline) {
-      lib_.ucp_request_free(closing.back());
+    const auto [request, peer] = closing.back();
+    const bool done = lib_.ucp_request_check_status(request) != UCS_INPROGRESS;
+    if (done || has_departed(peer) || monotonic_seconds() > deadline) {
+      lib_.ucp_request_free(request);
       closing.pop_back();
     } else {
       sleep(-1, 1);

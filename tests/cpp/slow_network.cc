@@ -55,7 +55,7 @@ class SlowTransport final : public Transport {
     pollfd p{wake, POLLIN, 0};
     if (poll(&p, 1, 0) == 0) net_.wait(rank_, milliseconds < 1 ? milliseconds : 1);
   }
-  void close(double) override { net_.let_go(rank_); }
+  void close(double, const std::function<bool(int)>&) override { net_.let_go(rank_); }
 
  private:
   SlowNetwork& net_;
