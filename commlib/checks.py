@@ -272,7 +272,10 @@ def _check_other_rows(name: str, rows: Tensor, settings: Settings, any_format: b
         return
     most = f" (or other rows of at most {room} bytes)" if any_format else ""
     if rows.dtype != settings.dtype:
-        raise ValueError(f"{name} must be {settings.dtype}, got {rows.dtype}{most}")
+        raise ValueError(
+            f"{name} must be {settings.dtype}, got {rows.dtype}{most}: convert it, or give ExpertParallel "
+            "another dtype="
+        )
     raise ValueError(f"{name} must be [rows, {settings.hidden}], got {shape}{most}")
 
 

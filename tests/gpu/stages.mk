@@ -11,7 +11,7 @@ GPU_OPTIONS = $(if $(STAGE),--stage $(STAGE)) $(if $(STEPS),--steps $(STEPS)) $(
 
 .PHONY: gpu gpu-list gpu-sanitize
 gpu: $(if $(GPU_PYTHON),,setup)  ## all there is for one GPU, step by step; STAGE=1, STEPS="module cpp", BUDGET=540
-	+$(GPU_RUN) tests/gpu/stages.py $(GPU_OPTIONS)
+	$(GPU_RUN) tests/gpu/stages.py $(GPU_OPTIONS)
 
 gpu-list:  ## the steps of `make gpu`
 	@$(or $(GPU_PYTHON),$(PYTHON)) tests/gpu/stages.py --list $(GPU_OPTIONS)
