@@ -18,11 +18,15 @@ import pytest
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
+import hypothesis
 import torch
 from processes import run_processes, with_torch
 
 from commlib import ExpertParallel, cuda
 
+# What an example takes says more of the machine's other work than of commlib.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # Ranks are threads and processes here, many more than cores.
 torch.set_num_threads(1)
 
