@@ -35,7 +35,7 @@ from bench.limited_link import add_link_arguments
 from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY
 from bench.systems.cpus import CHOICES, GLOO, MPI, PLAIN, open_systems
 from commlib import cuda
-from commlib.cli.measuring import Interval, timed, usable_cores
+from commlib.cli.measuring import Interval, timed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LATENCY_BLOCK = 50  # iterations that a system runs before the next one's turn
@@ -209,7 +209,7 @@ def main() -> None:
     with Launch.session() as launch:
         if shape.experts % launch.size:
             sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
-        torch.set_num_threads(max(1, usable_cores() // launch.size))
+        launch.share_cores()
         result = {"throughput": run_throughput(launch, shape, args)}
         if launch.size > 1 and args.latency_iters:
             result["latency"] = run_latency(launch, shape, args)

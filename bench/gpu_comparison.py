@@ -27,7 +27,7 @@ import torch.distributed as dist
 from bench.harness.facts import slug
 from bench.harness.launch import Launch
 from bench.harness.machine import gpu, host
-from bench.harness.report import NO_GPU, Titled, markdown, show, table
+from bench.harness.report import NO_GPU, Titled, markdown, one_line, show, table
 from bench.harness.samples import RESULTS, options, write, write_samples
 from bench.harness.seats import NoSeat, take_gpu
 from bench.harness.stats import Stats
@@ -99,7 +99,7 @@ def _tried(run: Callable[[], Any]) -> str:
     try:
         run()
     except Exception as error:  # other libraries raise anything: assertions, drivers' errors
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return one_line(error)
     return ""
 
 

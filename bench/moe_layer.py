@@ -45,7 +45,6 @@ from bench.rig.netns import Rig
 from bench.rig.node_ranks import Meeting, NodesLaunch, Traffic, busiest_bytes
 from bench.systems.layers import CHOICES, COMMLIB, Place, Problem, Systems
 from commlib import cuda
-from commlib.cli.measuring import usable_cores
 from commlib.startup.launcher import find_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -276,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         with Launch.session() as launch:
             check_ranks(args, launch.size)
-            torch.set_num_threads(max(1, usable_cores() // launch.size))
+            launch.share_cores()
             result = measure(HostRanks(launch), Place(launch, torch.device("cpu")), args)
             if launch.rank == 0:
                 publish(args, result)

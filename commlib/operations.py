@@ -21,26 +21,15 @@ def dispatch(
 ) -> tuple[Arrived, Event | None]:
     """Send each token to the ranks of its experts, once they have agreed on what goes where."""
     a.check_open()
-    c, backend, grouped = a.communicator, a.communicator.backend, call.grouped
+    c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
     format = OWN if call.scales is None else c.format_of(call.x, call.scales)
-    tokens, topk = call.topk_idx.shape
-    routes = backend.empty(tokens, c.width)
-    groups = backend.empty(2 * c.experts + 1 if grouped else c.experts)
-    view = _core.RoutePlan(
-        call.topk_idx.data_ptr(),
-        routes.data_ptr(),
-        tokens,
-        0,  # rows, and places: not known yet
-        0,
-        *_addresses_of_groups(groups, grouped),
-        call.align,
-    )
+    routes, groups, view = _begun_plan(c, call)
     pending = _begin(a, call, view, in_waves, format)
-    backend = c.backend  # a new one, where the communicator has grown
+    backend = c.backend  # from here on: another one, where the communicator has grown
     try:
         size = pending.results
-        local, source = backend.empty(pending.rows, topk), backend.empty(size, 2)
+        local, source = backend.empty(pending.rows, c.settings.topk), backend.empty(size, 2)
         weights = None if call.topk_weights is None else c.new_weights(size, grouped)
         in_slot = call.zero_copy or (not grouped and c.can_spare_slots(0))
         if in_slot:
@@ -62,15 +51,32 @@ def dispatch(
         sent = rows_of(call.x, call.topk_weights, call.scales, format)
         kept = keep if async_op else None
         ticket = c.core.finish_dispatch(pending, sent, view, received, async_op, kept)
+        counts = backend.copied(groups)
     except BaseException as error:
         backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
         raise
-    counts = backend.copied(groups)
     a.count(dispatches=1, rows_received=pending.rows, dropped=pending.dropped)
     event = backend.end("dispatch", ticket, (*keep, counts), async_op)
     if in_waves and event is not None:
         event.waves = pending
     return Arrived(rows, weights, counts, routes, local, source, groups, scales, view), event
+
+
+def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor, _core.RoutePlan]:
+    """Routes, groups and the core's view of a plan, which the core is to fill in."""
+    tokens = call.topk_idx.shape[0]
+    routes = c.backend.empty(tokens, c.width)
+    groups = c.backend.empty(2 * c.experts + 1 if call.grouped else c.experts)
+    view = _core.RoutePlan(
+        call.topk_idx.data_ptr(),
+        routes.data_ptr(),
+        tokens,
+        0,  # rows, and places: not known yet
+        0,
+        *_addresses_of_groups(groups, call.grouped),
+        call.align,
+    )
+    return routes, groups, view
 
 
 def _begin(

@@ -1,6 +1,6 @@
 # The pages as HTML. Neither the build nor whoever reads them needs a network.
 $(VENV)/docs: $(VENV)/requirements docs/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(PIP_INSTALL) -r docs/requirements.txt
 	@touch $@
 
 .PHONY: docs

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.harness.report import one_line
+
 _LABEL = "commlib bench "  # and the number of the operation
 _KERNEL = re.compile(
     r"\bcommlib::[^<]*?\b(\w+_kernel)\b"
@@ -162,4 +164,4 @@ def _sort(events: Iterable[Any], keys: Sequence[Key]) -> tuple[list[tuple[Key, L
 
 
 def _reason(what: str, error: Exception) -> str:
-    return f"the profiler {what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"the profiler {what}: {one_line(error)}"

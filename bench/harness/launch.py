@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commlib.cli.measuring import Interval, timed
+from commlib.cli.measuring import Interval, timed, usable_cores
 from commlib.startup.group import let_go
 
 SETTLE_SECONDS = 0.02  # more than ranks leave an all-reduce apart (8 ranks on 2 cores: up to 10 ms)
@@ -54,6 +54,10 @@ class Launch:
             os._exit(1)  # torchrun sees it and ends the other ranks
         finally:
             dist.destroy_process_group()
+
+    def share_cores(self) -> None:
+        """PyTorch's threads of all ranks together are as many as the cores."""
+        torch.set_num_threads(max(1, usable_cores() // self.size))
 
     @staticmethod
     def _join() -> Launch:

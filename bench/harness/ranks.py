@@ -86,7 +86,7 @@ class HostRanks(Ranks):
 
     def _take_cores(self) -> None:
         """Take cores of its own, where each rank can have some: the kernel may leave two ranks on one."""
-        if self.size == 1 or usable_cores() < self.size or not hasattr(os, "sched_setaffinity"):
+        if self.size == 1 or usable_cores() < self.size:
             return
         assert self.cores is not None
         mine = sorted(os.sched_getaffinity(0))[self.rank * self.cores :][: self.cores]
@@ -152,7 +152,7 @@ def on_ranks(device: str, size: int, fn: Callable[[Ranks], Any]) -> Any:
     """
     if device == "cpu":
         with Launch.session() as launch:
-            torch.set_num_threads(max(1, usable_cores() // launch.size))
+            launch.share_cores()
             result = fn(HostRanks(launch))
             return result if launch.rank == 0 else None
 

@@ -47,6 +47,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words:
     return "\n".join(lines) + "\n"
 
 
+def one_line(error: Exception) -> str:
+    """An error of other software, as long as a table has room for it."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def progress(rank: int, title: str, total: int) -> tqdm:
     """A bar on rank 0's stderr.
 

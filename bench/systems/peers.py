@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench.harness.report import one_line
 from bench.harness.turns import System
 from bench.harness.workload import Job, Received, Shape
 from bench.systems.all_to_all import AllToAllBaseline, Baseline
@@ -27,7 +28,7 @@ def why_no_cupy() -> str:
     try:
         from cupy.cuda import nccl
     except ImportError as error:
-        return _missing(error)
+        return one_line(error)
     return "" if nccl.available else "CuPy finds no NCCL"
 
 
@@ -39,7 +40,7 @@ def why_no_symmetric_memory(ranks: int) -> str:
     try:
         import torch.distributed._symmetric_memory as symmetric
     except ImportError as error:
-        return _missing(error)
+        return one_line(error)
     if not hasattr(torch.ops.symm_mem, "all_to_all_vdev_2d") or not hasattr(
         symmetric, "is_nvshmem_available"
     ):
@@ -155,7 +156,7 @@ def why_no_deep_ep(shape: Shape, ranks: int) -> str:
     try:
         from deep_ep import Buffer
     except Exception as error:  # it loads libraries, and compiles: anything may fail
-        return _missing(error)
+        return one_line(error)
     if shape.dtype != torch.bfloat16:
         return "its combine takes bf16 only"
     try:
@@ -217,9 +218,3 @@ class DeepEp(System):
     def close(self) -> None:
         """Give its buffers back. Called by all ranks."""
         self._buffer.destroy()
-
-
-def _missing(error: Exception) -> str:
-    """An import that failed, in one line."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import commlib
+from commlib._core import Placement
 from commlib.cli.measuring import (
     Clock,
     HostClock,
@@ -232,7 +233,7 @@ def _round_trip(ep: commlib.ExpertParallel, clock: Clock, job: _Job) -> tuple[fl
 
 def _count_rows(topk_idx: Tensor, experts: int, ranks: int) -> int:
     """(token, rank) pairs."""
-    owner = ((topk_idx + 1) * ranks - 1) // experts
+    owner = torch.tensor(Placement(experts, ranks).owners)[topk_idx]
     goes = torch.zeros(len(topk_idx), ranks, dtype=torch.bool)
     return int(goes.scatter_(1, owner, True).sum())
 

@@ -32,9 +32,7 @@ def let_ranks_share_a_gpu() -> None:
 
 def usable_cores() -> int:
     """Cores this process may run on, in a container fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def cpu_model() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from commlib.devices import cuda
-from commlib.devices.base import Backend, Partition, Platform, Trace, Wish
+from commlib.devices.base import Backend, Platform, Wish
 from commlib.devices.cpu import Cpu
 from commlib.devices.cuda import Cuda
 
-__all__ = ["Backend", "Partition", "Platform", "Trace", "Wish", "default_device", "platform_of"]
+__all__ = ["Backend", "Platform", "Wish", "default_device", "platform_of", "resolve"]
 
 _PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (Cpu(), Cuda())}
 

@@ -166,8 +166,8 @@ class Cpu(Platform):
         share = cores // (2 * len(beside)) if wish.partition is None else wish.partition.comm // len(beside)
         config.num_sms = wish.num_sms or max(1, share)
         everyones = gather("threads", config.num_sms)
-        crowded = sum(everyones[rank] for rank in beside) > cores
-        config.spin = _SPIN_SHARED_CORE if crowded else _SPIN_OWN_CORE
+        oversubscribed = sum(everyones[rank] for rank in beside) > cores
+        config.spin = _SPIN_SHARED_CORE if oversubscribed else _SPIN_OWN_CORE
         if wish.partition is not None:
             wish.partition.claim(config)
 

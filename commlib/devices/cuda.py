@@ -179,7 +179,8 @@ class CudaBackend(Backend):
 
     def give_up(self, why: str) -> None:
         self.core.give_up(why)
-        torch.cuda.current_stream(self.device).wait_stream(self._plan_stream)
+        for stream in (self._plan_stream, self.stream):
+            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def end(
         self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool

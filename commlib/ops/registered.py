@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from commlib import checks, operations
-from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
+from commlib.calls import Arrived, Combine, Dispatch, Redispatch, RoutePlan
 from commlib.communicator import attachment_of
 from commlib.ops import compiling, fakes, gradients, schema
 from commlib.ops.schema import PLANNED, unflat
@@ -44,28 +44,25 @@ def _tensors(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ..
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = Dispatch(*inputs)
-    ctx.grouped, ctx.has_weights = call.grouped, call.topk_weights is not None
-    ctx.save_for_backward(call.topk_idx, *output[3:7], call.comm)
-    compiling.save_results()
-
-
-def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
-    given = g_weights if ctx.has_weights else None
-    (gx, gw), _event = gradients.of_dispatch(RoutePlan(*ctx.saved_tensors), ctx.grouped, g_rows, given)
-    return schema.gradients(Dispatch, x=gx, topk_weights=gw if ctx.has_weights else None)
+    _save_plan(ctx, call, Arrived(*output).plan(call))
 
 
 def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = unflat(Redispatch, inputs)
-    ctx.grouped, ctx.has_weights = call.grouped, call.topk_weights is not None
-    ctx.save_for_backward(*call.plan[:PLANNED])
+    _save_plan(ctx, call, call.plan)
+
+
+def _save_plan(ctx: Any, call: Dispatch | Redispatch, plan: RoutePlan) -> None:
+    ctx.kind, ctx.grouped, ctx.has_weights = type(call), call.grouped, call.topk_weights is not None
+    ctx.save_for_backward(*plan[:PLANNED])
     compiling.save_results()
 
 
-def _redispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    """Of both: the gradient of a dispatch does not depend on how its routing was found."""
     given = g_weights if ctx.has_weights else None
     (gx, gw), _event = gradients.of_dispatch(RoutePlan(*ctx.saved_tensors), ctx.grouped, g_rows, given)
-    return schema.gradients(Redispatch, x=gx, topk_weights=gw if ctx.has_weights else None)
+    return schema.gradients(ctx.kind, x=gx, topk_weights=gw if ctx.has_weights else None)
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -111,7 +108,7 @@ _register(
     lambda ctx, grads: _dispatch_backward(ctx, *grads),
     _setup_dispatch,
 )
-_register(schema.redispatch, _redispatch, fakes.redispatch, _redispatch_backward, _setup_redispatch)
+_register(schema.redispatch, _redispatch, fakes.redispatch, _dispatch_backward, _setup_redispatch)
 _register(schema.combine, _combine, fakes.combine, _combine_backward, _setup_combine)
 for _op in (schema.traced_dispatch, schema.redispatch, schema.combine):
     compiling.keep_in_order(_op)

@@ -28,6 +28,12 @@ def _arguments(fields: dict[str, Any]) -> list[str]:
     return found
 
 
+_NAMES = {
+    kind: tuple(argument.split()[-1] for argument in _arguments(kind.__annotations__))
+    for kind in (Dispatch, Redispatch, Combine)
+}
+
+
 def flat(call: Redispatch | Combine) -> tuple[Any, ...]:
     """The arguments of the op: the call's fields, those of the plan in its place."""
     at = call._fields.index("plan")
@@ -45,8 +51,7 @@ def unflat(kind: type[Call], arguments: tuple[Any, ...]) -> Call:
 
 def gradients(kind: type[Dispatch | Redispatch | Combine], **of: Any) -> tuple[Any, ...]:
     """What a backward returns: for each argument its gradient, by name; None where there is none."""
-    names = [argument.split()[-1] for argument in _arguments(kind.__annotations__)]
-    return tuple(of.get(name) for name in names)
+    return tuple(of.get(name) for name in _NAMES[kind])
 
 
 def _define(name: str, kind: type[Dispatch | Redispatch | Combine], results: str) -> Any:

@@ -6,7 +6,6 @@
 #include "cuda/partition.h"
 #include "cuda/pool.h"
 
-namespace py = pybind11;
 using namespace commlib::python;
 using commlib::Communicator;
 using commlib::Config;

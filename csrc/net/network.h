@@ -103,10 +103,12 @@ class Network final : Receiver {
   Signals* signals_ = nullptr;
   int64_t bytes_ = 0;
 
-  uint64_t taken_ = 0;     // from the outbox; the thread's own
-  uint64_t departed_ = 0;  // ranks on other nodes that have said so; the thread's own
-  int wake_;               // an eventfd
-  std::mutex mutex_;       // guards the members below it
+  uint64_t taken_ = 0;  // from the outbox; the thread's own
+  // Ranks on other nodes that have said so, known by the place that their word goes to: on a GPU the words
+  // themselves are not for this thread to read. The thread's own.
+  uint64_t departed_ = 0;
+  int wake_;          // an eventfd
+  std::mutex mutex_;  // guards the members below it
   std::vector<Post> posts_;
   uint64_t posted_ = 0, handed_over_ = 0;  // posts, in all
   std::condition_variable handed_over_changed_;

@@ -9,7 +9,7 @@ import pytest
 
 import commlib.errors
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/errors.md").read_text()
 BLOCKS = re.findall(r"^```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 MESSAGES = [message.strip() for block in BLOCKS for message in block.split("\n\n")]

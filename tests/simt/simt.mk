@@ -13,9 +13,7 @@ SIMT_SHIM := $(filter-out tests/simt/test_%,$(wildcard tests/simt/*.cc)) tests/c
 SIMT_TESTS := $(wildcard tests/simt/test_*.cc)
 
 # The whole backend, by the tests of tests/cpp/. It takes CUDA's headers, and no library.
-SIMT_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
-  $(abspath $(dir $(realpath $(shell command -v nvcc 2>/dev/null)))..) /usr/local/cuda,\
-  $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
+include tests/simt/cuda.mk
 SIMT_BACKEND := $(wildcard csrc/backend/*.cc csrc/heap/*.cc) $(filter-out csrc/net/ucx_%,$(wildcard csrc/net/*.cc)) \
   $(filter-out %/partition.cc,$(wildcard csrc/cuda/*.cc)) $(filter-out %/main.cc,$(wildcard tests/cpp/*.cc)) \
   $(filter-out %/cudart.cc,$(wildcard tests/simt/runtime/*.cc))

@@ -50,6 +50,43 @@ def _load(name: str, file: Path) -> None:
 
 def _provide(c: Any, gpu: Any) -> None:
     """Put into torch._C what a build with CUDA has there, as far as streams, events and facts need it."""
+    provided = dict(
+        _CudaStreamBase=_stream_base(c, gpu),
+        _CudaEventBase=_event_base(gpu),
+        _CUDAGraph=object,
+        _graph_pool_handle=object,
+        _cuda_CUDAAllocator_AllocatorState=object,
+        _set_cached_tensors_enabled=lambda enabled: None,
+        _has_cuda=True,
+        _cudart=SimpleNamespace(cudaMemGetInfo=lambda index: _free_and_total(gpu)),
+        _cuda_init=lambda: _init(gpu),
+        _cuda_isInBadFork=lambda: False,
+        _cuda_getDeviceCount=lambda: 1,
+        _cuda_getDevice=lambda: 0,
+        _cuda_setDevice=_set_device,
+        # torch.compile knows each of the three by itself.
+        _cuda_exchangeDevice=lambda index: _set_device(index),
+        _cuda_maybeExchangeDevice=lambda index: _set_device(index),
+        _cuda_getArchFlags=lambda: None,
+        _cuda_getCompiledVersion=lambda: 0,
+        _cuda_getCurrentStream=lambda index: _stream(gpu.current_stream()),
+        _cuda_getCurrentRawStream=lambda index: gpu.current_stream(),
+        _cuda_getDefaultStream=lambda index: _stream(0),
+        _cuda_getStreamFromExternal=lambda handle, index: _stream(handle),
+        _cuda_setStream=lambda stream_id, device_index, device_type: gpu.set_current_stream(stream_id),
+        _cuda_isCurrentStreamCapturing=lambda: gpu.is_captured(gpu.current_stream()),
+        _cuda_synchronize=gpu.synchronize,
+        _cuda_sleep=lambda cycles: gpu.sleep(cycles // _CYCLES_PER_NS),
+        _cuda_emptyCache=lambda: None,
+        _cuda_resetPeakMemoryStats=lambda device: None,
+        _cuda_memoryStats=lambda device: _memory_stats(gpu),
+    )
+    for name, what in provided.items():
+        setattr(c, name, what)
+
+
+def _stream_base(c: Any, gpu: Any) -> type:
+    """What torch.cuda.Stream derives from."""
 
     class CudaStreamBase(c.Stream):
         def __new__(cls, priority=0, stream_id=0, device_index=0, device_type=0, stream_ptr=0):
@@ -66,6 +103,12 @@ def _provide(c: Any, gpu: Any) -> None:
 
         def synchronize(self):
             gpu.synchronize_stream(self.stream_id)
+
+    return CudaStreamBase
+
+
+def _event_base(gpu: Any) -> type:
+    """What torch.cuda.Event derives from."""
 
     class CudaEventBase:
         def __new__(cls, enable_timing=False, blocking=False, interprocess=False, external=False):
@@ -97,57 +140,24 @@ def _provide(c: Any, gpu: Any) -> None:
                 raise ValueError("Both events must be created with argument 'enable_timing=True'.")
             return gpu.elapsed_time(self.cuda_event, end.cuda_event)
 
-    def set_device(index):
-        if index > 0:
-            raise RuntimeError("CUDA error: invalid device ordinal")
-        return 0
+    return CudaEventBase
 
-    def exchange_device(index):  # torch.compile knows each of the three by itself
-        return set_device(index)
 
-    def maybe_exchange_device(index):
-        return set_device(index)
+def _set_device(index: int) -> int:
+    if index > 0:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return 0
 
-    def stream(handle):
-        return handle, 0, _CUDA
 
-    def init():
-        cuda = importlib.import_module("torch.cuda")
-        cuda.default_generators = (sys.modules["torch"].default_generator,)
-        cuda._get_device_properties = lambda index: SimpleNamespace(**gpu.properties())
+def _stream(handle: int) -> tuple[int, int, int]:
+    """As torch.cuda has it: stream, device, kind of device."""
+    return handle, 0, _CUDA
 
-    provided = dict(
-        _CudaStreamBase=CudaStreamBase,
-        _CudaEventBase=CudaEventBase,
-        _CUDAGraph=object,
-        _graph_pool_handle=object,
-        _cuda_CUDAAllocator_AllocatorState=object,
-        _set_cached_tensors_enabled=lambda enabled: None,
-        _has_cuda=True,
-        _cudart=SimpleNamespace(cudaMemGetInfo=lambda index: _free_and_total(gpu)),
-        _cuda_init=init,
-        _cuda_isInBadFork=lambda: False,
-        _cuda_getDeviceCount=lambda: 1,
-        _cuda_getDevice=lambda: 0,
-        _cuda_setDevice=set_device,
-        _cuda_exchangeDevice=exchange_device,
-        _cuda_maybeExchangeDevice=maybe_exchange_device,
-        _cuda_getArchFlags=lambda: None,
-        _cuda_getCompiledVersion=lambda: 0,
-        _cuda_getCurrentStream=lambda index: stream(gpu.current_stream()),
-        _cuda_getCurrentRawStream=lambda index: gpu.current_stream(),
-        _cuda_getDefaultStream=lambda index: stream(0),
-        _cuda_getStreamFromExternal=lambda handle, index: stream(handle),
-        _cuda_setStream=lambda stream_id, device_index, device_type: gpu.set_current_stream(stream_id),
-        _cuda_isCurrentStreamCapturing=lambda: gpu.is_captured(gpu.current_stream()),
-        _cuda_synchronize=gpu.synchronize,
-        _cuda_sleep=lambda cycles: gpu.sleep(cycles // _CYCLES_PER_NS),
-        _cuda_emptyCache=lambda: None,
-        _cuda_resetPeakMemoryStats=lambda device: None,
-        _cuda_memoryStats=lambda device: _memory_stats(gpu),
-    )
-    for name, what in provided.items():
-        setattr(c, name, what)
+
+def _init(gpu: Any) -> None:
+    cuda = importlib.import_module("torch.cuda")
+    cuda.default_generators = (sys.modules["torch"].default_generator,)
+    cuda._get_device_properties = lambda index: SimpleNamespace(**gpu.properties())
 
 
 def _memory_stats(gpu: Any) -> dict[str, Any]:

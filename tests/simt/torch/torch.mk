@@ -5,9 +5,7 @@ VENV ?= .venv
 BIN ?= $(abspath $(VENV))/bin
 SEED ?=
 SIMT_TORCH := build/simt/torch
-SIMT_TORCH_CUDA := $(firstword $(foreach home,$(CUDA_HOME) $(CUDA_PATH) \
-  $(abspath $(dir $(realpath $(shell command -v nvcc 2>/dev/null)))..) /usr/local/cuda,\
-  $(if $(wildcard $(home)/include/cuda_runtime_api.h),$(home))))
+include tests/simt/cuda.mk
 
 # A library in place of libcudart, commlib's module on top of it, and PyTorch's device.
 SIMT_TORCH_RUNTIME := $(filter-out tests/simt/test_%,$(wildcard tests/simt/*.cc)) \
@@ -22,7 +20,7 @@ simt_torch_python = $(shell $(BIN)/python -c "import sysconfig, pybind11; \
   print('-I' + sysconfig.get_paths()['include'], '-isystem', pybind11.get_include())")
 simt_torch_home = $(shell $(BIN)/python -c "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)")
 SIMT_TORCH_FLAGS := -g1 -fPIC -ffp-contract=off -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -pthread -DCOMMLIB_SIMT \
-  -Icsrc -Itests -isystem $(SIMT_TORCH_CUDA)/include
+  -Icsrc -Itests -isystem $(SIMT_CUDA)/include
 
 SIMT_TORCH_RUN = PYTHONPATH="$(abspath tests/simt/torch):$$PYTHONPATH" SIMULATED_GPU="$(abspath $(SIMT_TORCH))" \
   SIMT_SEED="$(SEED)" PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -p simulated_gpu -m gpu --deadline 60
@@ -33,7 +31,7 @@ TESTS ?= -n 2 --dist loadfile tests tests/simt/torch/checks.py
 test-gpu-simulated: simt-torch  ## the tests for a GPU on simulated ones, PyTorch included; TESTS=tests/gpu/test_cuda.py, SEED=n
 	@$(SIMT_TORCH_RUN) -q $(TESTS)
 
-simt-torch: $(if $(SIMT_TORCH_CUDA),,no-cuda-headers) $(if $(filter Makefile,$(firstword $(MAKEFILE_LIST))),setup)
+simt-torch: $(if $(SIMT_CUDA),,no-cuda-headers) $(if $(filter Makefile,$(firstword $(MAKEFILE_LIST))),setup)
 	@$(MAKE) --no-print-directory -j2 -f tests/simt/torch/torch.mk BIN=$(BIN) $(SIMT_TORCH_BUILT)
 
 .PHONY: no-cuda-headers
