@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from commlib.arrays import as_tensor
 from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
@@ -24,6 +25,7 @@ from commlib.settings import Settings
 
 Layout = Literal["rank", "expert"]
 Overflow = Literal["error", "drop"]
+ORDINARY = (Tensor, torch.nn.Parameter)  # classes of tensors without a dispatch of their own
 LAYOUTS, OVERFLOWS = get_args(Layout), get_args(Overflow)
 MAX_ALIGN = 2**16  # no kernel's tile is longer, and padding for all experts can still be allocated
 _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
@@ -33,20 +35,34 @@ _MAX_BYTES = 2**62  # of one result, so that products of sizes fit in 64 bits
 
 
 def tensor_on(device: torch.device, name: str, array: Any, writable: bool = False) -> Tensor:
-    """``array`` as a dense tensor that lies on ``device`` and holds its values as they are.
-
-    Operations that PyTorch's dispatcher does not see would take a negated or conjugated view's for those
-    that lie in memory.
-    """
+    """``array`` as a dense tensor that lies on ``device``, and whose values lie at its address."""
     tensor = as_tensor(name, array, writable)
     _check_device(name, tensor, device)
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: call .to_dense()")
-    if torch.compiler.is_compiling() or not (tensor.is_neg() or tensor.is_conj()):
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name} must be a dense tensor, got {kind}: call .to_dense()")
+    if torch.compiler.is_compiling():
         return tensor
-    if writable:
+    if writable and (tensor.is_neg() or tensor.is_conj()):
         raise ValueError(f"{name} is a negated or conjugated view, which cannot be written")
-    return tensor.resolve_conj().resolve_neg()
+    return resolved(tensor)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The same values, where they lie in memory as they are.
+
+    Operations that PyTorch's dispatcher does not see would take a negated or conjugated view's for those
+    that lie there.
+    """
+    return tensor.resolve_conj().resolve_neg() if tensor.is_neg() or tensor.is_conj() else tensor
+
+
+def check_readable(name: str, tensor: Tensor) -> None:
+    """That a tensor which is to be copied or converted has memory: PyTorch reads it without asking."""
+    if type(tensor) not in ORDINARY or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
+        return
+    if tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0:
+        raise ValueError(f"{name} has no memory of its own: its storage has been freed")
 
 
 def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
@@ -54,6 +70,7 @@ def copied_topk_idx(device: torch.device, topk_idx: Any) -> Tensor:
     if topk_idx is None:
         raise ValueError("topk_idx is needed unless a handle is given")
     idx = tensor_on(device, "topk_idx", topk_idx)
+    check_readable("topk_idx", idx)
     if idx.dtype == torch.int64 and idx.is_contiguous():
         return idx.clone()
     if idx.dtype not in (torch.int64, torch.int32):
@@ -326,6 +343,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def _check_memory(name: str, tensor: Tensor) -> None:
     """That a tensor has an address: some classes of tensors have none, nor has one whose storage is freed."""
+    if tensor.is_neg() or tensor.is_conj():  # PyTorch's dispatcher, and whoever goes past it, resolve it
+        raise ValueError(f"{name} is a negated or conjugated view: call .resolve_neg()")
     if tensor.data_ptr() == 0 and tensor.numel() > 0:
         raise ValueError(
             f"{name} has no memory of its own: it is a {type(tensor).__name__}, or its storage has been freed"

@@ -270,9 +270,7 @@ def attachment_of(name: Tensor) -> Attachment:
 
     Raises:
         CommError: no attachment has that number, or not any more.
-        NotImplementedError: forward-mode AD is on, for which operations have no rule.
     """
-    refuse_forward_mode()
     number: Any = name.item()
     known = _attachments.get(number)
     found = known() if known else None

@@ -179,7 +179,7 @@ class Dispatched(Generic[Array]):
             topk_weights=None if came.weights is None else export(came.weights),
             tokens_per_expert=export(groups),
             offsets=None if offsets is None else export(offsets),
-            source=export(plan.source),
+            source=export(plan.source.detach()),  # another tensor: the plan's length is nobody's to change
             handle=handle,
             event=event,
             scales=None if came.scales is None else export(came.scales),
@@ -251,7 +251,10 @@ def combine_places(
         ValueError: a tensor of the wrong shape, dtype or device.
         HandleError, PeerTimeout: as combine.
     """
-    call = Combine(y, None, bias, values.contiguous(), handle._plan, handle._grouped)
+    given = [None if t is None else checks.resolved(t) for t in (y, bias)]
+    assert given[0] is not None
+    values = checks.resolved(values).contiguous()
+    call = Combine(given[0], None, given[1], values, handle._plan, handle._grouped)
     (out, back), event = ops.combine(handle._ep._attachment, call, async_op)
     assert back is not None
     return out, back, event

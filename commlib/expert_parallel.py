@@ -444,6 +444,7 @@ class ExpertParallel:
         if weights is None:
             return None
         given, wanted = self._tensor(name, weights), self._comm.weight_dtype
+        checks.check_readable(name, given)
         if not given.is_floating_point():
             raise ValueError(f"{name} must be of a floating type, got {given.dtype}")
         return given.to(wanted).contiguous()  # exact, but for float64 beside narrower rows

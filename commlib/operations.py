@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commlib import _core, checks
 from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch, RoutePlan
-from commlib.communicator import Attachment, Communicator
+from commlib.communicator import Attachment, Communicator, refuse_forward_mode
 from commlib.errors import CapacityExceeded
 from commlib.event import Event
 from commlib.formats import CORE_DTYPES, OWN
@@ -20,7 +20,7 @@ def dispatch(
     a: Attachment, call: Dispatch, async_op: bool = False, in_waves: bool = False
 ) -> tuple[Arrived, Event | None]:
     """Send each token to the ranks of its experts, once they have agreed on what goes where."""
-    a.check_open()
+    _check_callable(a)
     c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
     format = OWN if call.scales is None else c.format_of(call.x, call.scales)
@@ -62,6 +62,12 @@ def dispatch(
     return Arrived(rows, weights, counts, routes, local, source, groups, scales, view), event
 
 
+def _check_callable(a: Attachment) -> None:
+    """That the attachment is open, and that no one asks for tangents, for which there is no rule."""
+    refuse_forward_mode()
+    a.check_open()
+
+
 def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor, _core.RoutePlan]:
     """Routes, groups and the core's view of a plan, which the core is to fill in."""
     tokens = call.topk_idx.shape[0]
@@ -98,7 +104,7 @@ def _begin(
 
 def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple[Rearrived, Event | None]:
     """Send rows where those of an earlier dispatch went: no plan, and no counts."""
-    a.check_open()
+    _check_callable(a)
     c, plan, grouped = a.communicator, call.plan, call.grouped
     view = _checked_view(c, plan, grouped)
     checks.check_redispatch(c, call)
@@ -128,7 +134,7 @@ def combine(
     a: Attachment, call: Combine, async_op: bool = False, out: Tensor | None = None
 ) -> tuple[Combined, Event | None]:
     """Sum the experts' rows of each token at its own rank; ``out``: memory for the sums."""
-    a.check_open()
+    _check_callable(a)
     c, plan = a.communicator, call.plan
     view = _checked_view(c, plan, call.grouped)
     checks.check_combine(c, call)

@@ -101,6 +101,10 @@ class Backend(ABC):
             async_op: whether the caller waits for an event.
         """
 
+    @abstractmethod
+    def done(self) -> Event:
+        """An event after what the caller's work has come to so far."""
+
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:  # noqa: B027
         """``stream`` uses ``tensor`` until it goes, also where its memory is the heap's."""
 

@@ -47,6 +47,22 @@ class CpuEvent(Event):
         self.wait()
 
 
+class _Done(Event):
+    """Of an operation that was done when its call returned."""
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class CpuBackend(Backend):
     """Threads on the host: an operation that is not asynchronous is done when its call returns."""
 
@@ -61,7 +77,7 @@ class CpuBackend(Backend):
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         if rows * hidden * dtype.itemsize < _POOLED_BYTES:
-            return torch.empty(rows, hidden, dtype=dtype)
+            return torch.empty(rows, hidden, dtype=dtype, device=self.device)
         return self.tensor(self.core.new_rows(rows))
 
     @property
@@ -82,6 +98,9 @@ class CpuBackend(Backend):
         for trace in self.traces:
             trace.notes.append((name, _span_of(trace.zero, ticket)))
         return CpuEvent(self.core, ticket) if async_op else None
+
+    def done(self) -> Event:
+        return _Done()
 
     def mark(self) -> float:
         return time.monotonic()

@@ -205,6 +205,10 @@ class CudaBackend(Backend):
         event = self.stream.record_event()
         return CudaEvent(self.core, event, self.device, addresses, in_step=self._in_step)
 
+    def done(self) -> Event:
+        event = torch.cuda.current_stream(self.device).record_event()
+        return CudaEvent(self.core, event, self.device, [], self._in_step)
+
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         self.core.note_uses([tensor.data_ptr()], stream.cuda_stream)
         tensor.record_stream(stream)

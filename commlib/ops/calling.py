@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from commlib import operations
+from commlib import checks, operations
 from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch
 from commlib.communicator import Attachment, attachment_of
 from commlib.event import Event
@@ -16,7 +17,7 @@ from commlib.ops import schema
 from commlib.ops.schema import flat
 
 _Came = TypeVar("_Came", Arrived, Rearrived)
-_ORDINARY = (Tensor, torch.nn.Parameter)
+_Result = TypeVar("_Result")
 _peek = torch._C._functorch.peek_interpreter_stack
 
 
@@ -27,7 +28,7 @@ def dispatch(
     if not async_op and is_seen(call.x, call.topk_weights, call.scales):
         op: Any = schema.traced_dispatch if torch.compiler.is_compiling() else schema.dispatch
         return _with_none(Arrived(*op(*call)), call), None
-    return operations.dispatch(a or attachment_of(call.comm), call, async_op, in_waves)
+    return issue(operations.dispatch, a or attachment_of(call.comm), call, async_op, in_waves)
 
 
 def redispatch(
@@ -36,7 +37,7 @@ def redispatch(
     """:func:`commlib.operations.redispatch`, likewise."""
     if not async_op and is_seen(call.x, call.topk_weights, call.scales):
         return _with_none(Rearrived(*schema.redispatch(*flat(call))), call), None
-    return operations.redispatch(a or attachment_of(call.plan.comm), call, async_op)
+    return issue(operations.redispatch, a or attachment_of(call.plan.comm), call, async_op)
 
 
 def combine(
@@ -45,32 +46,53 @@ def combine(
     """:func:`commlib.operations.combine`, likewise."""
     if not async_op and is_seen(call.y, call.weights, call.bias, call.weight_grads):
         return Combined(*schema.combine(*flat(call))), None
-    return operations.combine(a or attachment_of(call.plan.comm), call, async_op)
+    return issue(operations.combine, a or attachment_of(call.plan.comm), call, async_op)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:  # noqa: SIM110
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these tensors has to be an op, and so cannot be asynchronous.
+
+    That is for a tracer, a mode of dispatch, a transformation as torch.func's, or a tensor of another class.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _peek() is not None:
+        return True
+    if torch._C._get_tracing_state() is not None:
+        return True
+    for t in tensors:  # noqa: SIM110 (any() would take as long as all the rest)
+        if t is not None and type(t) not in checks.ORDINARY:
+            return True
+    return False
+
+
+def is_seen(*tensors: Tensor | None) -> bool:
+    """Whether anything in PyTorch has to see an operation on these tensors.
+
+    Besides what traces it, that is autograd, a profiler, or a mode of functions, as a default device is.
+    """
+    if profiler._is_profiler_enabled or torch._C._len_torch_function_stack():
+        return True
+    return wants_gradient(*tensors) or is_traced(*tensors)
+
+
+def issue(operation: Callable[..., _Result], a: Attachment, call: Any, *options: bool) -> _Result:
+    """An operation that is no op, because nothing has to see it, or because it is asynchronous."""
+    if not profiler._is_profiler_enabled:
+        return operation(a, call, *options)
+    with profiler.record_function(f"commlib::{operation.__name__}"):
+        return operation(a, call, *options)
 
 
 def _with_none(came: _Came, call: Dispatch | Redispatch) -> _Came:
     """None for an op's empty tensors, in place of what has not been sent."""
     weights = None if call.topk_weights is None else came.weights
     return came._replace(weights=weights, scales=None if call.scales is None else came.scales)
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_seen(*tensors: Tensor | None) -> bool:
-    """Whether anything in PyTorch has to see an operation on these tensors.
-
-    That is a tracer, a mode, a transformation as torch.func's, a profiler, autograd, or a tensor of another
-    class.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _peek() is not None:
-        return True
-    if profiler._is_profiler_enabled:
-        return True
-    recording = torch.is_grad_enabled()
-    for t in tensors:  # noqa: SIM110 (any() would take as long as all the rest)
-        if t is not None and (type(t) not in _ORDINARY or (recording and t.requires_grad)):
-            return True
-    return False

@@ -19,8 +19,8 @@ def of_dispatch(
     async_op: bool = False,
 ) -> tuple[Combined, Event | None]:
     """Gradients of x and topk_weights: a combine along the same routes."""
-    values = None if g_weights is None else g_weights.contiguous()
-    return calling.combine(Combine(g_rows.contiguous(), None, None, values, plan, grouped), a, async_op)
+    values = None if g_weights is None else _dense(g_weights)
+    return calling.combine(Combine(_dense(g_rows), None, None, values, plan, grouped), a, async_op)
 
 
 def of_combine(
@@ -32,9 +32,14 @@ def of_combine(
     async_op: bool = False,
 ) -> tuple[Rearrived, Event | None]:
     """Rows of the output's gradient, and gradients of values brought back: a dispatch along the routes."""
-    weights = None if g_back is None else g_back.contiguous()
-    call = Redispatch(g_out.contiguous(), weights, plan, grouped, zero_copy=False, scales=None)
+    weights = None if g_back is None else _dense(g_back)
+    call = Redispatch(_dense(g_out), weights, plan, grouped, zero_copy=False, scales=None)
     return calling.redispatch(call, a, async_op)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Whatever another backward has given."""
+    return gradient.resolve_conj().resolve_neg().contiguous()
 
 
 def of_rows(

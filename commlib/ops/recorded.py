@@ -21,6 +21,7 @@ from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redis
 from commlib.communicator import Attachment
 from commlib.event import Event
 from commlib.ops import gradients
+from commlib.ops.calling import issue
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -81,11 +82,11 @@ class _RecordedDispatch(_Recorded):
     def issue(self) -> tuple[Tensor | None, ...]:
         call, self._call = self._call, None
         if isinstance(call, Dispatch):
-            arrived, self.event = operations.dispatch(self._attachment, call, True, self._in_waves)
+            arrived, self.event = issue(operations.dispatch, self._attachment, call, True, self._in_waves)
             self.plan = arrived.plan(call)
             return arrived[:-1]
         assert call is not None
-        results, self.event = operations.redispatch(self._attachment, call, async_op=True)
+        results, self.event = issue(operations.redispatch, self._attachment, call, True)
         self.plan = call.plan
         return tuple(results)
 
@@ -105,7 +106,7 @@ class _RecordedCombine(_Recorded):
     def issue(self) -> tuple[Tensor | None, ...]:
         call, self._call = self._call, None
         assert call is not None
-        results, self.event = operations.combine(self._attachment, call, async_op=True)
+        results, self.event = issue(operations.combine, self._attachment, call, True)
         return tuple(results)
 
     def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Rearrived, Event | None]:

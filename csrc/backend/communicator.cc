@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "net/network.h"
+#include "protocol/waves.h"
 
 namespace commlib {
 namespace {
@@ -140,6 +143,15 @@ void Communicator::check_can_wait() const {
            "): make one here, or start processes by \"spawn\" (multiprocessing, data loaders)");
   }
   if (is_issuing_here()) refuse("a signal handler called it in the middle of one of its operations");
+}
+
+int Communicator::wave_of_own(int64_t expert) const {
+  const int64_t own = placement_.count(config_.rank);
+  if (expert < 0 || expert >= own) {
+    throw std::invalid_argument("expert is " + std::to_string(expert) +
+                                ", but this rank has local experts 0 to " + std::to_string(own - 1));
+  }
+  return wave_of(expert, own);
 }
 
 void Communicator::check_usable() const {

@@ -226,6 +226,9 @@ class Communicator {
  protected:
   explicit Communicator(const Config& config);
 
+  // The wave in which rows for one of this rank's experts come; throws where there is no such expert.
+  int wave_of_own(int64_t expert) const;
+
   // How a backend runs operations: as jobs of a pool of threads, or as kernels on a stream. What they are is
   // written once, in protocol/: run_plan, run_rows or run_waves, run_combine. The plan of a fresh dispatch
   // is waited for.

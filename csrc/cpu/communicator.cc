@@ -78,7 +78,7 @@ void CpuCommunicator::wait(const Ticket& ticket) {
 }
 
 void CpuCommunicator::wait_expert(const PendingDispatch&, const Ticket& ticket, int64_t expert, uintptr_t) {
-  wait_for([&] { pool_->wait_wave(*ticket, wave_of(expert, placement_.count(config_.rank))); });
+  wait_for([&] { pool_->wait_wave(*ticket, wave_of_own(expert)); });
 }
 
 void CpuCommunicator::synchronize() {

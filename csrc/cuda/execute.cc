@@ -68,7 +68,7 @@ void CudaCommunicator::keep_with_graph(const std::shared_ptr<SlotLease>& lease) 
 void CudaCommunicator::wait_expert(const PendingDispatch& dispatch, const Ticket&, int64_t expert,
                                    uintptr_t stream) {
   const OnDevice guard = on_device();
-  const uint64_t* word = &state_->unpacked[wave_of(expert, placement_.count(config_.rank))];
+  const uint64_t* word = &state_->unpacked[wave_of_own(expert)];
   check(driver().stream_wait_value(reinterpret_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(word),
                                    dispatch.id.epoch, CU_STREAM_WAIT_VALUE_GEQ),
         "cuStreamWaitValue64", "Without in_waves=True, wait_expert does without it.");
