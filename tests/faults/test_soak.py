@@ -1,13 +1,17 @@
 """The soak (tests/soak): some of its runs, and that it finds what it looks for. `make soak` does many."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from soak.faults import End, Fault, blamed, judge
 from soak.plan import draw
+from whole_files import write_whole
 
 import commlib
 
@@ -42,6 +46,21 @@ def test_what_goes_wrong_is_reported_with_its_seed(plant, what):
 
 def test_a_plan_is_its_seeds():
     assert all(draw(seed, ["kill", "drop"]) == draw(seed, ["kill", "drop"]) for seed in range(50))
+
+
+def test_what_a_killed_rank_had_to_say_is_there_whole_or_not_at_all(tmp_path):
+    end = tmp_path / "end.0"
+    for number in range(40):
+        writer = os.fork()
+        if writer == 0:
+            while True:
+                write_whole(end, json.dumps({"text": "x" * 300_000}).encode())
+                end.unlink()
+        time.sleep(0.002 + 0.0003 * number)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        assert not end.exists() or len(json.loads(end.read_bytes())["text"]) == 300_000
+        end.unlink(missing_ok=True)
 
 
 def ends_of_three(fault, end_of_1, end_of_2):

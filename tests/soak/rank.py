@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
+from whole_files import write_whole
 
 import commlib
 from commlib.startup.group import StoreGroup
@@ -29,8 +30,7 @@ CHILD_SECONDS = 15.0
 def serve_store(place: Path) -> dist.TCPStore:
     """The store over which ranks meet, as torchrun serves it: no rank can stop while it holds its lock."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    (place / "writing").write_text(str(store.port))
-    (place / "writing").rename(place / "port")
+    write_whole(place / "port", str(store.port).encode())
     return store
 
 
@@ -82,7 +82,7 @@ class Rank:
         for child in self.children:
             self._reap(child)
         said = {"trouble": "; ".join(self.trouble), "seconds": time.monotonic() - self.begun}
-        (self.place / f"end.{self.rank}").write_text(json.dumps(asdict(end) | said))
+        write_whole(self.place / f"end.{self.rank}", json.dumps(asdict(end) | said).encode())
         if self.exits:
             sys.exit()
         os._exit(0)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from whole_files import write_whole
 
 from commlib.startup.group import Group
 from commlib.startup.inprocess import remake_torch_threads
@@ -27,9 +28,7 @@ class FileGroup(Group):
 
     def allgather(self, obj):
         self.round += 1
-        written = self.place / f"written.{self.rank}"
-        written.write_bytes(pickle.dumps(obj))
-        written.rename(self.place / f"{self.round}.{self.rank}")
+        write_whole(self.place / f"{self.round}.{self.rank}", pickle.dumps(obj))
         return [self._of(rank) for rank in range(self.size)]
 
     def _of(self, rank):
