@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -38,6 +39,7 @@ class _Recorded(ABC):
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
         self._adjoint: tuple[Gradients, Event | None] | None = None  # issued in finish's backward
+        self._graph_task = -1  # the pass through the graph in which that was
 
     @abstractmethod
     def issue(self) -> tuple[Tensor | None, ...]:
@@ -56,16 +58,24 @@ class _Recorded(ABC):
         return _Finish.apply(self, *tensors)
 
     def begin_backward(self, grads: Sequence[Tensor]) -> None:
-        """In finish's backward."""
-        if self._adjoint is not None:
+        """In finish's backward.
+
+        A pass may end before start: by an error, or because nobody asks for gradients of what comes before.
+        What it issued is then still here when the next pass comes, and its results are of no use.
+        """
+        task = torch._C._current_graph_task_id()
+        if self._adjoint is not None and task == self._graph_task:
             raise RuntimeError(
                 "finish() was called twice on one operation, and the results of both were used"
             )
-        self._adjoint = self.issue_adjoint(grads, True)
+        self._adjoint, self._graph_task = self.issue_adjoint(grads, True), task
 
     def end_backward(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         """In start's backward."""
-        (results, event), self._adjoint = self._adjoint or self.issue_adjoint(grads, False), None
+        adjoint, self._adjoint = self._adjoint, None
+        if adjoint is None or self._graph_task != torch._C._current_graph_task_id():
+            adjoint = self.issue_adjoint(grads, False)
+        results, event = adjoint
         if event is not None:
             event.wait()
         return self.complete(results, grads, saved)

@@ -112,6 +112,36 @@ def test_a_second_backward_gives_the_same_again(device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("ends", ["before the start", "by an error"])
+def test_a_backward_that_ended_early_leaves_nothing_to_the_next(device, ends):
+    """What finish has issued in the first pass is not what start takes in the second, with other gradients."""
+    world = make_world([5, 3], dtype=torch.float64, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            scale = torch.ones((), dtype=x.dtype, device=device, requires_grad=True)
+            d = ep.dispatch(x, world.topk_idx[rank], async_op=True)
+            if ends == "by an error":
+                fails = [True]
+                d.x.register_hook(lambda _: 1 / 0 if fails and fails.pop() else None)
+            finished = d.finish()
+            loss = (finished.x * scale).square().sum()
+            if ends == "by an error":
+                with pytest.raises(ZeroDivisionError):
+                    (3 * loss).backward(retain_graph=True)
+            else:
+                (early,) = torch.autograd.grad(3 * loss, d.x, retain_graph=True)
+                assert torch.equal(early, 6 * finished.x.detach())
+            (got,) = torch.autograd.grad(loss, x)
+            y = x.detach().requires_grad_()
+            (want,) = torch.autograd.grad(ep.dispatch(y, world.topk_idx[rank]).x.square().sum(), y)
+            return got, want
+
+    for got, want in commlib.run_ranks(rank_main, 2, device=device):
+        assert torch.equal(got, want)
+
+
 def test_without_gradients_finish_is_wait(device):
     world = make_world([5, 3], device=device)
 
