@@ -6,12 +6,9 @@ nothing else stands between a tensor's address and the core.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -100,23 +97,6 @@ def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
         raise ValueError(f'overflow must be "error" or "drop", got {overflow!r}')
     if zero_copy and layout == "expert":
         raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')
-
-
-def check_flags(**flags: Any) -> None:
-    """That options are True or False."""
-    for name, value in flags.items():
-        if value is not True and value is not False and not isinstance(value, np.bool_):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def as_int(name: str, value: Any, least: float = -math.inf) -> int:
-    """``value`` as an int of at least ``least``; NumPy's ints pass, bools do not."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    number = operator.index(value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def check_align(c: Communicator, align: int) -> None:
@@ -223,6 +203,12 @@ def check_combine(c: Communicator, call: Combine) -> None:
             "float64 rows are summed in float64, all others in float32"
         )
     if call.weights is not None:
+        if call.weights.dim() != 1:
+            given = list(call.weights.shape)
+            raise ValueError(
+                f"weights must be [{rows}], one for each row of y, got {given}: a dispatch gives those with "
+                'layout="expert"; with "rank", weigh the result of each expert yourself'
+            )
         _check_dense(c, "weights", call.weights, (rows,), c.weight_dtype)
     if call.bias is not None:
         _check_rows("bias", call.bias, c.settings, call.plan.routes.shape[0], any_format=True)

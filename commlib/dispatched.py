@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from commlib import checks, ops
+from commlib.arguments import as_int
 from commlib.arrays import Array
 from commlib.calls import Arrived, Combine, Rearrived, RoutePlan
 from commlib.checks import Layout
@@ -91,6 +93,9 @@ class Handle:
     def release(self) -> None:
         """Give the handle up: using it again raises HandleError. Twice is fine."""
         self._known = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return copy.copy(self)  # on the same communicator; nobody changes a routing's tensors
 
     @property
     def _plan(self) -> RoutePlan:
@@ -220,7 +225,7 @@ class Dispatched(Generic[Array]):
         if self.handle.layout != "expert":
             raise ValueError(f'wait_expert needs layout "expert", not "{self.handle.layout}"')
         experts = self.handle._ep.num_local_experts
-        expert = checks.as_int("expert", expert)
+        expert = as_int("expert", expert)
         if not 0 <= expert < experts:
             raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
         if self.event is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commlib import checks, ops
+from commlib.arguments import as_bool, as_int
 from commlib.arrays import AnyArray, Array, exporter_for
 from commlib.calls import Combine, Dispatch, Redispatch
 from commlib.checks import Layout, Overflow
@@ -200,7 +201,7 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
         self._before(async_op, previous_event)
-        checks.check_flags(zero_copy=zero_copy, in_waves=in_waves)
+        zero_copy, in_waves = as_bool("zero_copy", zero_copy), as_bool("in_waves", in_waves)
         given, beside = checks.rows_and_scales(x)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)
@@ -217,7 +218,7 @@ class ExpertParallel:
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = layout or "rank"
         checks.check_layout(layout, zero_copy, overflow)
-        align = checks.as_int("align", align)
+        align = as_int("align", align)
         checks.check_align(self._comm, align)
         idx = checks.copied_topk_idx(self.device, topk_idx)
         grouped, drop = layout == "expert", overflow == "drop"
@@ -454,7 +455,7 @@ class ExpertParallel:
         return tensor.clone() if torch.compiler.is_compiling() else self._comm.backend.copied(tensor)
 
     def _before(self, async_op: bool, previous_event: Event | None) -> None:
-        checks.check_flags(async_op=async_op)
+        as_bool("async_op", async_op)
         refuse_forward_mode()
         if async_op and torch.compiler.is_compiling():
             raise ValueError("async_op cannot be traced by torch.compile")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from commlib import _core
+from commlib.arguments import as_bool, as_int, shown
 from commlib.devices import platform_of
 from commlib.formats import CORE_DTYPES
 from commlib.partition import SMPartition
@@ -58,24 +58,24 @@ class Settings:
         """
         if size > _core.MAX_RANKS:
             raise ValueError(f"at most {_core.MAX_RANKS} ranks, got {size}")
-        experts = _int("num_experts", self.num_experts, 1, 2**20)
-        num_sms = None if self.num_sms is None else _int("num_sms", self.num_sms, 1, _MAX_SMS)
+        experts = as_int("num_experts", self.num_experts, 1, 2**20)
+        num_sms = None if self.num_sms is None else as_int("num_sms", self.num_sms, 1, _MAX_SMS)
         self._check_place(num_sms)
         if not isinstance(self.routing, str) or self.routing not in ROUTINGS:
-            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {_shown(self.routing)}")
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {shown(self.routing)}")
         checked = replace(
             self,
             num_experts=experts,
-            hidden=_int("hidden", self.hidden, 1, 2**24),
-            topk=_int("topk", self.topk, 1, min(_core.MAX_TOPK, experts)),
-            max_tokens=_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size),
+            hidden=as_int("hidden", self.hidden, 1, 2**24),
+            topk=as_int("topk", self.topk, 1, min(_core.MAX_TOPK, experts)),
+            max_tokens=as_int("max_tokens", self.max_tokens, 1, _MAX_ROWS // size),
             dtype=dtype_of(self.dtype),
             num_sms=num_sms,
-            capacity=None if self.capacity is None else _int("capacity", self.capacity, 1, _MAX_ROWS),
-            slots=None if self.slots is None else _int("slots", self.slots, 1, _core.MAX_SLOTS),
+            capacity=None if self.capacity is None else as_int("capacity", self.capacity, 1, _MAX_ROWS),
+            slots=None if self.slots is None else as_int("slots", self.slots, 1, _core.MAX_SLOTS),
             link_gbps=None if self.link_gbps is None else _positive("link_gbps", self.link_gbps, "GB/s"),
             ranks_per_node=node_size(self.ranks_per_node),
-            exclusive=_bool("exclusive", self.exclusive),
+            exclusive=as_bool("exclusive", self.exclusive),
         )
         return checked.with_room(size) if self.grows else checked
 
@@ -92,13 +92,13 @@ class Settings:
             capacity *= 2
         # No more tokens go somewhere than all ranks can receive.
         tokens = min(max(tokens, size * capacity, self.max_tokens), _MAX_ROWS // size)
-        return replace(self, max_tokens=tokens, capacity=_int("capacity", capacity, 1, _MAX_ROWS))
+        return replace(self, max_tokens=tokens, capacity=as_int("capacity", capacity, 1, _MAX_ROWS))
 
     def _check_place(self, num_sms: int | None) -> None:
         platform_of(self.device).require()
         if self.partition is not None:
             if not isinstance(self.partition, SMPartition):
-                raise TypeError(f"partition must be an SMPartition, got {_shown(self.partition)}")
+                raise TypeError(f"partition must be an SMPartition, got {shown(self.partition)}")
             self.partition.check_fits(self.device, num_sms)
 
     def capacity_on(self, size: int) -> int:
@@ -133,7 +133,7 @@ def dtype_of(value: Any) -> torch.dtype:
         except TypeError:
             found = None
     if not isinstance(found, torch.dtype) or found not in CORE_DTYPES:
-        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {_shown(value)}")
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {shown(value)}")
     return found
 
 
@@ -170,40 +170,13 @@ def startup_patience(startup_timeout: Any, timeout: Any) -> float:
 
 def _positive(name: str, value: Any, unit: str) -> float:
     if isinstance(value, str | bytes | bool):
-        raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}")
+        raise TypeError(f"{name} must be a number of {unit}, got {shown(value)}")
     try:
         number = float(value)  # from Python, NumPy, Decimal, Fraction
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number of {unit}, got {_shown(value)}") from None
+        raise TypeError(f"{name} must be a number of {unit}, got {shown(value)}") from None
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be a positive number of {unit}, got {number}")
     return number
-
-
-def _int(name: str, value: Any, least: int, most: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # from Python, NumPy
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {_shown(value)}") from None
-    if not least <= number <= most:
-        raise ValueError(f"{name} must lie in [{least}, {most}], got {_shown(number)}")
-    return number
-
-
-def _bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
-    return bool(value)
-
-
-def _shown(value: Any) -> str:
-    """Enough of any value to recognise it."""
-    try:
-        text = str(value) if isinstance(value, torch.dtype) else repr(value)
-    except Exception:  # an int of too many digits, or an object whose repr fails
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import commlib
 from commlib._core import Placement
+from commlib.arguments import as_int
 from commlib.cli.measuring import (
     Clock,
     HostClock,
@@ -31,7 +32,6 @@ from commlib.cli.measuring import (
 )
 from commlib.devices import cuda
 from commlib.model import Hardware
-from commlib.model.checks import check_int
 from commlib.model.presets import measured_path, preset_for
 from commlib.startup.group import Group, SingleGroup, resolve_group
 
@@ -68,7 +68,7 @@ class Plan:
             cuda.require()
         for name in ("ranks", "tokens", "hidden", "topk", "experts", "iters", "copy_mib", "matmul"):
             if getattr(args, name) is not None:
-                check_int(name, getattr(args, name), 1)
+                as_int(name, getattr(args, name), 1)
         tried = args.num_sms or ([1, 2, 4, 8, 16] if gpu else sorted({1, min(2, usable_cores())}))
         most = cuda.properties().sms // args.ranks if gpu else 1024
         num_sms = tuple(sorted(n for n in tried if 1 <= n <= most))

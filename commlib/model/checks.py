@@ -5,15 +5,6 @@ from __future__ import annotations
 import math
 
 
-def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an int in ``[least, most]``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
 def check_number(name: str, value: object, least: float = 0.0, most: float = math.inf) -> None:
     """Raise TypeError or ValueError unless ``value`` is a finite number with ``least < value <= most``."""
     if not isinstance(value, int | float) or isinstance(value, bool):

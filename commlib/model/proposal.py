@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from commlib.model.checks import check_int, check_number
+from commlib.arguments import as_int
+from commlib.model.checks import check_number
 from commlib.model.hardware import Hardware
 from commlib.model.prediction import Config, Operation, Prediction, predict
 from commlib.model.presets import find_hardware
@@ -35,7 +36,7 @@ class Compute:
 
         On average a rank receives T*K (token, expert) pairs.
         """
-        check_int("ffn_hidden", ffn_hidden, 1)
+        as_int("ffn_hidden", ffn_hidden, 1)
         return Compute(6.0 * config.tokens * config.topk * config.hidden * ffn_hidden, efficiency)
 
     def seconds(self, hardware: Hardware, sms: int) -> float:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from commlib.arguments import as_int
+from commlib.expert_parallel import ExpertParallel
 from commlib.overlap import Steps, run_experts
 
 from .experts import Experts
 from .grouped import autocast_dtype
 from .losses import count_tokens
 from .router import RouterOutput, TopKRouter
-
-if TYPE_CHECKING:
-    from commlib.expert_parallel import ExpertParallel
 
 
 class MoEAux(NamedTuple):
@@ -69,7 +68,7 @@ class MoELayer(nn.Module):
 
     Raises:
         ValueError: sizes that do not fit ``ep`` or each other, or ``experts`` makes others than asked for.
-        TypeError: ``experts`` does not make :class:`Experts`.
+        TypeError: ``experts`` does not make :class:`Experts`, or another argument is of a wrong type.
     """
 
     def __init__(
@@ -89,9 +88,11 @@ class MoELayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if overlap_chunks < 1:
-            raise ValueError(f"overlap_chunks must be at least 1, got {overlap_chunks}")
+        hidden, ffn_hidden = as_int("hidden", hidden, 1), as_int("ffn_hidden", ffn_hidden, 1)
+        num_experts, topk = as_int("num_experts", num_experts, 1), as_int("topk", topk, 1)
+        overlap_chunks = as_int("overlap_chunks", overlap_chunks, 1)
         dtype = dtype or torch.get_default_dtype()
+        _check_types(ep, router, shared, dtype)
         first, count = 0, num_experts
         if ep is not None:
             mine = {"hidden": hidden, "num_experts": num_experts, "topk": topk}
@@ -112,9 +113,7 @@ class MoELayer(nn.Module):
             raise TypeError(f"experts must make a rank's experts, got ready ones: give the class, {kind}")
         self.experts = experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
         _check_experts(self.experts, first, count, ep)
-        if align is None:
-            align = max(16 // dtype.itemsize, 1)
-        self.align = align
+        self.align = max(16 // dtype.itemsize, 1) if align is None else as_int("align", align, 1)
         self.overlap_chunks = overlap_chunks
         self.shared = shared
 
@@ -131,7 +130,7 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: a last dimension that is not ``hidden``; experts that are trained while FSDP2 has been
                 told to ignore them.
-            TypeError: a dtype that is not the experts', or that the communicator's cannot hold.
+            TypeError: no tensor, a dtype that is not the experts', or that the communicator's cannot hold.
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
         shared = None
@@ -169,8 +168,12 @@ class MoELayer(nn.Module):
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, MoEAux]:
         """Rows in the dtype computed with, their routing, and what is returned besides."""
-        if x.shape[-1] != self.hidden:
-            raise ValueError(f"x must be [..., {self.hidden}], got {tuple(x.shape)}")
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be a torch.Tensor, got {type(x).__name__}: layers compute on tensors only"
+            )
+        if x.dim() == 0 or x.shape[-1] != self.hidden:
+            raise ValueError(f"x must be [..., {self.hidden}], got {list(x.shape)}")
         if torch.is_grad_enabled():
             self._check_experts_are_not_ignored()
         rows = x.reshape(-1, self.hidden)
@@ -215,6 +218,17 @@ class MoELayer(nn.Module):
         if self.shared is None:
             return out
         return out + (self.shared(rows) if shared is None else shared)
+
+
+def _check_types(ep: Any, router: Any, shared: Any, dtype: Any) -> None:
+    """That arguments are what they are used as, which otherwise shows later, or elsewhere."""
+    if not isinstance(ep, ExpertParallel | None):
+        raise TypeError(f"ep must be a commlib.ExpertParallel or None, got {type(ep).__name__}")
+    for name, given in (("router", router), ("shared", shared)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name} must be a module or None, got {given!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
 
 
 def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commlib.checks import as_int
+from commlib.arguments import as_int
 
 from .losses import Scores, count_tokens, load_balance_loss
 

@@ -232,7 +232,7 @@ def _to_address(said: Any) -> Address:
         pid, fd, workers, handle, net = said
         return int(pid), int(fd), int(workers), bytes.fromhex(handle), bytes.fromhex(net)
     except (TypeError, ValueError):
-        raise CommError(f"addresses: {str(said)[:80]} is no address") from None
+        raise CommError(f"at step addresses: {str(said)[:80]} is no address") from None
 
 
 def _wish(settings: Settings, group: Group) -> Wish:
@@ -277,7 +277,9 @@ def _shared_of(info: Any, rank: int) -> dict[str, Any]:
     """The part of a rank's information that must be equal on all."""
     shared = info.get("shared") if isinstance(info, dict) else None
     if not isinstance(shared, dict):
-        raise CommError(f"settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?")
+        raise CommError(
+            f"at step settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?"
+        )
     return shared
 
 

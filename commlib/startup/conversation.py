@@ -187,16 +187,17 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
     try:
         said = group.allgather(json.dumps(value).encode())
     except PeerTimeout as error:
-        text = f"{step}: {error}"
+        text = f"at step {step}: {error}"
         raise PeerTimeout(text, error.rank, error.peers, error.op, step, error.epoch) from None
     values = []
     for rank, data in enumerate(said):
         try:
             values.append(json.loads(bytes(data)))
         except (TypeError, ValueError):
+            start = bytes(data[:40])
             raise CommError(
-                f"{step}: rank {rank} said {bytes(data[:40])!r}. Is it of another version of commlib, or did "
-                "it come to another gather of the group?"
+                f"at step {step}: rank {rank} said {start!r}. Is it of another version of commlib, or "
+                "did it come to another gather of the group?"
             ) from None
     return values
 

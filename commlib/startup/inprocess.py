@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from commlib.arguments import as_int, shown
 from commlib.devices import platform_of
 from commlib.errors import CommError
 from commlib.startup.group import ThreadGroup, set_current_group
@@ -53,14 +54,18 @@ def run_ranks(
         What each rank returned, by rank.
 
     Raises:
+        TypeError: ``fn`` cannot be called, or ``world_size`` is no int.
         ValueError: world_size < 1, or another device.
         RuntimeError: no CUDA device can be used; the text says why.
         KeyboardInterrupt: on Ctrl-C. Ranks that are in a gather or an operation are ended.
         Exception: that of the rank that failed first; the other ranks are told, and do not wait for it. At
             start-up they do not wait for a rank that has returned, either.
     """
-    if world_size < 1:
-        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if not callable(fn):
+        raise TypeError(
+            f"run_ranks takes a function and the number of ranks, got {shown(fn)} as the function"
+        )
+    world_size = as_int("world_size", world_size, 1)
     platform = platform_of("cpu" if device is None else device)
     platform.require()
     where = platform.resolve(torch.device("cpu" if device is None else device))

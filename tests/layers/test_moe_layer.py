@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +135,41 @@ def test_a_layer_that_does_not_fit_its_communicator_says_so():
         pytest.raises(ValueError, match="num_experts=8, its communicator 4"),
     ):
         MoELayer(HIDDEN, FFN, 8, TOPK, ep)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (dict(ep="x"), TypeError, "ep must be a commlib.ExpertParallel or None, got str"),
+        (dict(hidden=8.0), TypeError, "hidden must be an int, got 8.0"),
+        (dict(ffn_hidden=0), ValueError, "ffn_hidden must be at least 1, got 0"),
+        (dict(align=0), ValueError, "align must be at least 1, got 0"),
+        (dict(overlap_chunks="a"), TypeError, "overlap_chunks must be an int, got 'a'"),
+        (dict(dtype="bf16"), TypeError, "dtype must be a torch.dtype, got 'bf16'"),
+        (dict(router=3), TypeError, "router must be a module or None, got 3"),
+        (dict(shared=3), TypeError, "shared must be a module or None, got 3"),
+    ],
+    ids=str,
+)
+def test_what_a_layer_cannot_be_made_of_is_named(given, error, text):
+    arguments = dict(hidden=HIDDEN, ffn_hidden=FFN, num_experts=4, topk=TOPK, ep=None) | given
+    with pytest.raises(error, match=text):
+        MoELayer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        ([[1.0]], TypeError, "x must be a torch.Tensor, got list"),
+        (np.zeros((2, HIDDEN)), TypeError, "x must be a torch.Tensor, got ndarray"),
+        (torch.tensor(1.0), ValueError, rf"x must be \[\.\.\., {HIDDEN}\], got \[\]"),
+        (torch.zeros(2, 3), ValueError, rf"x must be \[\.\.\., {HIDDEN}\], got \[2, 3\]"),
+    ],
+    ids=str,
+)
+def test_what_a_layer_cannot_compute_on_is_named(x, error, text):
+    with pytest.raises(error, match=text):
+        make_layer(None, 4, torch.float32)(x)
 
 
 def test_router_weights_sum_to_one_and_ids_differ():

@@ -1,5 +1,7 @@
 """Bad input: a clear error before anything is sent, and a communicator that still works afterwards."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,7 @@ BAD_COMBINE = {
     "no sum": (dict(y=rows(dtype=torch.int32)), ValueError, "y must be of a floating type that"),
     "rows": (dict(y=rows(3)), ValueError, "y must have 4 rows, got 3"),
     "weights": (dict(weights=torch.ones(3)), ValueError, r"weights must be \[4\]"),
+    "weights of places": (dict(weights=torch.ones(4, 2)), ValueError, r"got \[4, 2\]: .* layout=\"expert\""),
     "bias": (dict(bias=rows(5)), ValueError, "bias must have 4 rows"),
     "out": (dict(out=rows(5)), ValueError, "out must have 4 rows"),
     "out strides": (dict(out=torch.empty(4, 128)[:, ::2]), ValueError, "out must lie side|side by side"),
@@ -263,8 +266,10 @@ def test_handles_that_cannot_be_used(device):
                     ep.dispatch(x, idx + 1, handle=d.handle)
             with pytest.raises(ValueError, match="topk_idx differs"):
                 ep.dispatch(x, idx[:, :1], handle=d.handle)
+            copied = copy.deepcopy(d).handle
             d.handle.release()
             d.handle.release()
+            assert torch.equal(ep.combine(d.x, copied), ep.combine(d.x, copy.copy(copied)))
             for use in (
                 lambda: ep.combine(d.x, d.handle),
                 lambda: ep.dispatch(x, handle=d.handle),

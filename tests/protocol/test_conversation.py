@@ -130,7 +130,7 @@ def test_what_is_not_json_is_an_error_and_never_unpickled():
             return pytest.fail, ("unpickled",)
 
     dist.PrefixStore("commlib/0/2", store).set("1/0/1", pickle.dumps(Trap()))
-    with pytest.raises(commlib.CommError, match=r"settings: rank 1 said .* another version"):
+    with pytest.raises(commlib.CommError, match=r"at step settings: rank 1 said .* another version"):
         construct(group)
 
 
@@ -155,7 +155,7 @@ def test_all_missing_ranks_are_named(world):
     for error in errors:
         assert isinstance(error, commlib.PeerTimeout)
         assert error.peers == [1, 3]
-        assert "settings: ranks 1, 3 did not come within 0.2 s" in str(error)
+        assert "at step settings: ranks 1, 3 did not come within 0.2 s" in str(error)
 
 
 @ours

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from torch.cuda._utils import _get_device_index
@@ -39,6 +40,17 @@ def chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     return devices
+
+
+def test_a_function_comes_first_and_then_the_number_of_ranks():
+    with pytest.raises(TypeError, match="run_ranks takes a function and the number of ranks, got 2 "):
+        commlib.run_ranks(2, lambda rank: rank)
+    for bad in ("2", 2.0, True, None):
+        with pytest.raises(TypeError, match="world_size must be an int"):
+            commlib.run_ranks(lambda rank: rank, bad)
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        commlib.run_ranks(lambda rank: rank, 0)
+    assert commlib.run_ranks(lambda rank: rank, np.int64(2)) == [0, 1]
 
 
 @pytest.mark.parametrize(

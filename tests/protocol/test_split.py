@@ -114,7 +114,7 @@ def test_a_second_backward_gives_the_same_again(device):
 
 @pytest.mark.parametrize("ends", ["before the start", "by an error"])
 def test_a_backward_that_ended_early_leaves_nothing_to_the_next(device, ends):
-    """What finish has issued in the first pass is not what start takes in the second, with other gradients."""
+    """What finish issued in the first pass is not what start takes in the second, with other gradients."""
     world = make_world([5, 3], dtype=torch.float64, device=device)
 
     def rank_main(rank):

@@ -267,7 +267,7 @@ def test_names_of_devices():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: UniformRouting(8, 9, 2), r"topk must be in \[1, 8\], got 9"),
+        (lambda: UniformRouting(8, 9, 2), r"topk must lie in \[1, 8\], got 9"),
         (lambda: UniformRouting(0, 1, 2), "experts must be at least 1, got 0"),
         (lambda: UniformRouting(8, 2, 6, nodes=4), "4 nodes for 6 ranks"),
         (
@@ -282,7 +282,7 @@ def test_names_of_devices():
         (lambda: Config(8, 1, 1, 1, 8, imbalance=0.5), "imbalance must be .* got 0.5"),
         (lambda: machine(memory_gbps=-1.0), "memory_gbps must be .* got -1.0"),
         (lambda: machine(link_gbps=math.nan), "link_gbps must be .* got nan"),
-        (lambda: predict(machine(), SAMPLE, 11), r"num_sms must be in \[1, 10\], got 11"),
+        (lambda: predict(machine(), SAMPLE, 11), r"num_sms must lie in \[1, 10\], got 11"),
         (lambda: predict(machine(link_gbps=None), SAMPLE, 1), "round has no link"),
         (lambda: predict(machine(network_gbps=None), TWO_NODES, 1), "round has no network"),
         (lambda: Compute(1e9, 1.5), "efficiency must be .* got 1.5"),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from commlib.arguments import as_bool
 from commlib.compat.deep_ep import layout as layouts
 from commlib.compat.deep_ep import normal
 from commlib.compat.deep_ep import rows as parcels
@@ -315,8 +316,7 @@ class Buffer(Owner, LowLatency):
 
 
 def _check_allocation(previous_event: Any, async_finish: Any, allocate_on_comm_stream: bool) -> None:
-    if not isinstance(async_finish, bool):
-        raise TypeError(f"async_finish must be True or False, got {async_finish!r}")
+    as_bool("async_finish", async_finish)
     require(
         not allocate_on_comm_stream or (previous_event is not None and async_finish),
         "allocate_on_comm_stream needs previous_event and async_finish",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from commlib.arguments import as_int
+
 
 class Refused(AssertionError, ValueError):
     """Arguments that DeepEP asserts against (AssertionError) and commlib has no use for (ValueError)."""
@@ -26,7 +28,6 @@ def at_least(name: str, value: Any, least: int) -> int:
     Raises:
         TypeError, Refused: it is no int, or less.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    require(value >= least, f"{name} must be at least {least}, got {value}")
-    return value
+    number = as_int(name, value)
+    require(number >= least, f"{name} must be at least {least}, got {number}")
+    return number
