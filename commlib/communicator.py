@@ -54,7 +54,7 @@ class Communicator:
         uid: str,
         backend: Backend,
         topology: Topology,
-        reconnect: Callable[[Settings, _core.Communicator], Backend],
+        reconnect: Callable[[Settings, Backend], Backend],
     ) -> None:
         mine = _core.Placement(settings.num_experts, size).experts_of(rank)
         self.rank, self.size = rank, size
@@ -133,7 +133,7 @@ class Communicator:
         settings = settings.with_room(self.size, rows, tokens)
         before = self.backend
         try:
-            self.backend = self._reconnect(settings, self.core)
+            self.backend = self._reconnect(settings, before)
         except BaseException as error:
             before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}")
             raise

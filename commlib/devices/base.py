@@ -201,8 +201,15 @@ class Platform(ABC):
         """A communicator that is still to be connected to those near, which share this rank's node."""
 
     @abstractmethod
-    def backend(self, core: _core.Communicator, config: _core.Config, wish: Wish, facts: Facts) -> Backend:
-        """What a connected communicator works through."""
+    def backend(
+        self,
+        core: _core.Communicator,
+        config: _core.Config,
+        wish: Wish,
+        facts: Facts,
+        before: Backend | None,
+    ) -> Backend:
+        """What a connected communicator works through; ``before``: whose place it takes."""
 
     @abstractmethod
     def partition(self, device: torch.device, comm: int) -> Partition:

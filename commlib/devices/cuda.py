@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _SLOTS = 4  # all of their memory is taken at once
 # A sleep of a kernel costs at least 50 µs, and what the host waits for comes within milliseconds.
 _SPIN = _core.SpinPolicy(pauses=2000, yields=50_000)
-_USER = 7  # frames from Cuda.backend to the caller of ExpertParallel, where a warning points
 
 _cuda: Any
 try:
@@ -149,14 +148,14 @@ class CudaBackend(Backend):
         self.stream = stream
         self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
         self._in_step = in_step
-        self._free_sms = free_sms  # called when no operation can come any more
+        self.free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
 
     def close(self) -> None:
         try:
             super().close()
         finally:
-            self._free_sms()
+            self.free_sms()
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
@@ -326,13 +325,21 @@ class Cuda(Platform):
             _cuda.require_peer_access(config.device, uuid)
         return _cuda.make_communicator(config)
 
-    def backend(self, core: _core.Communicator, config: _core.Config, wish: Wish, facts: Facts) -> Backend:
+    def backend(
+        self,
+        core: _core.Communicator,
+        config: _core.Config,
+        wish: Wish,
+        facts: Facts,
+        before: Backend | None,
+    ) -> Backend:
         stream = torch.cuda.ExternalStream(config.stream, wish.device)
         if wish.partition is not None:
             return CudaBackend(core, stream, lambda: None, wish.in_step)
         blocks = config.num_sms + (config.plan_stream != 0)
-        name, sms = str(wish.device), facts["sms"]
-        free_sms = of_this_process.add(facts["uuid"], name, blocks, sms, stacklevel=_USER)
+        if isinstance(before, CudaBackend):
+            before.free_sms()  # what it still has under way ends before anything else is issued
+        free_sms = of_this_process.add(facts["uuid"], str(wish.device), blocks, facts["sms"])
         return CudaBackend(core, stream, free_sms, wish.in_step)
 
     def partition(self, device: torch.device, comm: int) -> CudaPartition:

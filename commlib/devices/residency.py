@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_NOT_THE_USER = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/")
 
 
 class Residency:
@@ -21,15 +27,16 @@ class Residency:
         self._blocks: dict[str, Counter[int]] = {}  # by device: communicators by their number of blocks
         self._warned: set[str] = set()
 
-    def add(self, device: str, name: str, blocks: int, sms: int, stacklevel: int = 2) -> Callable[[], None]:
+    def add(self, device: str, name: str, blocks: int, sms: int) -> Callable[[], None]:
         """Count a communicator; warn, once for each device, if there are now more blocks than SMs.
+
+        The warning points at the user's line: the nearest that is neither ours nor PyTorch's.
 
         Args:
             device: what is the same for communicators on one GPU.
             name: of the GPU, for people.
             blocks: how many the communicator's operations run on.
             sms: how many the GPU has.
-            stacklevel: as of :func:`warnings.warn`, seen from the caller.
 
         Returns:
             A function that takes the communicator off again. Calling it twice does no harm.
@@ -50,7 +57,7 @@ class Residency:
 
         if warn:
             try:
-                warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+                warnings.warn(text, RuntimeWarning, stacklevel=_level_of_user())
             except RuntimeWarning:  # where warnings are errors
                 remove()
                 raise
@@ -60,6 +67,14 @@ class Residency:
         """Blocks of all communicators counted on a device."""
         with self._lock:
             return _sum(self._blocks.get(device, Counter()))
+
+
+def _level_of_user() -> int:
+    """The stacklevel at which the caller's warning points at the user's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(_NOT_THE_USER):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _sum(alive: Counter[int]) -> int:

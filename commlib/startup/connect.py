@@ -131,9 +131,13 @@ def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> 
 
 
 def _connect(
-    talk: Conversation, settings: Settings, infos: list[Facts], team: Team[Communicator]
+    talk: Conversation,
+    settings: Settings,
+    infos: list[Facts],
+    team: Team[Communicator],
+    before: Backend | None = None,
 ) -> tuple[Backend, Topology]:
-    """The connected backend of this rank, and where all ranks are."""
+    """The connected backend of this rank, which may take another's place, and where all ranks are."""
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
@@ -151,7 +155,7 @@ def _connect(
         keys = ucx.message_keys(infos[0]["secret"], talk.rank, talk.size)
         config.use_ucx(keys, loopback=len(networks) == 1)
     core = _make_and_connect(talk, platform, config, infos, topology.near(talk.rank))
-    backend = platform.backend(core, config, wish, infos[talk.rank])
+    backend = platform.backend(core, config, wish, infos[talk.rank], before)
     try:
         gather(talk, "ready", None)
     except BaseException:
@@ -167,7 +171,7 @@ def _reconnect(
     counts: Iterator[int],
     team: Team[Communicator],
     settings: Settings,
-    core: _core.Communicator,
+    before: Backend,
 ) -> Backend:
     """A backend for other settings, of ranks that have one; every rank calls it at the same operation.
 
@@ -178,18 +182,18 @@ def _reconnect(
         counts: numbers of the times they have done this.
         team: of the ranks.
         settings: with more room.
-        core: the present backend's, which knows whose processes are gone.
+        before: the present backend, whose core knows which processes are gone.
     """
     name = started and f"{started}/grown/{next(counts)}"
     with group.converse(settings.timeout, name) as talk:
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
-        talk.watch = core.has_exited
+        talk.watch = has_exited = before.core.has_exited
         try:
-            return _connect(talk, settings, _introduce(talk, settings, {}), team)[0]
+            return _connect(talk, settings, _introduce(talk, settings, {}), team, before)[0]
         except PeerTimeout:
             raise
         except CommError as error:  # what a rank had cannot be found once it is gone
-            gone = [rank for rank in range(talk.size) if core.has_exited(rank)]
+            gone = [rank for rank in range(talk.size) if has_exited(rank)]
             if not gone:
                 raise
             text = f"{exited(gone)} ({error})"

@@ -1,5 +1,6 @@
 """Blocks of several communicators on one GPU: a warning where they do not fit."""
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -63,18 +64,47 @@ def test_one_communicator_by_itself_is_checked_elsewhere(quiet):
     add(Residency(), 133)
 
 
-def test_only_what_is_outside_partitions_is_counted(quiet, monkeypatch):
+@pytest.fixture
+def residency(monkeypatch):
+    """Of this process, on a GPU of 132 SMs that there is not."""
     residency = Residency()
     monkeypatch.setattr(cuda, "of_this_process", residency)
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *_: SimpleNamespace(device="cpu"))
+    return residency
+
+
+def arguments(partition=None):
+    """Of a backend that wants 100 SMs."""
     config = SimpleNamespace(stream=1, plan_stream=0, num_sms=100)
     core = SimpleNamespace(plan_stream=0, close=lambda: None)
+    wish = Wish(torch.device("cuda", 3), 100, partition, 2, in_step=False)
+    return core, config, wish, {"uuid": "uuid", "sms": 132}
 
-    def backend(partition):
-        wish = Wish(torch.device("cuda", 3), 100, partition, 2, in_step=False)
-        return cuda.Cuda().backend(core, config, wish, {"uuid": "uuid", "sms": 132})
 
+def backend(partition=None, before=None):
+    return cuda.Cuda().backend(*arguments(partition), before)
+
+
+def test_one_that_grows_is_counted_once(quiet, residency):
+    before = backend()
+    after = backend(before=before)
+    assert residency.blocks_on("uuid") == 100
+    before.close()
+    assert residency.blocks_on("uuid") == 100
+    after.close()
+    assert residency.blocks_on("uuid") == 0
+
+
+def test_the_warning_points_at_the_users_line(residency):
+    backend()
+    make = functools.partial(cuda.Cuda().backend, *arguments())
+    with pytest.warns(RuntimeWarning) as said:
+        torch.utils._pytree.tree_map(make, [None])  # under PyTorch, as operations may be
+    assert said[0].filename == __file__
+
+
+def test_only_what_is_outside_partitions_is_counted(quiet, residency):
     for partition, counted in ((object(), 0), (None, 100)):
         first = backend(partition)
         assert residency.blocks_on("uuid") == counted
