@@ -30,7 +30,7 @@ from bench.harness.report import NO_GPU, Titled, progress, show, table
 from bench.harness.samples import RESULTS, options, write_samples
 from bench.harness.stats import Stats
 from bench.harness.turns import Intervals, Samples, System, job_spans, measure_throughput
-from bench.harness.workload import Job, Shape, add_shape_arguments
+from bench.harness.workload import Job, Shape, add_shape_arguments, require_equal_blocks
 from bench.limited_link import add_link_arguments
 from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY
 from bench.systems.cpus import CHOICES, GLOO, MPI, PLAIN, open_systems
@@ -207,8 +207,7 @@ def main() -> None:
         gpu_comparison.main(shape, args)
         return
     with Launch.session() as launch:
-        if shape.experts % launch.size:
-            sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
+        require_equal_blocks(shape.experts, launch.size)
         launch.share_cores()
         result = {"throughput": run_throughput(launch, shape, args)}
         if launch.size > 1 and args.latency_iters:

@@ -43,7 +43,7 @@ from bench.harness.machine import gpu, host
 from bench.harness.report import NO_GPU, Titled, markdown, show, table
 from bench.harness.samples import RESULTS, options, write, write_samples
 from bench.harness.stats import Stats
-from bench.harness.workload import Shape, WrongResults, add_shape_arguments
+from bench.harness.workload import Shape, WrongResults, add_shape_arguments, require_equal_blocks
 from bench.systems.commlib import OWNED, ZERO_COPY
 from bench.systems.one_gpu import GROUPED, OPERATIONS, PLAIN, TUNED
 from commlib import cuda
@@ -74,8 +74,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK, warmup=1, copy_mib=16)
     args = parser.parse_args(argv)
-    if min(args.iters, *args.ranks, *args.num_sms) < 1 or any(args.experts % r for r in args.ranks):
-        parser.error("--iters, --ranks and --num-sms are at least 1, and --ranks divide --experts")
+    if min(args.iters, *args.ranks, *args.num_sms) < 1:
+        parser.error("--iters, --ranks and --num-sms are at least 1")
+    for ranks in args.ranks:
+        require_equal_blocks(args.experts, ranks)
     if args.profile_iters < 0 or (args.budget is not None and args.budget <= 0):
         parser.error("--profile-iters is at least 0, and --budget more")
     return args

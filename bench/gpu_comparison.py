@@ -32,7 +32,7 @@ from bench.harness.samples import RESULTS, options, write, write_samples
 from bench.harness.seats import NoSeat, take_gpu
 from bench.harness.stats import Stats
 from bench.harness.turns import Samples, System, measure_throughput
-from bench.harness.workload import Job, Shape
+from bench.harness.workload import Job, Shape, require_equal_blocks
 from bench.systems.gpus import CHOICES, ORDER, PLAIN, TUNED, Setting, UntilDone
 
 COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
@@ -197,8 +197,7 @@ def main(shape: Shape, args: argparse.Namespace) -> None:
             if launch.rank == 0:
                 print(f"bench/dispatch_combine.py --device cuda: {error}", file=sys.stderr)
             sys.exit(NO_GPU)
-        if shape.experts % launch.size:
-            sys.exit(f"{shape.experts} experts do not divide by {launch.size} ranks")
+        require_equal_blocks(shape.experts, launch.size)
         outcome = compare(launch, shape, args, device)
         if launch.rank == 0:
             nccl = ".".join(map(str, torch.cuda.nccl.version()))

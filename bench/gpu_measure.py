@@ -6,7 +6,6 @@ Finished measurements stay when time runs out: a step begins only if one as long
 from __future__ import annotations
 
 import gc
-import random
 import statistics
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import commlib
 from bench.harness.kernels import KernelProfile, KernelSeries, Key
+from bench.harness.orders import changing_orders
 from bench.harness.report import progress
 from bench.harness.turns import System
 from bench.harness.workload import Job, Shape, WrongResults
@@ -175,7 +175,6 @@ class _Timer(_Rank):
         super().__init__(plan, record)
         self._baselines = make_baselines(self._group, plan.shape, plan.device)
         self._copy = CopyMeter(plan.copy_bytes, plan.device) if self._group.rank == 0 else None
-        self._turns = random.Random(0)  # the same on all ranks
 
     def run(self) -> None:
         plan = self._plan
@@ -195,8 +194,8 @@ class _Timer(_Rank):
         with open_commlib(plan.shape, num_sms, grouped_for) as ours:
             systems = [*ours, *self._baselines]
             self._check(systems, num_sms)
-            for i in range(-plan.warmup, plan.iters):
-                self._take_turns(systems, num_sms, keep=i >= 0)
+            for i, order in enumerate(changing_orders(systems, plan.warmup + plan.iters)):
+                self._take_turns(order, num_sms, keep=i >= plan.warmup)
                 bar.update()
 
     def _check(self, systems: list[System], num_sms: int) -> None:
@@ -209,10 +208,10 @@ class _Timer(_Rank):
             raise WrongResults("\n".join(wrong))
 
     def _take_turns(self, systems: list[System], num_sms: int, keep: bool) -> None:
-        """One iteration of each, in a new order each time: what ran before decides what the cache holds."""
+        """One iteration of each."""
         if self._copy is not None:  # the others wait at the clock's barrier
             self._record.copies.append(self._copy.bandwidth())
-        for system in self._turns.sample(systems, len(systems)):
+        for system in systems:
             seconds, _ = iterate(system, self._job, self._timed, check=False)
             budget = None if system in self._baselines else num_sms
             for operation, taken in seconds.items() if keep else ():

@@ -35,7 +35,7 @@ from bench.harness.ranks import Case, Ranks, interleaved, on_ranks
 from bench.harness.report import Titled, show, table
 from bench.harness.samples import RESULTS, options, write_samples
 from bench.harness.stats import Stats
-from bench.harness.workload import Job, LinkRows, Received, Shape, WrongResults
+from bench.harness.workload import Job, LinkRows, Received, Shape, WrongResults, require_equal_blocks
 from bench.overlap_matmul import Matmul, above
 from commlib.model import Config
 
@@ -223,8 +223,7 @@ def kind_of(ranks: Ranks) -> str:
 
 def measure(ranks: Ranks, shape: Shape, args: argparse.Namespace) -> Measured:
     """Called by all ranks."""
-    if shape.experts % ranks.size:
-        raise ValueError(f"{shape.experts} experts do not divide by {ranks.size} ranks")
+    require_equal_blocks(shape.experts, ranks.size)
     slow_down = args.slow_down or DEFAULTS[kind_of(ranks)].slow_down
     gbps = args.link_gbps or PRESETS[args.preset].gbps / slow_down
     job = Job.build(shape, ranks.rank, ranks.size, ranks.device)

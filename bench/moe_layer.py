@@ -38,7 +38,7 @@ from bench.harness.report import NO_GPU, show, table
 from bench.harness.samples import RESULTS, options, write_samples
 from bench.harness.seats import NoSeat, take_gpu
 from bench.harness.stats import Stats
-from bench.harness.workload import Shape, add_shape_arguments
+from bench.harness.workload import Shape, add_shape_arguments, require_equal_blocks
 from bench.rig.mpi import mpirun
 from bench.rig.namespaces import why_not
 from bench.rig.netns import Rig
@@ -201,19 +201,13 @@ def publish(args: argparse.Namespace, result: dict[str, Any]) -> None:
     show(table(title, columns, [rows_of(result)]), f"every sample: {path}")
 
 
-def check_ranks(args: argparse.Namespace, size: int) -> None:
-    """End where the experts do not divide: the all-to-all compared here has equally many on each rank."""
-    if args.experts % size:
-        sys.exit(f"--experts {args.experts} do not divide by {size} ranks")
-
-
 def main_limited(args: argparse.Namespace) -> None:
     """Make a rig, run the ranks on it, show their findings."""
     if find_launch() is not None:
         sys.exit("bench/moe_layer.py --link-gbps starts its ranks itself: run it without mpirun or torchrun")
     if reason := why_not():
         sys.exit(f"bench/moe_layer.py --link-gbps: {reason}")
-    check_ranks(args, args.nodes * args.ranks_per_node)
+    require_equal_blocks(args.experts, args.nodes * args.ranks_per_node)
     # It would warn that addresses of a rig have no names.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     with (
@@ -255,7 +249,7 @@ def main_on_gpus(args: argparse.Namespace) -> None:
             if launch.rank == 0:
                 print(f"bench/moe_layer.py --device cuda: {error}", file=sys.stderr)
             sys.exit(NO_GPU)
-        check_ranks(args, launch.size)
+        require_equal_blocks(args.experts, launch.size)
         result = measure(GpuRanks(launch, device, hosts), Place(launch, device), args)
         if launch.rank == 0:
             publish(args, result)
@@ -274,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_on_gpus(args)
     else:
         with Launch.session() as launch:
-            check_ranks(args, launch.size)
+            require_equal_blocks(args.experts, launch.size)
             launch.share_cores()
             result = measure(HostRanks(launch), Place(launch, torch.device("cpu")), args)
             if launch.rank == 0:

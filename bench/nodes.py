@@ -27,7 +27,7 @@ from typing import Any
 from bench.harness.report import show, table
 from bench.harness.samples import RESULTS, options, write_samples
 from bench.harness.stats import Stats
-from bench.harness.workload import add_shape_arguments
+from bench.harness.workload import add_shape_arguments, require_equal_blocks
 from bench.rig.mpi import mpirun
 from bench.rig.namespaces import why_not
 from bench.rig.netns import Rig
@@ -60,8 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.set_defaults(**SMALL)
     args = parser.parse_args()
     for nodes in args.nodes:
-        if args.experts % (nodes * args.ranks_per_node):
-            parser.error(f"--experts must be a multiple of {nodes * args.ranks_per_node} ranks")
+        require_equal_blocks(args.experts, nodes * args.ranks_per_node)
     return args
 
 

@@ -29,7 +29,7 @@ from bench.harness.ranks import Ranks, on_ranks
 from bench.harness.report import NO_GPU, Titled, show, table
 from bench.harness.samples import RESULTS, options, write_samples
 from bench.harness.stats import Stats
-from bench.harness.workload import Job, Shape, add_shape_arguments
+from bench.harness.workload import Job, Shape, add_shape_arguments, require_equal_blocks
 from bench.overlap_layer import Layer, LayerPlan, LayerResult
 from bench.overlap_matmul import MatmulPlan, MatmulResult
 from commlib import cuda
@@ -83,8 +83,7 @@ def shape_of(args: argparse.Namespace, dtype: torch.dtype) -> Shape:
 
 def measure(ranks: Ranks, args: argparse.Namespace) -> Measured:
     """Called by all ranks."""
-    if args.experts % ranks.size:
-        raise ValueError(f"{args.experts} experts do not divide by {ranks.size} ranks")
+    require_equal_blocks(args.experts, ranks.size)
     dtype = torch.float32 if ranks.device == "cpu" else torch.bfloat16  # the one experts compute fastest in
     plan = LayerPlan(shape_of(args, dtype), args.ffn_hidden, args.chunks, args.iters)
     layer, link = None, args.link_gbps

@@ -6,7 +6,6 @@ On the CPU ranks are processes (:class:`Launch`); on a GPU they are threads that
 from __future__ import annotations
 
 import os
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ import torch
 import commlib
 from bench.harness.launch import Launch
 from bench.harness.machine import gpu, host, machine
+from bench.harness.orders import changing_orders
 from bench.harness.report import progress
 from commlib import cuda
 from commlib.cli.measuring import DeviceClock, let_ranks_share_a_gpu, usable_cores
@@ -164,12 +164,11 @@ def on_ranks(device: str, size: int, fn: Callable[[Ranks], Any]) -> Any:
 
 
 def interleaved(ranks: Ranks, cases: Mapping[str, Case], iters: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each case, in changing order: what ran before decides what is in the caches."""
+    """Seconds of each case, in changing order."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    turns = random.Random(0)  # the same on all ranks
     with progress(ranks.rank, title, iters * len(cases)) as bar:
-        for _ in range(iters):
-            for name in turns.sample(list(cases), len(cases)):
+        for order in changing_orders(list(cases), iters):
+            for name in order:
                 samples[name].append(cases[name].timed(ranks))
                 bar.update()
     return samples

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 from torch import Tensor
 
 from bench.harness.launch import Launch
+from bench.harness.orders import changing_orders
 from bench.harness.report import progress
 from bench.harness.workload import Job, Received
 from commlib.cli.measuring import Interval
@@ -72,12 +72,10 @@ def measure_throughput(
     wrong: list[str] = []
     local: Intervals = {system.name: {"dispatch": [], "combine": []} for system in systems}
     total = warmup + iters
-    turns = random.Random(0)  # the same on all ranks
     with progress(launch.rank, "dispatch and combine", total * len(systems)) as bar:
-        for i in range(total):
+        for i, order in enumerate(changing_orders(systems, total)):
             report = wrong.append if i in (0, total - 1) else None
-            # A new order each time: what ran before decides what is in the caches.
-            for system in turns.sample(systems, len(systems)):
+            for system in order:
                 dispatched, combined = system.iterate(job, launch, report)
                 if i >= warmup:
                     local[system.name]["dispatch"].append(dispatched)

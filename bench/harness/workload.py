@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 class WrongResults(Exception):
     """A system answered wrongly: there is nothing to measure."""
+
+
+def require_equal_blocks(experts: int, ranks: int) -> None:
+    """End the program unless each rank gets as many experts: what we compare with knows nothing else."""
+    if experts % ranks:
+        sys.exit(f"--experts {experts} do not divide by {ranks} ranks")
 
 
 @dataclass(frozen=True)
