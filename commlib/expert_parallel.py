@@ -343,9 +343,10 @@ class ExpertParallel:
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         """Let ``stream`` use a result or a lent buffer until the tensor goes, like ``Tensor.record_stream``.
 
-        Not needed for the stream that was current in the call that gave the tensor, nor for one that waited
-        for its event. ``Tensor.record_stream`` does nothing for memory of the symmetric heap. This does
-        nothing on the CPU.
+        Not needed for the stream that was current in the call that gave the tensor. Another one that has
+        waited for its event needs it for tensors outside the symmetric heap, as for any of PyTorch's: results
+        grouped by expert, sums, weights. ``Tensor.record_stream`` does nothing for memory of the heap. This
+        does nothing on the CPU.
         """
         self._comm.backend.record_stream(tensor, stream)
 
