@@ -266,7 +266,7 @@ def test_handles_that_cannot_be_used(device):
                     ep.dispatch(x, idx + 1, handle=d.handle)
             with pytest.raises(ValueError, match="topk_idx differs"):
                 ep.dispatch(x, idx[:, :1], handle=d.handle)
-            copied = copy.deepcopy(d).handle
+            copied = copy.deepcopy(d.handle)
             d.handle.release()
             d.handle.release()
             assert torch.equal(ep.combine(d.x, copied), ep.combine(d.x, copy.copy(copied)))
