@@ -31,7 +31,8 @@ class Event(ABC):
         """Wait, and return the operation's results for use.
 
         Like :meth:`wait`, but the backward of this call starts the operation's gradient and the backward of
-        the operation waits for it: what runs between the two calls overlaps in backward as well. Not
+        the operation waits for it: what runs between the two calls overlaps in backward as well. Where the
+        operation's results are used directly, too, its gradient is computed again, from the sum. Not
         differentiable twice.
 
         Args:
@@ -39,7 +40,7 @@ class Event(ABC):
                 (:meth:`commlib.Dispatched.finish` does it), ``out`` of a combine.
 
         Raises:
-            RuntimeError: in backward, where the results of two calls were used.
+            ValueError: autograd records the operation, and these are not its results.
         """
         self.wait()
         return tensors if self.recorded is None else self.recorded.finish(tensors)

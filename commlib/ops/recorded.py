@@ -3,16 +3,16 @@
 Forward: *start* issues the operation, *finish* waits for it; what is computed in between runs beside it.
 Backward visits the nodes in reverse: *finish* issues the adjoint operation, *start* waits for it, and the
 gradients of what was computed in between run beside that. For an operation that is never finished (its event
-is only waited for), *start* both issues and waits.
+is only waited for), *start* both issues and waits. It does so as well where more than what *finish* hands on
+has come to it: where results are also used directly, or a hook has changed their gradients.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -27,19 +27,39 @@ from commlib.ops.calling import issue
 Gradients = tuple[Tensor | None, ...]
 
 
+class _Adjoint(NamedTuple):
+    """The adjoint operation that finish has issued, and on what."""
+
+    grads: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    results: Gradients
+    event: Event | None
+
+    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the very gradients, of this pass through the graph, with nothing added to them.
+
+        Those of another pass are other tensors. While they are kept here, autograd adds to none in place.
+        """
+        pairs = zip(self.grads, grads, strict=False)  # results that are no numbers follow
+        same = all(mine is theirs for mine, theirs in pairs)
+        return same and self.versions == tuple(g._version for g in self.grads)
+
+
 class _Recorded(ABC):
     """What the two nodes of one operation share.
 
     Attributes:
         event: of the operation just issued, until it is taken.
+        results: names of what finish takes.
     """
 
     event: Event | None = None
+    results: tuple[str, ...]
 
     def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
-        self._adjoint: tuple[Gradients, Event | None] | None = None  # issued in finish's backward
-        self._graph_task = -1  # the pass through the graph in which that was
+        # Left behind where a pass ends before start: by an error, or since nobody asks for what comes before.
+        self._adjoint: _Adjoint | None = None
 
     @abstractmethod
     def issue(self) -> tuple[Tensor | None, ...]:
@@ -54,31 +74,35 @@ class _Recorded(ABC):
         return results
 
     def finish(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The second node, for tensors whose operation has been waited for."""
+        """The second node, for tensors whose operation has been waited for.
+
+        Raises:
+            ValueError: they are not the operation's results.
+        """
+        mine = [
+            t.output_nr if getattr(getattr(t, "grad_fn", None), "started", None) is self else None
+            for t in tensors
+        ]
+        if mine != list(range(len(self.results))):
+            raise ValueError(
+                f"finish takes the results of its operation, {' and '.join(self.results)}, in this order and "
+                "as they came"
+            )
         return _Finish.apply(self, *tensors)
 
     def begin_backward(self, grads: Sequence[Tensor]) -> None:
-        """In finish's backward.
-
-        A pass may end before start: by an error, or because nobody asks for gradients of what comes before.
-        What it issued is then still here when the next pass comes, and its results are of no use.
-        """
-        task = torch._C._current_graph_task_id()
-        if self._adjoint is not None and task == self._graph_task:
-            raise RuntimeError(
-                "finish() was called twice on one operation, and the results of both were used"
-            )
-        self._adjoint, self._graph_task = self.issue_adjoint(grads, True), task
+        """In finish's backward."""
+        versions = tuple(g._version for g in grads)
+        self._adjoint = _Adjoint(tuple(grads), versions, *self.issue_adjoint(grads, True))
 
     def end_backward(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         """In start's backward."""
         adjoint, self._adjoint = self._adjoint, None
-        if adjoint is None or self._graph_task != torch._C._current_graph_task_id():
-            adjoint = self.issue_adjoint(grads, False)
-        results, event = adjoint
-        if event is not None:
-            event.wait()
-        return self.complete(results, grads, saved)
+        if adjoint is None or not adjoint.is_of(grads):
+            return self.complete(self.issue_adjoint(grads, False)[0], grads, saved)
+        if adjoint.event is not None:
+            adjoint.event.wait()
+        return self.complete(adjoint.results, grads, saved)
 
 
 class _RecordedDispatch(_Recorded):
@@ -87,6 +111,7 @@ class _RecordedDispatch(_Recorded):
         self._in_waves = in_waves
         self._call: Dispatch | Redispatch | None = call  # until it is issued: it holds rows
         self._grouped, self._has_weights = call.grouped, call.topk_weights is not None
+        self.results = ("d.x", "d.topk_weights") if self._has_weights else ("d.x",)
         self.plan: RoutePlan | None = None  # once it has been issued
 
     def issue(self) -> tuple[Tensor | None, ...]:
@@ -108,6 +133,8 @@ class _RecordedDispatch(_Recorded):
 
 
 class _RecordedCombine(_Recorded):
+    results = ("out",)
+
     def __init__(self, attachment: Attachment, call: Combine) -> None:
         super().__init__(attachment)
         self._call: Combine | None = call
@@ -133,7 +160,7 @@ class _Start(Function):
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, saved: tuple, *inputs: Tensor | None) -> Any:
         outputs = recorded.issue()
-        ctx.recorded = recorded
+        ctx.started = recorded
         ctx.save_for_backward(*saved)
         known = (t for t in outputs if t is not None)
         ctx.mark_non_differentiable(*(t for t in known if not t.is_floating_point()))
@@ -142,19 +169,19 @@ class _Start(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None, *ctx.recorded.end_backward(grads, ctx.saved_tensors)
+        return None, None, *ctx.started.end_backward(grads, ctx.saved_tensors)
 
 
 class _Finish(Function):
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, *tensors: Tensor) -> Any:
-        ctx.recorded = recorded
+        ctx.finished = recorded
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.recorded.begin_backward(grads)
+        ctx.finished.begin_backward(grads)
         return None, *grads  # to start, which takes the adjoint's results instead
 
 

@@ -158,11 +158,93 @@ def test_without_gradients_finish_is_wait(device):
         assert torch.equal(got, want)
 
 
-def test_finishing_twice_is_an_error_in_backward(device):
+def added(ep, x, idx, rows):
+    """A loss by the rows of a dispatch, which ``rows`` makes of it in more than one way."""
+    return sum((k + 1) * r.square().sum() for k, r in enumerate(rows(ep.dispatch(x, idx, async_op=True))))
+
+
+def hooked(d):
+    d.x.register_hook(lambda grad: grad * 10)
+    return [d.finish().x]
+
+
+WAYS = {
+    "finished twice": (lambda d: [d.finish().x, d.finish().x], 3),
+    "finished, and used itself": (lambda d: [d.finish().x, d.x], 3),
+    "used itself, and finished": (lambda d: [d.x, d.finish().x][: d.event.wait() or 2], 3),
+    "with a hook": (hooked, 10),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_use_a_dispatchs_rows_add_up(device, way):
+    world = make_world([5, 3], dtype=torch.float64, device=device)
+    rows, times = WAYS[way]
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x, y = (world.x[rank].clone().requires_grad_() for _ in range(2))
+            added(ep, x, world.topk_idx[rank], rows).backward()
+            (times * ep.dispatch(y, world.topk_idx[rank]).x.square().sum()).backward()
+            return x.grad, y.grad
+
+    for got, want in commlib.run_ranks(rank_main, 2, device=device):
+        torch.testing.assert_close(got, want)
+
+
+def test_weights_used_past_finish_have_their_gradient(device):
+    world = make_world([5, 3], dtype=torch.float64, device=device)
+
+    def rank_main(rank):
+        grads = []
+        with ExpertParallel(**world.config()) as ep:
+            for past in (True, False):
+                w = world.topk_weights[rank].clone().requires_grad_()
+                d = ep.dispatch(world.x[rank], world.topk_idx[rank], w, layout="expert", async_op=True)
+                f = d.finish()
+                weights = d.topk_weights if past else f.topk_weights
+                ep.combine(f.x * 2, f.handle, weights=weights).square().sum().backward()
+                grads.append(w.grad)
+        return grads
+
+    for got, want in commlib.run_ranks(rank_main, 2, device=device):
+        torch.testing.assert_close(got, want)
+        assert want.abs().sum() > 0
+
+
+def test_sums_used_past_finish_have_their_gradient(device):
+    world = make_world([4], device=device)
+    with ExpertParallel(**world.config()) as ep:
+        d = ep.dispatch(world.x[0], world.topk_idx[0])
+        y = d.x.clone().requires_grad_()
+        out, event = ep.combine(y, d.handle, async_op=True)
+        (finished,) = event.finish(out)
+        (finished.sum() + 2 * out.sum()).backward()
+        assert torch.equal(y.grad, torch.full_like(y, 3))
+        assert ep.stats()["redispatches"] == 2  # of what finish handed on, and then of the sum
+
+
+def test_a_backward_in_two_nodes_communicates_once(device):
+    world = make_world([4], device=device)
+    with ExpertParallel(**world.config()) as ep:
+        x = world.x[0].clone().requires_grad_()
+        d = ep.dispatch(x, world.topk_idx[0], world.topk_weights[0], async_op=True).finish()
+        out, event = ep.combine(d.x * 2, d.handle, async_op=True)
+        event.finish(out)[0].sum().backward()
+        assert (ep.stats()["redispatches"], ep.stats()["combines"]) == (1, 2)
+
+
+def test_finish_takes_the_results_and_nothing_else(device):
     world = make_world([5], dtype=torch.float64, device=device)
     with ExpertParallel(**world.config()) as ep:
         x = world.x[0].clone().requires_grad_()
-        d = ep.dispatch(x, world.topk_idx[0], async_op=True)
-        loss = d.finish().x.sum() + d.finish().x.square().sum()
-        with pytest.raises(RuntimeError, match="finish\\(\\) was called twice"):
-            loss.backward()
+        d = ep.dispatch(x, world.topk_idx[0], world.topk_weights[0], async_op=True)
+        weights = d.topk_weights
+        for wrong in ((d.x,), (weights, d.x), (d.x, None), (x, weights), (d.x * 1, weights)):
+            with pytest.raises(ValueError, match=r"finish takes .* d\.x and d\.topk_weights, in this order"):
+                d.event.finish(*wrong)
+        rows, weights = d.event.finish(d.x, weights)
+        with pytest.raises(ValueError, match="finish takes"):
+            d.event.finish(rows, weights)
+        rows.sum().backward()
+        assert x.grad is not None
