@@ -284,5 +284,5 @@ def refuse_forward_mode() -> None:
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
             "dispatch and combine have no forward-mode derivative (torch.func.jvp, forward_ad): use "
-            "torch.func.vjp or backward, or call them outside of the dual level"
+            "backward or torch.autograd.grad, or call them outside of the dual level"
         )

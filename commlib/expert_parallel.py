@@ -193,7 +193,8 @@ class ExpertParallel:
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
-            NotImplementedError: forward-mode AD or torch.vmap, which have no rule; nothing has been sent.
+            NotImplementedError: forward-mode AD, torch.vmap or torch.func.grad, which have no rule; nothing
+                has been sent.
             RuntimeError, MemoryError: there is no memory for the results, whose size is known once all ranks
                 have published their counts: the communicator is given up, and the others raise CommError.
             CapacityExceeded: on all ranks; nothing has been sent.

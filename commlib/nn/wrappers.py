@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -29,6 +30,8 @@ from .shards import Shard, owner_of
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Notice a wrapper of a model in its constructor, before it sends anything."""
+    if torch.compiler.is_compiling():
+        return  # compiled autograd wraps modules that are half built, and traces this
     if isinstance(parent, DistributedDataParallel) and child is not None:
         _leave_out(parent, child)
     elif child is not None and _is_fsdp1(parent):

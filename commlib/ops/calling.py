@@ -26,6 +26,7 @@ def dispatch(
 ) -> tuple[Arrived, Event | None]:
     """:func:`commlib.operations.dispatch` of the attachment that the call names, ``a`` where it is known."""
     if not async_op and is_seen(call.x, call.topk_weights, call.scales):
+        _refuse_transformed(call.x, call.topk_weights)
         op: Any = schema.traced_dispatch if torch.compiler.is_compiling() else schema.dispatch
         return _with_none(Arrived(*op(*call)), call), None
     return issue(operations.dispatch, a or attachment_of(call.comm), call, async_op, in_waves)
@@ -36,6 +37,7 @@ def redispatch(
 ) -> tuple[Rearrived, Event | None]:
     """:func:`commlib.operations.redispatch`, likewise."""
     if not async_op and is_seen(call.x, call.topk_weights, call.scales):
+        _refuse_transformed(call.x, call.topk_weights)
         return _with_none(Rearrived(*schema.redispatch(*flat(call))), call), None
     return issue(operations.redispatch, a or attachment_of(call.plan.comm), call, async_op)
 
@@ -45,6 +47,7 @@ def combine(
 ) -> tuple[Combined, Event | None]:
     """:func:`commlib.operations.combine`, likewise."""
     if not async_op and is_seen(call.y, call.weights, call.bias, call.weight_grads):
+        _refuse_transformed(call.y, call.weights, call.bias)
         return Combined(*schema.combine(*flat(call))), None
     return issue(operations.combine, a or attachment_of(call.plan.comm), call, async_op)
 
@@ -82,6 +85,15 @@ def is_seen(*tensors: Tensor | None) -> bool:
     if profiler._is_profiler_enabled or torch._C._len_torch_function_stack():
         return True
     return wants_gradient(*tensors) or is_traced(*tensors)
+
+
+def _refuse_transformed(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where torch.func is to differentiate: the ops' gradients are autograd's."""
+    if not torch.compiler.is_compiling() and _peek() is not None and wants_gradient(*tensors):
+        raise NotImplementedError(
+            "dispatch and combine have no gradient under torch.func (grad, vjp, jacrev): use backward or "
+            "torch.autograd.grad"
+        )
 
 
 def issue(operation: Callable[..., _Result], a: Attachment, call: Any, *options: bool) -> _Result:

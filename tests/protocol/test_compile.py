@@ -228,3 +228,18 @@ def test_operations_are_chained_in_the_programs_order(device):
 @pytest.mark.parametrize("name", ["dispatch", "redispatch", "combine"])
 def test_cuda_graphs_of_the_compiler_leave_the_ops_out(name):
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.commlib, name).default.tags
+
+
+def test_compiled_autograd_compiles_a_backward_through_the_ops(device):
+    world = make_world([5], device=device)
+    with ExpertParallel(**world.config()) as ep:
+
+        def loss_of(x):
+            return layer(ep, x, world.topk_idx[0], world.topk_weights[0], "expert").square().sum()
+
+        x, y = (world.x[0].clone().requires_grad_() for _ in range(2))
+        loss = loss_of(x)
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+        loss_of(y).backward()
+        torch.testing.assert_close(x.grad, y.grad)

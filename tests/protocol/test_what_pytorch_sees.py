@@ -122,6 +122,21 @@ def test_a_transformation_of_something_else_does_not_matter(ep, batch, asynchron
 
 
 @ASYNC
+def test_a_gradient_by_torch_func_is_refused(ep, batch, asynchronous):
+    x, idx, weights = batch
+    d = ep.dispatch(x, idx, weights)
+    calls = {
+        "dispatch": (lambda x: ep.dispatch(x, idx, async_op=asynchronous).x, x),
+        "redispatch": (lambda x: ep.dispatch(x, handle=d.handle, async_op=asynchronous).x, x),
+        "combine": (lambda y: [ep.combine(y, d.handle, async_op=asynchronous)], d.x),
+    }
+    for function, argument in calls.values():
+        with pytest.raises(NotImplementedError, match=r"no gradient under torch\.func"):
+            torch.func.vjp(function, argument)
+    assert torch.equal(ep.dispatch(x, idx).x, x)
+
+
+@ASYNC
 def test_a_batch_of_calls_is_refused(ep, batch, asynchronous):
     x, idx, _ = batch
     with pytest.raises(NotImplementedError, match=r"cannot be batched by torch\.vmap"):
