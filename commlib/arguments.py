@@ -10,7 +10,7 @@ import torch
 
 
 def as_int(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """``value`` as an int; those of NumPy pass, bools do not.
+    """``value`` as an int; those of NumPy pass, bools and tensors do not.
 
     Raises:
         TypeError: it is no int.
@@ -18,10 +18,10 @@ def as_int(name: str, value: Any, least: int | None = None, most: int | None = N
     """
     if type(value) is not int:
         try:
-            if isinstance(value, bool | np.bool_):
+            if isinstance(value, bool | np.bool_ | torch.Tensor):
                 raise TypeError
             value = operator.index(value)
-        except Exception:  # whatever __index__ raises: of a tensor, for example, RuntimeError
+        except Exception:  # whatever __index__ raises
             raise TypeError(f"{name} must be an int, got {shown(value)}") from None
     if (least is not None and value < least) or (most is not None and value > most):
         bounds = f"be at least {least}" if most is None else f"lie in [{least}, {most}]"

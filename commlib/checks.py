@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from commlib.arguments import shown
 from commlib.arrays import as_tensor
 from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
 from commlib.communicator import Communicator
@@ -91,10 +92,10 @@ def check_out(out: Tensor, tokens: int, settings: Settings, call: Combine) -> No
 
 def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
     """That options of dispatch go together."""
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be "rank" or "expert", got {layout!r}')
-    if overflow not in OVERFLOWS:
-        raise ValueError(f'overflow must be "error" or "drop", got {overflow!r}')
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f'layout must be "rank" or "expert", got {shown(layout)}')
+    if not isinstance(overflow, str) or overflow not in OVERFLOWS:
+        raise ValueError(f'overflow must be "error" or "drop", got {shown(overflow)}')
     if zero_copy and layout == "expert":
         raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')
 

@@ -202,6 +202,7 @@ class ExpertParallel:
             HandleError: no slot is free, or the handle is released or another communicator's.
         """
         self._before(async_op, previous_event)
+        align = as_int("align", align)
         zero_copy, in_waves = as_bool("zero_copy", zero_copy), as_bool("in_waves", in_waves)
         given, beside = checks.rows_and_scales(x)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
@@ -217,9 +218,8 @@ class ExpertParallel:
             groups = self._copied(handle._plan.groups)  # before the rows, with which it is there
             again, event = ops.redispatch(self._attachment, known, async_op)
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
-        layout = layout or "rank"
+        layout = "rank" if layout is None else layout
         checks.check_layout(layout, zero_copy, overflow)
-        align = as_int("align", align)
         checks.check_align(self._comm, align)
         idx = checks.copied_topk_idx(self.device, topk_idx)
         grouped, drop = layout == "expert", overflow == "drop"

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commlib.arguments import as_int
-from commlib.model.checks import check_number
+from commlib.model.checks import check_number, keep_int
 
 _REQUIRED = ("memory_gbps", "dispatch_sm_gbps", "combine_sm_gbps")
 _OPTIONAL = ("link_gbps", "network_gbps", "tflops")
@@ -47,7 +46,7 @@ class Hardware:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        as_int("sms", self.sms, 1)
+        keep_int(self, "sms", 1)
         for name in _REQUIRED:
             check_number(name, getattr(self, name))
         for name in _OPTIONAL:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from commlib.arguments import as_int
-from commlib.model.checks import check_number
+from commlib.model.checks import check_number, keep_int
 from commlib.model.hardware import Hardware
 from commlib.model.routing import UniformRouting
 
@@ -58,15 +58,17 @@ class Config:
     imbalance: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "tokens", "hidden"):
-            as_int(name, getattr(self, name), 1)
+        for name in ("ranks", "tokens", "hidden", "topk", "experts"):
+            keep_int(self, name, 1)
         for name in ("dispatch_dtype", "combine_dtype"):
             if getattr(self, name) not in ROW_BYTES:
                 raise ValueError(f"{name} must be one of {', '.join(ROW_BYTES)}, got {getattr(self, name)!r}")
-        as_int("ranks_per_node", self.node_size, 1)
+        for name in ("ranks_per_node", "node_limit"):
+            if getattr(self, name) is not None:
+                keep_int(self, name, 1)
         if self.ranks % self.node_size:
             raise ValueError(f"ranks_per_node={self.node_size} does not divide ranks={self.ranks}")
-        as_int("ranks_per_device", self.ranks_per_device, 1, self.node_size)
+        keep_int(self, "ranks_per_device", 1, self.node_size)
         if self.ranks % self.ranks_per_device or (self.ranks_per_device > 1 and self.nodes > 1):
             raise ValueError(
                 f"ranks_per_device={self.ranks_per_device} must divide the ranks of a single node, "
@@ -238,7 +240,7 @@ def predict(hardware: Hardware, config: Config, num_sms: int) -> Prediction:
     Raises:
         ValueError: more SMs than there are, or traffic over a link or network that the hardware lacks.
     """
-    as_int("num_sms", num_sms, 1, hardware.sms)
+    num_sms = as_int("num_sms", num_sms, 1, hardware.sms)
     sizes, traffic = config.row_bytes, config.traffic
     # Threads may outnumber cores; then they share them.
     workers = min(num_sms, hardware.sms / config.ranks_per_device)

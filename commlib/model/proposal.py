@@ -36,7 +36,7 @@ class Compute:
 
         On average a rank receives T*K (token, expert) pairs.
         """
-        as_int("ffn_hidden", ffn_hidden, 1)
+        ffn_hidden = as_int("ffn_hidden", ffn_hidden, 1)
         return Compute(6.0 * config.tokens * config.topk * config.hidden * ffn_hidden, efficiency)
 
     def seconds(self, hardware: Hardware, sms: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from commlib._core import Placement
-from commlib.arguments import as_int
+from commlib.model.checks import keep_int
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class UniformRouting:
     node_limit: int | None = None
 
     def __post_init__(self) -> None:
-        as_int("experts", self.experts, 1)
-        as_int("topk", self.topk, 1, self.experts)
-        as_int("ranks", self.ranks, 1)
-        as_int("nodes", self.nodes, 1)
+        keep_int(self, "experts", 1)
+        keep_int(self, "topk", 1, self.experts)
+        keep_int(self, "ranks", 1)
+        keep_int(self, "nodes", 1)
         if self.ranks % self.nodes:
             raise ValueError(f"nodes must divide ranks, got {self.nodes} nodes for {self.ranks} ranks")
         if self.node_limit is not None:
+            keep_int(self, "node_limit", 1, self.nodes)
             self._check_limit(self.node_limit)
 
     def _check_limit(self, limit: int) -> None:
-        as_int("node_limit", limit, 1, self.nodes)
         if self.experts % self.nodes:
             raise ValueError(
                 f"node_limit needs equally many experts on each node, got {self.experts} on {self.nodes}"

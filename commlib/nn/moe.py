@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commlib.arguments import as_int
+from commlib.arguments import as_int, shown
 from commlib.expert_parallel import ExpertParallel
 from commlib.overlap import Steps, run_experts
 
@@ -91,8 +91,8 @@ class MoELayer(nn.Module):
         hidden, ffn_hidden = as_int("hidden", hidden, 1), as_int("ffn_hidden", ffn_hidden, 1)
         num_experts, topk = as_int("num_experts", num_experts, 1), as_int("topk", topk, 1)
         overlap_chunks = as_int("overlap_chunks", overlap_chunks, 1)
-        dtype = dtype or torch.get_default_dtype()
-        _check_types(ep, router, shared, dtype)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _check_types(ep, router, shared, experts, dtype)
         first, count = 0, num_experts
         if ep is not None:
             mine = {"hidden": hidden, "num_experts": num_experts, "topk": topk}
@@ -104,13 +104,12 @@ class MoELayer(nn.Module):
         self.num_experts = num_experts
         self.topk = topk
         self.ep = ep
+        if isinstance(router, TopKRouter):
+            _check_router(router, num_experts, topk)
         if router is None:
             wide = torch.promote_types(dtype, torch.float32)
             router = TopKRouter(hidden, num_experts, topk, dtype=wide, device=device)
         self.router = router
-        if isinstance(experts, nn.Module):
-            kind = type(experts).__name__
-            raise TypeError(f"experts must make a rank's experts, got ready ones: give the class, {kind}")
         self.experts = experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
         _check_experts(self.experts, first, count, ep)
         self.align = max(16 // dtype.itemsize, 1) if align is None else as_int("align", align, 1)
@@ -144,7 +143,7 @@ class MoELayer(nn.Module):
                 *(topk_idx, topk_weights),
                 chunks=self.overlap_chunks,
                 align=self.align,
-                beside=None if self.shared is None else partial(self.shared, rows),
+                beside=None if self.shared is None else partial(_run_shared, self.shared, rows),
             )
         return self._joined(out, shared, rows).reshape(x.shape), aux
 
@@ -169,15 +168,13 @@ class MoELayer(nn.Module):
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, MoEAux]:
         """Rows in the dtype computed with, their routing, and what is returned besides."""
         if not isinstance(x, Tensor):
-            raise TypeError(
-                f"x must be a torch.Tensor, got {type(x).__name__}: layers compute on tensors only"
-            )
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: convert it")
         if x.dim() == 0 or x.shape[-1] != self.hidden:
             raise ValueError(f"x must be [..., {self.hidden}], got {list(x.shape)}")
         if torch.is_grad_enabled():
             self._check_experts_are_not_ignored()
         rows = x.reshape(-1, self.hidden)
-        topk_idx, topk_weights, loss = self.router(rows)
+        topk_idx, topk_weights, loss = _checked_output(self.router(rows))
         aux = MoEAux(loss, count_tokens(topk_idx, self.num_experts))
         return rows.to(autocast_dtype(rows)), topk_idx, topk_weights, aux
 
@@ -198,8 +195,9 @@ class MoELayer(nn.Module):
         travels = ep.settings.dtype
         if torch.promote_types(rows.dtype, travels) != travels:
             raise TypeError(
-                f"the layer computes with {rows.dtype}, which its communicator's rows, {travels}, cannot "
-                "hold: give both the same dtype, or run under torch.autocast with the communicator's"
+                f"the layer computes on rows of {rows.dtype}, which its communicator's, {travels}, cannot "
+                "hold: convert x, give layer and communicator the same dtype, or run under torch.autocast "
+                "with the communicator's"
             )
         return rows.to(travels)
 
@@ -217,18 +215,48 @@ class MoELayer(nn.Module):
         out = out.to(rows.dtype)
         if self.shared is None:
             return out
-        return out + (self.shared(rows) if shared is None else shared)
+        return out + (_run_shared(self.shared, rows) if shared is None else shared)
 
 
-def _check_types(ep: Any, router: Any, shared: Any, dtype: Any) -> None:
+def _run_shared(shared: nn.Module, rows: Tensor) -> Tensor:
+    out = shared(rows)
+    if out.shape != rows.shape:
+        raise ValueError(f"shared must return {list(rows.shape)}, as its input is, got {list(out.shape)}")
+    return out
+
+
+def _checked_output(routed: Any) -> RouterOutput:
+    """What a router returned; anything may be one."""
+    if not isinstance(routed, tuple | list) or len(routed) != 3:
+        raise TypeError(
+            "router must return (topk_idx, topk_weights, loss), a commlib.nn.RouterOutput, got "
+            f"{shown(routed)}"
+        )
+    return RouterOutput(*routed)
+
+
+def _check_router(router: TopKRouter, num_experts: int, topk: int) -> None:
+    if (router.num_experts, router.topk) != (num_experts, topk):
+        raise ValueError(
+            f"the layer has num_experts={num_experts} and topk={topk}, its router {router.num_experts} and "
+            f"{router.topk}"
+        )
+
+
+def _check_types(ep: Any, router: Any, shared: Any, experts: Any, dtype: Any) -> None:
     """That arguments are what they are used as, which otherwise shows later, or elsewhere."""
     if not isinstance(ep, ExpertParallel | None):
         raise TypeError(f"ep must be a commlib.ExpertParallel or None, got {type(ep).__name__}")
     for name, given in (("router", router), ("shared", shared)):
-        if given is not None and not callable(given):
-            raise TypeError(f"{name} must be a module or None, got {given!r}")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if given is not None and (not callable(given) or isinstance(given, type)):
+            raise TypeError(f"{name} must be a module or None, got {shown(given)}")
+    if isinstance(experts, nn.Module):
+        kind = type(experts).__name__
+        raise TypeError(f"experts must make a rank's experts, got ready ones: give the class, {kind}")
+    if not callable(experts):
+        raise TypeError(f"experts must be a class or function that makes them, got {shown(experts)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {shown(dtype)}")
 
 
 def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None) -> None:

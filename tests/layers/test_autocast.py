@@ -99,7 +99,7 @@ def test_the_layer_under_autocast_is_the_unsharded_one_under_autocast(device, tr
 def test_rows_that_would_be_rounded_on_the_way_are_refused(device):
     with connect(device, torch.bfloat16) as ep:
         layer = layer_of(ep, device)
-        with pytest.raises(TypeError, match=r"computes with torch\.float32, .* torch\.bfloat16, cannot hold"):
+        with pytest.raises(TypeError, match=r"rows of torch\.float32, .* torch\.bfloat16, cannot hold"):
             layer(rows(0, device))
         with torch.autocast(device, dtype=torch.bfloat16):
             layer(rows(0, device))

@@ -145,7 +145,12 @@ def test_a_layer_that_does_not_fit_its_communicator_says_so():
         (dict(ffn_hidden=0), ValueError, "ffn_hidden must be at least 1, got 0"),
         (dict(align=0), ValueError, "align must be at least 1, got 0"),
         (dict(overlap_chunks="a"), TypeError, "overlap_chunks must be an int, got 'a'"),
-        (dict(dtype="bf16"), TypeError, "dtype must be a torch.dtype, got 'bf16'"),
+        (dict(dtype="bf16"), TypeError, "dtype must be a floating torch.dtype, got 'bf16'"),
+        (dict(dtype=torch.int32), TypeError, "dtype must be a floating torch.dtype, got torch.int32"),
+        (dict(dtype=0), TypeError, "dtype must be a floating torch.dtype, got 0"),
+        (dict(experts=None), TypeError, "experts must be a class or function that makes them, got None"),
+        (dict(router=TopKRouter), TypeError, "router must be a module or None, got <class"),
+        (dict(router=TopKRouter(HIDDEN, 8, 1)), ValueError, "num_experts=4 and topk=2, its router 8 and 1"),
         (dict(router=3), TypeError, "router must be a module or None, got 3"),
         (dict(shared=3), TypeError, "shared must be a module or None, got 3"),
     ],
@@ -170,6 +175,17 @@ def test_what_a_layer_cannot_be_made_of_is_named(given, error, text):
 def test_what_a_layer_cannot_compute_on_is_named(x, error, text):
     with pytest.raises(error, match=text):
         make_layer(None, 4, torch.float32)(x)
+
+
+def test_what_modules_of_the_user_return_is_checked():
+    arguments = dict(hidden=HIDDEN, ffn_hidden=FFN, num_experts=4, topk=TOPK, ep=None)
+    x = torch.zeros(3, HIDDEN)
+    with pytest.raises(TypeError, match=r"router must return \(topk_idx, topk_weights, loss\), .* got None"):
+        MoELayer(**arguments, router=lambda rows: None)(x)
+    with pytest.raises(ValueError, match=rf"shared must return \[3, {HIDDEN}\], .* got \[3, 1\]"):
+        MoELayer(**arguments, shared=torch.nn.Linear(HIDDEN, 1))(x)
+    with one_rank("cpu") as ep, pytest.raises(TypeError, match=r"rows of torch\.float64, .* convert x"):
+        MoELayer(HIDDEN, FFN, 4, TOPK, ep)(x.double())
 
 
 def test_router_weights_sum_to_one_and_ids_differ():

@@ -65,6 +65,8 @@ BAD_DISPATCH = {
         f"align of {n:.0e}": (dict(layout="expert", align=n), ValueError, "align must be a positive int")
         for n in (2**17, 2**40, 2**62, 2**70)
     },
+    "nothing as layout": (dict(layout=0), ValueError, 'layout must be "rank" or "expert", got 0'),
+    "tensor as layout": (dict(layout=rows()), ValueError, 'layout must be "rank" or "expert", got tensor'),
     "number as layout": (dict(layout=3), ValueError, 'layout must be "rank" or "expert", got 3'),
     "text as flag": (dict(async_op="yes"), TypeError, "async_op must be True or False, got 'yes'"),
     "number as flag": (dict(zero_copy=2), TypeError, "zero_copy must be True or False, got 2"),
@@ -261,6 +263,8 @@ def test_handles_that_cannot_be_used(device):
                 ep.dispatch(x[:3], handle=d.handle)
             with pytest.raises(ValueError, match='layout is "rank"'):
                 ep.dispatch(x, handle=d.handle, layout="expert")
+            with pytest.raises(TypeError, match="align must be an int"):
+                ep.dispatch(x, handle=d.handle, align="no")
             if device == "cpu":  # on a GPU the host would have to wait to compare values
                 with pytest.raises(ValueError, match="topk_idx differs"):
                     ep.dispatch(x, idx + 1, handle=d.handle)

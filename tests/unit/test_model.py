@@ -259,6 +259,16 @@ def test_every_constant_of_a_preset_has_a_source():
             assert "ASSUMED until measured" in hardware.sources["dispatch_sm_gbps"]
 
 
+def test_numpys_integers_are_kept_as_integers(tmp_path):
+    ours = machine(sms=np.int64(10))
+    ours.save(tmp_path / "machine.json")
+    assert Hardware.load(tmp_path / "machine.json") == machine(sms=10)
+    sizes = dict(ranks=8, tokens=64, hidden=128, topk=2, experts=16, ranks_per_node=4, node_limit=1)
+    config = Config(**{name: np.int32(n) for name, n in sizes.items()})
+    assert hash(config) == hash(Config(**sizes))
+    assert all(type(getattr(config, name)) is int for name in sizes)
+
+
 def test_names_of_devices():
     assert find_hardware("NVIDIA B200") is PRESETS["B200"]
     assert find_hardware("NVIDIA GB200") is None

@@ -25,7 +25,9 @@ def test_numpys_integers_are_integers(kind):
     assert all(type(getattr(found, name)) is int for name in names)
 
 
-@pytest.mark.parametrize("bad", [True, 2.0, "2", np.float32(2), np.array([2, 2]), 1 + 0j, [2]], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [True, 2.0, "2", np.float32(2), np.array([2, 2]), 1 + 0j, [2], torch.tensor(2), np.True_], ids=repr
+)
 def test_what_is_no_integer_is_refused(bad):
     for name in ("hidden", "slots", "num_sms", "capacity"):
         with pytest.raises(TypeError, match=f"{name} must be an int, got"):
