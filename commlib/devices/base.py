@@ -67,6 +67,9 @@ class Backend(ABC):
         """Bytes of results given back and kept for the next ones."""
         return 0
 
+    def make_way(self) -> None:  # noqa: B027
+        """Another one is about to take its place, and begins when what is under way here has ended."""
+
     def go_on_from(self, before: Backend) -> None:
         """Take the place of one of the same rank: its traces go on here."""
         self.traces = before.traces
@@ -201,15 +204,8 @@ class Platform(ABC):
         """A communicator that is still to be connected to those near, which share this rank's node."""
 
     @abstractmethod
-    def backend(
-        self,
-        core: _core.Communicator,
-        config: _core.Config,
-        wish: Wish,
-        facts: Facts,
-        before: Backend | None,
-    ) -> Backend:
-        """What a connected communicator works through; ``before``: whose place it takes."""
+    def backend(self, core: _core.Communicator, config: _core.Config, wish: Wish, facts: Facts) -> Backend:
+        """What a connected communicator works through."""
 
     @abstractmethod
     def partition(self, device: torch.device, comm: int) -> Partition:

@@ -193,14 +193,7 @@ class Cpu(Platform):
     def connectable(self, config: _core.Config, near: list[Facts]) -> _core.CpuCommunicator:
         return _core.CpuCommunicator(config)
 
-    def backend(
-        self,
-        core: _core.Communicator,
-        config: _core.Config,
-        wish: Wish,
-        facts: Facts,
-        before: Backend | None,
-    ) -> Backend:
+    def backend(self, core: _core.Communicator, config: _core.Config, wish: Wish, facts: Facts) -> Backend:
         assert isinstance(core, _core.CpuCommunicator)
         return CpuBackend(core)
 

@@ -148,14 +148,17 @@ class CudaBackend(Backend):
         self.stream = stream
         self._plan_stream = torch.cuda.ExternalStream(core.plan_stream, self.device)
         self._in_step = in_step
-        self.free_sms = free_sms  # called when no operation can come any more
+        self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
 
     def close(self) -> None:
         try:
             super().close()
         finally:
-            self.free_sms()
+            self._free_sms()
+
+    def make_way(self) -> None:
+        self._free_sms()
 
     def new_rows(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, hidden, dtype=dtype, device=self.device)
@@ -325,20 +328,11 @@ class Cuda(Platform):
             _cuda.require_peer_access(config.device, uuid)
         return _cuda.make_communicator(config)
 
-    def backend(
-        self,
-        core: _core.Communicator,
-        config: _core.Config,
-        wish: Wish,
-        facts: Facts,
-        before: Backend | None,
-    ) -> Backend:
+    def backend(self, core: _core.Communicator, config: _core.Config, wish: Wish, facts: Facts) -> Backend:
         stream = torch.cuda.ExternalStream(config.stream, wish.device)
         if wish.partition is not None:
             return CudaBackend(core, stream, lambda: None, wish.in_step)
         blocks = config.num_sms + (config.plan_stream != 0)
-        if isinstance(before, CudaBackend):
-            before.free_sms()  # what it still has under way ends before anything else is issued
         free_sms = of_this_process.add(facts["uuid"], str(wish.device), blocks, facts["sms"])
         return CudaBackend(core, stream, free_sms, wish.in_step)
 

@@ -131,13 +131,9 @@ def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> 
 
 
 def _connect(
-    talk: Conversation,
-    settings: Settings,
-    infos: list[Facts],
-    team: Team[Communicator],
-    before: Backend | None = None,
+    talk: Conversation, settings: Settings, infos: list[Facts], team: Team[Communicator]
 ) -> tuple[Backend, Topology]:
-    """The connected backend of this rank, which may take another's place, and where all ranks are."""
+    """The connected backend of this rank, and where all ranks are."""
     topology = _topology(infos, settings)
     several = len(topology.hosts) > 1
     if several:
@@ -155,7 +151,7 @@ def _connect(
         keys = ucx.message_keys(infos[0]["secret"], talk.rank, talk.size)
         config.use_ucx(keys, loopback=len(networks) == 1)
     core = _make_and_connect(talk, platform, config, infos, topology.near(talk.rank))
-    backend = platform.backend(core, config, wish, infos[talk.rank], before)
+    backend = platform.backend(core, config, wish, infos[talk.rank])
     try:
         gather(talk, "ready", None)
     except BaseException:
@@ -189,7 +185,9 @@ def _reconnect(
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
         talk.watch = has_exited = before.core.has_exited
         try:
-            return _connect(talk, settings, _introduce(talk, settings, {}), team, before)[0]
+            infos = _introduce(talk, settings, {})
+            before.make_way()
+            return _connect(talk, settings, infos, team)[0]
         except PeerTimeout:
             raise
         except CommError as error:  # what a rank had cannot be found once it is gone

@@ -14,6 +14,7 @@ from reference import expected_rank_layout, make_world
 import commlib
 from commlib import ExpertParallel, cuda
 from commlib.devices.cuda import CudaEvent
+from commlib.devices.residency import Residency
 from commlib.startup.group import resolve_group
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -450,3 +451,20 @@ def test_a_result_is_not_overwritten_while_a_named_stream_reads_it(x, idx):
 def test_every_communicator_has_a_stream_of_its_own():
     several = [ExpertParallel(num_sms=1, exclusive=True, **CONFIG) for _ in range(40)]
     assert len({ep._comm.backend.stream.cuda_stream for ep in several}) == 40
+
+
+@gpu
+def test_a_communicator_that_grows_has_its_sms_once(x, idx, monkeypatch):
+    class Watched(Residency):
+        def add(self, device, *facts):
+            remove = super().add(device, *facts)
+            counted.append(self.blocks_on(device))
+            return remove
+
+    counted: list[int] = []
+    monkeypatch.setattr("commlib.devices.cuda.of_this_process", Watched())
+    with ExpertParallel(**CONFIG | {"max_tokens": None, "capacity": 1, "num_sms": 1}, exclusive=True) as ep:
+        d = ep.dispatch(x, idx)
+        assert torch.equal(ep.combine(d.x, d.handle), x)
+        assert ep.stats()["growths"] == 1
+    assert len(counted) == 2 and counted[0] == counted[1]

@@ -87,7 +87,7 @@ def _be_rank(main, group):
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"
         traceback.print_exc()  # pytest shows it where the test fails
-    (group.place / f"result.{group.rank}").write_bytes(pickle.dumps(said))
+    write_whole(group.place / f"result.{group.rank}", pickle.dumps(said))
     os._exit(0)
 
 

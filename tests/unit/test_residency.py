@@ -82,13 +82,14 @@ def arguments(partition=None):
     return core, config, wish, {"uuid": "uuid", "sms": 132}
 
 
-def backend(partition=None, before=None):
-    return cuda.Cuda().backend(*arguments(partition), before)
+def backend(partition=None):
+    return cuda.Cuda().backend(*arguments(partition))
 
 
 def test_one_that_grows_is_counted_once(quiet, residency):
     before = backend()
-    after = backend(before=before)
+    before.make_way()
+    after = backend()
     assert residency.blocks_on("uuid") == 100
     before.close()
     assert residency.blocks_on("uuid") == 100
@@ -98,9 +99,10 @@ def test_one_that_grows_is_counted_once(quiet, residency):
 
 def test_the_warning_points_at_the_users_line(residency):
     backend()
-    make = functools.partial(cuda.Cuda().backend, *arguments())
+    core, *rest = arguments()
+    make = functools.partial(cuda.Cuda().backend, **dict(zip(("config", "wish", "facts"), rest, strict=True)))
     with pytest.warns(RuntimeWarning) as said:
-        torch.utils._pytree.tree_map(make, [None])  # under PyTorch, as operations may be
+        torch.utils._pytree.tree_map(make, [core])  # under PyTorch, as operations may be
     assert said[0].filename == __file__
 
 
