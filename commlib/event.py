@@ -31,8 +31,7 @@ class Event(ABC):
         """Wait, and return the operation's results for use.
 
         Like :meth:`wait`, but the backward of this call starts the operation's gradient and the backward of
-        the operation waits for it: what runs between the two calls overlaps in backward as well. Where the
-        operation's results are used directly, too, its gradient is computed again, from the sum. Not
+        the operation waits for it: what runs between the two calls overlaps in backward as well. Not
         differentiable twice.
 
         Args:
@@ -41,6 +40,7 @@ class Event(ABC):
 
         Raises:
             ValueError: autograd records the operation, and these are not its results.
+            RuntimeError: in backward, where the operation's results were used as well, or those of two calls.
         """
         self.wait()
         return tensors if self.recorded is None else self.recorded.finish(tensors)

@@ -220,6 +220,8 @@ class MoELayer(nn.Module):
 
 def _run_shared(shared: nn.Module, rows: Tensor) -> Tensor:
     out = shared(rows)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"shared must return a torch.Tensor, got {shown(out)}")
     if out.shape != rows.shape:
         raise ValueError(f"shared must return {list(rows.shape)}, as its input is, got {list(out.shape)}")
     return out

@@ -3,8 +3,8 @@
 Forward: *start* issues the operation, *finish* waits for it; what is computed in between runs beside it.
 Backward visits the nodes in reverse: *finish* issues the adjoint operation, *start* waits for it, and the
 gradients of what was computed in between run beside that. For an operation that is never finished (its event
-is only waited for), *start* both issues and waits. It does so as well where more than what *finish* hands on
-has come to it: where results are also used directly, or a hook has changed their gradients.
+is only waited for), *start* both issues and waits. What comes to *start* besides what *finish* hands on is an
+error: issuing anew would be one more operation on this rank, and perhaps not on others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -25,24 +26,34 @@ from commlib.ops import gradients
 from commlib.ops.calling import issue
 
 Gradients = tuple[Tensor | None, ...]
+_USED_BESIDE = (
+    "the results of an asynchronous operation were used beside what finish() returned, or a hook has changed "
+    "their gradients: call finish() once, and use or hook what it returned"
+)
 
 
 class _Adjoint(NamedTuple):
-    """The adjoint operation that finish has issued, and on what."""
+    """The adjoint operation that finish has issued, in which pass through the graph, and on what."""
 
+    graph_task: int
     grads: tuple[Tensor, ...]
     versions: tuple[int, ...]
     results: Gradients
     event: Event | None
 
-    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these are the very gradients, of this pass through the graph, with nothing added to them.
+    def is_of(self, grads: Sequence[Tensor]) -> bool:
+        """Whether these are the same gradients, with nothing added to them or changed in them.
 
-        Those of another pass are other tensors. While they are kept here, autograd adds to none in place.
+        They lie at the same place, though autograd may hand on another tensor of it; while they are kept
+        here, it adds to none in place.
         """
         pairs = zip(self.grads, grads, strict=False)  # results that are no numbers follow
-        same = all(mine is theirs for mine, theirs in pairs)
-        return same and self.versions == tuple(g._version for g in self.grads)
+        same = all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
+        return same and self.versions == tuple(map(_version, self.grads))
+
+
+def _version(grad: Tensor) -> int:
+    return 0 if grad.is_inference() else grad._version  # which counts changes in place
 
 
 class _Recorded(ABC):
@@ -92,14 +103,19 @@ class _Recorded(ABC):
 
     def begin_backward(self, grads: Sequence[Tensor]) -> None:
         """In finish's backward."""
-        versions = tuple(g._version for g in grads)
-        self._adjoint = _Adjoint(tuple(grads), versions, *self.issue_adjoint(grads, True))
+        task = torch._C._current_graph_task_id()
+        if self._adjoint is not None and self._adjoint.graph_task == task:
+            raise RuntimeError(_USED_BESIDE)
+        versions = tuple(map(_version, grads))
+        self._adjoint = _Adjoint(task, tuple(grads), versions, *self.issue_adjoint(grads, True))
 
     def end_backward(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
         """In start's backward."""
         adjoint, self._adjoint = self._adjoint, None
-        if adjoint is None or not adjoint.is_of(grads):
+        if adjoint is None or adjoint.graph_task != torch._C._current_graph_task_id():
             return self.complete(self.issue_adjoint(grads, False)[0], grads, saved)
+        if not adjoint.is_of(grads):
+            raise RuntimeError(_USED_BESIDE)
         if adjoint.event is not None:
             adjoint.event.wait()
         return self.complete(adjoint.results, grads, saved)

@@ -184,6 +184,8 @@ def test_what_modules_of_the_user_return_is_checked():
         MoELayer(**arguments, router=lambda rows: None)(x)
     with pytest.raises(ValueError, match=rf"shared must return \[3, {HIDDEN}\], .* got \[3, 1\]"):
         MoELayer(**arguments, shared=torch.nn.Linear(HIDDEN, 1))(x)
+    with pytest.raises(TypeError, match=r"shared must return a torch\.Tensor, got None"):
+        MoELayer(**arguments, shared=lambda rows: None)(x)
     with one_rank("cpu") as ep, pytest.raises(TypeError, match=r"rows of torch\.float64, .* convert x"):
         MoELayer(HIDDEN, FFN, 4, TOPK, ep)(x.double())
 

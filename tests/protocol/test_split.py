@@ -1,5 +1,7 @@
 """Asynchronous operations under autograd: the same gradients, whether their halves are split or not."""
 
+import contextlib
+
 import pytest
 import torch
 from reference import make_world
@@ -158,70 +160,88 @@ def test_without_gradients_finish_is_wait(device):
         assert torch.equal(got, want)
 
 
-def added(ep, x, idx, rows):
-    """A loss by the rows of a dispatch, which ``rows`` makes of it in more than one way."""
-    return sum((k + 1) * r.square().sum() for k, r in enumerate(rows(ep.dispatch(x, idx, async_op=True))))
-
-
 def hooked(d):
     d.x.register_hook(lambda grad: grad * 10)
-    return [d.finish().x]
+    return [d.finish()]
 
 
-WAYS = {
-    "finished twice": (lambda d: [d.finish().x, d.finish().x], 3),
-    "finished, and used itself": (lambda d: [d.finish().x, d.x], 3),
-    "used itself, and finished": (lambda d: [d.x, d.finish().x][: d.event.wait() or 2], 3),
-    "with a hook": (hooked, 10),
+def changed_in_place(d):
+    d.x.register_hook(lambda grad: (grad.mul_(10), None)[1])
+    return [d.finish()]
+
+
+BESIDE = {
+    "finished twice": lambda d: [d.finish(), d.finish()],
+    "finished, and used itself": lambda d: [d.finish(), d],
+    "used itself, and finished": lambda d: [d, d.finish()],
+    "with a hook": hooked,
+    "with a hook that writes": changed_in_place,
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_all_ways_to_use_a_dispatchs_rows_add_up(device, way):
-    world = make_world([5, 3], dtype=torch.float64, device=device)
-    rows, times = WAYS[way]
-
-    def rank_main(rank):
-        with ExpertParallel(**world.config()) as ep:
-            x, y = (world.x[rank].clone().requires_grad_() for _ in range(2))
-            added(ep, x, world.topk_idx[rank], rows).backward()
-            (times * ep.dispatch(y, world.topk_idx[rank]).x.square().sum()).backward()
-            return x.grad, y.grad
-
-    for got, want in commlib.run_ranks(rank_main, 2, device=device):
-        torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("way", BESIDE)
+def test_what_comes_beside_finish_is_an_error_and_not_lost(device, way):
+    world = make_world([5], dtype=torch.float64, device=device)
+    with ExpertParallel(**world.config()) as ep:
+        x = world.x[0].clone().requires_grad_()
+        rows = [d.x for d in BESIDE[way](ep.dispatch(x, world.topk_idx[0], async_op=True))]
+        with pytest.raises(RuntimeError, match="used beside what finish"):
+            sum((k + 1) * r.square().sum() for k, r in enumerate(rows)).backward()
+        assert x.grad is None
+        (again,) = torch.autograd.grad(ep.dispatch(x, world.topk_idx[0], async_op=True).finish().x.sum(), x)
+        (want,) = torch.autograd.grad(ep.dispatch(x, world.topk_idx[0]).x.sum(), x)
+        assert torch.equal(again, want)
 
 
-def test_weights_used_past_finish_have_their_gradient(device):
-    world = make_world([5, 3], dtype=torch.float64, device=device)
-
-    def rank_main(rank):
-        grads = []
-        with ExpertParallel(**world.config()) as ep:
-            for past in (True, False):
-                w = world.topk_weights[rank].clone().requires_grad_()
-                d = ep.dispatch(world.x[rank], world.topk_idx[rank], w, layout="expert", async_op=True)
-                f = d.finish()
-                weights = d.topk_weights if past else f.topk_weights
-                ep.combine(f.x * 2, f.handle, weights=weights).square().sum().backward()
-                grads.append(w.grad)
-        return grads
-
-    for got, want in commlib.run_ranks(rank_main, 2, device=device):
-        torch.testing.assert_close(got, want)
-        assert want.abs().sum() > 0
+def test_weights_used_past_finish_are_an_error(device):
+    world = make_world([5], dtype=torch.float64, device=device)
+    with ExpertParallel(**world.config()) as ep:
+        w = world.topk_weights[0].clone().requires_grad_()
+        d = ep.dispatch(world.x[0], world.topk_idx[0], w, layout="expert", async_op=True)
+        f = d.finish()
+        loss = ep.combine(f.x * 2, f.handle, weights=d.topk_weights).square().sum()
+        with pytest.raises(RuntimeError, match="used beside what finish"):
+            loss.backward()
 
 
-def test_sums_used_past_finish_have_their_gradient(device):
+def test_sums_used_past_finish_are_an_error(device):
     world = make_world([4], device=device)
     with ExpertParallel(**world.config()) as ep:
         d = ep.dispatch(world.x[0], world.topk_idx[0])
-        y = d.x.clone().requires_grad_()
-        out, event = ep.combine(y, d.handle, async_op=True)
+        out, event = ep.combine(d.x.clone().requires_grad_(), d.handle, async_op=True)
         (finished,) = event.finish(out)
-        (finished.sum() + 2 * out.sum()).backward()
-        assert torch.equal(y.grad, torch.full_like(y, 3))
-        assert ep.stats()["redispatches"] == 2  # of what finish handed on, and then of the sum
+        with pytest.raises(RuntimeError, match="used beside what finish"):
+            (finished.sum() + 2 * out.sum()).backward()
+
+
+@pytest.mark.parametrize("how", ["twice differentiable", "of inference", "in inference mode"])
+def test_gradients_come_in_any_form_and_communicate_once(device, how):
+    """Autograd hands on copies of tensors where it may differentiate again; some have no version."""
+    world = make_world([5, 3], dtype=torch.float64, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            x = world.x[rank].clone().requires_grad_()
+            rows = ep.dispatch(x, world.topk_idx[rank], async_op=True).finish().x
+            if how == "twice differentiable" and rank == 0:  # with a gradient that needs none itself
+                (got,) = torch.autograd.grad(2 * rows.sum(), x, create_graph=True)
+            elif how == "twice differentiable":
+                (got,) = torch.autograd.grad(rows.square().sum(), x, create_graph=True)
+            else:
+                with torch.inference_mode():
+                    grad = 2 * torch.ones_like(rows)
+                mode = torch.inference_mode if how == "in inference mode" else contextlib.nullcontext
+                with mode():
+                    (got,) = torch.autograd.grad(rows, x, grad)
+            y = x.detach().requires_grad_()
+            again = ep.dispatch(y, world.topk_idx[rank]).x
+            square = how == "twice differentiable" and rank == 1
+            (want,) = torch.autograd.grad(again.square().sum() if square else 2 * again.sum(), y)
+            return got.detach(), want, ep.stats()["combines"]
+
+    for got, want, combines in commlib.run_ranks(rank_main, 2, device=device):
+        assert torch.equal(got, want)
+        assert combines == 2
 
 
 def test_a_backward_in_two_nodes_communicates_once(device):
