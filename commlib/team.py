@@ -12,6 +12,7 @@ import torch
 from commlib import _core
 from commlib.settings import Settings
 from commlib.startup.conversation import Group
+from commlib.weak import WeakMap, WeakSet
 
 
 class Member(Protocol):
@@ -41,12 +42,12 @@ class Team(Generic[M]):
     def __init__(self, uid: str, timeout: float) -> None:
         self.uid, self.timeout = uid, timeout
         self.core = _core.Team()
-        self._members: weakref.WeakSet[M] = weakref.WeakSet()
+        self._members: WeakSet[M] = WeakSet()
 
     @property
     def communicators(self) -> list[M]:
         """Those that are open, the oldest first."""
-        return sorted((c for c in list(self._members) if not c.closed), key=lambda c: c.number)
+        return sorted((c for c in self._members if not c.closed), key=lambda c: c.number)
 
     def add(self, communicator: M) -> None:
         """Take in one that is connected, on all ranks."""
@@ -73,35 +74,24 @@ def shape_of(settings: Settings) -> Settings:
     return replace(settings, timeout=0.0)
 
 
-_Key = tuple[int, int, int, int, torch.device]
+_Key = tuple[int, int, int, torch.device]  # process, rank, size, device
 
-# The newest team of each group; groups that stand for the same ranks have one origin, rank and size. A forked
-# child finds none of its parent's.
-_teams: dict[_Key, tuple[weakref.ref[object], weakref.ref[Team[Any]]]] = {}
+# The newest team of each group, by the group's origin: groups that stand for the same ranks have one origin,
+# rank and size. Communicators keep their team, this does not. A forked child finds none of its parent's.
+_teams: WeakMap[object, dict[_Key, weakref.ref[Team[Any]]]] = WeakMap()
 
 
 def find_team(group: Group, device: torch.device) -> Team[Any] | None:
     """This rank's team of the group, if it can be used: it has open communicators, and none has given up."""
-    origin, team = (ref() for ref in _teams.get(_key(group, device), (_nothing, _nothing)))
-    if not isinstance(team, Team) or origin is not group.origin:
-        return None
-    return team if team.communicators and not team.core.has_given_up else None
+    ref = _teams.get(group.origin, {}).get(_key(group, device))
+    team = ref() if ref else None
+    return team if team and team.communicators and not team.core.has_given_up else None
 
 
 def keep_team(group: Group, device: torch.device, team: Team[Any]) -> None:
     """Let it be found from now on, as long as a communicator of it is there."""
-    key = _key(group, device)
-
-    def forget(ref: weakref.ref[Team[Any]]) -> None:
-        if key in _teams and _teams[key][1] is ref:
-            del _teams[key]
-
-    _teams[key] = weakref.ref(group.origin), weakref.ref(team, forget)
+    _teams.setdefault(group.origin, {})[_key(group, device)] = weakref.ref(team)
 
 
 def _key(group: Group, device: torch.device) -> _Key:
-    return os.getpid(), id(group.origin), group.rank, group.size, device
-
-
-def _nothing() -> None:
-    return None
+    return os.getpid(), group.rank, group.size, device

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from commlib import _core
 from commlib.dispatched import Handle
 from commlib.expert_parallel import ExpertParallel
 from commlib.integrations.versions import require
+from commlib.weak import WeakMap
 
 require("torchtitan", "0.3.0", "0.4")
 
@@ -38,8 +40,8 @@ _Key = tuple[int, int, int, int, int | None, torch.dtype, str]
 
 _communicators: dict[_Key, ExpertParallel] = {}
 # Of process groups that dispatchers have been wired to. Once these are gone their names may be used again.
-_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
-_groups: weakref.WeakValueDictionary[int, dist.ProcessGroup] = weakref.WeakValueDictionary()
+_numbers: WeakMap[dist.ProcessGroup, int] = WeakMap()
+_groups: dict[int, weakref.ref[dist.ProcessGroup]] = {}
 _next_number = itertools.count()
 
 
@@ -53,7 +55,8 @@ def _connect(key: _Key) -> None:
     if key in _communicators:
         return
     number, num_experts, topk, hidden, max_tokens, dtype, device = key
-    group = _groups[number]
+    group = _groups[number]()
+    assert group is not None  # its mesh keeps it
     _communicators[key] = ExpertParallel(
         group,
         num_experts=num_experts,
@@ -63,7 +66,11 @@ def _connect(key: _Key) -> None:
         dtype=dtype,
         device=device,
     )
-    weakref.finalize(group, _communicators.pop, key, None)
+    _core.when_gone(group, functools.partial(_forget, key))
+
+
+def _forget(key: _Key) -> None:
+    _communicators.pop(key, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +138,7 @@ class CommlibTokenDispatcher(BaseEPTokenDispatcher):
         group = self.ep_mesh.get_group()
         if group not in _numbers:
             _numbers[group] = next(_next_number)
-            _groups[_numbers[group]] = group
+            _groups[_numbers[group]] = weakref.ref(group)
         self._group = _numbers[group]
 
     def dispatch(

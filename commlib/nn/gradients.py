@@ -6,13 +6,14 @@ import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from commlib.startup.group import Group, gather_in, gather_numbers, let_go
+from commlib.weak import WeakMap
 
 from .agreement import Agreement, describe, number_of
 from .sharded import ShardedExperts, all_experts, shared_parameters
@@ -238,8 +239,7 @@ def average(parameters: list[nn.Parameter], group: dist.ProcessGroup | None, eve
 
 
 # By communicator and the group's name: the ranks that hold the same experts. Weak, as in TorchGroup.
-_Groups: TypeAlias = "weakref.WeakValueDictionary[str, dist.ProcessGroup]"
-_groups: weakref.WeakKeyDictionary[Ranks, _Groups] = weakref.WeakKeyDictionary()
+_groups: WeakMap[Ranks, dict[str, weakref.ref[dist.ProcessGroup]]] = WeakMap()
 
 
 def _replicas(experts: ShardedExperts, dp_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -247,10 +247,10 @@ def _replicas(experts: ShardedExperts, dp_group: dist.ProcessGroup | None) -> di
     shard = experts.shard
     if shard is None:
         return dp_group
-    known = _groups.setdefault(shard.ranks, weakref.WeakValueDictionary())
+    known = _groups.setdefault(shard.ranks, {})
     whole = dist.group.WORLD if dp_group is None else dp_group
     assert whole is not None
-    replicas = known.get(whole.group_name)
+    replicas = ref() if (ref := known.get(whole.group_name)) else None
     if replicas is None:
         places: list[Any] = [None] * dist.get_world_size(dp_group)
         ranks = shard.ranks
@@ -264,5 +264,5 @@ def _replicas(experts: ShardedExperts, dp_group: dist.ProcessGroup | None) -> di
             )
         mine = [rank for rank, place, _ in places if place == ranks.rank]
         replicas = dist.new_group(mine, use_local_synchronization=True)
-        known[whole.group_name] = replicas
+        known[whole.group_name] = weakref.ref(replicas)
     return replicas

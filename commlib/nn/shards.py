@@ -9,7 +9,6 @@ equally many experts, that is DTensor's own ``Shard(0)``. Elsewhere commlib's bl
 from __future__ import annotations
 
 import sys
-import weakref
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from commlib._core import Placement
 from commlib.startup.group import Group, let_go, process_group_of
+from commlib.weak import WeakMap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -309,7 +309,7 @@ def _rows_of(value: Any) -> Any:
 
 # -- what optimizers keep for parameters ---------------------------------------------------------------------
 
-_known: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # groups when last seen
+_known: WeakMap[Optimizer, int] = WeakMap()  # groups when last seen
 
 
 def register_owner(param: Any, shard: Shard) -> None:

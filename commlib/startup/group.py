@@ -24,6 +24,7 @@ from commlib.errors import CommError, PeerTimeout
 from commlib.settings import START_SECONDS
 from commlib.startup.conversation import NOTHING, Group, PostingGroup, gather
 from commlib.startup.launcher import find_launch
+from commlib.weak import WeakSet
 
 __all__ = ["Group", "MPIGroup", "SingleGroup", "StoreGroup", "ThreadGroup", "TorchGroup", "resolve_group"]
 
@@ -113,7 +114,9 @@ class TorchGroup(StoreGroup):
 
     @property
     def origin(self) -> object:
-        return self._process_group()
+        if (known := self._process_group()) is None:
+            raise ValueError("group= stands for a torch.distributed process group that has been destroyed")
+        return known
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -263,7 +266,7 @@ class ThreadGroup(PostingGroup):
         self._seen = threading.local()  # changes of the board: communicators may grow in several threads
         self.run_ahead = run_ahead  # see run_ranks
         self.rank, self.size, self.device = rank, board.size, device
-        self.communicators: weakref.WeakSet[Any] = weakref.WeakSet()  # of this rank
+        self.communicators: WeakSet[Any] = WeakSet()  # of this rank
 
     @staticmethod
     def world(size: int, device: str = "cpu", run_ahead: bool = False) -> list[ThreadGroup]:
@@ -303,7 +306,7 @@ class ThreadGroup(PostingGroup):
     def abort(self, why: str) -> None:
         """This rank failed: let the others' waits for it fail at once, in operations too."""
         self.leave(why)
-        for communicator in list(self.communicators):
+        for communicator in self.communicators:
             communicator.core.give_up(why)
 
 

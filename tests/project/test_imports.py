@@ -9,6 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMPILED = {"_core", "_cuda"}
+# What runs Python code when something has gone: a Ctrl-C that comes in it is lost. See commlib/weak.py.
+LAST_CALL = re.compile(
+    r"weakref\.(?:finalize|Weak\w+|ref\([^()]+,)|from weakref import|def __del__|gc\.callbacks"
+)
 # Questions about a device. A type in a signature asks none.
 QUESTION = re.compile(r'torch\.cuda\.(?!Stream\b)|\.is_cuda|device\.type (?:[=!]=|in)|== "c(?:uda|pu)"')
 
@@ -64,3 +68,14 @@ def test_only_devices_asks_which_device_it_is() -> None:
         if QUESTION.search(line)
     }
     assert not asking
+
+
+def test_nothing_written_in_python_runs_when_something_has_gone() -> None:
+    used = {
+        f"{path.relative_to(ROOT)}: {found[0]}"
+        for path in MODULES.values()
+        for found in LAST_CALL.finditer(path.read_text())
+        if path.name != "weak.py"
+    }
+    assert not used
+    assert LAST_CALL.search("team = weakref.ref(team, forget)") and not LAST_CALL.search("weakref.ref(a), b")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from commlib import ExpertParallel
 from commlib.startup.group import MPIGroup, SingleGroup, TorchGroup, resolve_group
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -78,6 +79,14 @@ def test_the_default_process_group_is_used(tmp_path):
         assert resolve_group(mesh["a"]).size == 1
     finally:
         dist.destroy_process_group()
+
+
+def test_a_group_whose_process_group_was_destroyed_says_so(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    group = resolve_group(None)
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"a torch\.distributed process group that has been destroyed"):
+        ExpertParallel(group, num_experts=4, hidden=8, topk=1, max_tokens=4, device="cpu")
 
 
 def test_importing_commlib_starts_neither_mpi_nor_cuda(launch):

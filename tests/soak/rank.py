@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,7 @@ class Rank:
 
     def run(self) -> None:
         """The whole rank; writes how it ended."""
-        sys.unraisablehook = lambda it: self.trouble.append(f"ignored: {it.exc_value!r} in {it.object!r}")
+        sys.unraisablehook = self._note_ignored
         try:
             end = self._end()
             gc.collect()  # what was dropped is closed
@@ -86,6 +87,13 @@ class Rank:
         if self.exits:
             sys.exit()
         os._exit(0)
+
+    def _note_ignored(self, it: sys.UnraisableHookArgs) -> None:
+        """Python drops an error, also a Ctrl-C that comes in a callback of its own or PyTorch's."""
+        frames = traceback.walk_tb(it.exc_traceback)
+        ours = any(frame.f_globals.get("__name__", "").startswith("commlib") for frame, _ in frames)
+        if ours or not isinstance(it.exc_value, KeyboardInterrupt):
+            self.trouble.append(f"ignored: {it.exc_value!r} in {it.object!r}")
 
     def _end(self) -> End:
         """How its work ends."""
