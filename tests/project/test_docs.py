@@ -96,7 +96,7 @@ def test_the_tutorials_programs_print_what_it_shows(tmp_path):
         (hello, by_torch),
         (there_and_back, there),
         (of_layer, layer),
-        (of_wrong, wrong),
+        (of_wrong, re.sub(r"waited \d+\.\d s", "waited 0.0 s", wrong)),  # longer on a busy machine
     ]
     for text, printed in shown:
         assert [line for line in text.splitlines() if line not in printed] == []  # ranks print in any order,
