@@ -46,17 +46,20 @@ bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool sig
   return true;
 }
 
-// What comes from other nodes comes through ranks of this node. Of these, a rank that closed its communicator
-// before its process ended, and had made this call, has done its part.
+// Ranks are waited for one after the other, and the one that is awaited now may only be late. So this looks
+// at all of this node: a process that ended before this call never makes it. One that had made the call may
+// have done its part; but what comes from other nodes comes through ranks of this one, in their processes,
+// until they have closed.
 uint64_t CpuWorker::find_exited(uint64_t awaited) {
   const uint64_t near = op_.peers->near;
   uint64_t exited = 0;
-  for (uint64_t left = awaited & ~near ? near : awaited; left; left &= left - 1) {
+  for (uint64_t left = near; left; left &= left - 1) {
     const int p = lowest_bit(left);
     if (!op_.processes->has_exited(p)) continue;
     uint64_t blamed = 0;
-    const bool did_its_part = !has(awaited, p) && how_departed(*this, *op_.peers, p, &blamed) == kClosed &&
-                              has_called(*this, *op_.peers, p, op_.id.tag());
+    const bool did_its_part =
+        !has(awaited, p) && has_called(*this, *op_.peers, p, op_.id.tag()) &&
+        ((awaited & ~near) == 0 || how_departed(*this, *op_.peers, p, &blamed) == kClosed);
     if (!did_its_part) exited |= bit_of(p);
   }
   return exited;

@@ -336,6 +336,26 @@ def test_a_dead_rank_is_noticed_at_once_with_and_without_pidfds(in_processes, pi
     assert in_processes(main, 2) == [True, None]
 
 
+def test_a_dead_rank_is_noticed_at_once_while_another_is_only_late(in_processes):
+    def main(group):
+        ep = ExpertParallel(group, device="cpu", timeout=50.0, **CONFIG)
+        ep.dispatch(X, IDX)
+        group.barrier()
+        if group.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group.rank == 1:
+            began = time.monotonic()
+            with pytest.raises(commlib.PeerTimeout, match="for rank 2, whose process has exited") as raised:
+                ep.dispatch(X, IDX)  # whose counts are read by rank: those of rank 0 come first
+            (group.place / "noticed").touch()
+            return raised.value.peers, time.monotonic() - began < 20
+        while not (group.place / "noticed").exists():
+            time.sleep(0.01)
+        return None
+
+    assert in_processes(main, 3) == [None, ([2], True), None]
+
+
 def test_threads_that_cannot_start_are_an_error():
     """On the rank where they fail; the interpreter goes on, and so does the next communicator."""
     program = """
