@@ -326,6 +326,10 @@ class Communicator:
             ValueError: an expert id that there is not, or a format for which slots have no room.
             CapacityExceeded: on all ranks alike, unless `drop`.
         """
+    def blamed_for_exit(self, rank: int) -> list[int]:
+        """
+        Whom to blame where the process of a rank is gone: those it gave up on, or else itself.
+        """
     def check_health(self) -> None:
         """
         Raise what has failed. Does not wait.
@@ -360,13 +364,9 @@ class Communicator:
         """
         Move the rows. Keeps `keep` until they have moved; None: a stream orders what comes after.
         """
-    def give_up(self, why: str) -> None:
+    def give_up(self, why: str, blamed: list[int] = []) -> None:
         """
-        After an error between two halves of an operation: the other ranks need not wait.
-        """
-    def has_exited(self, rank: int) -> bool:
-        """
-        Whether the process of a rank of this node is gone.
+        The other ranks need not wait: they are told to blame these ranks, or else this one.
         """
     def lend_slot(self) -> SlotLease:
         """

@@ -135,7 +135,8 @@ class Communicator:
         try:
             self.backend = self._reconnect(settings, before)
         except BaseException as error:
-            before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}")
+            blamed = error.peers if isinstance(error, CommError) else []
+            before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}", blamed)
             raise
         self.core = self.backend.core
         self.backend.go_on_from(before)

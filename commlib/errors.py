@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class CommError(RuntimeError):
-    """Base of commlib's errors; by itself: the communicator is broken or closed."""
+    """Base of commlib's errors; by itself: the communicator is broken or closed.
+
+    Attributes:
+        peers: the ranks to blame, where that is known.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.peers: list[int] = []
 
 
 class PeerTimeout(CommError):

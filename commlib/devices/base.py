@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -86,9 +86,14 @@ class Backend(ABC):
     def begin(self) -> None:
         """Communication issued next sees what the caller's work has produced so far."""
 
-    def give_up(self, why: str) -> None:
-        """Called after an error between plan and rows: other ranks need not wait, and tensors may go."""
-        self.core.give_up(why)
+    def give_up(self, why: str, blamed: Sequence[int] = ()) -> None:
+        """Called after an error between plan and rows: other ranks need not wait, and tensors may go.
+
+        Args:
+            why: for this rank's later calls.
+            blamed: ranks that the others are to blame; none: this one.
+        """
+        self.core.give_up(why, list(blamed))
 
     @abstractmethod
     def end(

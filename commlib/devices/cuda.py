@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
@@ -179,8 +179,8 @@ class CudaBackend(Backend):
         if self.traces:
             self._begun = _recorded(self.stream)
 
-    def give_up(self, why: str) -> None:
-        self.core.give_up(why)
+    def give_up(self, why: str, blamed: Sequence[int] = ()) -> None:
+        super().give_up(why, blamed)
         for stream in (self._plan_stream, self.stream):
             torch.cuda.current_stream(self.device).wait_stream(stream)
 

@@ -21,7 +21,7 @@ from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.formats import CORE_DTYPES
 from commlib.settings import Settings
 from commlib.startup import ucx
-from commlib.startup.conversation import Conversation, exited, gather
+from commlib.startup.conversation import Conversation, about_exits, gather, gone_of
 from commlib.startup.fd_exchange import Address, close_fds, exchange_fds
 from commlib.startup.group import Group, ThreadGroup
 from commlib.startup.topology import Topology, find_topology, node_size
@@ -54,7 +54,7 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
     team = None if settings.exclusive else find_team(talk.group, settings.device)
     mine = attach_in(team, settings) if team else None
     if team and (known := team.communicators):
-        talk.watch = known[-1].core.has_exited
+        talk.watch = known[-1].core.blamed_for_exit
     try:
         return _join_or_make(talk, settings, timeout, team, mine)
     except BaseException:
@@ -183,7 +183,7 @@ def _reconnect(
     name = started and f"{started}/grown/{next(counts)}"
     with group.converse(settings.timeout, name) as talk:
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
-        talk.watch = has_exited = before.core.has_exited
+        talk.watch = before.core.blamed_for_exit
         try:
             infos = _introduce(talk, settings, {})
             before.make_way()
@@ -191,11 +191,11 @@ def _reconnect(
         except PeerTimeout:
             raise
         except CommError as error:  # what a rank had cannot be found once it is gone
-            gone = [rank for rank in range(talk.size) if has_exited(rank)]
+            gone = gone_of(range(talk.size), before.core.blamed_for_exit)
             if not gone:
                 raise
-            text = f"{exited(gone)} ({error})"
-            raise PeerTimeout(text, talk.rank, gone, "dispatch", "larger heap", 0) from error
+            text, blamed = about_exits(gone)
+            raise PeerTimeout(f"{text} ({error})", talk.rank, blamed, "dispatch", "larger heap", 0) from error
 
 
 def _make_and_connect(

@@ -79,7 +79,8 @@ class Conversation(Group):
 
     Attributes:
         task, advice: what errors say this is for, and what to do where ranks do not come.
-        watch: says whether a rank's process is gone; None: not known.
+        watch: says whom to blame where a rank's process is gone, the rank itself or others, and nobody while
+            it is there; None: not known.
         name: the same on all ranks, used for no other conversation; "" over a group that only gathers.
     """
 
@@ -88,7 +89,7 @@ class Conversation(Group):
         "Do all ranks run, and construct the same ExpertParallel at this place? startup_timeout= allows more "
         "time"
     )
-    watch: Callable[[int], bool] | None = None
+    watch: Callable[[int], list[int]] | None = None
     name = ""
 
     def __init__(self, group: Group, seconds: float) -> None:
@@ -165,11 +166,33 @@ def _a_file_to_spare() -> Iterator[None]:
             _take_spare()
 
 
-def exited(ranks: list[int]) -> str:
-    """Text saying that the processes of these ranks have exited."""
-    if len(ranks) == 1:
-        return f"the process of rank {ranks[0]} has exited"
-    return f"the processes of ranks {', '.join(map(str, ranks))} have exited"
+def gone_of(ranks: Iterable[int], watch: Callable[[int], list[int]]) -> dict[int, list[int]]:
+    """Those whose processes are gone, and whom to blame for each."""
+    return {rank: blamed for rank in ranks if (blamed := watch(rank))}
+
+
+def _error_of(rank: int, why: str) -> CommError:
+    """What the others raise when a rank has failed."""
+    error = CommError(why)
+    error.peers = [rank] if rank >= 0 else []
+    return error
+
+
+def about_exits(gone: dict[int, list[int]]) -> tuple[str, list[int]]:
+    """Text saying that the processes of these ranks have exited, and the ranks to blame for all of them."""
+    one = len(gone) == 1
+    text = f"the {'process' if one else 'processes'} of {_named(gone)} {'has' if one else 'have'} exited"
+    on: dict[str, list[int]] = {}
+    for rank, blamed in gone.items():
+        if blamed != [rank]:
+            on.setdefault(_named(blamed), []).append(rank)
+    text += "".join(f"; {_named(ranks)} had given up on {others}" for others, ranks in on.items())
+    return text, sorted({rank for blamed in gone.values() for rank in blamed})
+
+
+def _named(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in ranks]
+    return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
 
 
 def gather(group: Group, step: str, value: Any) -> list[Any]:
@@ -215,10 +238,10 @@ class _Plain(Conversation):
             )
             name = type(self.group).__name__
             raise TypeError(f"{name}.allgather must return bytes of {self.size} ranks, it gave {found}")
-        failures = [bytes(what[1:]) for what in said if bytes(what[:1]) == _FAILURE]
-        if failures:
-            self.over = True
-            raise CommError(failures[0].decode(errors="replace"))
+        for rank, what in enumerate(said):
+            if bytes(what[:1]) == _FAILURE:
+                self.over = True
+                raise _error_of(rank, bytes(what[1:]).decode(errors="replace"))
         return [what[1:] for what in said]
 
     def tell(self, why: str, missing: Sequence[int]) -> None:
@@ -274,8 +297,8 @@ class PostingGroup(Group):
     def drop(self, keys: Sequence[str]) -> None:
         """Forget these keys, one for each rank: all have found what is under them."""
 
-    def why_gone(self, ranks: Iterable[int]) -> str | None:
-        """Why one of these ranks will post nothing more, where that is known."""
+    def why_gone(self, ranks: Iterable[int]) -> tuple[int, str] | None:
+        """One of these ranks that will post nothing more, and why, where that is known."""
         return None
 
 
@@ -333,26 +356,25 @@ class _Posted(Conversation):
             raise error
 
     def tell(self, why: str, missing: Sequence[int]) -> None:
-        self.group.post(self._ended, json.dumps([why, list(missing)]).encode())
+        self.group.post(self._ended, json.dumps([self.rank, why, list(missing)]).encode())
 
     def _error_if_ended(self, missing: Sequence[int]) -> CommError | None:
         """The error where another rank has ended it, or one of ``missing`` is gone."""
-        ending = self._ending()
-        why = ending.get("why") or self.group.why_gone(missing)
-        if why is None:
-            return None
-        if ending.get("missing"):
-            return self._timeout(why, ending["missing"])
-        return CommError(why + self._skipped)
+        if ending := self._ending():
+            if ending["missing"]:
+                return self._timeout(ending["why"], ending["missing"])
+            return _error_of(ending["rank"], ending["why"] + self._skipped)
+        if gone := self.group.why_gone(missing):
+            return _error_of(gone[0], gone[1] + self._skipped)
+        return None
 
     def _error_if_hopeless(self, missing: list[int]) -> PeerTimeout | None:
         """The error where it has waited long enough for these ranks, or their processes are gone."""
         if self.left == 0:
-            names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
-            text = f"{names} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
+            text = f"{_named(missing)} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
             return self._timeout(text, missing)
-        if gone := [rank for rank in missing if self.watch and self.watch(rank)]:
-            return self._timeout(exited(gone), gone)
+        if self.watch and (gone := gone_of(missing, self.watch)):
+            return self._timeout(*about_exits(gone))
         return None
 
     def _timeout(self, text: str, peers: list[int]) -> PeerTimeout:
@@ -363,15 +385,15 @@ class _Posted(Conversation):
         return f"{self.name}/ended"
 
     def _ending(self) -> dict[str, Any]:
-        """How the conversation has ended, if it has: why, and because of which missing ranks."""
+        """How it has ended, if it has: by which rank (-1: not known), why, and which ranks were missing."""
         said = self.group.find(self._ended)
         if said is NOTHING:
             return {}
         try:
-            why, missing = json.loads(said)
-            return {"why": str(why), "missing": [int(rank) for rank in missing]}
+            rank, why, missing = json.loads(said)
+            return {"rank": int(rank), "why": str(why), "missing": [int(rank) for rank in missing]}
         except (TypeError, ValueError):
-            return {"why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
+            return {"rank": -1, "why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
 
     def _keys(self, step: int) -> list[str]:
         return [f"{self.name}/{step}/{rank}" for rank in range(self.size)]

@@ -295,9 +295,9 @@ class ThreadGroup(PostingGroup):
         if keys:
             del self._board.posts[keys[self.rank]]
 
-    def why_gone(self, ranks: Iterable[int]) -> str | None:
+    def why_gone(self, ranks: Iterable[int]) -> tuple[int, str] | None:
         gone = self._board.gone
-        return next((gone[rank] for rank in (self.rank, *ranks) if rank in gone), None)
+        return next(((rank, gone[rank]) for rank in (self.rank, *ranks) if rank in gone), None)
 
     def leave(self, why: str) -> None:
         """This rank joins no further gather: let the others' waits for it fail at once."""

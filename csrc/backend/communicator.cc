@@ -101,9 +101,11 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   if (config_.team) config_.team->add(*this);
 }
 
-bool Communicator::has_exited(int rank) const {
+uint64_t Communicator::blamed_for_exit(int rank) {
   const auto processes = std::atomic_load(&processes_);
-  return processes && processes->has_exited(rank);
+  if (!processes || !processes->has_exited(rank)) return 0;
+  const Departure last_words = departure_of(rank);  // read after its process has ended: no others will come
+  return last_words.how() == kGaveUp ? last_words.blamed() : bit_of(rank);
 }
 
 void Communicator::connect_network(const std::vector<PeerAddress>& peers, Signals* signals) {
@@ -121,7 +123,7 @@ void Communicator::announce_departure_far(const Departure& departure) {
   for (int p = 0; p < peers_.size; ++p) {
     if (peers_.is_near(p)) continue;
     uint64_t* words = peers_.signals_to(p).departed;
-    departure.write(words);
+    store_departure(words, departure);
     const auto offset = reinterpret_cast<std::byte*>(words) - network_->control_for(p);
     network_->post(
         {PostKind::words, Direction::outward, 0, p, static_cast<uint64_t>(offset), sizeof departure.words});

@@ -123,17 +123,9 @@ struct CombineInput {
   DType dtype{};
 };
 
-// What a rank writes for every other when it departs: see Signals::departed.
-struct Departure {
-  uint64_t words[2];
-
-  static Departure of(uint32_t how, uint64_t blamed) {
-    return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
-  }
-  void write(uint64_t* departed) const {
-    for (int half = 0; half < 2; ++half) store_word(&departed[half], words[half]);
-  }
-};
+inline void store_departure(uint64_t* departed, const Departure& departure) {
+  for (int half = 0; half < 2; ++half) store_word(&departed[half], departure.words[half]);
+}
 
 class Network;
 class NetworkMemory;
@@ -200,8 +192,10 @@ class Communicator {
   // Interrupted. May be called twice. Does nothing in a forked child. In a signal handler that interrupted an
   // operation, ends the operation; the next call does the rest.
   void close();
-  // After an error between two halves of an operation: the other ranks need not wait.
-  void give_up(const std::string& why) { leave(kGaveUp, bit_of(config_.rank), why); }
+  // After an error between two halves of an operation: the other ranks need not wait. They are told whom to
+  // blame, which is this rank unless it knows better.
+  void give_up(const std::string& why) { give_up(why, bit_of(config_.rank)); }
+  void give_up(const std::string& why, uint64_t blamed) { leave(kGaveUp, blamed, why); }
   // Of the team's: leaves, and tells the ranks of this communicator only. Whether it had not left before.
   bool leave_alone(uint32_t how, uint64_t blamed, const std::string& why);
   // Whether this is the process that made it, and not a fork of that process.
@@ -216,8 +210,9 @@ class Communicator {
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() = 0;
 
-  // Whether the process of a rank of this node is gone; false once this communicator is closed.
-  bool has_exited(int rank) const;
+  // Whom to blame where the process of a rank of this node is gone: those on which it had given up, or else
+  // itself, as a mask. Nobody while it is there, and once this communicator is closed. Any thread may ask.
+  uint64_t blamed_for_exit(int rank);
   // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
   virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.
@@ -255,6 +250,8 @@ class Communicator {
   void drain_or_give_up(const std::string& why);
   // Writes a word for every rank: this one has departed.
   virtual void announce_departure(const Departure& departure) = 0;
+  // What a rank of this node has announced here. Any thread may ask, also while another one closes.
+  virtual Departure departure_of(int rank) = 0;
   // Lets go of slots that only what has ended still holds.
   virtual void collect_slots() = 0;
   // The slot has been taken, and is about to be shown to others.
@@ -354,7 +351,7 @@ class Communicator {
   std::shared_ptr<SlotPool> slots_;
   std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
-  // Of ranks of this node. Loaded and stored whole, because any thread may ask has_exited().
+  // Of ranks of this node. Loaded and stored whole, because any thread may ask blamed_for_exit().
   std::shared_ptr<const PeerProcesses> processes_;
   std::atomic<double> timeout_;
 

@@ -3,13 +3,14 @@
 #include <cstdio>
 
 namespace commlib {
-namespace {
 
 std::vector<int> ranks_in(uint64_t mask) {
   std::vector<int> ranks;
   for (; mask; mask &= mask - 1) ranks.push_back(lowest_bit(mask));
   return ranks;
 }
+
+namespace {
 
 std::string ranks_text(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";

@@ -9,6 +9,8 @@
 
 namespace commlib {
 
+std::vector<int> ranks_in(uint64_t mask);
+
 // A wait that did not end, as rank `rank` reports it.
 struct Failure {
   int rank = 0;

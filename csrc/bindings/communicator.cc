@@ -91,16 +91,24 @@ Raises:
            "CUDA: `stream` may still use the tensors at these addresses when they go.");
 }
 
+void give_up(Communicator& comm, const std::string& why, const std::vector<int>& blamed) {
+  uint64_t ranks = 0;
+  for (const int p : blamed) ranks |= p >= 0 && p < comm.config().size ? bit_of(p) : 0;
+  comm.give_up(why, ranks ? ranks : bit_of(comm.config().rank));
+}
+
 void bind_life(Bound& bound) {
   bound.def("address", &address, "What the other ranks need to connect.")
       .def("connect", &connect, "peers"_a, "Map the heaps of the others, whose addresses these are by rank.")
       .def("check_health", &Communicator::check_health, NoGil(), "Raise what has failed. Does not wait.")
       .def_property_readonly("is_usable", py::cpp_function(&Communicator::is_usable, NoGil()))
-      .def("has_exited", &Communicator::has_exited, "rank"_a,
-           "Whether the process of a rank of this node is gone.")
+      .def(
+          "blamed_for_exit", [](Communicator& c, int rank) { return ranks_in(c.blamed_for_exit(rank)); },
+          "rank"_a, "Whom to blame where the process of a rank is gone: those it gave up on, or else itself.")
       .def("set_timeout", &Communicator::set_timeout, "seconds"_a)
-      .def("give_up", &Communicator::give_up, "why"_a, NoGil(),
-           "After an error between two halves of an operation: the other ranks need not wait.")
+      .def(
+          "give_up", &give_up, "why"_a, "blamed"_a = std::vector<int>(), NoGil(),
+          "The other ranks need not wait: they are told to blame these ranks, or else this one.")
       .def("close", &Communicator::close, NoGil(), "Finish what is under way, and tell the others.");
 }
 

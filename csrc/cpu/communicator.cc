@@ -56,10 +56,17 @@ std::shared_ptr<OpContext> CpuCommunicator::context_of(const OpId& id) {
 void CpuCommunicator::announce_departure(const Departure& departure) {
   for (int p = 0; p < peers_.size; ++p) {
     if (!peers_.is_near(p)) continue;
-    departure.write(peers_.signals_to(p).departed);
+    store_departure(peers_.signals_to(p).departed, departure);
     notify(peers_.signals_to(p).event);
   }
   if (network_) announce_departure_far(departure);
+}
+
+Departure CpuCommunicator::departure_of(int rank) {
+  const auto region = std::atomic_load(&region_);
+  if (!region) return {};
+  const auto& words = reinterpret_cast<const Signals*>(region->data())[rank].departed;
+  return {{load_word(&words[0]), load_word(&words[1])}};
 }
 
 template <class Wait>

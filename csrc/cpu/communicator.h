@@ -46,6 +46,7 @@ class CpuCommunicator final : public Communicator {
   std::byte* map_heap(int rank, const PeerAddress& address) override;
   Signals* own_signals() override;
   void announce_departure(const Departure& departure) override;
+  Departure departure_of(int rank) override;
   void has_closed() override;
 
   // Calls `wait`, and remembers whether the user wanted out.

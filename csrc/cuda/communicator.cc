@@ -40,7 +40,7 @@ class Carver {
 }  // namespace
 
 CudaCommunicator::CudaCommunicator(const Config& config)
-    : Communicator(config), awaiting_waves_(std::make_shared<StreamUses>()) {
+    : Communicator(config), awaiting_waves_(std::make_shared<StreamUses>()), departures_(config.size) {
   const OnDevice guard = on_device();
   shape_ = prepare_kernels(config.device, config.num_sms, reinterpret_cast<cudaStream_t>(config.stream));
   region_ = DeviceRegion::create(config.device, static_cast<size_t>(heap_bytes()), share_named(config.share));
@@ -146,7 +146,6 @@ void CudaCommunicator::has_connected() {
     peers_.internode = reinterpret_cast<const Internode*>(internode_on_device_.get());
   }
   free_idle(config_.device);  // no rank of this process that made its heap needs any of it
-  departed_before_it_exited_.assign(config_.size, false);
   if (!visitors_.empty() || network_) {
     watch_ = std::make_unique<Watch>([this] {
       try {
@@ -193,25 +192,24 @@ void CudaCommunicator::abort_waits(Cause cause, int peer) {
   store_word(&host_->abort, tagged(static_cast<uint32_t>(cause), static_cast<uint32_t>(peer)));
 }
 
-// A rank that departed before its process ended did its part in what it took part in: the kernels judge by
-// its word.
-bool CudaCommunicator::has_announced_departure(int peer) {
+Departure CudaCommunicator::departure_of(int rank) {
   std::lock_guard<std::mutex> lock(look_mutex_);
-  if (departed_before_it_exited_[peer]) return true;
+  Departure& known = departures_[rank];
+  if (known.how() != 0) return known;
   const OnDevice guard = on_device();
-  uint64_t departed = 0;
-  check(cudaMemcpyAsync(&departed, peers_.signals_from(peer).departed, sizeof departed,
-                        cudaMemcpyDeviceToHost, aside_.get()),
+  const auto& words = reinterpret_cast<const Signals*>(region_->data())[rank].departed;
+  check(cudaMemcpyAsync(known.words, words, sizeof words, cudaMemcpyDeviceToHost, aside_.get()),
         "cudaMemcpyAsync");
   check(cudaStreamSynchronize(aside_.get()), "cudaStreamSynchronize");
-  departed_before_it_exited_[peer] = departed != 0;
-  return departed != 0;
+  return known;
 }
 
 void CudaCommunicator::check_processes() {
   if (network_) store_word(&host_->lost, network_->lost_ranks());
   for (int p = 0; p < config_.size; ++p) {
-    if (processes_->has_exited(p) && !has_announced_departure(p)) return abort_waits(Cause::exited, p);
+    // A rank that departed before its process ended did its part in what it took part in: the kernels judge
+    // by its word.
+    if (processes_->has_exited(p) && departure_of(p).how() == 0) return abort_waits(Cause::exited, p);
   }
 }
 

@@ -50,6 +50,7 @@ class CudaCommunicator final : public Communicator {
   std::byte* map_heap(int rank, const PeerAddress& address) override;
   void has_connected() override;
   void announce_departure(const Departure& departure) override;
+  Departure departure_of(int rank) override;
   void prepare_slot(SlotLease& lease) override;
   void has_closed() override;
 
@@ -69,7 +70,6 @@ class CudaCommunicator final : public Communicator {
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();
-  bool has_announced_departure(int peer);
 
   OnDevice on_device() const { return OnDevice(config_.device); }
 
@@ -97,11 +97,10 @@ class CudaCommunicator final : public Communicator {
   } scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_
   std::unique_ptr<SharedDevice> shared_device_;
-  std::vector<bool>
-      departed_before_it_exited_;  // by rank; of the watcher or a thread that waits: see look_mutex_
-  std::mutex look_mutex_;          // guards departed_before_it_exited_
-  Stream aside_;                   // for words to other ranks while kernels run
-  std::unique_ptr<Watch> watch_;   // last: it uses the others
+  std::vector<Departure> departures_;  // by rank, as far as anyone has looked; guarded by look_mutex_
+  std::mutex look_mutex_;
+  Stream aside_;                  // for words to other ranks while kernels run
+  std::unique_ptr<Watch> watch_;  // last: it uses the others
 };
 
 }  // namespace commlib::cuda

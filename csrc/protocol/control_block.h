@@ -23,6 +23,22 @@ constexpr int kMaxSlots = 255;  // a call names its slot in 8 bits
 constexpr uint32_t kClosed = 1;
 constexpr uint32_t kGaveUp = 2;
 
+// What a rank tells every other when it departs: how, and the ranks that it blames. See Signals::departed.
+struct Departure {
+  uint64_t words[2];
+
+  static constexpr Departure of(uint32_t how, uint64_t blamed) {
+    return {{tagged_half(how, blamed, 0), tagged_half(how, blamed, 1)}};
+  }
+  // 0: it has not departed, or one of the words is not there yet.
+  COMMLIB_HD constexpr uint32_t how() const {
+    return tag_of(words[0]) == tag_of(words[1]) ? tag_of(words[0]) : 0;
+  }
+  COMMLIB_HD constexpr uint64_t blamed() const {
+    return ranks_of_half(words[0], 0) | ranks_of_half(words[1], 1);
+  }
+};
+
 // What a source says of one call. `format` (RowFormat::word) goes with calls that say so: written before
 // `word`, in the order of memory also where both go to another node, and read after it.
 struct SaidCall {

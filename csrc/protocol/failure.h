@@ -122,11 +122,12 @@ COMMLIB_HD bool someone_calls_otherwise(Worker& w, const PeerTable& peers, const
 // How rank p departed, or 0; and the ranks that it blames.
 template <class Worker>
 COMMLIB_HD uint32_t how_departed(Worker& w, const PeerTable& peers, int p, uint64_t* blamed) {
-  const uint64_t low = w.read(&peers.signals_from(p).departed[0]);
+  const auto& words = peers.signals_from(p).departed;
+  const uint64_t low = w.read(&words[0]);
   if (low == 0) return 0;
-  const uint64_t high = w.read(&peers.signals_from(p).departed[1]);
-  *blamed = (ranks_of_half(low, 0) | ranks_of_half(high, 1)) & peers.all();
-  return *blamed && tag_of(high) == tag_of(low) ? tag_of(low) : 0;
+  const Departure said{{low, w.read(&words[1])}};
+  *blamed = said.blamed() & peers.all();
+  return *blamed ? said.how() : 0;
 }
 
 // Whether a rank that this operation needs has departed: any rank that gave up, or one that closed its

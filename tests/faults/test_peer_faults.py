@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import with_torch
 
 import commlib
 from commlib import ExpertParallel
@@ -354,6 +355,30 @@ def test_a_dead_rank_is_noticed_at_once_while_another_is_only_late(in_processes)
         return None
 
     assert in_processes(main, 3) == [None, ([2], True), None]
+
+
+def test_a_growing_rank_blames_one_that_died_not_one_that_left_because_of_it(in_processes):
+    def main(group):
+        ep = ExpertParallel(timeout=50.0, device="cpu", **CONFIG | {"max_tokens": None})
+        ep.dispatch(X, IDX)
+        group.barrier()
+        if group.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group.rank == 1:
+            try:
+                ep.dispatch(X, IDX)
+            finally:
+                os._exit(0)
+        while not ep._comm.core.blamed_for_exit(1):
+            time.sleep(0.01)
+        with pytest.raises(commlib.PeerTimeout) as raised:
+            ep._comm.make_room(10**4, tokens=10**4)
+        return raised.value.peers, str(raised.value)
+
+    assert in_processes(with_torch(main), 3)[0] == (
+        [2],
+        "at step settings: the processes of ranks 1, 2 have exited; rank 1 had given up on rank 2",
+    )
 
 
 def test_threads_that_cannot_start_are_an_error():

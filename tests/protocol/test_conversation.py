@@ -15,7 +15,7 @@ from commlib import ExpertParallel
 from commlib.devices import cpu
 from commlib.settings import Settings
 from commlib.startup import connect, inprocess
-from commlib.startup.conversation import Group, gather
+from commlib.startup.conversation import Group, about_exits, gather
 from commlib.startup.group import StoreGroup, ThreadGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": "float32", "device": "cpu"}
@@ -195,11 +195,21 @@ def test_a_rank_that_comes_and_goes_between_two_looks_has_come(asked):
                 group.why_gone = after_it_has_gone
             else:
                 group.why_gone = lambda ranks: None
-                talk.watch = lambda rank: after_it_has_gone([rank]) is not None
+                talk.watch = lambda rank: [rank] if after_it_has_gone([rank]) else []
             talk.barrier()
             assert gone.is_set() and not talk.over
 
     assert on_ranks(ThreadGroup.world(2), main) == [None, None]
+
+
+def test_who_is_gone_and_who_is_to_blame_for_that_is_said():
+    assert about_exits({2: [2]}) == ("the process of rank 2 has exited", [2])
+    assert about_exits({1: [1], 2: [2]}) == ("the processes of ranks 1, 2 have exited", [1, 2])
+    assert about_exits({1: [2], 2: [2], 4: [0, 2], 5: [2]}) == (
+        "the processes of ranks 1, 2, 4, 5 have exited; ranks 1, 5 had given up on rank 2; "
+        "rank 4 had given up on ranks 0, 2",
+        [0, 2],
+    )
 
 
 def test_a_rank_that_returns_early_is_named():

@@ -14,6 +14,7 @@ from reference import expected_rank_layout, make_world
 import commlib
 from commlib import ExpertParallel
 from commlib.nn import MoELayer
+from commlib.startup import connect
 from commlib.timeline import Timeline
 
 
@@ -266,6 +267,39 @@ def test_one_that_is_closed_while_it_grows_is_closed():
             ep.dispatch(world.x[0][:1], world.topk_idx[0][:1])
 
     on_ranks(rank_main, world)
+
+
+def test_ranks_that_could_not_grow_because_of_another_are_not_blamed(device, monkeypatch):
+    """Rank 2 has no memory for a larger heap, which ends rank 1's growth; rank 0 is asked for counts late."""
+    world = make_world([6, 5, 4], num_experts=4, holes=0.0, device=device)
+    introduce = connect._introduce
+    grow = threading.Event()
+
+    def no_memory(talk, *arguments):
+        if grow.is_set() and talk.rank == 2:
+            raise MemoryError("no memory")
+        return introduce(talk, *arguments)
+
+    monkeypatch.setattr(connect, "_introduce", no_memory)
+
+    def rank_main(rank):
+        ep = growing(world)
+        ep.group.barrier()
+        grow.set()
+        with pytest.raises((commlib.CommError, MemoryError)) as raised:
+            if rank > 0:
+                ep._comm.make_room(10**4, tokens=10**4)
+            ep.group.barrier()
+            ep.dispatch(world.x[rank], world.topk_idx[rank])
+            ep.synchronize()
+        if rank > 0:
+            ep.group.barrier()
+        return raised.value
+
+    errors = on_ranks(rank_main, world)
+    assert str(errors[1]) == "rank 2 could not take a larger heap: MemoryError: no memory"
+    assert errors[1].peers == [2]
+    assert isinstance(errors[0], commlib.PeerTimeout) and errors[0].peers == [2]
 
 
 def grow_in_threads(rank, turns=6):
