@@ -304,6 +304,10 @@ class Communicator:
     """
     One rank of an expert-parallel group.
     """
+    def absence_of(self, rank: int, departed_too: bool) -> tuple[str, list[int]] | None:
+        """
+        Why a rank does nothing more ("exited", "lost" or "departed"), and whom to blame; or None.
+        """
     def address(self) -> tuple[int, int, int, bytes, bytes]:
         """
         What the other ranks need to connect.
@@ -325,10 +329,6 @@ class Communicator:
         Raises:
             ValueError: an expert id that there is not, or a format for which slots have no room.
             CapacityExceeded: on all ranks alike, unless `drop`.
-        """
-    def blamed_for_exit(self, rank: int) -> list[int]:
-        """
-        Whom to blame where the process of a rank is gone: those it gave up on, or else itself.
         """
     def check_health(self) -> None:
         """

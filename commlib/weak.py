@@ -8,58 +8,70 @@ until the next one is added. What must happen at once when an object goes: ``_co
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, MutableSet
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+D = TypeVar("D")
 
 
-class WeakMap(MutableMapping[K, V]):
-    """Values by objects that it does not keep. Several threads may use it.
+class _Ref(weakref.ref[K]):
+    """Equal to another one of the same object; once that has gone, to itself alone."""
 
-    References are equal as long as their objects are there and equal; later each equals itself alone.
-    """
+    __slots__ = ("_id",)
+
+    def __init__(self, item: K) -> None:
+        self._id = id(item)
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Ref) and (item := self()) is not None and item is other())
+
+
+class WeakMap(Generic[K, V]):
+    """Values by objects, each of which is only itself and is not kept. Several threads may use it."""
 
     def __init__(self) -> None:
-        self._values: dict[weakref.ref[K], V] = {}
+        self._values: dict[_Ref[K], V] = {}
+
+    def get(self, key: K, default: D) -> V | D:
+        return self._values.get(_Ref(key), default)
+
+    def __contains__(self, key: K) -> bool:
+        return _Ref(key) in self._values
 
     def __getitem__(self, key: K) -> V:
-        return self._values[weakref.ref(key)]
+        return self._values[_Ref(key)]
 
     def __setitem__(self, key: K, value: V) -> None:
-        for ref in list(self._values):
-            if ref() is None:
-                self._values.pop(ref, None)
-        self._values[weakref.ref(key)] = value
+        self._sweep()
+        self._values[_Ref(key)] = value
 
-    def __delitem__(self, key: K) -> None:
-        del self._values[weakref.ref(key)]
+    def setdefault(self, key: K, default: V) -> V:
+        """The value of ``key``, which is ``default`` if it had none."""
+        self._sweep()
+        return self._values.setdefault(_Ref(key), default)
 
     def __iter__(self) -> Iterator[K]:
         return (key for ref in list(self._values) if (key := ref()) is not None)
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def _sweep(self) -> None:
+        for ref in list(self._values):
+            if ref() is None:
+                self._values.pop(ref, None)
 
 
-class WeakSet(MutableSet[K]):
+class WeakSet(Generic[K]):
     """Objects that it does not keep, in the order in which they came. Several threads may use it."""
 
     def __init__(self) -> None:
         self._items: WeakMap[K, None] = WeakMap()
 
-    def __contains__(self, item: object) -> bool:
-        return item in self._items
+    def add(self, item: K) -> None:
+        self._items[item] = None
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def add(self, value: K) -> None:
-        self._items[value] = None
-
-    def discard(self, value: K) -> None:
-        self._items.pop(value, None)

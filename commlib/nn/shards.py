@@ -331,7 +331,7 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
     torch's own functions for state dicts first take a step, with an optimizer that has taken none.
     """
-    if torch.compiler.is_compiling() or _known.get(optimizer) == len(optimizer.param_groups):
+    if torch.compiler.is_compiling() or _known.get(optimizer, 0) == len(optimizer.param_groups):
         return
     first_time = optimizer not in _known
     _known[optimizer] = len(optimizer.param_groups)

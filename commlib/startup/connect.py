@@ -21,7 +21,7 @@ from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.formats import CORE_DTYPES
 from commlib.settings import Settings
 from commlib.startup import ucx
-from commlib.startup.conversation import Conversation, about_exits, gather, gone_of
+from commlib.startup.conversation import Conversation, about_absent, error_of, gather
 from commlib.startup.fd_exchange import Address, close_fds, exchange_fds
 from commlib.startup.group import Group, ThreadGroup
 from commlib.startup.topology import Topology, find_topology, node_size
@@ -54,7 +54,7 @@ def attach(talk: Conversation, settings: Settings, timeout: float | None) -> Att
     team = None if settings.exclusive else find_team(talk.group, settings.device)
     mine = attach_in(team, settings) if team else None
     if team and (known := team.communicators):
-        talk.watch = known[-1].core.blamed_for_exit
+        talk.watch = partial(known[-1].core.absence_of, departed_too=False)  # it may make another
     try:
         return _join_or_make(talk, settings, timeout, team, mine)
     except BaseException:
@@ -183,7 +183,7 @@ def _reconnect(
     name = started and f"{started}/grown/{next(counts)}"
     with group.converse(settings.timeout, name) as talk:
         talk.task, talk.advice = "take a larger heap", "ep.timeout allows more time"
-        talk.watch = before.core.blamed_for_exit
+        talk.watch = watch = partial(before.core.absence_of, departed_too=True)
         try:
             infos = _introduce(talk, settings, {})
             before.make_way()
@@ -191,10 +191,9 @@ def _reconnect(
         except PeerTimeout:
             raise
         except CommError as error:  # what a rank had cannot be found once it is gone
-            gone = gone_of(range(talk.size), before.core.blamed_for_exit)
-            if not gone:
+            if error.peers or not (absent := about_absent(range(talk.size), watch)):
                 raise
-            text, blamed = about_exits(gone)
+            text, blamed = absent
             raise PeerTimeout(f"{text} ({error})", talk.rank, blamed, "dispatch", "larger heap", 0) from error
 
 
@@ -279,8 +278,8 @@ def _shared_of(info: Any, rank: int) -> dict[str, Any]:
     """The part of a rank's information that must be equal on all."""
     shared = info.get("shared") if isinstance(info, dict) else None
     if not isinstance(shared, dict):
-        raise CommError(
-            f"at step settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?"
+        raise error_of(
+            rank, f"at step settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?"
         )
     return shared
 

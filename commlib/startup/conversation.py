@@ -15,7 +15,7 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from commlib.errors import CommError, PeerTimeout
 
@@ -68,6 +68,10 @@ class Group(ABC):
         return _Plain(self, seconds)
 
 
+# Of a rank, as the core says it: "exited", "lost" or "departed", and the ranks to blame. None: it may come.
+Watch: TypeAlias = "Callable[[int], tuple[str, list[int]] | None]"
+
+
 class Conversation(Group):
     """A sequence of gathers, the same on all ranks; a context manager.
 
@@ -79,8 +83,7 @@ class Conversation(Group):
 
     Attributes:
         task, advice: what errors say this is for, and what to do where ranks do not come.
-        watch: says whom to blame where a rank's process is gone, the rank itself or others, and nobody while
-            it is there; None: not known.
+        watch: tells whether a rank will never come; None: that is not known.
         name: the same on all ranks, used for no other conversation; "" over a group that only gathers.
     """
 
@@ -89,7 +92,7 @@ class Conversation(Group):
         "Do all ranks run, and construct the same ExpertParallel at this place? startup_timeout= allows more "
         "time"
     )
-    watch: Callable[[int], list[int]] | None = None
+    watch: Watch | None = None
     name = ""
 
     def __init__(self, group: Group, seconds: float) -> None:
@@ -98,6 +101,7 @@ class Conversation(Group):
         self._end = time.monotonic() + seconds
         # No rank is left to hear of a failure: all have heard of one, or the group is lost.
         self.over = False
+        self._absent: list[int] = []  # ranks that this one has stopped waiting for
 
     @property
     def left(self) -> float:
@@ -108,8 +112,14 @@ class Conversation(Group):
         """Raise another rank's failure that has been reported, if that can be known without waiting."""
 
     @abstractmethod
-    def tell(self, why: str, missing: Sequence[int]) -> None:
-        """Tell the others that this rank joins no further gather, maybe because of ``missing`` ranks."""
+    def tell(self, why: str, missing: Sequence[int], blamed: Sequence[int]) -> None:
+        """Tell the others that this rank joins no further gather, maybe because ranks were missing.
+
+        Args:
+            why: for them.
+            missing: ranks that it no longer waits for; one that comes later need not look for others here.
+            blamed: ranks to blame for that.
+        """
 
     def __enter__(self) -> Conversation:
         return self
@@ -120,13 +130,15 @@ class Conversation(Group):
         limit = _about_files(error)
         if not self.over:
             self.over = True
-            missing = error.peers if isinstance(error, PeerTimeout) else ()
+            blamed = error.peers if isinstance(error, PeerTimeout) else ()
             text = f"rank {self.rank} could not {self.task}: {type(error).__name__}: {error}{limit}"
             # The first error is the one that matters.
             with _a_file_to_spare(), contextlib.suppress(Exception):
-                self.tell(text, missing)
+                self.tell(text, self._absent or blamed, blamed)
         if limit:
-            raise CommError(f"{error}{limit}") from error
+            full = CommError(f"{error}{limit}")
+            full.peers = error.peers if isinstance(error, CommError) else []
+            raise full from error
 
 
 def _about_files(error: BaseException) -> str:
@@ -166,28 +178,35 @@ def _a_file_to_spare() -> Iterator[None]:
             _take_spare()
 
 
-def gone_of(ranks: Iterable[int], watch: Callable[[int], list[int]]) -> dict[int, list[int]]:
-    """Those whose processes are gone, and whom to blame for each."""
-    return {rank: blamed for rank in ranks if (blamed := watch(rank))}
-
-
-def _error_of(rank: int, why: str) -> CommError:
-    """What the others raise when a rank has failed."""
+def error_of(rank: int, why: str) -> CommError:
+    """What ranks raise because this one has failed; -1: it is not known which."""
     error = CommError(why)
     error.peers = [rank] if rank >= 0 else []
     return error
 
 
-def about_exits(gone: dict[int, list[int]]) -> tuple[str, list[int]]:
-    """Text saying that the processes of these ranks have exited, and the ranks to blame for all of them."""
-    one = len(gone) == 1
-    text = f"the {'process' if one else 'processes'} of {_named(gone)} {'has' if one else 'have'} exited"
-    on: dict[str, list[int]] = {}
-    for rank, blamed in gone.items():
+_ABSENT = {
+    "exited": ("the process of {} has exited", "the processes of {} have exited"),
+    "lost": ("the connection to {} was lost", "the connections to {} were lost"),
+    "departed": ("{} closed the communicator or failed",) * 2,
+}
+
+
+def about_absent(ranks: Iterable[int], watch: Watch) -> tuple[str, list[int]] | None:
+    """Text about those of the ranks that will never come, and whom to blame for that; None: all may come."""
+    absent = {rank: found for rank in ranks if (found := watch(rank))}
+    if not absent:
+        return None
+    said = []
+    for why, phrases in _ABSENT.items():
+        if those := [rank for rank, (found, _) in absent.items() if found == why]:
+            said.append(phrases[len(those) > 1].format(_named(those)))
+    given_up: dict[str, list[int]] = {}
+    for rank, (_, blamed) in absent.items():
         if blamed != [rank]:
-            on.setdefault(_named(blamed), []).append(rank)
-    text += "".join(f"; {_named(ranks)} had given up on {others}" for others, ranks in on.items())
-    return text, sorted({rank for blamed in gone.values() for rank in blamed})
+            given_up.setdefault(_named(blamed), []).append(rank)
+    said += [f"{_named(those)} had given up on {others}" for others, those in given_up.items()]
+    return "; ".join(said), sorted({rank for _, blamed in absent.values() for rank in blamed})
 
 
 def _named(ranks: Iterable[int]) -> str:
@@ -218,9 +237,10 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
             values.append(json.loads(bytes(data)))
         except (TypeError, ValueError):
             start = bytes(data[:40])
-            raise CommError(
+            raise error_of(
+                rank,
                 f"at step {step}: rank {rank} said {start!r}. Is it of another version of commlib, or "
-                "did it come to another gather of the group?"
+                "did it come to another gather of the group?",
             ) from None
     return values
 
@@ -241,10 +261,10 @@ class _Plain(Conversation):
         for rank, what in enumerate(said):
             if bytes(what[:1]) == _FAILURE:
                 self.over = True
-                raise _error_of(rank, bytes(what[1:]).decode(errors="replace"))
+                raise error_of(rank, bytes(what[1:]).decode(errors="replace"))
         return [what[1:] for what in said]
 
-    def tell(self, why: str, missing: Sequence[int]) -> None:
+    def tell(self, why: str, missing: Sequence[int], blamed: Sequence[int]) -> None:
         self._gather(_FAILURE + why.encode())
 
     def _gather(self, data: bytes) -> list[bytes]:
@@ -330,12 +350,15 @@ class _Posted(Conversation):
         said: list[Any] = [NOTHING] * self.size
         said[self.rank] = data
         while missing := self._look(keys, said):
-            ended, hopeless = self._error_if_ended(missing), self._error_if_hopeless(missing)
+            # In this order: a rank that fails says so before it departs.
+            hopeless, ended = self._error_if_hopeless(missing), self._error_if_ended(missing)
             if not (error := ended or hopeless):
                 self.group.pause(time.monotonic() - began, self.left)
-            elif self._look(keys, said) == missing:  # a rank that is gone may have posted before it went
+            elif self._look(keys, said) == missing:
                 self.over = ended is not None
                 raise error
+            else:
+                self._absent = []  # a rank that is gone had posted before it went
         if self._numbered:
             self.group.drop(self.group.found)
             self.group.found = keys
@@ -355,26 +378,28 @@ class _Posted(Conversation):
             self.over = True
             raise error
 
-    def tell(self, why: str, missing: Sequence[int]) -> None:
-        self.group.post(self._ended, json.dumps([self.rank, why, list(missing)]).encode())
+    def tell(self, why: str, missing: Sequence[int], blamed: Sequence[int]) -> None:
+        self.group.post(self._ended, json.dumps([self.rank, why, list(missing), list(blamed)]).encode())
 
     def _error_if_ended(self, missing: Sequence[int]) -> CommError | None:
         """The error where another rank has ended it, or one of ``missing`` is gone."""
         if ending := self._ending():
             if ending["missing"]:
-                return self._timeout(ending["why"], ending["missing"])
-            return _error_of(ending["rank"], ending["why"] + self._skipped)
+                return self._timeout(ending["why"], ending["blamed"])
+            return error_of(ending["rank"], ending["why"] + self._skipped)
         if gone := self.group.why_gone(missing):
-            return _error_of(gone[0], gone[1] + self._skipped)
+            return error_of(gone[0], gone[1] + self._skipped)
         return None
 
     def _error_if_hopeless(self, missing: list[int]) -> PeerTimeout | None:
         """The error where it has waited long enough for these ranks, or their processes are gone."""
         if self.left == 0:
             text = f"{_named(missing)} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
+            self._absent = missing
             return self._timeout(text, missing)
-        if self.watch and (gone := gone_of(missing, self.watch)):
-            return self._timeout(*about_exits(gone))
+        if self.watch and (absent := about_absent(missing, self.watch)):
+            self._absent = [rank for rank in missing if self.watch(rank)]
+            return self._timeout(*absent)
         return None
 
     def _timeout(self, text: str, peers: list[int]) -> PeerTimeout:
@@ -385,13 +410,14 @@ class _Posted(Conversation):
         return f"{self.name}/ended"
 
     def _ending(self) -> dict[str, Any]:
-        """How it has ended, if it has: by which rank (-1: not known), why, and which ranks were missing."""
+        """How it has ended, if it has: by which rank (-1: not known), and what that said. See tell."""
         said = self.group.find(self._ended)
         if said is NOTHING:
             return {}
         try:
-            rank, why, missing = json.loads(said)
-            return {"rank": int(rank), "why": str(why), "missing": [int(rank) for rank in missing]}
+            rank, why, *peers = json.loads(said)
+            missing, blamed = ([int(peer) for peer in those] for those in peers)
+            return {"rank": int(rank), "why": str(why), "missing": missing, "blamed": blamed}
         except (TypeError, ValueError):
             return {"rank": -1, "why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
 

@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from commlib.errors import CommError
-from commlib.startup.conversation import Group, gather
+from commlib.startup.conversation import Group, error_of, gather
 
 Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
 
@@ -63,11 +62,12 @@ def exchange_fds(
         except Exception as error:
             if mine.failure is None:
                 raise
-            raise CommError(_sentence(group.rank, mine.failure)) from error
+            raise error_of(group.rank, _sentence(group.rank, mine.failure)) from error
         failures = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
         if failures:
             # The first that is not about another rank is the cause of the others.
-            raise CommError(_sentence(*min(failures, key=lambda f: (f[1][0], f[0]))))
+            rank, failure = min(failures, key=lambda f: (f[1][0], f[0]))
+            raise error_of(rank, _sentence(rank, failure))
         received = mine.take()
     return [
         (pid, received.get(rank, fd), workers, handle, net)

@@ -101,11 +101,21 @@ void Communicator::connect(const std::vector<PeerAddress>& peers) {
   if (config_.team) config_.team->add(*this);
 }
 
-uint64_t Communicator::blamed_for_exit(int rank) {
+Absence Communicator::absence_of(int rank, bool departed_too) {
   const auto processes = std::atomic_load(&processes_);
-  if (!processes || !processes->has_exited(rank)) return 0;
-  const Departure last_words = departure_of(rank);  // read after its process has ended: no others will come
-  return last_words.how() == kGaveUp ? last_words.blamed() : bit_of(rank);
+  if (!processes || rank == config_.rank) return {};
+  const bool exited = processes->has_exited(rank);
+  const bool lost = network_ && network_->has_lost(rank);
+  const Departure said = departure_of(rank);  // read last: one that is gone says nothing more
+  // A process on another node that has said goodbye may end, or go on.
+  const bool departed = said.how() != 0;
+  const char* why = exited                     ? "exited"
+                    : lost && !departed        ? "lost"
+                    : departed && departed_too ? "departed"
+                                               : nullptr;
+  // What it said cannot be read any more once another thread has closed this.
+  if (!why || !std::atomic_load(&processes_)) return {};
+  return {why, said.how() == kGaveUp ? said.blamed() : bit_of(rank)};
 }
 
 void Communicator::connect_network(const std::vector<PeerAddress>& peers, Signals* signals) {

@@ -123,6 +123,12 @@ struct CombineInput {
   DType dtype{};
 };
 
+// Why a rank does nothing more, and whom to blame, as a mask: those on which it had given up, or else itself.
+struct Absence {
+  const char* why = nullptr;  // "exited": its process; "lost": the connection to it; or "departed"
+  uint64_t blamed = 0;
+};
+
 inline void store_departure(uint64_t* departed, const Departure& departure) {
   for (int half = 0; half < 2; ++half) store_word(&departed[half], departure.words[half]);
 }
@@ -210,9 +216,9 @@ class Communicator {
   int64_t heap_bytes() const { return control_bytes() + config_.slots * layout_.bytes(); }
   virtual int64_t touched_bytes() = 0;
 
-  // Whom to blame where the process of a rank of this node is gone: those on which it had given up, or else
-  // itself, as a mask. Nobody while it is there, and once this communicator is closed. Any thread may ask.
-  uint64_t blamed_for_exit(int rank);
+  // Whether a rank will never do anything again, as far as this one can see; or, if `departed_too`, nothing
+  // more with this communicator. Once this communicator is closed, it may know of none. Any thread may ask.
+  Absence absence_of(int rank, bool departed_too);
   // The stream of begin_dispatch, which the caller orders after the ids; 0: there are no streams.
   virtual uintptr_t plan_stream() const { return 0; }
   // To other nodes: null, or what the network counts.
@@ -250,7 +256,7 @@ class Communicator {
   void drain_or_give_up(const std::string& why);
   // Writes a word for every rank: this one has departed.
   virtual void announce_departure(const Departure& departure) = 0;
-  // What a rank of this node has announced here. Any thread may ask, also while another one closes.
+  // What a rank has announced here. Any thread may ask, also while another one closes.
   virtual Departure departure_of(int rank) = 0;
   // Lets go of slots that only what has ended still holds.
   virtual void collect_slots() = 0;
@@ -351,7 +357,7 @@ class Communicator {
   std::shared_ptr<SlotPool> slots_;
   std::unique_ptr<Network> network_;  // null: all ranks share a node
   PeerTable peers_{};
-  // Of ranks of this node. Loaded and stored whole, because any thread may ask blamed_for_exit().
+  // Of ranks of this node. Loaded and stored whole, because any thread may ask absence_of().
   std::shared_ptr<const PeerProcesses> processes_;
   std::atomic<double> timeout_;
 

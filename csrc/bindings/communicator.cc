@@ -91,6 +91,13 @@ Raises:
            "CUDA: `stream` may still use the tensors at these addresses when they go.");
 }
 
+std::optional<std::tuple<std::string, std::vector<int>>> absence_of(Communicator& comm, int rank,
+                                                                    bool departed_too) {
+  const Absence absence = comm.absence_of(rank, departed_too);
+  if (!absence.why) return std::nullopt;
+  return {{absence.why, ranks_in(absence.blamed)}};
+}
+
 void give_up(Communicator& comm, const std::string& why, const std::vector<int>& blamed) {
   uint64_t ranks = 0;
   for (const int p : blamed) ranks |= p >= 0 && p < comm.config().size ? bit_of(p) : 0;
@@ -102,13 +109,11 @@ void bind_life(Bound& bound) {
       .def("connect", &connect, "peers"_a, "Map the heaps of the others, whose addresses these are by rank.")
       .def("check_health", &Communicator::check_health, NoGil(), "Raise what has failed. Does not wait.")
       .def_property_readonly("is_usable", py::cpp_function(&Communicator::is_usable, NoGil()))
-      .def(
-          "blamed_for_exit", [](Communicator& c, int rank) { return ranks_in(c.blamed_for_exit(rank)); },
-          "rank"_a, "Whom to blame where the process of a rank is gone: those it gave up on, or else itself.")
+      .def("absence_of", &absence_of, "rank"_a, "departed_too"_a,
+           "Why a rank does nothing more (\"exited\", \"lost\" or \"departed\"), and whom to blame; or None.")
       .def("set_timeout", &Communicator::set_timeout, "seconds"_a)
-      .def(
-          "give_up", &give_up, "why"_a, "blamed"_a = std::vector<int>(), NoGil(),
-          "The other ranks need not wait: they are told to blame these ranks, or else this one.")
+      .def("give_up", &give_up, "why"_a, "blamed"_a = std::vector<int>(), NoGil(),
+           "The other ranks need not wait: they are told to blame these ranks, or else this one.")
       .def("close", &Communicator::close, NoGil(), "Finish what is under way, and tell the others.");
 }
 

@@ -37,36 +37,34 @@ bool CpuWorker::gives_up(uint64_t awaited, Phase phase, double seconds, bool sig
   };
   if (op_.failed.load(std::memory_order_acquire)) return true;
   if (op_.gave_up->load(std::memory_order_acquire)) return because(Cause::broken, me);
+  // Who is gone is asked first: what it said before it went is there by then.
+  const uint64_t exited = find_exited(awaited), lost = find_lost(awaited);
   if (find_cause(*this, *op_.peers, op_.id, awaited, phase, record)) return true;
-  if (const uint64_t exited = find_exited(awaited)) return because(Cause::exited, exited);
-  if (const uint64_t lost = find_lost(awaited)) return because(Cause::lost, lost);
+  if (exited) return because(Cause::exited, exited);
+  if (lost) return because(Cause::lost, lost);
   if (index_ == 0 && op_.interrupted && op_.interrupted(signalled)) return because(Cause::interrupted, me);
   if (seconds < op_.timeout) return false;
   *record = timeout_record(*this, *op_.peers, op_.id, awaited, phase);
   return true;
 }
 
-// Ranks are waited for one after the other, and the one that is awaited now may only be late. So this looks
-// at all of this node: a process that ended before this call never makes it. One that had made the call may
-// have done its part; but what comes from other nodes comes through ranks of this one, in their processes,
-// until they have closed.
+// What comes from other nodes comes through ranks of this node, in their processes, until they have closed.
 uint64_t CpuWorker::find_exited(uint64_t awaited) {
   const uint64_t near = op_.peers->near;
-  uint64_t exited = 0;
+  uint64_t exited = 0, gateways = 0;
   for (uint64_t left = near; left; left &= left - 1) {
     const int p = lowest_bit(left);
     if (!op_.processes->has_exited(p)) continue;
+    exited |= bit_of(p);
     uint64_t blamed = 0;
-    const bool did_its_part =
-        !has(awaited, p) && has_called(*this, *op_.peers, p, op_.id.tag()) &&
-        ((awaited & ~near) == 0 || how_departed(*this, *op_.peers, p, &blamed) == kClosed);
-    if (!did_its_part) exited |= bit_of(p);
+    if (how_departed(*this, *op_.peers, p, &blamed) != kClosed) gateways |= bit_of(p);
   }
-  return exited;
+  const uint64_t missed = missed_of(*this, *op_.peers, op_.id, exited, awaited);
+  return awaited & ~near ? missed | gateways : missed;
 }
 
-uint64_t CpuWorker::find_lost(uint64_t awaited) const {
-  return op_.network ? op_.network->lost_ranks() & awaited : 0;
+uint64_t CpuWorker::find_lost(uint64_t awaited) {
+  return op_.network ? missed_of(*this, *op_.peers, op_.id, op_.network->lost_ranks(), awaited) : 0;
 }
 
 }  // namespace commlib

@@ -188,7 +188,7 @@ class CpuWorker {
   bool gives_up(uint64_t awaited, Phase phase, double seconds, bool signalled, FailureRecord* record);
   void fail(FailureRecord record, double seconds);
   uint64_t find_exited(uint64_t awaited);
-  uint64_t find_lost(uint64_t awaited) const;
+  uint64_t find_lost(uint64_t awaited);
 
   OpContext& op_;
   int index_;

@@ -95,8 +95,10 @@ struct WaitingLane {
   WaitingLane w{op};
   const OpId& id = block_shared().id;
   FailureRecord record{};
+  // Read first: what a rank said before it was lost is there by then.
+  const uint64_t gone = ptx::load_acquire_sys(&op.host->lost);
   if (!find_cause(w, op.peers, id, awaited, phase, &record)) {
-    const uint64_t lost = ptx::load_acquire_sys(&op.host->lost) & awaited;
+    const uint64_t lost = missed_of(w, op.peers, id, gone, awaited);
     const uint64_t abort = ptx::load_acquire_sys(&op.host->abort);
     if (!lost && !abort && ptx::globaltimer() - start < ptx::load_acquire_sys(&op.host->timeout_ns))
       return false;

@@ -158,6 +158,21 @@ COMMLIB_HD bool someone_departed(Worker& w, const PeerTable& peers, const OpId& 
   return false;
 }
 
+// Of the ranks that are gone, those without which this operation cannot end: it awaits them, or they had not
+// made this call, and never will. Ranks are awaited one after the other, and the one that is awaited now may
+// only be late. One that is gone and had made the call may have done its part.
+template <class Worker>
+COMMLIB_HD uint64_t missed_of(Worker& w, const PeerTable& peers, const OpId& id, uint64_t gone,
+                              uint64_t awaited) {
+  uint64_t missed = gone & awaited;
+#pragma unroll 1
+  for (uint64_t left = gone & ~awaited; left; left &= left - 1) {
+    const int p = lowest_bit(left);
+    if (!has_called(w, peers, p, id.tag())) missed |= bit_of(p);
+  }
+  return missed;
+}
+
 // Why a wait cannot end, if other ranks' words say so. `departed` is read first: a rank that made another
 // call said so before it gave up (release), so a mismatch is never reported as "gave up".
 template <class Worker>

@@ -357,28 +357,27 @@ def test_a_dead_rank_is_noticed_at_once_while_another_is_only_late(in_processes)
     assert in_processes(main, 3) == [None, ([2], True), None]
 
 
-def test_a_growing_rank_blames_one_that_died_not_one_that_left_because_of_it(in_processes):
+@pytest.mark.parametrize("node", [3, 1], ids=["one_node", "three_nodes"])
+def test_a_growing_rank_blames_one_that_died_not_one_that_left_because_of_it(in_processes, node):
     def main(group):
-        ep = ExpertParallel(timeout=50.0, device="cpu", **CONFIG | {"max_tokens": None})
+        ep = ExpertParallel(timeout=50.0, device="cpu", ranks_per_node=node, **CONFIG | {"max_tokens": None})
         ep.dispatch(X, IDX)
         group.barrier()
         if group.rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
         if group.rank == 1:
             try:
                 ep.dispatch(X, IDX)
             finally:
                 os._exit(0)
-        while not ep._comm.core.blamed_for_exit(1):
+        while not ep._comm.core.absence_of(1, departed_too=True):
             time.sleep(0.01)
-        with pytest.raises(commlib.PeerTimeout) as raised:
+        with pytest.raises(commlib.PeerTimeout, match="rank 1 had given up on rank 2") as raised:
             ep._comm.make_room(10**4, tokens=10**4)
-        return raised.value.peers, str(raised.value)
+        return raised.value.peers, time.monotonic() - began < 20
 
-    assert in_processes(with_torch(main), 3)[0] == (
-        [2],
-        "at step settings: the processes of ranks 1, 2 have exited; rank 1 had given up on rank 2",
-    )
+    assert in_processes(with_torch(main), 3)[0] == ([2], True)
 
 
 def test_threads_that_cannot_start_are_an_error():

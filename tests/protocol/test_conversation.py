@@ -15,7 +15,7 @@ from commlib import ExpertParallel
 from commlib.devices import cpu
 from commlib.settings import Settings
 from commlib.startup import connect, inprocess
-from commlib.startup.conversation import Group, about_exits, gather
+from commlib.startup.conversation import Group, about_absent, gather
 from commlib.startup.group import StoreGroup, ThreadGroup
 
 CONFIG = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 8, "dtype": "float32", "device": "cpu"}
@@ -195,21 +195,47 @@ def test_a_rank_that_comes_and_goes_between_two_looks_has_come(asked):
                 group.why_gone = after_it_has_gone
             else:
                 group.why_gone = lambda ranks: None
-                talk.watch = lambda rank: [rank] if after_it_has_gone([rank]) else []
+                talk.watch = lambda rank: ("exited", [rank]) if after_it_has_gone([rank]) else None
             talk.barrier()
             assert gone.is_set() and not talk.over
 
     assert on_ranks(ThreadGroup.world(2), main) == [None, None]
 
 
-def test_who_is_gone_and_who_is_to_blame_for_that_is_said():
-    assert about_exits({2: [2]}) == ("the process of rank 2 has exited", [2])
-    assert about_exits({1: [1], 2: [2]}) == ("the processes of ranks 1, 2 have exited", [1, 2])
-    assert about_exits({1: [2], 2: [2], 4: [0, 2], 5: [2]}) == (
-        "the processes of ranks 1, 2, 4, 5 have exited; ranks 1, 5 had given up on rank 2; "
-        "rank 4 had given up on ranks 0, 2",
+def test_who_will_never_come_and_who_is_to_blame_for_that_is_said():
+    def about(**why):
+        return about_absent(range(8), {int(name[1:]): it for name, it in why.items()}.get)
+
+    assert about() is None
+    assert about(r2=("exited", [2])) == ("the process of rank 2 has exited", [2])
+    assert about(r1=("exited", [1]), r2=("exited", [2])) == (
+        "the processes of ranks 1, 2 have exited",
+        [1, 2],
+    )
+    assert about(r1=("exited", [2]), r2=("lost", [2]), r4=("departed", [0, 2]), r5=("departed", [2])) == (
+        "the process of rank 1 has exited; the connection to rank 2 was lost; "
+        "ranks 4, 5 closed the communicator or failed; "
+        "ranks 1, 5 had given up on rank 2; rank 4 had given up on ranks 0, 2",
         [0, 2],
     )
+
+
+def test_a_rank_to_blame_that_comes_late_is_told_so():
+    """Rank 1 has exited, because it had given up on rank 2, which is late: nobody waited for that one."""
+    store = dist.HashStore()
+    groups = [StoreGroup(store, rank, 3) for rank in range(3)]
+    told = pytest.raises(commlib.PeerTimeout, match="rank 1 had given up on rank 2")
+    with told as first, groups[0].converse(LONG) as talk:
+        talk.watch = {0: None, 1: ("exited", [2]), 2: None}.get
+        talk.barrier()
+    with (
+        pytest.raises(commlib.PeerTimeout, match="rank 0 could not start") as second,
+        groups[2].converse(LONG) as talk,
+    ):
+        talk.barrier()
+    assert first.value.peers == second.value.peers == [2]
+    with groups[1].converse(SHORT) as talk:  # a rank that had not come goes on to the next one
+        assert talk.name == "2"
 
 
 def test_a_rank_that_returns_early_is_named():
