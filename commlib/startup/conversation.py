@@ -130,11 +130,12 @@ class Conversation(Group):
         limit = _about_files(error)
         if not self.over:
             self.over = True
-            blamed = error.peers if isinstance(error, PeerTimeout) else ()
+            blamed = error.peers if isinstance(error, CommError) else []
+            missing = self._absent or (blamed if isinstance(error, PeerTimeout) else [])
             text = f"rank {self.rank} could not {self.task}: {type(error).__name__}: {error}{limit}"
             # The first error is the one that matters.
             with _a_file_to_spare(), contextlib.suppress(Exception):
-                self.tell(text, self._absent or blamed, blamed)
+                self.tell(text, missing, blamed)
         if limit:
             full = CommError(f"{error}{limit}")
             full.peers = error.peers if isinstance(error, CommError) else []
@@ -386,7 +387,9 @@ class _Posted(Conversation):
         if ending := self._ending():
             if ending["missing"]:
                 return self._timeout(ending["why"], ending["blamed"])
-            return error_of(ending["rank"], ending["why"] + self._skipped)
+            error = error_of(ending["rank"], ending["why"] + self._skipped)
+            error.peers = ending["blamed"] or error.peers
+            return error
         if gone := self.group.why_gone(missing):
             return error_of(gone[0], gone[1] + self._skipped)
         return None
@@ -419,7 +422,12 @@ class _Posted(Conversation):
             missing, blamed = ([int(peer) for peer in those] for those in peers)
             return {"rank": int(rank), "why": str(why), "missing": missing, "blamed": blamed}
         except (TypeError, ValueError):
-            return {"rank": -1, "why": f"start-up has ended with {bytes(said[:40])!r}", "missing": []}
+            return {
+                "rank": -1,
+                "why": f"start-up has ended with {bytes(said[:40])!r}",
+                "missing": [],
+                "blamed": [],
+            }
 
     def _keys(self, step: int) -> list[str]:
         return [f"{self.name}/{step}/{rank}" for rank in range(self.size)]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from commlib.errors import CommError
 from commlib.startup.conversation import Group, error_of, gather
 
 Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
@@ -62,12 +63,11 @@ def exchange_fds(
         except Exception as error:
             if mine.failure is None:
                 raise
-            raise error_of(group.rank, _sentence(group.rank, mine.failure)) from error
+            raise _error(group.rank, mine.failure) from error
         failures = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
         if failures:
             # The first that is not about another rank is the cause of the others.
-            rank, failure = min(failures, key=lambda f: (f[1][0], f[0]))
-            raise error_of(rank, _sentence(rank, failure))
+            raise _error(*min(failures, key=lambda f: (f[1][0], f[0])))
         received = mine.take()
     return [
         (pid, received.get(rank, fd), workers, handle, net)
@@ -89,8 +89,10 @@ def _processes(addresses: list[Address], near: Sequence[int]) -> dict[int, int]:
 Failure = tuple[bool, str]  # whether it is about another rank, which may know better; what happened
 
 
-def _sentence(rank: int, failure: Failure) -> str:
-    return f"rank {rank} could not exchange memory with the ranks on its node: {failure[1]}"
+def _error(rank: int, failure: Failure) -> CommError:
+    about_another, what = failure
+    text = f"rank {rank} could not exchange memory with the ranks on its node: {what}"
+    return error_of(-1 if about_another else rank, text)
 
 
 class _AboutAnother(Exception):
