@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from commlib import _core
 from commlib.devices import Backend
-from commlib.errors import CommError
+from commlib.errors import CommError, ranks_to_blame
 from commlib.formats import OWN, format_of, viewed
 from commlib.settings import Settings
 from commlib.startup.topology import Topology
@@ -135,8 +135,8 @@ class Communicator:
         try:
             self.backend = self._reconnect(settings, before)
         except BaseException as error:
-            blamed = error.peers if isinstance(error, CommError) else []
-            before.give_up(f"rank {self.rank} could not take a larger heap: {error!r}", blamed)
+            why = f"rank {self.rank} could not take a larger heap: {error!r}"
+            before.give_up(why, ranks_to_blame(error))
             raise
         self.core = self.backend.core
         self.backend.go_on_from(before)

@@ -10,9 +10,9 @@ class CommError(RuntimeError):
         peers: the ranks to blame, where that is known.
     """
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: object, peers: list[int] | tuple[int, ...] = ()) -> None:
         super().__init__(*args)
-        self.peers: list[int] = []
+        self.peers = list(peers)
 
 
 class PeerTimeout(CommError):
@@ -27,9 +27,8 @@ class PeerTimeout(CommError):
     """
 
     def __init__(self, text: str, rank: int, peers: list[int], op: str, phase: str, epoch: int) -> None:
-        super().__init__(text)
+        super().__init__(text, peers=peers)
         self.rank = rank
-        self.peers = list(peers)
         self.op = op
         self.phase = phase
         self.epoch = epoch
@@ -65,3 +64,8 @@ class CapacityExceeded(CommError):
 
 class HandleError(CommError):
     """A handle, slot or lent buffer used in a way that its state does not allow."""
+
+
+def ranks_to_blame(error: BaseException) -> list[int]:
+    """The ranks to blame for an error, where that is known."""
+    return error.peers if isinstance(error, CommError) else []

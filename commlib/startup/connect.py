@@ -21,7 +21,7 @@ from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.formats import CORE_DTYPES
 from commlib.settings import Settings
 from commlib.startup import ucx
-from commlib.startup.conversation import Conversation, about_absent, error_of, gather
+from commlib.startup.conversation import Conversation, about_absent, gather
 from commlib.startup.fd_exchange import Address, close_fds, exchange_fds
 from commlib.startup.group import Group, ThreadGroup
 from commlib.startup.topology import Topology, find_topology, node_size
@@ -278,8 +278,9 @@ def _shared_of(info: Any, rank: int) -> dict[str, Any]:
     """The part of a rank's information that must be equal on all."""
     shared = info.get("shared") if isinstance(info, dict) else None
     if not isinstance(shared, dict):
-        raise error_of(
-            rank, f"at step settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?"
+        raise CommError(
+            f"at step settings: rank {rank} said {str(info)[:80]}. Is it of another version of commlib?",
+            peers=[rank],
         )
     return shared
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from commlib.errors import CommError, PeerTimeout
+from commlib.errors import CommError, PeerTimeout, ranks_to_blame
 
 _PATIENCE = 300.0  # seconds for a gather outside of start-up
 NOTHING: Any = object()  # has been posted yet
@@ -118,7 +118,7 @@ class Conversation(Group):
         Args:
             why: for them.
             missing: ranks that it no longer waits for; one that comes later need not look for others here.
-            blamed: ranks to blame for that.
+            blamed: ranks to blame for that; none: this one.
         """
 
     def __enter__(self) -> Conversation:
@@ -130,16 +130,14 @@ class Conversation(Group):
         limit = _about_files(error)
         if not self.over:
             self.over = True
-            blamed = error.peers if isinstance(error, CommError) else []
+            blamed = ranks_to_blame(error)
             missing = self._absent or (blamed if isinstance(error, PeerTimeout) else [])
             text = f"rank {self.rank} could not {self.task}: {type(error).__name__}: {error}{limit}"
             # The first error is the one that matters.
             with _a_file_to_spare(), contextlib.suppress(Exception):
                 self.tell(text, missing, blamed)
         if limit:
-            full = CommError(f"{error}{limit}")
-            full.peers = error.peers if isinstance(error, CommError) else []
-            raise full from error
+            raise CommError(f"{error}{limit}", peers=ranks_to_blame(error)) from error
 
 
 def _about_files(error: BaseException) -> str:
@@ -177,13 +175,6 @@ def _a_file_to_spare() -> Iterator[None]:
     finally:
         if given is not None:
             _take_spare()
-
-
-def error_of(rank: int, why: str) -> CommError:
-    """What ranks raise because this one has failed; -1: it is not known which."""
-    error = CommError(why)
-    error.peers = [rank] if rank >= 0 else []
-    return error
 
 
 _ABSENT = {
@@ -238,10 +229,10 @@ def gather(group: Group, step: str, value: Any) -> list[Any]:
             values.append(json.loads(bytes(data)))
         except (TypeError, ValueError):
             start = bytes(data[:40])
-            raise error_of(
-                rank,
+            raise CommError(
                 f"at step {step}: rank {rank} said {start!r}. Is it of another version of commlib, or "
                 "did it come to another gather of the group?",
+                peers=[rank],
             ) from None
     return values
 
@@ -262,7 +253,7 @@ class _Plain(Conversation):
         for rank, what in enumerate(said):
             if bytes(what[:1]) == _FAILURE:
                 self.over = True
-                raise error_of(rank, bytes(what[1:]).decode(errors="replace"))
+                raise CommError(bytes(what[1:]).decode(errors="replace"), peers=[rank])
         return [what[1:] for what in said]
 
     def tell(self, why: str, missing: Sequence[int], blamed: Sequence[int]) -> None:
@@ -355,11 +346,12 @@ class _Posted(Conversation):
             hopeless, ended = self._error_if_hopeless(missing), self._error_if_ended(missing)
             if not (error := ended or hopeless):
                 self.group.pause(time.monotonic() - began, self.left)
-            elif self._look(keys, said) == missing:
+            elif self._look(keys, said) == missing:  # a rank that is gone may have posted before it went
                 self.over = ended is not None
+                self._absent = [
+                    rank for rank in missing if self.left == 0 or (self.watch and self.watch(rank))
+                ]
                 raise error
-            else:
-                self._absent = []  # a rank that is gone had posted before it went
         if self._numbered:
             self.group.drop(self.group.found)
             self.group.found = keys
@@ -380,28 +372,25 @@ class _Posted(Conversation):
             raise error
 
     def tell(self, why: str, missing: Sequence[int], blamed: Sequence[int]) -> None:
-        self.group.post(self._ended, json.dumps([self.rank, why, list(missing), list(blamed)]).encode())
+        said = [why, list(missing), list(blamed) or [self.rank]]
+        self.group.post(self._ended, json.dumps(said).encode())
 
     def _error_if_ended(self, missing: Sequence[int]) -> CommError | None:
         """The error where another rank has ended it, or one of ``missing`` is gone."""
         if ending := self._ending():
             if ending["missing"]:
                 return self._timeout(ending["why"], ending["blamed"])
-            error = error_of(ending["rank"], ending["why"] + self._skipped)
-            error.peers = ending["blamed"] or error.peers
-            return error
+            return CommError(ending["why"] + self._skipped, peers=ending["blamed"])
         if gone := self.group.why_gone(missing):
-            return error_of(gone[0], gone[1] + self._skipped)
+            return CommError(gone[1] + self._skipped, peers=[gone[0]])
         return None
 
     def _error_if_hopeless(self, missing: list[int]) -> PeerTimeout | None:
         """The error where it has waited long enough for these ranks, or their processes are gone."""
         if self.left == 0:
             text = f"{_named(missing)} did not come within {self.seconds:g} s{self._skipped}. {self.advice}"
-            self._absent = missing
             return self._timeout(text, missing)
         if self.watch and (absent := about_absent(missing, self.watch)):
-            self._absent = [rank for rank in missing if self.watch(rank)]
             return self._timeout(*absent)
         return None
 
@@ -413,17 +402,15 @@ class _Posted(Conversation):
         return f"{self.name}/ended"
 
     def _ending(self) -> dict[str, Any]:
-        """How it has ended, if it has: by which rank (-1: not known), and what that said. See tell."""
+        """How it has ended, if it has: what a rank told the others. See tell."""
         said = self.group.find(self._ended)
         if said is NOTHING:
             return {}
         try:
-            rank, why, *peers = json.loads(said)
-            missing, blamed = ([int(peer) for peer in those] for those in peers)
-            return {"rank": int(rank), "why": str(why), "missing": missing, "blamed": blamed}
+            why, missing, blamed = json.loads(said)
+            return {"why": str(why), "missing": [*map(int, missing)], "blamed": [*map(int, blamed)]}
         except (TypeError, ValueError):
             return {
-                "rank": -1,
                 "why": f"start-up has ended with {bytes(said[:40])!r}",
                 "missing": [],
                 "blamed": [],

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from commlib.errors import CommError
-from commlib.startup.conversation import Group, error_of, gather
+from commlib.startup.conversation import Group, gather
 
 Address = tuple[int, int, int, bytes, bytes]  # as _core.Communicator.address()
 
@@ -92,7 +92,7 @@ Failure = tuple[bool, str]  # whether it is about another rank, which may know b
 def _error(rank: int, failure: Failure) -> CommError:
     about_another, what = failure
     text = f"rank {rank} could not exchange memory with the ranks on its node: {what}"
-    return error_of(-1 if about_another else rank, text)
+    return CommError(text, peers=[] if about_another else [rank])
 
 
 class _AboutAnother(Exception):
