@@ -142,6 +142,7 @@ class Config:
         size: ranks.
         max_tokens: of one rank, in one dispatch.
         capacity: rows that a rank can receive.
+        grouped_rows: for as many rows grouped by expert a slot has room; 0: they lie in none.
         num_sms: threads (CPU) or blocks (CUDA).
         timeout: seconds.
         link_gbps: emulated limit of this rank's link, in GB/s; 0: none.
@@ -160,6 +161,7 @@ class Config:
     dtype: DType
     experts: int
     first_epoch: int
+    grouped_rows: int
     hidden: int
     link_gbps: float
     max_tokens: int
@@ -219,6 +221,7 @@ class RoutePlan:
         self,
         topk_idx: int,
         routes: int,
+        places: int,
         tokens: int,
         rows: int = 0,
         expand_to: int = 0,
@@ -236,7 +239,13 @@ class Received:
     Where received rows go. Rows None: they stay in their slot.
     """
     def __init__(
-        self, rows: int | None, weights: int, topk_idx: int = 0, source: int = 0, scales: int = 0
+        self,
+        rows: int | None,
+        weights: int,
+        topk_idx: int = 0,
+        source: int = 0,
+        scales: int = 0,
+        count: int = 0,
     ) -> None: ...
 
 class CombineInput:
@@ -246,6 +255,7 @@ class CombineInput:
     def __init__(
         self,
         y: int,
+        count: int,
         stride: int,
         weights: int,
         has_weight_grads: bool,
@@ -288,6 +298,11 @@ class PendingDispatch:
     @property
     def dropped(self) -> int: ...
     @property
+    def grouped_in_slot(self) -> bool:
+        """
+        They come grouped by expert, and stay in their slot.
+        """
+    @property
     def lease(self) -> SlotLease: ...
     @property
     def results(self) -> int:
@@ -318,6 +333,7 @@ class Communicator:
         has_weights: bool,
         drop: bool,
         in_waves: bool,
+        grouped_in_slot: bool = False,
         caller: int = 0,
         format: RowFormat = ...,
     ) -> PendingDispatch:

@@ -20,14 +20,15 @@ class BareMover:
     Args:
         ep: the communicator.
         x: ``[T, hidden]``, the rows.
-        handle: of a dispatch of those rows, layout "rank".
+        handle: of a dispatch of those rows. Layout "expert": grouped rows go straight to their places, and
+            combine reads all of them.
     """
 
     def __init__(self, ep: ExpertParallel, x: Tensor, handle: Handle) -> None:
         assert isinstance(ep._comm.core, CpuCommunicator), "only CPUs have a bare mover"
         self._core = ep._comm.core
         self._keep = handle._plan, x
-        self._view = view_of(handle._plan, grouped=False)
+        self._view = view_of(handle._plan, handle.layout == "expert")
         self._rows = rows_of(x, None)
         self._out = ep._comm.new_rows(handle.num_tokens)
 

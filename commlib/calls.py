@@ -24,13 +24,16 @@ class RoutePlan(NamedTuple):
     local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
     source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
     groups: Tensor  # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow
+    # layout="expert": [T, K] rank << 32 | row in that rank's d.x, by rank, then place; -1 ends. Not filled in
+    # where rows cannot lie so in slots.
+    places: Tensor | None
     comm: Tensor  # [], see Attachment.name
     view: _core.RoutePlan | None = None  # the core's, of a plan whose sizes are known to fit each other
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What operations read."""
-        return self[:5]
+        return tuple(t for t in self[:6] if t is not None)
 
 
 class Dispatch(NamedTuple):
@@ -59,12 +62,13 @@ class Arrived(NamedTuple):
     local: Tensor
     source: Tensor
     groups: Tensor
+    places: Tensor | None
     scales: Tensor | None
     view: _core.RoutePlan | None = None
 
     def plan(self, call: Dispatch) -> RoutePlan:
         """The routing, for later operations."""
-        own = self.routes, self.local, self.source, self.groups
+        own = self.routes, self.local, self.source, self.groups, self.places
         return RoutePlan(call.topk_idx, *own, call.comm, self.view)
 
 

@@ -90,14 +90,32 @@ def check_out(out: Tensor, tokens: int, settings: Settings, call: Combine) -> No
         )
 
 
-def check_layout(layout: str, zero_copy: bool, overflow: str) -> None:
+def check_layout(layout: str, zero_copy: bool, overflow: str, groups_in_slots: bool) -> None:
     """That options of dispatch go together."""
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f'layout must be "rank" or "expert", got {shown(layout)}')
     if not isinstance(overflow, str) or overflow not in OVERFLOWS:
         raise ValueError(f'overflow must be "error" or "drop", got {shown(overflow)}')
-    if zero_copy and layout == "expert":
-        raise ValueError('zero_copy needs layout "rank": rows grouped by expert are copies')
+    if zero_copy and layout == "expert" and not groups_in_slots:
+        raise ValueError(
+            'zero_copy needs layout "rank": rows grouped by expert are copies here (several nodes, or '
+            'grouping is "once", or "auto" has chosen that)'
+        )
+
+
+def check_room(c: Communicator, layout: str, rows: int) -> None:
+    """That as many rows of a layout may lie in a slot."""
+    if layout == "rank" or c.can_group_in_slot(rows):
+        return
+    if not c.groups_in_slots:
+        raise ValueError(
+            'combine_buffer needs layout "rank": grouped rows are summed into the heap here (several '
+            'nodes, or grouping is "once", or "auto" has chosen that)'
+        )
+    raise ValueError(
+        f"{rows} rows grouped by expert have no room in a slot, which is for {c.settings.grouped_rows}: give "
+        "combine a tensor of your own, or ExpertParallel a larger max_grouped_rows"
+    )
 
 
 def check_align(c: Communicator, align: int) -> None:
@@ -223,8 +241,15 @@ def check_combine(c: Communicator, call: Combine) -> None:
 def check_plan(c: Communicator, r: RoutePlan, grouped: bool) -> None:
     """That sizes fit each other; the core checks the numbers in them."""
     topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
-    sizes = (tokens * topk, tokens * c.width, received * topk, 2 * c.experts + 1 if grouped else c.experts)
-    for tensor, size in zip((r.topk_idx, r.routes, r.local, r.groups), sizes, strict=True):
+    groups = 2 * c.experts + 1 if grouped else c.experts
+    sizes = [tokens * topk, tokens * c.width, received * topk, groups]
+    read = [r.topk_idx, r.routes, r.local, r.groups]
+    if grouped:
+        if r.places is None:
+            raise ValueError(_misfit(r, sizes))
+        sizes.append(tokens * topk)
+        read.append(r.places)
+    for tensor, size in zip(read, sizes, strict=True):
         if tensor.numel() != size or tensor.dtype != torch.int64 or not tensor.is_contiguous():
             raise ValueError(_misfit(r, sizes))
     if not grouped and received != r.source.shape[0]:
@@ -319,7 +344,7 @@ def _misfit(r: RoutePlan, sizes: Sequence[int]) -> str:
     given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named)
     return (
         f"not the routing of a dispatch of this communicator and layout: contiguous int64 with {sizes} "
-        f"elements in topk_idx, routes, local and groups: {given}"
+        f'elements in topk_idx, routes, local and groups, with layout="expert" also in places: {given}'
     )
 
 

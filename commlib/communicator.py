@@ -151,6 +151,15 @@ class Communicator:
         """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
         return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
+    def can_group_in_slot(self, rows: int) -> bool:
+        """Whether as many rows grouped by expert may lie in a slot."""
+        return self.groups_in_slots and rows <= self.settings.grouped_rows
+
+    @property
+    def groups_in_slots(self) -> bool:
+        """Whether any may: then they go straight to their places."""
+        return self.settings.grouped_rows > 0
+
     def format_of(self, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
         """What the core is to know of these rows, and of the scales beside them."""
         return format_of(self.settings.dtype, self.settings.hidden, rows, scales)

@@ -21,6 +21,7 @@ from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
 from commlib.settings import (
     ANY_TOKENS,
+    Grouping,
     Settings,
     checked_timeout,
     dtype_of,
@@ -83,6 +84,14 @@ class ExpertParallel:
             arguments and group that are open; the ranks then use all of these in one order (else
             CallMismatch). On one group and device all have one timeout, and fail together. True: none of
             this, for a model or a thread of its own.
+        grouping: how rows of layout "expert" get to the groups of their experts, and back. "direct": the
+            sender writes each to all its places, where it stays; combine reads all of them. "once": each
+            goes to a rank once, which copies it to its groups; what its experts made of it is summed before
+            it goes back. The bits are the same. "auto": whichever takes less time for links and memory
+            (:func:`commlib.model.goes_direct`): direct where ranks share memory. Across nodes always once.
+        max_grouped_rows: for how many rows grouped by expert a slot has room, padding included, where they go
+            there directly. A rank that would get more gets them as with "once", and nothing is lost. None:
+            CPU: as many as ``capacity`` rows can make. CUDA: what they make on average, and a quarter more.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank); or another timeout than that of
@@ -113,6 +122,8 @@ class ExpertParallel:
         routing: RoutingMode = "auto",
         ranks_per_node: int | None = None,
         exclusive: bool = False,
+        grouping: Grouping = "auto",
+        max_grouped_rows: int | None = None,
     ) -> None:
         patience = startup_patience(startup_timeout, timeout)
         self.group = resolve_group(group, patience)
@@ -129,6 +140,8 @@ class ExpertParallel:
                 ranks_per_node=ranks_per_node,
                 grows=max_tokens is None,
                 exclusive=exclusive,
+                grouping=grouping,
+                max_grouped_rows=max_grouped_rows,
             )
             timeout = None if timeout is None else checked_timeout(timeout)
             self._attachment = attach(talk, asked.checked(self.size), timeout)
@@ -174,9 +187,9 @@ class ExpertParallel:
             layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
             align: with "expert": each group is padded with zero rows to a multiple of this, 1 to 65536.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
-            zero_copy: never copy: raise HandleError where no slot is free. Without it rows are copied out
-                of the slot when fewer than two others are free. Layout "rank" only, since grouped rows
-                are copies.
+            zero_copy: never copy out of a slot: raise HandleError where none is free. Without it rows are
+                copied when fewer than two others are free. With "expert" only where rows go straight to
+                their groups (see ``grouping``); more than a slot has room for are then copied all the same.
             overflow: where a rank would receive more than ``capacity`` rows: "error" raises on all ranks
                 before rows are sent; "drop" drops its last rows, by source rank, then token.
             async_op: return when the counts are known; the rows follow on the communication threads, and
@@ -213,13 +226,13 @@ class ExpertParallel:
             raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
-            checks.check_layout(handle.layout, zero_copy, overflow)
+            checks.check_layout(handle.layout, zero_copy, overflow, self._comm.groups_in_slots)
             known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
             groups = self._copied(handle._plan.groups)  # before the rows, with which it is there
             again, event = ops.redispatch(self._attachment, known, async_op)
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = "rank" if layout is None else layout
-        checks.check_layout(layout, zero_copy, overflow)
+        checks.check_layout(layout, zero_copy, overflow, self._comm.groups_in_slots)
         checks.check_align(self._comm, align)
         idx = checks.copied_topk_idx(self.device, topk_idx)
         grouped, drop = layout == "expert", overflow == "drop"
@@ -289,7 +302,7 @@ class ExpertParallel:
 
         Args:
             y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a
-                ``combine_buffer`` or a zero-copy ``Dispatched.x`` and there are no weights. Or rows of
+                ``combine_buffer`` or a ``Dispatched.x`` that lies in a slot. Or rows of
                 another floating type or width, the same on all ranks, of no more bytes; ``bias``, ``out``
                 and the result are as y is.
             handle: of the dispatch.
@@ -325,16 +338,16 @@ class ExpertParallel:
     def combine_buffer(self, handle: Handle) -> Tensor:
         """Memory in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
 
-        Good for one combine; it holds a slot until both that is done and the tensor is gone. Layout "rank"
-        only: grouped rows are summed on the way into the heap, which is a copy anyway.
+        Good for one combine; it holds a slot until both that is done and the tensor is gone. Padding rows of
+        layout "expert" need not be written.
 
         Raises:
             HandleError: no slot is free, or the handle is released or another communicator's.
-            ValueError: the handle's layout is "expert".
+            ValueError: the handle's layout is "expert", and rows do not go straight to their places here (see
+                ``grouping``), or are more than a slot has room for.
         """
         check_handle(self, handle)
-        if handle.layout != "rank":
-            raise ValueError('combine_buffer needs layout "rank": grouped rows are summed into the heap')
+        checks.check_room(self._comm, handle.layout, handle.num_rows)
         self._attachment.check_open()
         self._comm.backend.begin()
         buffer = self._comm.view(self._comm.core.lend_slot(), handle.num_rows)

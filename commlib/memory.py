@@ -19,6 +19,7 @@ class CommunicatorMemory:
         touched: of ``reserved``, in memory now; grows to at most ``reserved``.
         idle_buffers: results given back and kept for the next ones.
         network: rings and words for ranks on other nodes; 0 where there are none.
+        grouped_rows: rows grouped by expert for which a slot has room; 0: they lie in none.
         slots, slots_in_use: all slots, and those that results, lent buffers or operations hold now.
     """
 
@@ -29,6 +30,7 @@ class CommunicatorMemory:
     touched: int
     idle_buffers: int
     network: int
+    grouped_rows: int
     slots: int
     slots_in_use: int
 
@@ -39,7 +41,8 @@ class CommunicatorMemory:
         return (
             f"{self.shape}, used by {self.layers} ExpertParallel{'s' * (self.layers != 1)}: "
             f"heap {mib(self.touched)} touched of {mib(self.reserved)} reserved "
-            f"({self.slots} slots of {mib(self.slot_bytes)}, {self.slots_in_use} in use), "
+            f"({self.slots} slots of {mib(self.slot_bytes)}, each with room for {self.grouped_rows or 'no'} "
+            f"grouped rows, {self.slots_in_use} in use), "
             f"idle result buffers {mib(self.idle_buffers)}"
             + (f", network rings {mib(self.network)}" if self.network else "")
         )
@@ -65,7 +68,7 @@ def report_memory(mine: Communicator) -> MemoryReport:
     return MemoryReport(*_memory_of(mine), others=tuple(others))
 
 
-def _memory_of(c: Communicator) -> tuple[str, int, int, int, int, int, int, int, int]:
+def _memory_of(c: Communicator) -> tuple[str, int, int, int, int, int, int, int, int, int]:
     s = c.settings
     return (
         f"{s.num_experts} experts on {c.size} ranks, top {s.topk}, rows of {s.hidden} {str(s.dtype)[6:]}",
@@ -75,6 +78,7 @@ def _memory_of(c: Communicator) -> tuple[str, int, int, int, int, int, int, int,
         c.core.touched_bytes,
         c.backend.idle_bytes,
         c.core.network_memory,
+        c.settings.grouped_rows,
         c.slots,
         c.core.slots_in_use,
     )

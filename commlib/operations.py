@@ -24,28 +24,28 @@ def dispatch(
     c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
     format = OWN if call.scales is None else c.format_of(call.x, call.scales)
-    routes, groups, view = _begun_plan(c, call)
+    routes, places, groups, view = _begun_plan(c, call)
     pending = _begin(a, call, view, in_waves, format)
     backend = c.backend  # from here on: another one, where the communicator has grown
     try:
         size = pending.results
         local, source = backend.empty(pending.rows, c.settings.topk), backend.empty(size, 2)
         weights = None if call.topk_weights is None else c.new_weights(size, grouped)
-        in_slot = call.zero_copy or (not grouped and c.can_spare_slots(0))
+        in_slot = pending.grouped_in_slot if grouped else call.zero_copy or c.can_spare_slots(0)
         if in_slot:
             rows, scales = _in_slot(c, size, format, call, pending.lease)
         else:
             rows, scales = _in_memory(c, size, format, call)
-        places = local.data_ptr()
-        view.complete(pending.rows, places if grouped else 0)
+        local_at = local.data_ptr()
+        view.complete(pending.rows, local_at if grouped else 0)
         received = _core.Received(
             None if in_slot else rows.data_ptr(),
             _address(weights),
-            0 if grouped else places,
+            0 if grouped else local_at,
             source.data_ptr(),
             _address(scales),
         )
-        read = call.topk_idx, routes, local, source, groups
+        read = call.topk_idx, routes, local, source, groups, places
         keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read)
         backend.begin()
         sent = rows_of(call.x, call.topk_weights, call.scales, format)
@@ -59,7 +59,7 @@ def dispatch(
     event = backend.end("dispatch", ticket, (*keep, counts), async_op)
     if in_waves and event is not None:
         event.waves = pending
-    return Arrived(rows, weights, counts, routes, local, source, groups, scales, view), event
+    return Arrived(rows, weights, counts, routes, local, source, groups, places, scales, view), event
 
 
 def _check_callable(a: Attachment) -> None:
@@ -68,21 +68,23 @@ def _check_callable(a: Attachment) -> None:
     a.check_open()
 
 
-def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor, _core.RoutePlan]:
-    """Routes, groups and the core's view of a plan, which the core is to fill in."""
+def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None, Tensor, _core.RoutePlan]:
+    """Routes, places, groups and the core's view of a plan, which the core is to fill in."""
     tokens = call.topk_idx.shape[0]
     routes = c.backend.empty(tokens, c.width)
+    places = c.backend.empty(tokens, c.settings.topk) if call.grouped else None
     groups = c.backend.empty(2 * c.experts + 1 if call.grouped else c.experts)
     view = _core.RoutePlan(
         call.topk_idx.data_ptr(),
         routes.data_ptr(),
+        _address(places),
         tokens,
-        0,  # rows, and places: not known yet
+        0,  # rows, and which of them go where: not known yet
         0,
         *_addresses_of_groups(groups, call.grouped),
         call.align,
     )
-    return routes, groups, view
+    return routes, places, groups, view
 
 
 def _begin(
@@ -91,15 +93,18 @@ def _begin(
     """Publish to the other ranks what goes where; where the communicator grows, make room for what comes."""
     c, weighted = a.communicator, call.topk_weights is not None
     grows = c.settings.grows
+    # Grouped rows come straight to their places where they can stay there; else one by one for each rank.
+    in_slot = call.grouped and c.groups_in_slots and (call.zero_copy or c.can_spare_slots(1))
+    rest = in_waves, in_slot, a.caller, format
     try:
         c.backend.begin_plan()
-        return c.core.begin_dispatch(view, weighted, call.drop and not grows, in_waves, a.caller, format)
+        return c.core.begin_dispatch(view, weighted, call.drop and not grows, *rest)
     except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
         if not grows:
             raise
         c.make_room(error.rows)
     c.backend.begin_plan()
-    return c.core.begin_dispatch(view, weighted, False, in_waves, a.caller, format)
+    return c.core.begin_dispatch(view, weighted, False, *rest)
 
 
 def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple[Rearrived, Event | None]:
@@ -111,14 +116,16 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     format = c.format_of(call.x, call.scales)
     size = plan.source.shape[0]
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
-    in_slot = call.zero_copy or (not grouped and c.can_spare_slots(1))
+    in_slot = (not grouped or c.can_group_in_slot(size)) and (call.zero_copy or c.can_spare_slots(1))
     rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
     keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *plan.tensors)
     c.backend.begin()
     ticket, lease = c.core.redispatch(
         rows_of(call.x, call.topk_weights, call.scales, format),
         view,
-        _core.Received(None if rows is None else rows.data_ptr(), _address(weights), scales=_address(scales)),
+        _core.Received(
+            None if rows is None else rows.data_ptr(), _address(weights), scales=_address(scales), count=size
+        ),
         async_op,
         keep if async_op else None,
         a.caller,
@@ -146,6 +153,7 @@ def combine(
         back = c.backend.empty(*plan.topk_idx.shape, dtype=c.weight_dtype)
     given = _core.CombineInput(
         call.y.data_ptr(),
+        call.y.shape[0],
         _row_stride(call.y),
         _address(call.weights),
         back is not None,
@@ -206,6 +214,7 @@ def view_of(plan: RoutePlan, grouped: bool) -> _core.RoutePlan:
     return _core.RoutePlan(
         plan.topk_idx.data_ptr(),
         plan.routes.data_ptr(),
+        _address(plan.places),
         plan.routes.shape[0],
         plan.local.shape[0],
         plan.local.data_ptr() if grouped else 0,

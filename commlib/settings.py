@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,13 +13,18 @@ from commlib import _core
 from commlib.arguments import as_bool, as_int, shown
 from commlib.devices import platform_of
 from commlib.formats import CORE_DTYPES
+from commlib.model import UniformRouting
 from commlib.partition import SMPartition
 from commlib.startup.topology import ROUTINGS, RoutingMode, node_size
+
+Grouping = Literal["auto", "direct", "once"]
+GROUPINGS: tuple[Grouping, ...] = ("auto", "direct", "once")
 
 _MAX_SMS = 1024
 _MAX_SECONDS = 3e8  # so that times in nanoseconds fit 64 bits
 START_SECONDS = 300.0  # that ranks wait for each other at start-up unless told otherwise
 _MAX_ROWS = 2**31 - 1  # a row's number travels in 32 bits
+_PADDING = 127  # rows of a group: for align up to 128 there is always room, where there is for all rows
 _FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
 ANY_TOKENS = 2**16  # that a rank may send then, where most go nowhere
 
@@ -44,6 +49,9 @@ class Settings:
     ranks_per_node: int | None = None
     grows: bool = False  # max_tokens was not known: it and capacity are the present ones
     exclusive: bool = False
+    grouping: Grouping = "auto"
+    max_grouped_rows: int | None = None
+    grouped_rows: int = 0  # for which a slot has room; 0: grouped rows lie in none. See with_groups
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -63,6 +71,8 @@ class Settings:
         self._check_place(num_sms)
         if not isinstance(self.routing, str) or self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {shown(self.routing)}")
+        if not isinstance(self.grouping, str) or self.grouping not in GROUPINGS:
+            raise ValueError(f"grouping must be one of {', '.join(GROUPINGS)}, got {shown(self.grouping)}")
         checked = replace(
             self,
             num_experts=experts,
@@ -76,6 +86,9 @@ class Settings:
             link_gbps=None if self.link_gbps is None else _positive("link_gbps", self.link_gbps, "GB/s"),
             ranks_per_node=node_size(self.ranks_per_node),
             exclusive=as_bool("exclusive", self.exclusive),
+            max_grouped_rows=None
+            if self.max_grouped_rows is None
+            else as_int("max_grouped_rows", self.max_grouped_rows, 1, _MAX_ROWS),
         )
         return checked.with_room(size) if self.grows else checked
 
@@ -92,7 +105,25 @@ class Settings:
             capacity *= 2
         # No more tokens go somewhere than all ranks can receive.
         tokens = min(max(tokens, size * capacity, self.max_tokens), _MAX_ROWS // size)
-        return replace(self, max_tokens=tokens, capacity=as_int("capacity", capacity, 1, _MAX_ROWS))
+        roomier = replace(self, max_tokens=tokens, capacity=as_int("capacity", capacity, 1, _MAX_ROWS))
+        return roomier.with_groups(size, self.grouped_rows > 0)
+
+    def with_groups(self, size: int, direct: bool) -> Settings:
+        """The same, once ranks have agreed whether rows grouped by expert go straight into slots."""
+        if not direct:
+            return replace(self, grouped_rows=0)
+        if self.max_grouped_rows is not None:
+            return replace(self, grouped_rows=self.max_grouped_rows)
+        routing = self.uniform_routing(size)
+        rows, experts = self.capacity_on(size), max(map(routing.experts_on, range(size)))
+        most = rows * min(self.topk, experts) + experts * _PADDING
+        each = self.topk / routing.unique_ranks  # of a row's experts, at each of its ranks
+        found = platform_of(self.device).default_grouped_rows(most, math.ceil(rows * each))
+        return replace(self, grouped_rows=min(found, _MAX_ROWS))
+
+    def uniform_routing(self, size: int) -> UniformRouting:
+        """What is expected of these numbers."""
+        return UniformRouting(self.num_experts, self.topk, size)
 
     def _check_place(self, num_sms: int | None) -> None:
         platform_of(self.device).require()
@@ -109,12 +140,13 @@ class Settings:
         """How many slots there are."""
         if self.slots is not None:
             return self.slots
-        heaps = size * self.capacity_on(size) * self.hidden * self.dtype.itemsize  # with one slot each
+        rows = max(self.capacity_on(size), self.grouped_rows)
+        heaps = size * rows * self.hidden * self.dtype.itemsize  # with one slot each
         return platform_of(self.device).default_slots(heaps)
 
     def shared(self) -> dict[str, Any]:
         """The settings that must be equal on all ranks."""
-        own = ("num_sms", "timeout", "partition", "link_gbps")
+        own = ("num_sms", "timeout", "partition", "link_gbps", "grouped_rows")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return values | {"device": self.device.type, "dtype": str(self.dtype)}
 

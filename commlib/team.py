@@ -70,8 +70,8 @@ class Team(Generic[M]):
 
 
 def shape_of(settings: Settings) -> Settings:
-    """What communicators must have in common for ExpertParallels to share one: all but the timeout."""
-    return replace(settings, timeout=0.0)
+    """What ExpertParallels that share a communicator have in common: all that was asked for but timeouts."""
+    return replace(settings, timeout=0.0, grouped_rows=0)
 
 
 _Key = tuple[int, int, int, torch.device]  # process, rank, size, device

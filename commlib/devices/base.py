@@ -197,6 +197,24 @@ class Platform(ABC):
         """How many slots a heap has unless told otherwise; ``heaps``: bytes of all ranks' with one each."""
 
     @abstractmethod
+    def default_grouped_rows(self, most: int, expected: int) -> int:
+        """For how many rows grouped by expert a slot has room unless told otherwise.
+
+        Args:
+            most: with which there is always room, unless groups are padded to more than 128 rows.
+            expected: where tokens are routed uniformly, and so many that ``capacity`` is used up.
+        """
+
+    @abstractmethod
+    def rates(self, facts: Facts, alone: bool) -> tuple[float, float | None] | None:
+        """GB/s of a rank's memory, and of its link to other ranks (None: it shares their memory); or None.
+
+        Args:
+            facts: of the rank.
+            alone: no other rank's device is another one.
+        """
+
+    @abstractmethod
     def facts(self, device: torch.device) -> Facts:
         """What the other ranks must know of this rank's device."""
 

@@ -21,6 +21,8 @@ _POOLED_BYTES = 1 << 20  # results of at least this size come from the communica
 # Slots cost address space until they are written: of all ranks' heaps together not more than this, of the
 # 128 TiB that a process has.
 _SLOTS, _FEWEST_SLOTS, _ADDRESSES = 128, 8, 2**41
+# A rank's share of memory. ASSUMED; beside a link that is emulated only, for which way rows take.
+_MEMORY_GBPS = 5.0
 # With a core for each thread, a peer answers within microseconds. With more threads than cores it may need
 # the very core that a spinning thread holds: yield soon, then sleep. See docs/decisions/protocol.md.
 _SPIN_OWN_CORE = _core.SpinPolicy(pauses=4000, yields=50)
@@ -176,8 +178,14 @@ class Cpu(Platform):
     def default_slots(self, heaps: int) -> int:
         return max(_FEWEST_SLOTS, min(_SLOTS, _ADDRESSES // heaps))
 
+    def default_grouped_rows(self, most: int, expected: int) -> int:
+        return most  # memory is taken as it is first written
+
+    def rates(self, facts: Facts, alone: bool) -> tuple[float, float | None] | None:
+        return _MEMORY_GBPS, None
+
     def facts(self, device: torch.device) -> Facts:
-        return {"cpus": sorted(os.sched_getaffinity(0))}
+        return {"cpus": sorted(os.sched_getaffinity(0)), "place": "memory"}
 
     def configure(self, config: _core.Config, wish: Wish, infos: list[Facts], gather: Gather) -> None:
         beside = [rank for rank, info in enumerate(infos) if info["host"] == infos[config.rank]["host"]]

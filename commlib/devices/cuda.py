@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,12 +19,13 @@ from commlib.devices.base import Backend, Facts, Gather, Partition, Platform, Sp
 from commlib.devices.residency import of_this_process
 from commlib.errors import CommError
 from commlib.event import Event
-from commlib.model import default_num_sms
+from commlib.model import default_num_sms, find_hardware
 
 if TYPE_CHECKING:
     from commlib._cuda import DeviceFacts
 
 _SLOTS = 4  # all of their memory is taken at once
+_MARGIN = 1.25  # room for grouped rows, over what is expected: routers are uneven
 # A sleep of a kernel costs at least 50 µs, and what the host waits for comes within milliseconds.
 _SPIN = _core.SpinPolicy(pauses=2000, yields=50_000)
 
@@ -295,10 +297,23 @@ class Cuda(Platform):
     def default_slots(self, heaps: int) -> int:
         return _SLOTS
 
+    def default_grouped_rows(self, most: int, expected: int) -> int:
+        return min(most, math.ceil(_MARGIN * expected))
+
+    def rates(self, facts: Facts, alone: bool) -> tuple[float, float | None] | None:
+        if alone:
+            return 1.0, None  # memory's rate does not matter where all goes over it
+        known = facts["rates"]
+        return None if known is None or known[1] is None else (known[0], known[1])
+
     def facts(self, device: torch.device) -> Facts:
         p = properties(device)
         names = ("name", "uuid", "sms", "shares_fds", "domain")
-        return {name: getattr(p, name) for name in names}
+        known = find_hardware(p.name)
+        return {name: getattr(p, name) for name in names} | {
+            "place": p.uuid,
+            "rates": None if known is None else (known.memory_gbps, known.link_gbps),
+        }
 
     def configure(self, config: _core.Config, wish: Wish, infos: list[Facts], gather: Gather) -> None:
         mine, partition = infos[config.rank], wish.partition

@@ -7,6 +7,7 @@ print(predict(PRESETS["H100"], config, num_sms=16))
 print(propose(PRESETS["H100"], config, Compute.swiglu(config, ffn_hidden=2048, efficiency=0.6)))
 """
 
+from commlib.model.grouping import goes_direct
 from commlib.model.hardware import Hardware
 from commlib.model.prediction import Config, Operation, Prediction, Traffic, predict
 from commlib.model.presets import DOCUMENTED, FITTED, PRESETS, Assumptions, find_hardware, preset
@@ -28,6 +29,7 @@ __all__ = [
     "UniformRouting",
     "default_num_sms",
     "find_hardware",
+    "goes_direct",
     "predict",
     "preset",
     "propose",

@@ -44,6 +44,7 @@ def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
         idx.new_empty(unique, topk),
         idx.new_empty(size, 2),
         idx.new_empty(groups),
+        idx.new_empty(tokens, topk) if call.grouped else nothing(x),
         _scales(call.scales, size, x),
     )
 

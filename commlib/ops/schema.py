@@ -60,7 +60,7 @@ def _define(name: str, kind: type[Dispatch | Redispatch | Combine], results: str
 
 
 library = torch.library.Library("commlib", "DEF")
-dispatch = _define("dispatch", Dispatch, f"({', '.join(['Tensor'] * 8)})")
+dispatch = _define("dispatch", Dispatch, f"({', '.join(['Tensor'] * 9)})")
 # For torch.compile: its back end mistakes one size for another where an op with an effect returns a tuple of
 # tensors whose sizes are known only at run time. In eager mode autograd takes longer for a list.
 traced_dispatch = _define("traced_dispatch", Dispatch, "Tensor[]")

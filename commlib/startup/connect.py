@@ -19,6 +19,7 @@ from commlib.devices import Backend, Platform, Wish, default_device, platform_of
 from commlib.devices.base import Facts
 from commlib.errors import CommError, ConfigMismatch, PeerTimeout
 from commlib.formats import CORE_DTYPES
+from commlib.model import goes_direct
 from commlib.settings import Settings
 from commlib.startup import ucx
 from commlib.startup.conversation import Conversation, about_absent, gather
@@ -97,6 +98,7 @@ def _attach_to_new(
     team: Team[Communicator],
 ) -> Attachment:
     team.check_timeout(timeout)
+    settings = settings.with_groups(talk.size, _goes_direct(settings, infos, talk.size))
     backend, topology = _connect(talk, settings, infos, team)
     anew = partial(_reconnect, talk.group, talk.name, itertools.count(), team)
     communicator = Communicator(
@@ -118,6 +120,7 @@ def _agreed(infos: list[Facts], what: str) -> bool:
 def _introduce(talk: Conversation, settings: Settings, more: dict[str, Any]) -> list[Facts]:
     """What all ranks say of themselves, by rank; their settings agree."""
     told = {"pid": os.getpid(), "secret": os.urandom(32).hex(), "name": os.urandom(16).hex()}
+    told["limit"] = settings.link_gbps
     mine = (
         platform_of(settings.device).facts(settings.device)
         | own_place()
@@ -256,11 +259,32 @@ def _config(group: Group, settings: Settings) -> _core.Config:
         settings.topk,
     )
     config.max_tokens, config.capacity = settings.max_tokens, settings.capacity_on(group.size)
+    config.grouped_rows = settings.grouped_rows
     config.dtype = CORE_DTYPES[settings.dtype]
     config.slots = settings.slots_on(group.size)
     config.timeout = settings.timeout
     config.link_gbps = settings.link_gbps or 0.0
     return config
+
+
+def _goes_direct(settings: Settings, infos: list[Facts], size: int) -> bool:
+    """Whether rows grouped by expert go straight to their places: from the same facts, on all ranks alike."""
+    if settings.grouping == "once" or len(_topology(infos, settings).hosts) > 1:
+        return False
+    if settings.grouping == "direct":
+        return True
+    platform, routing = platform_of(settings.device), settings.uniform_routing(size)
+    alone = len({info["place"] for info in infos}) == 1
+
+    def is_better(info: Facts) -> bool:
+        rates = platform.rates(info, alone)
+        if rates is None:
+            return False
+        memory, *links = (*rates, info["limit"])
+        link = min((gbps for gbps in links if gbps is not None), default=None)
+        return goes_direct(routing, memory_gbps=memory, link_gbps=link)
+
+    return all(map(is_better, infos))
 
 
 def _build(settings: Settings) -> dict[str, Any]:

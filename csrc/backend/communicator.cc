@@ -31,7 +31,8 @@ Communicator::Communicator(const Config& config)
               config.topk,
               accumulator_size(config.dtype),
               config.max_tokens,
-              config.size * placement_.max_count()},
+              config.size * placement_.max_count(),
+              config.net.node_of.empty() ? config.grouped_rows : 0},
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
       dispatches_(static_cast<uint32_t>(config.first_epoch - 1)),
@@ -43,10 +44,11 @@ Communicator::~Communicator() {
   if (config_.team && home_.is_here()) config_.team->remove(*this);
 }
 
+int64_t Communicator::count_words() const { return CountWords{placement_, layout_.grouped_rows > 0}.most(); }
+
 int64_t Communicator::control_bytes() const {
   const int64_t signals = config_.size * static_cast<int64_t>(sizeof(Signals));
-  const int64_t counts =
-      int64_t{2} * config_.size * count_words(placement_) * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t counts = int64_t{2} * config_.size * count_words() * static_cast<int64_t>(sizeof(uint64_t));
   return align_up(signals + counts, 4096);
 }
 
@@ -61,14 +63,14 @@ void Communicator::write_first_words(std::byte* control) const {
     for (SaidCall& said : signals[s].calls) said.word = said_before;
   }
   auto* counts = reinterpret_cast<uint64_t*>(signals + config_.size);
-  std::fill_n(counts, int64_t{2} * config_.size * count_words(placement_), said_before);
+  std::fill_n(counts, int64_t{2} * config_.size * count_words(), said_before);
 }
 
 PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {
   PeerTable table{};
   table.rank = config_.rank;
   table.size = config_.size;
-  table.count_words = count_words(placement_);
+  table.count_words = count_words();
   table.internode = network_ ? &network_->internode() : nullptr;
   for (int p = 0; p < config_.size; ++p) {
     std::byte* heap = heaps[p] ? heaps[p] : network_->control_for(p);
@@ -81,7 +83,7 @@ PeerTable Communicator::table_of(const std::vector<std::byte*>& heaps) const {
 }
 
 void Communicator::make_network(std::unique_ptr<NetworkMemory> memory) {
-  const NetShape shape{config_.rank, config_.size,      control_bytes(),      count_words(placement_),
+  const NetShape shape{config_.rank, config_.size,      control_bytes(),      count_words(),
                        config_.topk, layout_.row_bytes, layout_.weight_bytes, config_.spin};
   network_ = std::make_unique<Network>(shape, config_.net, std::move(memory));
 }

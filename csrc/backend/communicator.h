@@ -32,6 +32,9 @@ struct Config {
   int topk = 1;
   int64_t max_tokens = 1;
   int64_t capacity = 1;
+  // Rows grouped by expert, padding included, for which a slot has room. 0: on no rank do such rows lie in a
+  // slot. The same on all ranks, and 0 where there are several nodes.
+  int64_t grouped_rows = 0;
   DType dtype = DType::f32;
   int slots = 2;
   int num_sms = 1;  // threads (CPU) or blocks (CUDA)
@@ -81,12 +84,15 @@ struct Rows {
 struct RoutePlan {
   const int64_t* topk_idx = nullptr;  // [tokens][topk]
   int64_t* routes = nullptr;          // [tokens][width]
+  int64_t* places = nullptr;          // [tokens][topk], layout="expert" only: see place_in_groups
   int64_t tokens = 0;
   int64_t rows = 0;                    // unique rows received
   int64_t* expand_to = nullptr;        // [rows][topk], layout="expert" only
   int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   int64_t* rows_per_expert = nullptr;  // [own experts]
   int64_t align = 1;                   // of groups, in rows; layout="expert" only
+
+  bool is_grouped() const { return offsets != nullptr; }  // others may be empty
 };
 
 // Where received rows go.
@@ -97,6 +103,7 @@ struct Received {
   int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
   std::byte* scales = nullptr;   // as rows
+  int64_t count = 0;             // of rows, along a known routing
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they
@@ -107,12 +114,14 @@ struct PendingDispatch {
   OpId id{};
   std::shared_ptr<SlotLease> lease;
   PlanReport plan{};
-  int64_t rows = 0;     // unique
-  int64_t results = 0;  // unique, or grouped with their padding
+  int64_t rows = 0;              // unique
+  int64_t results = 0;           // unique, or grouped with their padding
+  bool grouped_in_slot = false;  // they come grouped
 };
 
 struct CombineInput {
   const std::byte* y = nullptr;
+  int64_t count = 0;
   int64_t stride = 0;
   const std::byte* weights = nullptr;       // one for each row of y
   bool has_weight_grads = false;            // on all ranks alike
@@ -161,16 +170,18 @@ class Communicator {
   // Plans, sends counts and waits for every rank's; fills in routes, rows_per_expert and offsets, on a GPU
   // after it has returned. Checks ids before anything is sent: std::invalid_argument. CapacityError on all
   // ranks alike when one would receive more than `capacity` rows, unless `drop`. `in_waves`: rows go in the
-  // order in which wait_expert may ask for them; needs expand_to, and ranks of one node. `caller`: see Call.
-  // `format`: of the rows to come; std::invalid_argument where a slot has no room for them.
+  // order in which wait_expert may ask for them; needs expand_to, and ranks of one node. `grouped_in_slot`:
+  // this rank's rows may come grouped by expert, and stay in their slot, if it has room for them. `caller`:
+  // see Call. `format`: of the rows to come; std::invalid_argument where a slot has no room for them.
   std::unique_ptr<PendingDispatch> begin_dispatch(const RoutePlan& routing, bool has_weights, bool drop,
-                                                  bool in_waves, uint8_t caller = 0,
-                                                  const RowFormat& format = {});
+                                                  bool in_waves, bool grouped_in_slot = false,
+                                                  uint8_t caller = 0, const RowFormat& format = {});
   // Moves the rows. `routing` now has expand_to where the layout wants it. On a CPU the ticket is already
   // done unless `async`.
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                          const Received& received, bool async, Held held = nullptr);
   // Moves the rows of other tensors along a known routing; `lease` receives the slot if rows stay in it.
+  // Where they are grouped by expert, std::invalid_argument unless it has room for them.
   Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
                     std::shared_ptr<SlotLease>* lease, Held held = nullptr, uint8_t caller = 0);
   Ticket combine(const CombineInput& input, const RoutePlan& routing, std::byte* out, std::byte* out_weights,
@@ -301,6 +312,7 @@ class Communicator {
 
   // The heap: control words, then slots.
   int64_t control_bytes() const;
+  int64_t count_words() const;  // that each source writes, at most
   void write_first_words(std::byte* control) const;
   // heaps: by rank; null: on another node.
   PeerTable table_of(const std::vector<std::byte*>& heaps) const;
@@ -311,8 +323,14 @@ class Communicator {
 
   // Of rows of this format in a slot; std::invalid_argument where it has no room for them.
   SlotLayout layout_of(const RowFormat& format) const;
+  // Whether rows of this routing are grouped by expert, and may lie so in slots.
+  bool uses_places(const RoutePlan& routing) const {
+    return routing.is_grouped() && layout_.grouped_rows > 0;
+  }
   // Of sums: std::invalid_argument also where weights would have to be of another type.
   void check_sum_of(DType dtype) const;
+  // std::invalid_argument where a slot cannot take as many rows grouped by expert.
+  void check_room_for_groups(const RoutePlan& routing, int64_t rows) const;
   void check_usable() const;
   [[noreturn]] void refuse(const std::string& why) const;
   // The communicator is of no use from here on; the first reason counts. Its team gives up with it.

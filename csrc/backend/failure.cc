@@ -24,6 +24,7 @@ std::string call_text(Call call) {
     text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
   if (call.has(kCallDrops)) text += ", overflow=\"drop\"";
   if (call.has(kCallInWaves)) text += ", in_waves";
+  if (call.has(kCallGroups)) text += ", layout=\"expert\"";
   if (call.has(kCallSaysFormat)) text += ", rows of another type or width";
   return text;
 }
@@ -64,7 +65,7 @@ std::string mismatch_advice(const Call& mine, const Call& theirs) {
     return ". Rows and scales must be of one type and width on all ranks";
   }
   return ". All ranks must make the same calls in the same order, all with topk_weights or all without, and "
-         "with the same overflow and in_waves";
+         "with the same layout, overflow and in_waves";
 }
 
 std::string mismatch_text(const std::string& me, const FailureRecord& r) {

@@ -30,8 +30,8 @@ auto Communicator::issued(Execute execute) -> decltype(execute()) {
 }
 
 std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& routing, bool has_weights,
-                                                              bool drop, bool in_waves, uint8_t caller,
-                                                              const RowFormat& format) {
+                                                              bool drop, bool in_waves, bool grouped_in_slot,
+                                                              uint8_t caller, const RowFormat& format) {
   const Issue issue(*this);
   check_health();
   if (is_captured()) {
@@ -43,7 +43,9 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   keep_near();
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
-  const int flags = (drop ? kCallDrops : 0) | (in_waves ? kCallInWaves : 0);
+  const bool groups = uses_places(routing);
+  const int flags = (drop ? kCallDrops : 0) | (in_waves ? kCallInWaves : 0) | (groups ? kCallGroups : 0) |
+                    (groups && grouped_in_slot ? kCallSlotIsGrouped : 0);
   pending->id =
       next_op(call_of(OpKind::dispatch, has_weights, caller, format, flags), *pending->lease, format);
   const PlanReport& report = pending->plan =
@@ -56,6 +58,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   if (report.status == PlanStatus::overflow) raise_overflow(report.fullest, report.fullest_rows);
   for (int p = 0; p < config_.size; ++p) pending->rows += report.source_rows[p];
   pending->results = routing.offsets ? report.grouped_rows : pending->rows;
+  pending->grouped_in_slot = has(report.lent.grouped, config_.rank);
   begin_turn(*pending);
   return pending;
 }
@@ -76,7 +79,7 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
   sent.format = RowFormat::from_word(pending.id.format);
   RowsOp op = rows_op(sent, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
-  std::copy_n(pending.plan.slots, config_.size, op.slots);
+  op.lent = pending.plan.lent;
   std::copy_n(pending.plan.source_rows, config_.size, op.source_rows);
   auto lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   const Ticket ticket =
@@ -91,10 +94,13 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   check_health();
   check_routes(routing);
   layout_of(rows.format);
+  const bool grouped = routing.is_grouped() && received.rows_in_slot;
+  if (grouped) check_room_for_groups(routing, received.count);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
+  const int flags = grouped ? kCallSlotIsGrouped : 0;
   const OpId id =
-      next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format), *slot, rows.format);
+      next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format, flags), *slot, rows.format);
   if (received.rows_in_slot) *lease = slot;
   return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
 }
@@ -112,8 +118,9 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   op.pull = pull_plan(input, routing, op.local_sum, out, out_weights);
   op.users_rows = slot.users_rows;
   op.in_place = slot.in_place;
-  const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format), *slot.lease,
-                          input.format);
+  const int flags = slot.in_place && routing.is_grouped() ? kCallSlotIsGrouped : 0;
+  const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format, flags),
+                          *slot.lease, input.format);
   return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
@@ -190,13 +197,21 @@ void Communicator::check_sum_of(DType dtype) const {
 
 Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, const RoutePlan& routing,
                                                      const SlotLayout& layout) {
-  // Rows that already lie in a slot, in their order and unweighted, are pulled from there.
-  const bool plain = !routing.expand_to && !input.weights && input.stride == layout.row_bytes;
-  auto lease = plain && input.y ? slots_->find(input.y) : nullptr;
+  // Rows that already lie in a slot, in their order, are pulled from there.
+  const bool in_order = (routing.is_grouped() ? uses_places(routing) : !input.weights) &&
+                        input.stride == layout.row_bytes && input.count <= layout.room();
+  auto lease = in_order && input.y ? slots_->find(input.y) : nullptr;
   if (!lease || input.y != lease->slot().rows) return {take_slot(), false, false};
   lease->use();
   const bool users_rows = !lease->lent();
   return {std::move(lease), true, users_rows};
+}
+
+void Communicator::check_room_for_groups(const RoutePlan& routing, int64_t rows) const {
+  if (uses_places(routing) && rows <= layout_.grouped_rows) return;
+  throw std::invalid_argument(std::to_string(rows) +
+                              " rows grouped by expert have no room in a slot, which is for " +
+                              std::to_string(layout_.grouped_rows));
 }
 
 PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, bool drop) const {
@@ -208,6 +223,9 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
   op.rows_per_expert = routing.rows_per_expert;
   op.offsets = routing.offsets;
   op.align = routing.align;
+  op.groups = uses_places(routing);
+  op.places = routing.places;
+  op.grouped_rows = layout_.grouped_rows;
   op.capacity = config_.capacity;
   op.drop = drop;
   op.dispatch = dispatches_ + 1;
@@ -233,6 +251,7 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) con
   plan.scales = rows.scales;
   plan.scales_stride = rows.scales_stride;
   plan.routes = routing.routes;
+  plan.places = uses_places(routing) ? routing.places : nullptr;
   plan.topk_idx = routing.topk_idx;
   plan.weights = rows.weights;
   plan.placement = placement_;
@@ -268,6 +287,7 @@ LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const Route
   plan.topk = config_.topk;
   plan.rows = routing.rows;
   plan.y = slot.in_place ? nullptr : input.y;
+  plan.grouped_rows = slot.in_place && routing.is_grouped() ? input.count : 0;
   plan.y_stride = input.stride;
   plan.expand_to = routing.expand_to;
   plan.weights = input.weights;
@@ -287,13 +307,16 @@ PullPlan Communicator::pull_plan(const CombineInput& input, const RoutePlan& rou
   plan.topk = config_.topk;
   plan.width = width_;
   plan.routes = routing.routes;
+  plan.places = uses_places(routing) ? routing.places : nullptr;
   plan.topk_idx = routing.topk_idx;
   plan.out = out;
   plan.bias = input.bias;
   plan.bias_stride = input.bias_stride;
   plan.out_weights = out_weights;
-  if (!local_sum.expand_to && !local_sum.weights) plan.own_y = local_sum.y;
+  if (routing.is_grouped() ? uses_places(routing) : !local_sum.weights) plan.own_y = local_sum.y;
   plan.own_stride = local_sum.y_stride;
+  plan.own_weights = local_sum.weights;
+  plan.own_grouped = plan.own_y && routing.is_grouped() ? bit_of(config_.rank) : 0;
   plan.placement = placement_;
   return plan;
 }

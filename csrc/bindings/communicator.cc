@@ -64,7 +64,8 @@ std::pair<uint64_t, uint64_t> network_sent(const Communicator& c) {
 void bind_operations(Bound& bound) {
   bound
       .def("begin_dispatch", &Communicator::begin_dispatch, "routing"_a, "has_weights"_a, "drop"_a,
-           "in_waves"_a, "caller"_a = 0, format_arg(), NoGil(), R"(Plan, and learn how many rows come.
+           "in_waves"_a, "grouped_in_slot"_a = false, "caller"_a = 0, format_arg(), NoGil(),
+           R"(Plan, and learn how many rows come.
 
 Fills in routes, rows_per_expert and offsets.
 
@@ -143,6 +144,8 @@ void bind_communicator(py::module_& m) {
 Its rows have not moved yet or, in waves, may be moving.)")
       .def_readonly("rows", &PendingDispatch::rows, "Unique rows.")
       .def_readonly("results", &PendingDispatch::results, "Rows, or rows in groups with their padding.")
+      .def_readonly("grouped_in_slot", &PendingDispatch::grouped_in_slot,
+                    "They come grouped by expert, and stay in their slot.")
       .def_property_readonly("dropped", [](const PendingDispatch& d) { return d.plan.dropped; })
       .def_readonly("lease", &PendingDispatch::lease);
   Bound bound(m, "Communicator", "One rank of an expert-parallel group.");

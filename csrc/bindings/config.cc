@@ -90,6 +90,7 @@ void bind_shape(py::class_<Config>& config) {
   field(config, "topk", &Config::topk);
   field(config, "max_tokens", &Config::max_tokens);
   field(config, "capacity", &Config::capacity);
+  field(config, "grouped_rows", &Config::grouped_rows);
   field(config, "dtype", &Config::dtype);
   field(config, "slots", &Config::slots);
 }
@@ -116,6 +117,7 @@ Attributes:
     size: ranks.
     max_tokens: of one rank, in one dispatch.
     capacity: rows that a rank can receive.
+    grouped_rows: for as many rows grouped by expert a slot has room; 0: they lie in none.
     num_sms: threads (CPU) or blocks (CUDA).
     timeout: seconds.
     link_gbps: emulated limit of this rank's link, in GB/s; 0: none.

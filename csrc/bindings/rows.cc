@@ -39,10 +39,10 @@ Rows rows_of(Address x, int64_t stride, int64_t count, bool has_weights, Address
           at<std::byte>(scales), scales_stride, format};
 }
 
-RoutePlan route_plan_of(Address topk_idx, Address routes, int64_t tokens, int64_t rows, Address expand_to,
-                        Address offsets, Address rows_per_expert, int64_t align) {
-  return {at<int64_t>(topk_idx), at<int64_t>(routes),          tokens, rows, at<int64_t>(expand_to),
-          at<int64_t>(offsets),  at<int64_t>(rows_per_expert), align};
+RoutePlan route_plan_of(Address topk_idx, Address routes, Address places, int64_t tokens, int64_t rows,
+                        Address expand_to, Address offsets, Address rows_per_expert, int64_t align) {
+  return {at<int64_t>(topk_idx),  at<int64_t>(routes),  at<int64_t>(places),          tokens, rows,
+          at<int64_t>(expand_to), at<int64_t>(offsets), at<int64_t>(rows_per_expert), align};
 }
 
 void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
@@ -51,19 +51,21 @@ void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
 }
 
 Received received_of(std::optional<Address> rows, Address weights, Address topk_idx, Address source,
-                     Address scales) {
+                     Address scales, int64_t count) {
   return {at<std::byte>(rows.value_or(0)),
           !rows,
           at<std::byte>(weights),
           at<int64_t>(topk_idx),
           at<int64_t>(source),
-          at<std::byte>(scales)};
+          at<std::byte>(scales),
+          count};
 }
 
-CombineInput combine_input_of(Address y, int64_t stride, Address weights, bool has_weight_grads,
-                              Address weight_grads, Address bias, int64_t bias_stride,
+CombineInput combine_input_of(Address y, int64_t count, int64_t stride, Address weights,
+                              bool has_weight_grads, Address weight_grads, Address bias, int64_t bias_stride,
                               const RowFormat& format, DType dtype) {
   return {at<std::byte>(y),
+          count,
           stride,
           at<std::byte>(weights),
           has_weight_grads,
@@ -90,15 +92,16 @@ Without arguments: the communicator's own rows.)")
            "scales_stride"_a = 0, format_arg());
 
   py::class_<RoutePlan>(m, "RoutePlan", "What a dispatch finds, and later operations use again.")
-      .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "tokens"_a, "rows"_a = 0, "expand_to"_a = 0,
-           "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1)
+      .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "places"_a, "tokens"_a, "rows"_a = 0,
+           "expand_to"_a = 0, "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1)
       .def("complete", &complete, "rows"_a, "expand_to"_a, "What a dispatch knows once counts are here.");
 
   py::class_<Received>(m, "Received", "Where received rows go. Rows None: they stay in their slot.")
-      .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0);
+      .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0,
+           "count"_a = 0);
 
   py::class_<CombineInput>(m, "CombineInput", "The rows that a combine sums, and what goes with them.")
-      .def(py::init(&combine_input_of), "y"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,
+      .def(py::init(&combine_input_of), "y"_a, "count"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,
            "weight_grads"_a, "bias"_a, "bias_stride"_a, format_arg(),
            py::arg_v("dtype", DType::bf16, "DType.bf16"));
 }

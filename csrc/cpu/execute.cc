@@ -7,10 +7,12 @@
 namespace commlib {
 
 PlanReport CpuCommunicator::execute_plan(const OpId& id, PlanOp op) {
-  std::vector<uint32_t> counts(2 * config_.experts);
+  std::vector<uint32_t> counts(4 * config_.experts);
   op.routing.owner = owner_.data();
   op.expert_counts = counts.data();
   op.worker_counts = counts.data() + config_.experts;
+  op.group_rows = counts.data() + 2 * config_.experts;
+  op.group_begins = counts.data() + 3 * config_.experts;
   const auto context = context_of(id);
   CpuWorker caller(*context, 0, 1);
   PlanShared<1> shared{};
@@ -54,17 +56,25 @@ void CpuCommunicator::collect_slots() {
 }
 
 void CpuCommunicator::check_routes(const RoutePlan& routing) const {
-  for (int64_t i = 0; i < routing.tokens * width_; ++i) {
-    const int64_t route = routing.routes[i];
-    if (route == kNoRoute ||
-        (route >= 0 && rank_of(route) < config_.size && row_of(route) < config_.capacity)) {
-      continue;
+  const auto check = [&](const char* name, const int64_t* routes, int width, auto most_rows) {
+    for (int64_t i = 0; i < routing.tokens * width; ++i) {
+      const int64_t route = routes[i];
+      if (route == kNoRoute ||
+          (route >= 0 && rank_of(route) < config_.size && row_of(route) < most_rows(rank_of(route)))) {
+        continue;
+      }
+      throw std::invalid_argument(std::string(name) + "[" + std::to_string(i / width) + ", " +
+                                  std::to_string(i % width) + "] is " + std::to_string(route) +
+                                  ", which is no row of any rank: routings come "
+                                  "from a dispatch on this communicator, and may not be changed");
     }
-    throw std::invalid_argument("routes[" + std::to_string(i / width_) + ", " + std::to_string(i % width_) +
-                                "] is " + std::to_string(route) +
-                                ", which is no row of any rank: routings come "
-                                "from a dispatch on this communicator, and may not be changed");
-  }
+  };
+  check("routes", routing.routes, width_, [&](int) { return config_.capacity; });
+  if (!uses_places(routing)) return;
+  // This rank's own rows may be more than a slot holds: then it has them elsewhere.
+  const int64_t own = std::max(routing.offsets[placement_.count(config_.rank)], layout_.grouped_rows);
+  check("places", routing.places, config_.topk,
+        [&](int p) { return p == config_.rank ? own : layout_.grouped_rows; });
 }
 
 Ticket CpuCommunicator::start(const OpId& id, Part part, Execution execution) {
@@ -111,10 +121,11 @@ void CpuCommunicator::abandon(OpContext& op, const std::exception_ptr& error) {
 void CpuCommunicator::bare_send(const Rows& rows, const RoutePlan& routing) {
   const auto context = context_of({});
   CpuWorker w(*context, 0, 1);
-  const std::vector<uint8_t> slots(config_.size);
+  Lent lent{};
   SendPlan plan = send_plan(rows, routing);
   plan.weights = nullptr;
-  plan.slots = slots.data();
+  lent.grouped = plan.places ? peers_.all() : 0;
+  plan.lent = &lent;
   send_rows(w, plan, peers_);
   w.flush();
 }
@@ -122,13 +133,14 @@ void CpuCommunicator::bare_send(const Rows& rows, const RoutePlan& routing) {
 void CpuCommunicator::bare_pull(const RoutePlan& routing, std::byte* out) {
   const auto context = context_of({});
   CpuWorker w(*context, 0, 1);
-  const std::vector<uint8_t> slots(config_.size);
+  Lent lent{};
   LocalSumPlan no_sum{};
   no_sum.dtype = config_.dtype;
   no_sum.hidden = config_.hidden;
   no_sum.layout = layout_;
   PullPlan plan = pull_plan({}, routing, no_sum, out, nullptr);
-  plan.slots = slots.data();
+  lent.grouped = plan.places ? peers_.all() : 0;
+  plan.lent = &lent;
   pull_rows(w, plan, peers_);
   w.flush();
 }

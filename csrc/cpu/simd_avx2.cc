@@ -57,8 +57,7 @@ struct Avx2::Lanes<Bf16> {
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)}; }
   static Vec load(const Bf16* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), widened(v)};
   }
   // The bf16 in the high half: round to nearest even, as in scalar_types.h.
   static __m256i rounded(__m256 v) {
@@ -68,6 +67,10 @@ struct Avx2::Lanes<Bf16> {
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     return _mm256_blendv_epi8(up, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   }
+  static __m256 widened(__m256i v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static Vec round(Vec v) { return {widened(rounded(v.even)), widened(rounded(v.odd))}; }
   static __m256i narrowed(Vec v) {
     return _mm256_blend_epi16(_mm256_srli_epi32(rounded(v.even), 16), rounded(v.odd), 0xaa);
   }
@@ -78,6 +81,7 @@ struct Avx2::Lanes<Bf16> {
 template <>
 struct Avx2::Lanes<Half> : Float8 {
   static __m128i narrowed(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec round(Vec v) { return _mm256_cvtph_ps(narrowed(v)); }
   static Vec load(const Half* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -87,6 +91,7 @@ struct Avx2::Lanes<Half> : Float8 {
 
 template <>
 struct Avx2::Lanes<float> : Float8 {
+  static Vec round(Vec v) { return v; }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   static void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
@@ -100,6 +105,7 @@ struct Avx2::Lanes<double> {
   static Vec set(double v) { return _mm256_set1_pd(v); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_pd(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_pd(a, b); }
+  static Vec round(Vec v) { return v; }
   static Vec load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
   static void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }

@@ -60,8 +60,7 @@ struct Avx512::Lanes<Bf16> {
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.even, b.even), _mm512_add_ps(a.odd, b.odd)}; }
   static Vec load(const Bf16* p) {
     const __m512i v = _mm512_loadu_si512(p);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), widened(v)};
   }
   // The bf16 in the high half: round to nearest even, as in scalar_types.h. (VCVTNE2PS2BF16 would flush
   // subnormals.)
@@ -71,6 +70,10 @@ struct Avx512::Lanes<Bf16> {
     const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
   }
+  static __m512 widened(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static Vec round(Vec v) { return {widened(rounded(v.even)), widened(rounded(v.odd))}; }
   static __m512i narrowed(Vec v) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(v.even), 16), rounded(v.odd));
   }
@@ -81,6 +84,7 @@ struct Avx512::Lanes<Bf16> {
 template <>
 struct Avx512::Lanes<Half> : Float16 {
   static __m256i narrowed(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec round(Vec v) { return _mm512_cvtph_ps(narrowed(v)); }
   static Vec load(const Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -90,6 +94,7 @@ struct Avx512::Lanes<Half> : Float16 {
 
 template <>
 struct Avx512::Lanes<float> : Float16 {
+  static Vec round(Vec v) { return v; }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
@@ -103,6 +108,7 @@ struct Avx512::Lanes<double> {
   static Vec set(double v) { return _mm512_set1_pd(v); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_pd(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_pd(a, b); }
+  static Vec round(Vec v) { return v; }
   static Vec load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
   static void stream(double* p, Vec v) { _mm512_stream_pd(p, v); }

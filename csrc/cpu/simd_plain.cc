@@ -30,6 +30,11 @@ struct Plain {
     static Vec load(const T* p) { return widen(*p); }
     static void store(T* p, Vec v) { narrow(v, p); }
     static void stream(T* p, Vec v) { narrow(v, p); }
+    static Vec round(Vec v) {
+      T kept;
+      narrow(v, &kept);
+      return widen(kept);
+    }
     static Vec set(Acc v) { return v; }
     static Vec mul(Vec a, Vec b) { return a * b; }
     static Vec add(Vec a, Vec b) { return a + b; }

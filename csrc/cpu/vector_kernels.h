@@ -5,7 +5,7 @@
 //
 // Isa::Bytes     : static load(p), stream(p, v), kBytes
 // Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
-//                  mul, add, kWidth
+//                  mul, add, round(Vec) -> what T keeps of each, kWidth
 #pragma once
 
 #include <cstdint>
@@ -53,22 +53,39 @@ void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes
   for (int j = 0; j < n; ++j) std::memcpy(dst[j], src, static_cast<size_t>(bytes));
 }
 
+template <class L, class T, int kCount>
+inline void add_term(typename L::Vec (&sums)[kCount], const Term& term, int64_t i) {
+  using Acc = typename L::Acc;
+  const T* row = reinterpret_cast<const T*>(term.row) + i;
+  for (int64_t b = 0; b < static_cast<int64_t>(kCount * L::kWidth * sizeof(T)); b += 64) {
+    __builtin_prefetch(reinterpret_cast<const std::byte*>(row) + kPrefetchBytes + b);
+  }
+  if (term.weight) {
+    const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(term.weight));
+    for (int u = 0; u < kCount; ++u) sums[u] = L::add(sums[u], L::mul(w, L::load(row + u * L::kWidth)));
+  } else {
+    for (int u = 0; u < kCount; ++u) sums[u] = L::add(sums[u], L::load(row + u * L::kWidth));
+  }
+}
+
 template <class L, class T, int kCount, bool kStream>
 inline void reduce_block(T* dst, const Term* terms, int n, int64_t i) {
   using Acc = typename L::Acc;
   typename L::Vec acc[kCount];
   for (int u = 0; u < kCount; ++u) acc[u] = L::set(Acc{0});
   for (int j = 0; j < n; ++j) {
-    const T* row = reinterpret_cast<const T*>(terms[j].row) + i;
-    for (int64_t b = 0; b < static_cast<int64_t>(kCount * L::kWidth * sizeof(T)); b += 64) {
-      __builtin_prefetch(reinterpret_cast<const std::byte*>(row) + kPrefetchBytes + b);
+    if (terms[j].kind == TermKind::whole) {
+      add_term<L, T>(acc, terms[j], i);
+      continue;
     }
-    if (terms[j].weight) {
-      const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(terms[j].weight));
-      for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::mul(w, L::load(row + u * L::kWidth)));
-    } else {
-      for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::load(row + u * L::kWidth));
+    // A loop of its own: the registers hold the sum of the parts, and acc waits in memory.
+    typename L::Vec part[kCount];
+    for (int u = 0; u < kCount; ++u) part[u] = L::set(Acc{0});
+    for (;; ++j) {
+      add_term<L, T>(part, terms[j], i);
+      if (terms[j].kind == TermKind::last_part) break;
     }
+    for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::round(part[u]));
   }
   for (int u = 0; u < kCount; ++u) {
     if (kStream) {
@@ -81,10 +98,16 @@ inline void reduce_block(T* dst, const Term* terms, int n, int64_t i) {
 
 template <class T, class Acc>
 inline void reduce_tail(T* dst, const Term* terms, int n, int64_t i) {
-  Acc acc = 0;
+  Acc acc = 0, part = 0;
   for (int j = 0; j < n; ++j) {
     const Acc v = widen(reinterpret_cast<const T*>(terms[j].row)[i]);
-    acc += terms[j].weight ? *reinterpret_cast<const Acc*>(terms[j].weight) * v : v;
+    Acc& sum = terms[j].kind == TermKind::whole ? acc : part;
+    sum += terms[j].weight ? *reinterpret_cast<const Acc*>(terms[j].weight) * v : v;
+    if (terms[j].kind != TermKind::last_part) continue;
+    T rounded;
+    narrow(part, &rounded);
+    acc += widen(rounded);
+    part = 0;
   }
   narrow(acc, dst + i);
 }

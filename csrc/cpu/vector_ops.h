@@ -14,8 +14,8 @@ namespace commlib {
 using MulticastFn = void (*)(std::byte* const* dst, int n, const std::byte* src, int64_t bytes);
 
 // dst[i] = round(sum over j of terms[j].weight * terms[j].row[i]), accumulated in fp32 (fp64 for fp64 rows)
-// in the order of j. Multiply and add stay apart (no fused multiply-add), so all vector widths give the same
-// bits. n = 0 writes zeros.
+// in the order of j; parts of a term (see Term) on their own, and rounded. Multiply and add stay apart (no
+// fused multiply-add), so all vector widths give the same bits. n = 0 writes zeros.
 using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elements);
 
 struct VectorOps {

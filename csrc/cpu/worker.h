@@ -62,6 +62,7 @@ class CpuWorker {
  public:
   static constexpr bool kMetadataWithRows = false;
   static constexpr bool kInternode = true;
+  static constexpr bool kPlansGroups = true;
 
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
@@ -104,7 +105,7 @@ class CpuWorker {
     return 1;
   }
   static constexpr bool spoken_for_failed() { return false; }
-  uint8_t* slots() { return slots_; }
+  Lent* lent() { return &lent_; }
   template <class Ask>
   bool once(Ask ask) {
     return ask();
@@ -193,7 +194,7 @@ class CpuWorker {
   OpContext& op_;
   int index_;
   int count_;
-  uint8_t slots_[kMaxRanks];
+  Lent lent_;
   alignas(Term) std::byte list_[(kMaxTopk + 1) * sizeof(Term)];
 };
 

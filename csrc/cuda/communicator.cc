@@ -105,6 +105,7 @@ void CudaCommunicator::make_scratch() {
     state_ = c.take<DeviceState>(1);
     owner = c.take<uint8_t>(config_.experts);
     scratch_ = {c.take<uint32_t>(config_.experts), c.take<uint32_t>(kPlanWarps * config_.experts),
+                c.take<uint32_t>(config_.experts), c.take<uint32_t>(config_.experts),
                 c.take<uint8_t>(config_.max_tokens * width_)};
     return c.used();
   };

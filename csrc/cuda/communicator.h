@@ -93,6 +93,8 @@ class CudaCommunicator final : public Communicator {
   struct Scratch {
     uint32_t* expert_counts;   // of plans: [experts]
     uint32_t* warp_counts;     // of plans: [kPlanWarps][experts]
+    uint32_t* group_rows;      // of plans: [experts]
+    uint32_t* group_begins;    // of plans: [experts]
     uint8_t* waves_of_routes;  // of rows: [max_tokens][width]
   } scratch_{};
   const std::shared_ptr<StreamUses> awaiting_waves_;  // streams that wait for words of state_

@@ -10,6 +10,8 @@ PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
   op.routing.owner = owner_on_device_;
   op.expert_counts = scratch_.expert_counts;
   op.worker_counts = scratch_.warp_counts;
+  op.group_rows = scratch_.group_rows;
+  op.group_begins = scratch_.group_begins;
   launch_plan(plan_stream_, {params(id, 0), op, ++plans_});
   check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
   wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });

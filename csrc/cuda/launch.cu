@@ -109,13 +109,15 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   prepare_rows<WarpWorker>(shape, facts.sms);
   prepare_rows<InternodeWorker>(shape, facts.sms);
   prepare_small(plan_kernel);
+  prepare_small(group_plan_kernel);
   prepare_small(await_kernel);
   return shape;
 }
 
 // Neither copies rows, so their warps have no ring.
 void launch_plan(cudaStream_t stream, const PlanKernelOp& op) {
-  launch(plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op, "plan_kernel");
+  launch(op.plan.groups ? group_plan_kernel : plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op,
+         "plan_kernel");
 }
 
 void launch_rows(const LaunchShape& shape, const RowsKernelOp& op) {

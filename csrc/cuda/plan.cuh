@@ -21,10 +21,10 @@ constexpr int kPlanSharedBegin = kBlockSharedBytes + kPlanWarps * WarpShared::by
 constexpr int kPlanSharedBytes = kPlanSharedBegin + static_cast<int>(sizeof(BlockPlan));
 
 // The host goes on once it knows the sizes; where it throws, what rows are placed in may be gone.
-__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
-    plan_kernel(const __grid_constant__ PlanKernelOp op) {
+template <class Worker>
+__device__ void plan(const PlanKernelOp& op) {
   const OpParams& common = op.common;
-  WarpWorker w(common);
+  Worker w(common);
   BlockPlan& shared = *reinterpret_cast<BlockPlan*>(ptx::dynamic_shared() + kPlanSharedBegin);
   if (!w.begin(Does::plan)) return;
   run_plan(w, op.plan, common.peers, shared, [&](PlanStatus status, int rounds) {
@@ -33,6 +33,17 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
     if (status == PlanStatus::overflow) common.state->sequence.refused = w.id().epoch;
     ptx::store_release_sys(&common.host->planned, op.number);
   });
+}
+
+__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
+    plan_kernel(const __grid_constant__ PlanKernelOp op) {
+  plan<WarpWorker>(op);
+}
+
+// Of groups. It finds room beside compute, not beside rows.
+__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks / 2)
+    group_plan_kernel(const __grid_constant__ PlanKernelOp op) {
+  plan<GroupPlanWorker>(op);
 }
 
 }  // namespace commlib::cuda

@@ -13,7 +13,7 @@ constexpr int kWarpLanes = 32;
 constexpr int kWarps = 16;  // workers of a block
 constexpr int kThreads = kWarps * kWarpLanes;
 // Warps of a plan's one block, which should find room beside another block on its SM.
-constexpr int kPlanWarps = 6;
+constexpr int kPlanWarps = 5;
 
 // The order of this rank's operations. The host numbers those that it launches; those of a graph take the
 // next number when they run. Kernels that move rows follow each other, and each writes these words when all

@@ -96,12 +96,21 @@ class Sum16 {
 template <class T>
 __device__ T sum_element(List<Term> terms, int64_t i) {
   using Acc = Accumulator<T>;
-  Acc sum = 0;
+  Acc all = 0, part = 0;
   for (int j = 0; j < terms.count; ++j) {
-    const Acc v = widened(reinterpret_cast<const T*>(terms.items[j].row)[i]);
-    sum += terms.items[j].weight ? *reinterpret_cast<const Acc*>(terms.items[j].weight) * v : v;
+    const Term& term = terms.items[j];
+    const Acc v = widened(reinterpret_cast<const T*>(term.row)[i]);
+    const Acc weighted = term.weight ? *reinterpret_cast<const Acc*>(term.weight) * v : v;
+    if (term.kind == TermKind::whole) {
+      all += weighted;
+      continue;
+    }
+    part += weighted;
+    if (term.kind != TermKind::last_part) continue;
+    all += widened(narrowed<T>(part));
+    part = 0;
   }
-  return narrowed<T>(sum);
+  return narrowed<T>(all);
 }
 
 }  // namespace commlib::cuda

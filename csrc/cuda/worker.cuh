@@ -35,10 +35,10 @@ constexpr int kSumPieces = 4;
 
 // What the warps of a block share; it lies before what each of them has.
 struct BlockShared {
-  uint64_t answer;           // one thread's, for all; two barriers of the block around it
-  OpId id;                   // of the operation; this and the next are written before the block begins
-  uint64_t last_pull;        // from the slot that this rank lends: see Sequence
-  uint8_t slots[kMaxRanks];  // for collect_calls
+  uint64_t answer;     // one thread's, for all; two barriers of the block around it
+  OpId id;             // of the operation; this and the next are written before the block begins
+  uint64_t last_pull;  // from the slot that this rank lends: see Sequence
+  Lent lent;           // for collect_calls
 };
 constexpr int kBlockSharedBytes = 128;
 static_assert(sizeof(BlockShared) <= kBlockSharedBytes);
@@ -158,6 +158,7 @@ class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
   static constexpr bool kInternode = false;
+  static constexpr bool kPlansGroups = false;
 
   __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
     lane_ = static_cast<int>(threadIdx.x % kWarpLanes);
@@ -196,7 +197,7 @@ class WarpWorker {
   __device__ static constexpr int lanes() { return kWarpLanes; }
   __device__ int warp() const { return warp_; }
   __device__ Span share(int64_t n) const { return share_of(n, index(), count()); }
-  __device__ uint8_t* slots() const { return block_shared().slots; }
+  __device__ Lent* lent() const { return &block_shared().lent; }
 
   template <class T, class F>
   __device__ List<T> list(int n, F f);
@@ -236,7 +237,7 @@ class WarpWorker {
   }
 
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
-  template <class T, int kUnroll>
+  template <class T, int kUnroll, bool kParts>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
   __device__ void zero(std::byte* dst, int64_t bytes) const;
   // Each lane's bulk copies are complete, and its ordinary stores stay before bulk copies of other threads
@@ -286,7 +287,7 @@ class WarpWorker {
   __device__ void publish(uint64_t* word, uint64_t value) const { ptx::store_release_sys(word, value); }
   __device__ uint64_t read(const uint64_t* word) const { return ptx::load_acquire_sys(word); }
   __device__ void store_relaxed(uint64_t* word, uint64_t value) const { ptx::store_relaxed_sys(word, value); }
-  __device__ uint64_t load_relaxed(const uint64_t* word) const { return ptx::load_relaxed_sys(word); }
+  __device__ static uint64_t load_relaxed(const uint64_t* word) { return ptx::load_relaxed_sys(word); }
   __device__ uint64_t* counter(int i) const { return &op_.state->counters[i]; }
   // The fence is system-wide, although the counter is this GPU's: what this warp's block has written to other
   // GPUs must be there before the last of the blocks tells them.
@@ -349,10 +350,12 @@ class WarpWorker {
   template <class T>
   __device__ void element_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
   template <class T>
-  __device__ bool gather_weights(List<Term> terms) const;
-  template <class T, int kUnroll, bool kWeighted>
+  __device__ bool gather_weights(List<Term> terms, bool parts) const;
+  template <class Sums>
+  __device__ void sum_as(std::byte* dst, List<Term> terms, int bytes);
+  template <class Sums>
   __device__ void bulk_sum(std::byte* dst, List<Term> terms, int bytes);
-  template <class T, int kUnroll, bool kWeighted>
+  template <class Sums>
   __device__ void plain_sum(std::byte* dst, List<Term> terms, int bytes) const;
 
   // The ring's stages are taken in turn, and each mbarrier flips its phase each time round.
@@ -439,6 +442,13 @@ __device__ List<T> WarpWorker::list(int n, F f) {
   return {items, kept};
 }
 
+// Plans of groups. They have a kernel of their own, too, which needs more registers.
+class GroupPlanWorker : public WarpWorker {
+ public:
+  using WarpWorker::WarpWorker;
+  static constexpr bool kPlansGroups = true;
+};
+
 // Where there are ranks on other nodes. It has kernels of its own, so that those for one node stay small.
 class InternodeWorker : public WarpWorker {
  public:
@@ -452,7 +462,8 @@ class SumWorker : public Base {
  public:
   using Base::Base;
   __device__ void reduce(DType, std::byte* dst, List<Term> terms, int64_t elements) {
-    this->template sum<T, Base::kInternode ? kSumPieces / 2 : kSumPieces>(dst, terms, elements);
+    constexpr bool kParts = !Base::kInternode;  // between nodes no slot is grouped
+    this->template sum<T, Base::kInternode ? kSumPieces / 2 : kSumPieces, kParts>(dst, terms, elements);
   }
 };
 

@@ -104,12 +104,60 @@ __device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::b
   }
 }
 
-// Whether any term has a weight; if so, all weights' values are in shared memory, and terms without one have
-// 1, which changes no bit of a number.
+enum class Summing { unweighted, weighted, parts };
+
+// A lane's pieces of a sum.
+template <class T, int kUnroll, Summing kHow>
+class LaneSums {
+ public:
+  static constexpr int kPieces = kUnroll;
+
+  // Of row j. `weights`: of all rows, read unless they have none.
+  __device__ void add(const ptx::Vec16 (&row)[kUnroll], List<Term> terms, const std::byte* weights, int j) {
+    if constexpr (kHow == Summing::unweighted) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) sums_[u].add(row[u]);
+      return;
+    }
+    const auto weight = reinterpret_cast<const Accumulator<T>*>(weights)[j];
+    if constexpr (kHow == Summing::parts) {
+      const TermKind kind = terms.items[j].kind;
+      if (kind != TermKind::whole) return add_part(row, weight, kind == TermKind::last_part);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sums_[u].add(row[u], weight);
+  }
+
+  // Stores those that lie before `end`; the first is at `at`.
+  __device__ void store(std::byte* dst, int at, int end) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = at + u * kPieceBytes;
+      if (i < end) ptx::store_global(dst + i, sums_[u].rounded());
+    }
+  }
+
+ private:
+  __device__ void add_part(const ptx::Vec16 (&row)[kUnroll], Accumulator<T> weight, bool last) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      parts_[u].add(row[u], weight);
+      if (!last) continue;
+      sums_[u].add(parts_[u].rounded());
+      parts_[u] = {};
+    }
+  }
+
+  Sum16<T> sums_[kUnroll];
+  Sum16<T> parts_[kHow == Summing::parts ? kUnroll : 1];
+};
+
+// Whether any term has a weight, or is a part; if so, all weights' values are in shared memory, and terms
+// without one have 1, which changes no bit of a number.
 template <class T>
-__device__ bool WarpWorker::gather_weights(List<Term> terms) const {
+__device__ bool WarpWorker::gather_weights(List<Term> terms, bool parts) const {
   using Acc = Accumulator<T>;
-  bool weighted = false;
+  bool weighted = parts;
   for (int j = lane_; j < terms.count; j += kWarpLanes) weighted |= terms.items[j].weight != nullptr;
   if (!__any_sync(kAllLanes, weighted)) return false;
   for (int j = lane_; j < terms.count; j += kWarpLanes) {
@@ -120,12 +168,14 @@ __device__ bool WarpWorker::gather_weights(List<Term> terms) const {
   return true;
 }
 
-template <class T, int kUnroll>
+template <class T, int kUnroll, bool kParts>
 __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elements) {
   const int bytes = static_cast<int>(elements) * static_cast<int>(sizeof(T));
   uintptr_t bits = reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(bytes);
+  bool parts = false;
   for (int j = lane_; j < terms.count; j += kWarpLanes) {
     bits |= reinterpret_cast<uintptr_t>(terms.items[j].row);
+    parts |= terms.items[j].kind != TermKind::whole;
   }
   if (!all_aligned(bits)) {
     for (int64_t i = lane_; i < elements; i += kWarpLanes) {
@@ -133,45 +183,30 @@ __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elemen
     }
     return;
   }
-  const bool weighted = gather_weights<T>(terms);
+  parts = __any_sync(kAllLanes, parts);
+  const bool weighted = gather_weights<T>(terms, parts);
+  if constexpr (kParts) {
+    if (parts) return sum_as<LaneSums<T, kUnroll / 2, Summing::parts>>(dst, terms, bytes);
+  }
+  if (weighted) return sum_as<LaneSums<T, kUnroll, Summing::weighted>>(dst, terms, bytes);
+  sum_as<LaneSums<T, kUnroll, Summing::unweighted>>(dst, terms, bytes);
+}
+
+template <class Sums>
+__device__ void WarpWorker::sum_as(std::byte* dst, List<Term> terms, int bytes) {
   if constexpr (ptx::kHasBulkCopies) {
-    weighted ? bulk_sum<T, kUnroll, true>(dst, terms, bytes) : bulk_sum<T, kUnroll, false>(dst, terms, bytes);
+    bulk_sum<Sums>(dst, terms, bytes);
   } else {
-    weighted ? plain_sum<T, kUnroll, true>(dst, terms, bytes)
-             : plain_sum<T, kUnroll, false>(dst, terms, bytes);
-  }
-}
-
-// Adds a lane's pieces of one row; `weights`: of all rows, read only if kWeighted.
-template <bool kWeighted, class T, int kUnroll>
-__device__ inline void add_pieces(Sum16<T> (&sums)[kUnroll], const ptx::Vec16 (&row)[kUnroll],
-                                  const std::byte* weights, int j) {
-  if constexpr (kWeighted) {
-    const auto weight = reinterpret_cast<const Accumulator<T>*>(weights)[j];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) sums[u].add(row[u], weight);
-  } else {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) sums[u].add(row[u]);
-  }
-}
-
-// Stores those of a lane's pieces that lie before `end`; the first is at `at`.
-template <class T, int kUnroll>
-__device__ inline void store_pieces(std::byte* dst, const Sum16<T> (&sums)[kUnroll], int at, int end) {
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = at + u * kPieceBytes;
-    if (i < end) ptx::store_global(dst + i, sums[u].rounded());
+    plain_sum<Sums>(dst, terms, bytes);
   }
 }
 
 // Chunks of all rows come through the ring in the order in which they are added: chunk 0 of each row, chunk 1
 // of each row, ... Lane 0 keeps every free stage loading. For a row's last chunk the whole stage is added,
 // whatever lies past the row's end, which is not stored: so no lane checks of each piece whether it is there.
-template <class T, int kUnroll, bool kWeighted>
+template <class Sums>
 __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes) {
-  constexpr int kChunk = kUnroll * kPieceBytes;
+  constexpr int kChunk = Sums::kPieces * kPieceBytes;
   const int stages = WarpShared::sum_stages(op_.ring_bytes, kChunk);
   Turn ahead = turn_;
   int load_at = 0, load_row = 0;
@@ -187,36 +222,36 @@ __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes
     ahead.next(stages);
   }
   for (int at = 0; at < bytes; at += kChunk) {
-    Sum16<T> sums[kUnroll];
+    Sums sums;
     for (int j = 0; j < terms.count; ++j) {
       const std::byte* stage = shared_.ring + turn_.stage * kChunk + lane_ * 16;
       await_ring(turn_);
-      ptx::Vec16 row[kUnroll];
+      ptx::Vec16 row[Sums::kPieces];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) row[u] = ptx::load_shared(stage + u * kPieceBytes);
-      add_pieces<kWeighted>(sums, row, shared_.weights, j);
+      for (int u = 0; u < Sums::kPieces; ++u) row[u] = ptx::load_shared(stage + u * kPieceBytes);
+      sums.add(row, terms, shared_.weights, j);
       __syncwarp();  // all lanes have read the stage
       if (load_at < bytes) load_next(turn_.stage);
       turn_.next(stages);
     }
-    store_pieces(dst, sums, at + lane_ * 16, bytes);
+    sums.store(dst, at + lane_ * 16, bytes);
   }
 }
 
-template <class T, int kUnroll, bool kWeighted>
+template <class Sums>
 __device__ void WarpWorker::plain_sum(std::byte* dst, List<Term> terms, int bytes) const {
-  for (int at = lane_ * 16; at < bytes; at += kUnroll * kPieceBytes) {
-    Sum16<T> sums[kUnroll];
+  for (int at = lane_ * 16; at < bytes; at += Sums::kPieces * kPieceBytes) {
+    Sums sums;
     for (int j = 0; j < terms.count; ++j) {
-      ptx::Vec16 row[kUnroll];
+      ptx::Vec16 row[Sums::kPieces];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < Sums::kPieces; ++u) {
         const int i = at + u * kPieceBytes;
         row[u] = ptx::load_global(terms.items[j].row + (i < bytes ? i : 0));  // past the end: not stored
       }
-      add_pieces<kWeighted>(sums, row, shared_.weights, j);
+      sums.add(row, terms, shared_.weights, j);
     }
-    store_pieces(dst, sums, at, bytes);
+    sums.store(dst, at, bytes);
   }
 }
 

@@ -31,19 +31,23 @@ COMMLIB_HD bool lend_when_writable(Worker& w, const PeerTable& peers, const OpId
   return true;
 }
 
-// Reads every rank's call at this epoch, and the slot it lends: false if a call is missing at the deadline,
-// or does not agree with this rank's, nor its rows with this rank's.
+// Reads every rank's call at this epoch, and the slot it lends: false if a call is
+// missing at the deadline, or does not agree with this rank's, nor its rows with this rank's.
 template <class Worker>
-COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, const OpId& id, uint8_t* slots) {
+COMMLIB_HD bool collect_calls(Worker& w, const PeerTable& peers, const OpId& id, Lent* lent) {
   bool ok = true;
+  uint64_t mine = 0;
   for (int p = w.lane(); ok && p < peers.size; p += w.lanes()) {
     const SaidCall& said = peers.signals_from(p).calls[id.epoch % kCallRing];
     ok = w.await_tag(&said.word, id.tag(), p, Phase::call);
     if (!ok) break;
     const CallAndFormat theirs = call_in(w, said, w.read(&said.word));
     if (!theirs.agrees_with(w.id())) ok = w.mismatch(p);  // id(): a plan has no registers left for it
-    slots[p] = theirs.call.slot;
+    lent->slots[p] = theirs.call.slot;
+    if (theirs.call.has(kCallSlotIsGrouped)) mine |= bit_of(p);
   }
+  mine = w.any_bits(mine);
+  if (w.lane() == 0) lent->grouped = mine;
   return w.all(ok);
 }
 

@@ -1,5 +1,7 @@
 // Combine: each owner puts its rows into a slot, one for each (token, rank); each source pulls its rows and
-// sums them in ascending order of rank, in fp32, with one rounding at the end: bitwise reproducible.
+// sums them in ascending order of rank, in fp32, with one rounding at the end: bitwise reproducible. Rows
+// that an owner already has in a slot, grouped by expert, stay as they are: sources pull all of a token's,
+// and sum and round those of one rank as that rank would have.
 #pragma once
 
 #include "protocol/dispatch.h"
@@ -17,7 +19,8 @@ struct LocalSumPlan {
   const int64_t* expand_to;  // [rows][topk] rows of y, -1: none; null: row n of y is row n
   const std::byte* weights;  // one for each row of y, or null
   const std::byte*
-      weight_grads;  // rides back: [rows][topk], or with expand_to one for each row of y; or null
+      weight_grads;      // rides back: [rows][topk], or with expand_to one for each row of y; or null
+  int64_t grouped_rows;  // in the slot already: their weights are put beside them; 0: there are none
   SlotLayout layout;
   Slot slot;
 };
@@ -30,18 +33,25 @@ struct PullPlan {
   int topk;
   int width;
   const int64_t* routes;    // [tokens][width]
+  const int64_t* places;    // [tokens][topk] or null: see TokenRows
   const int64_t* topk_idx;  // [tokens][topk]; read only with out_weights
   std::byte* out;           // [tokens][hidden]
   const std::byte* bias;    // [tokens] rows, bias_stride bytes apart, added last; or null
   int64_t bias_stride;
   std::byte* out_weights;  // [tokens][topk] or null
-  // This rank's rows for its own tokens, read from where the user has them: y, if they need no sum first;
-  // null: they are in the slot as well.
+  // This rank's rows for its own tokens, read from where the user has them: y, with their weights; null: they
+  // are in the slot as well.
   const std::byte* own_y;
   int64_t own_stride;
+  const std::byte* own_weights;  // or null
   Placement placement;
   SlotLayout layout;
-  const uint8_t* slots;  // [ranks]: where each rank's rows lie
+  const Lent* lent;      // where each rank's rows lie
+  uint64_t own_grouped;  // this rank, as a mask, where own_y is grouped by expert
+
+  COMMLIB_HD TokenRows rows_of(int64_t t) const {
+    return TokenRows::of(routes, width, places, topk, lent->grouped | own_grouped, t);
+  }
 };
 
 template <class Worker>
@@ -83,10 +93,27 @@ COMMLIB_HD Span rows_pulled_from_y(Worker& w, const PullPlan& plan, int rank) {
   return {first, 1 - last};
 }
 
+// Weights of rows that stay where they are.
+template <class Worker>
+COMMLIB_HD void lay_weights(Worker& w, const LocalSumPlan& plan) {
+  const Span part = w.share(plan.grouped_rows);
+  for (int64_t i = part.begin + w.lane(); i < part.end; i += w.lanes()) {
+    if (plan.layout.weight_bytes == 8) {
+      const auto* from = reinterpret_cast<const double*>(plan.weights);
+      reinterpret_cast<double*>(plan.slot.grouped_weights)[i] = from ? from[i] : 1.0;
+    } else {
+      const auto* from = reinterpret_cast<const float*>(plan.weights);
+      reinterpret_cast<float*>(plan.slot.grouped_weights)[i] = from ? from[i] : 1.0f;
+    }
+  }
+}
+
 // `skip`: rows that no rank pulls from the slot.
 template <class Worker>
 COMMLIB_HD void sum_local_rows(Worker& w, const LocalSumPlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
+  lay_weights(w, plan);
+  if (!plan.y && !plan.weight_grads) return;
   for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
     if (plan.y && (n < skip.begin || n >= skip.end)) sum_local_row(w, plan, n);
     if (!plan.weight_grads) continue;
@@ -117,15 +144,22 @@ COMMLIB_HD void pull_weights(Worker& w, const PullPlan& plan, const PeerTable& p
   }
 }
 
-// What token t gets from this node by its route j; after the routes, the bias.
-COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, int64_t t, int j) {
-  if (j == plan.width) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
-  const int64_t route = plan.routes[t * plan.width + j];
+// What token t gets from this node by row j of its `rows`; after them, the bias.
+COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, const TokenRows& rows, int64_t t,
+                          int j) {
+  if (j == rows.most) return {plan.bias ? plan.bias + t * plan.bias_stride : nullptr, nullptr};
+  const int64_t route = rows.at(j);
   if (route == kNoRoute) return {nullptr, nullptr};
   const int p = rank_of(route);
-  if (plan.own_y && p == peers.rank) return {plan.own_y + row_of(route) * plan.own_stride, nullptr};
+  const int64_t row = row_of(route), wb = plan.layout.weight_bytes;
+  if (plan.own_y && p == peers.rank) {
+    return {plan.own_y + row * plan.own_stride, plan.own_weights ? plan.own_weights + row * wb : nullptr,
+            rows.kind_of(j)};
+  }
   const Slot slot = slot_of(plan, peers, p);
-  return {slot.rows + row_of(route) * plan.layout.row_bytes, nullptr};
+  const TermKind kind = rows.kind_of(j);
+  return {slot.rows + row * plan.layout.row_bytes,
+          kind == TermKind::whole ? nullptr : slot.grouped_weights + row * wb, kind};
 }
 
 COMMLIB_HD bool all_near(const PeerTable& peers, const int64_t* route, int width) {
@@ -141,10 +175,11 @@ COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peer
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
     if (Worker::kInternode && !all_near(peers, route, plan.width)) continue;
-    const auto rows =
-        w.template list<Term>(plan.width + 1, [&](int j) { return near_term(plan, peers, t, j); });
-    pass_throttle(w, route, plan.width, peers.rank, plan.layout.row_bytes);
-    w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, rows, plan.hidden);
+    const TokenRows rows = plan.rows_of(t);
+    const auto terms =
+        w.template list<Term>(rows.most + 1, [&](int j) { return near_term(plan, peers, rows, t, j); });
+    pass_throttle(w, rows, peers.rank, plan.layout.row_bytes);
+    w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, terms, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);
   }
 }

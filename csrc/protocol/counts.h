@@ -7,22 +7,39 @@
 
 namespace commlib {
 
-COMMLIB_HD int64_t count_words(const Placement& placement) { return placement.ranks + placement.max_count(); }
+// The words that one rank gets from each source: [ranks] row counts; then counts of its own experts. Or,
+// where sources are to know where rows lie in its groups, counts of all experts, and then `align` of the
+// source's own groups.
+struct CountWords {
+  Placement placement;
+  bool of_all;  // experts
 
-// Sends rank p [ranks] row counts and [experts of p] counts, each word tagged with the dispatch: it is value
-// and flag in one, and orders nothing else. The call says that this rank's slot may be written. Workers share
-// the ranks.
+  COMMLIB_HD int64_t first_expert(int p) const { return of_all ? 0 : placement.first_expert(p); }
+  COMMLIB_HD int64_t experts(int p) const { return of_all ? placement.experts : placement.count(p); }
+  COMMLIB_HD int64_t align_at() const { return placement.ranks + placement.experts; }
+  COMMLIB_HD int64_t to(int p) const { return placement.ranks + experts(p) + (of_all ? 1 : 0); }
+  // For as many there is room.
+  COMMLIB_HD int64_t most() const {
+    return placement.ranks + (of_all ? placement.experts + 1 : placement.max_count());
+  }
+};
+
+// Sends rank p its words, each tagged with the dispatch: it is value and flag in one, and orders nothing
+// else. The call says that this rank's slot may be written. Workers share the ranks.
 template <class Worker>
-COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const Placement& placement,
-                               const SourceCounts& counts, uint32_t dispatch) {
+COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const CountWords& of,
+                               const SourceCounts& counts, int64_t align, uint32_t dispatch) {
   for (int p = w.index(); p < peers.size; p += w.count()) {
     uint64_t* words = peers.counts(p, peers.rank, dispatch);
     for (int q = w.lane(); q < peers.size; q += w.lanes()) {
       w.store_relaxed(&words[q], tagged(dispatch, counts.per_rank[q]));
     }
-    const int64_t first = placement.first_expert(p);
-    for (int64_t e = w.lane(); e < placement.count(p); e += w.lanes()) {
+    const int64_t first = of.first_expert(p);
+    for (int64_t e = w.lane(); e < of.experts(p); e += w.lanes()) {
       w.store_relaxed(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
+    }
+    if (of.of_all && w.lane() == 0) {
+      w.store_relaxed(&words[of.align_at()], tagged(dispatch, static_cast<uint32_t>(align)));
     }
     notify(w, peers, p, words, peers.count_words);
   }
@@ -35,6 +52,10 @@ struct CountsResult {
   int64_t* source_rows;      // [ranks]: rows this rank receives from each source
   int64_t* rows_per_expert;  // [own experts]
   int64_t* group_firsts;     // [sources][own experts]: see Slot
+  // Where counts are of all experts:
+  uint32_t* expert_firsts;  // [experts]: in each group, the rows of the sources below this rank
+  uint32_t* expert_rows;    // [experts]: in each group
+  int64_t* aligns;          // [ranks]: of each rank's groups
 };
 
 // One count word, summed over sources.
@@ -43,14 +64,12 @@ struct CountSum {
   int64_t all = 0;
 };
 
-// Sums word i of every source's `words`: that of rank i, or of own expert i - ranks. Looks at several sources
-// at once, because a look at another's word takes long, and waits only for words that are not there yet.
-template <class Worker>
-COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i, int64_t words,
-                          const CountsResult& result, CountSum* sum) {
+// Sums word i of every source; each(source, value, sum over the sources below). Looks at several sources at
+// once, because a look at another's word takes long, and waits only for words that are not there yet.
+template <class Worker, class Each>
+COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, int64_t i, CountSum* sum,
+                          Each each) {
   constexpr int kAtOnce = 8;
-  int64_t* firsts = nullptr;
-  if (i >= peers.size) firsts = result.group_firsts + (i - peers.size);
   for (int first = 0; first < peers.size;) {
     const int n = peers.size - first < kAtOnce ? peers.size - first : kAtOnce;
     const auto word = [&](int j) { return &peers.counts(peers.rank, first + j, dispatch)[i]; };
@@ -73,8 +92,7 @@ COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, 
       if (j >= n) break;
       const auto rows = static_cast<int64_t>(value_of(seen[j]));
       if (first + j < peers.rank) sum->before += rows;
-      if (i == peers.rank) result.source_rows[first + j] = rows;
-      if (firsts) firsts[(first + j) * (words - peers.size)] = sum->all;
+      each(first + j, rows, sum->all);
       sum->all += rows;
     }
     first += n;
@@ -85,20 +103,33 @@ COMMLIB_HD bool sum_count(Worker& w, const PeerTable& peers, uint32_t dispatch, 
 // Workers and their lanes share the words; each sums its own over all sources, so no two add to one sum. Each
 // worker returns whether its words are there.
 template <class Worker>
-COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const Placement& placement,
-                               uint32_t dispatch, const CountsResult& result) {
-  const int64_t words = peers.size + placement.count(peers.rank);
+COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const CountWords& of, uint32_t dispatch,
+                               const CountsResult& result) {
+  const int64_t words = of.to(peers.rank);
+  const int64_t first_own = of.of_all ? of.placement.first_expert(peers.rank) : 0;
+  const int64_t own_experts = of.placement.count(peers.rank);
   const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
   bool ok = true;
   for (int64_t i = w.index() * w.lanes() + w.lane(); ok && i < words; i += step) {
+    const int64_t expert = i - peers.size, own = expert - first_own;
+    const bool is_own = expert >= 0 && own >= 0 && own < own_experts;
+    const bool is_align = of.of_all && i == of.align_at();
+    int64_t* firsts = is_own ? result.group_firsts + own : nullptr;
     CountSum sum;
-    ok = sum_count(w, peers, dispatch, i, words, result, &sum);
+    ok = sum_count(w, peers, dispatch, i, &sum, [&](int source, int64_t rows, int64_t before) {
+      if (i == peers.rank) result.source_rows[source] = rows;
+      if (is_align) result.aligns[source] = rows;
+      if (firsts) firsts[source * own_experts] = before;
+    });
     if (!ok) break;
-    if (i < peers.size) {
+    if (expert < 0) {
       result.base[i] = sum.before;
       result.received[i] = sum.all;
-    } else {
-      result.rows_per_expert[i - peers.size] = sum.all;
+    }
+    if (is_own) result.rows_per_expert[own] = sum.all;
+    if (of.of_all && expert >= 0 && !is_align) {
+      result.expert_firsts[expert] = static_cast<uint32_t>(sum.before);
+      result.expert_rows[expert] = static_cast<uint32_t>(sum.all);
     }
   }
   return w.all(ok);

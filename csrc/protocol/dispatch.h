@@ -1,10 +1,13 @@
-// Dispatch: rows go straight from the source's tensor to their final position in the receivers' slots.
+// Dispatch: rows go straight from the source's tensor to the receivers' slots. There each has one place, in
+// the order received; or, in a slot that takes rows grouped by expert, one in the group of each of its
+// experts (see protocol/token_rows.h).
 #pragma once
 
 #include "protocol/arrival.h"
 #include "protocol/plan.h"
 #include "protocol/slot.h"
 #include "protocol/throttle.h"
+#include "protocol/token_rows.h"
 
 namespace commlib {
 
@@ -17,13 +20,17 @@ struct SendPlan {
   const std::byte* scales;  // [tokens], scales_stride bytes apart, where the layout has any
   int64_t scales_stride;
   const int64_t* routes;     // [tokens][width]
+  const int64_t* places;     // [tokens][topk] or null: see TokenRows
   const int64_t* topk_idx;   // [tokens][topk]
   const int32_t* ordinals;   // [tokens][topk]: see Slot; null along a known routing
   const std::byte* weights;  // [tokens][topk] or null
   Placement placement;
   SlotLayout layout;
-  const uint8_t* slots;  // [ranks]: the slot that each rank lends to this dispatch
+  const Lent* lent;
 
+  COMMLIB_HD TokenRows rows_of(int64_t t) const {
+    return TokenRows::of(routes, width, places, topk, lent->grouped, t);
+  }
   // If not, receivers know the routing already, and rows bring nothing but weights.
   COMMLIB_HD bool is_fresh() const { return ordinals != nullptr; }
 };
@@ -31,7 +38,7 @@ struct SendPlan {
 // The slot of rank p in a plan's operation.
 template <class Plan>
 COMMLIB_HD Slot slot_of(const Plan& plan, const PeerTable& peers, int p) {
-  return Slot::at(plan.layout, peers.peer[p].slots, plan.slots[p]);
+  return Slot::at(plan.layout, peers.peer[p].slots, plan.lent->slots[p]);
 }
 
 // A row and its scales, from where they lie to the same array of each target: place(i, array), of `most`
@@ -57,14 +64,15 @@ COMMLIB_HD Target place_in_slot(const Plan& plan, const PeerTable& peers, int p,
   return slot_of(plan, peers, p).rows + array.at + row * array.bytes;
 }
 
-// Token t's row, along those of its routes that `goes` says.
+// Token t's row, to those ranks of which goes(rank) holds. Returns how many places it has there.
 template <class Worker, class Goes>
 COMMLIB_HD int send_row(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t, Goes goes) {
-  const int64_t* route = plan.routes + t * plan.width;
-  return copy_row(w, plan.layout, plan.x + t * plan.x_stride, plan.scales + t * plan.scales_stride,
-                  plan.width, [&](int j, const RowArray& array) -> Target {
-                    if (!goes(j)) return nullptr;
-                    return place_in_slot(plan, peers, rank_of(route[j]), row_of(route[j]), array);
+  const TokenRows rows = plan.rows_of(t);
+  return copy_row(w, plan.layout, plan.x + t * plan.x_stride, plan.scales + t * plan.scales_stride, rows.most,
+                  [&](int j, const RowArray& array) -> Target {
+                    const int64_t row = rows.at(j);
+                    if (row == kNoRoute || !goes(rank_of(row))) return nullptr;
+                    return place_in_slot(plan, peers, rank_of(row), row_of(row), array);
                   });
 }
 
@@ -144,9 +152,8 @@ COMMLIB_HD void send_rows(Worker& w, const SendPlan& plan, const PeerTable& peer
   if (!Worker::kMetadataWithRows) send_metadata(w, plan, peers);
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
     const int64_t* route = plan.routes + t * plan.width;
-    pass_throttle(w, route, plan.width, peers.rank, plan.layout.moved_bytes());
-    send_row(w, plan, peers, t,
-             [&](int j) { return route[j] != kNoRoute && peers.is_near(rank_of(route[j])); });
+    pass_throttle(w, plan.rows_of(t), peers.rank, plan.layout.moved_bytes());
+    send_row(w, plan, peers, t, [&](int p) { return peers.is_near(p); });
     for (int j = 0; Worker::kMetadataWithRows && metadata && j < plan.width && route[j] != kNoRoute; ++j) {
       if (peers.is_near(rank_of(route[j]))) send_row_metadata(w, plan, peers, t, route[j]);
     }

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/host_device.h"
+#include "base/rank_mask.h"
 
 namespace commlib {
 
@@ -44,15 +44,27 @@ struct Call {
   COMMLIB_HD bool same_caller(const Call& other) const {
     return caller == other.caller || caller == 0 || other.caller == 0;
   }
-  COMMLIB_HD bool agrees_with(const Call& other) const {
-    return op == other.op && flags == other.flags && same_caller(other);
-  }
+  COMMLIB_HD bool agrees_with(const Call& other) const;
 };
 
 constexpr uint8_t kCallHasWeights = 1;  // weights (dispatch) or their gradients (combine) ride along
 constexpr uint8_t kCallDrops = 2;       // overflow="drop"
 constexpr uint8_t kCallInWaves = 4;     // rows come in the order of protocol/waves.h
 constexpr uint8_t kCallSaysFormat = 8;  // rows are not the communicator's own: a RowFormat goes with it
+constexpr uint8_t kCallGroups = 16;     // a fresh dispatch counts what every rank needs to know of all groups
+// Each rank says it of its own slot: it takes rows, or holds them, grouped by expert.
+constexpr uint8_t kCallSlotIsGrouped = 32;
+
+COMMLIB_HD bool Call::agrees_with(const Call& other) const {
+  return op == other.op && ((flags ^ other.flags) & ~kCallSlotIsGrouped) == 0 && same_caller(other);
+}
+
+// What ranks lend to an operation: a slot each, and which of these take rows, or hold them, grouped by
+// expert, as a mask.
+struct Lent {
+  uint8_t slots[kMaxRanks];
+  uint64_t grouped;
+};
 
 // The rows of one operation, and the scales beside each: bytes, whatever they mean.
 struct RowFormat {

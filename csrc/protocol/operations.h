@@ -13,10 +13,10 @@ namespace commlib {
 
 // The rows of a dispatch: fresh, or along a known routing.
 struct RowsOp {
-  SendPlan send;      // slots: null
+  SendPlan send;      // lent: null
   UnpackPlan unpack;  // source_rows: null
-  // Fresh: as the plan found them, the slot that each rank lends, and how many rows it sends.
-  uint8_t slots[kMaxRanks];
+  // Fresh: as the plan found it, what each rank lends, and how many rows it sends.
+  Lent lent;
   int64_t source_rows[kMaxRanks];
   uint8_t* waves_of_routes;  // in waves: scratch, [tokens][width]
 };
@@ -24,14 +24,14 @@ struct RowsOp {
 struct CombineOp {
   LocalSumPlan local_sum;
   PullPlan pull;
-  bool in_place;    // the rows to pull are in the slot already
+  bool in_place;    // the rows to pull are in the slot already, in the order received or grouped
   bool users_rows;  // which holds a tensor of the user's
 };
 
 // The plans of a fresh dispatch, with what its own plan found.
 COMMLIB_HD SendPlan fresh_send(const RowsOp& op) {
   SendPlan send = op.send;
-  send.slots = op.slots;
+  send.lent = &op.lent;
   return send;
 }
 COMMLIB_HD UnpackPlan fresh_unpack(const RowsOp& op) {
@@ -47,8 +47,8 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
   if (!fresh) {
     // No other rank has heard of this call yet.
     if (w.index() == 0) lend_when_writable(w, peers, id);
-    if (!w.once([&] { return collect_calls(w, peers, id, w.slots()); })) return w.flush();
-    send.slots = w.slots();
+    if (!w.once([&] { return collect_calls(w, peers, id, w.lent()); })) return w.flush();
+    send.lent = w.lent();
   }
   if (move_rows(w, send, peers, id)) unpack(w, fresh ? fresh_unpack(op) : op.unpack);
   w.flush();
@@ -64,7 +64,7 @@ COMMLIB_HD bool run_waves(Worker& w, const RowsOp& op, const PeerTable& peers, c
 template <class Worker>
 COMMLIB_HD void run_combine(Worker& w, const CombineOp& op, const PeerTable& peers, const OpId& id) {
   PullPlan pull = op.pull;
-  pull.slots = w.slots();
+  pull.lent = w.lent();
   bool ok = op.in_place || w.once([&] { return await_slot(w, peers); });
   if (ok) {
     if (w.index() == 0) publish_call(w, peers, id);
@@ -72,7 +72,7 @@ COMMLIB_HD void run_combine(Worker& w, const CombineOp& op, const PeerTable& pee
     sum_local_rows(w, op.local_sum, rows_pulled_from_y(w, pull, peers.rank));
     if (arrive(w, peers, id.epoch)) w.pulls_from_slot(id);
     ok = w.once([&] {
-      return collect_calls(w, peers, id, w.slots()) &&
+      return collect_calls(w, peers, id, w.lent()) &&
              await_arrivals(w, peers, peers.near, kLastWave, id.epoch);
     });
   }

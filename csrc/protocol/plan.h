@@ -162,18 +162,42 @@ COMMLIB_HD int64_t drop_overflow(Worker& w, const RouterOutput& in, int64_t* rou
   return dropped;
 }
 
+// places [tokens][topk]: where the rows of token t lie in the groups of their experts, in the order of its
+// routes, then of its top-k places; kNoRoute at the end.
+//
+// ordinals: see number_rows_of_experts. group_firsts [experts]: this rank's first row in each group. fits:
+// the ranks whose rows may lie so, as a mask; the places of others say only which rank it is.
+COMMLIB_HD_APART void place_in_groups(const RouterOutput& in, int64_t t, const int64_t* routes,
+                                      const int32_t* ordinals, const uint32_t* group_firsts, uint64_t fits,
+                                      int64_t* places) {
+  const int64_t* ids = in.topk_idx + t * in.topk;
+  int64_t* place = places + t * in.topk;
+  int n = 0;
+#pragma unroll 1
+  for (int j = 0; j < in.width && routes[t * in.width + j] != kNoRoute; ++j) {
+    const int p = rank_of(routes[t * in.width + j]);
+#pragma unroll 1
+    for (int k = 0; k < in.topk; ++k) {
+      if (ids[k] < 0 || in.owner[ids[k]] != p) continue;
+      const int64_t row = int64_t{group_firsts[ids[k]]} + ordinals[t * in.topk + k];
+      place[n++] = make_route(p, has(fits, p) ? row : 0);
+    }
+  }
+  while (n < in.topk) place[n++] = kNoRoute;
+}
+
 // layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows. One worker
-// writes offsets [experts + 1] from the number of rows of each expert, and returns the number of all rows.
-template <class Worker>
-COMMLIB_HD int64_t group_offsets(Worker& w, const int64_t* rows_per_expert, int64_t experts, int64_t align,
-                                 int64_t* offsets) {
+// learns where each begins, by set_begin(expert, row), from the number of rows of each expert. Returns the
+// number of all rows.
+template <class Worker, class Count, class SetBegin>
+COMMLIB_HD int64_t group_rows(Worker& w, const Count* rows_per_expert, int64_t experts, int64_t align,
+                              SetBegin set_begin) {
   int64_t end = 0;
-  if (w.lane() == 0) offsets[0] = 0;
   for (int64_t first = 0; first < experts; first += w.lanes()) {
     const int64_t e = first + w.lane();
-    const int64_t padded = e < experts ? (rows_per_expert[e] + align - 1) / align * align : 0;
-    const Prefix here = w.prefix(padded);
-    if (e < experts) offsets[e + 1] = end + here.before + padded;
+    const int64_t rows = e < experts ? static_cast<int64_t>(rows_per_expert[e]) : 0;
+    const Prefix here = w.prefix((rows + align - 1) / align * align);
+    if (e < experts) set_begin(e, end + here.before);
     end += here.all;
   }
   return end;

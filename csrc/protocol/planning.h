@@ -14,6 +14,9 @@ struct PlanOp {
   int64_t* group_firsts;     // [ranks][own experts]: see Slot
   int64_t* rows_per_expert;  // [own experts]
   int64_t* offsets;          // [own experts + 1]; null: layout="rank"
+  bool groups;               // rows may go straight to their places in the groups of ranks:
+  int64_t* places;           // [tokens][topk]: see place_in_groups
+  int64_t grouped_rows;      // for as many a slot has room
   int64_t align;
   int64_t capacity;
   bool drop;
@@ -21,7 +24,15 @@ struct PlanOp {
   // Scratch.
   uint32_t* expert_counts;  // [experts]
   uint32_t* worker_counts;  // [workers][experts]
+  uint32_t* group_rows;     // [experts], and
+  uint32_t* group_begins;   // [experts], where rows may go there
 };
+
+// Whether this plan is one of groups.
+template <class Worker>
+COMMLIB_HD bool plans_groups(const PlanOp& op) {
+  return Worker::kPlansGroups && op.groups;
+}
 
 // How a dispatch's counts came out.
 enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2 };
@@ -36,9 +47,9 @@ struct PlanReport {
   int64_t fullest_rows;
   int64_t dropped;       // of this rank's (token, rank) pairs
   int64_t grouped_rows;  // layout="expert"
-  // placed: how many rows each rank sends, and the slot that it lends.
+  // placed: how many rows each rank sends, and what it lends.
   int64_t source_rows[kMaxRanks];
-  uint8_t slots[kMaxRanks];
+  Lent lent;
 };
 
 // What the workers of a plan tell each other, with meet() in between.
@@ -48,10 +59,17 @@ struct PlanShared {
   int64_t firsts[kWorkers][kMaxRanks];        // the first of them: of all workers' rows, then at each rank
   uint32_t rank_totals[kMaxRanks];
   int64_t base[kMaxRanks], received[kMaxRanks], source_rows[kMaxRanks];
+  int64_t aligns[kMaxRanks], grouped_rows[kMaxRanks];
   int64_t bad[kWorkers];
   uint32_t dropped;
-  uint8_t slots[kMaxRanks];
+  Lent lent;
 
+  // The ranks whose groups have no more rows than `room`, as a mask.
+  COMMLIB_HD uint64_t fitting(int ranks, int64_t room) const {
+    uint64_t fits = 0;
+    for (int p = 0; p < ranks; ++p) fits |= grouped_rows[p] <= room ? bit_of(p) : 0;
+    return fits;
+  }
   COMMLIB_HD int64_t first_bad_index() const {
     int64_t least = kNoBadId;
     for (const int64_t index : bad) least = index < least ? index : least;
@@ -108,19 +126,37 @@ COMMLIB_HD void count_tokens(Worker& w, const PlanOp& op, PlanShared<kWorkers>& 
   w.meet(true);
 }
 
+// Where this rank's rows begin in every group, from the rows of lower sources in it, and how many rows each
+// rank's groups have.
+template <int kWorkers, class Worker>
+COMMLIB_HD bool begin_groups(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) {
+  const Placement& placement = op.routing.placement;
+  for (int p = w.index(); p < placement.ranks; p += w.count()) {
+    const int64_t first = placement.first_expert(p);
+    const int64_t rows =
+        group_rows(w, op.group_rows + first, placement.count(p), s.aligns[p],
+                   [&](int64_t e, int64_t row) { op.group_begins[first + e] += static_cast<uint32_t>(row); });
+    if (w.lane() == 0) s.grouped_rows[p] = rows;
+  }
+  return w.meet(true);
+}
+
 // Publishes this rank's counts and reads the others'. The first worker also lends the slot; the last one,
 // which has few words to sum, reads every rank's call.
 template <int kWorkers, class Worker>
 COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& peers, PlanShared<kWorkers>& s,
                                 int round) {
-  const Placement& placement = op.routing.placement;
+  const CountWords words{op.routing.placement, plans_groups<Worker>(op)};
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
   if (round == 1 && w.index() == 0) publish_call(w, peers, w.id());
-  publish_counts(w, peers, placement, {s.rank_totals, op.expert_counts}, dispatch);
-  bool ok = collect_counts(w, peers, placement, dispatch,
-                           {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts});
-  if (round == 1 && w.index() == w.count() - 1) ok = ok && collect_calls(w, peers, w.id(), s.slots);
-  return w.meet(ok);
+  publish_counts(w, peers, words, {s.rank_totals, op.expert_counts}, op.align, dispatch);
+  bool ok = collect_counts(w, peers, words, dispatch,
+                           {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts,
+                            op.group_begins, op.group_rows, s.aligns});
+  if (round == 1 && w.index() == w.count() - 1) {
+    ok = ok && collect_calls(w, peers, w.id(), &s.lent);
+  }
+  return w.meet(ok) && (!plans_groups<Worker>(op) || begin_groups(w, op, s));
 }
 
 // Called by the first worker.
@@ -130,12 +166,20 @@ COMMLIB_HD void report_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
   if (status == PlanStatus::placed) {
     for (int p = w.lane(); p < peers.size; p += w.lanes()) {
       to.source_rows[p] = s.source_rows[p];
-      to.slots[p] = s.slots[p];
+      to.lent.slots[p] = s.lent.slots[p];
     }
     const int64_t experts = op.routing.placement.count(peers.rank);
-    int64_t grouped = 0;
-    if (op.offsets) grouped = group_offsets(w, op.rows_per_expert, experts, op.align, op.offsets);
-    if (w.lane() == 0) to.grouped_rows = grouped;
+    int64_t rows = 0;
+    if (op.offsets) {
+      rows = group_rows(w, op.rows_per_expert, experts, op.align,
+                        [&](int64_t e, int64_t row) { op.offsets[e] = row; });
+      if (w.lane() == 0) op.offsets[experts] = rows;
+    }
+    if (w.lane() == 0) {
+      to.grouped_rows = rows;
+      to.lent.grouped =
+          plans_groups<Worker>(op) ? s.lent.grouped & s.fitting(peers.size, op.grouped_rows) : 0;
+    }
   }
   w.all(true);
   if (w.lane() != 0) return;
@@ -157,6 +201,20 @@ COMMLIB_HD void place_rows(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s)
   w.all(true);
   place_routes(w, op.routing, op.routes, firsts);
   number_rows_of_experts(w, op.routing, op.ordinals, expert_counts_of(w, op));
+}
+
+// The same for rows in their groups, once no row is dropped any more.
+template <int kWorkers, class Worker>
+COMMLIB_HD void place_grouped_rows(Worker& w, const PlanOp& op, int rank, const PlanShared<kWorkers>& s) {
+  if (!plans_groups<Worker>(op)) return;
+  w.all(true);  // lanes have numbered other lanes' rows
+  const auto ranks = static_cast<int>(op.routing.placement.ranks);
+  const uint64_t fits = s.fitting(ranks, op.grouped_rows) | bit_of(rank);
+  const Span part = w.share(op.routing.tokens);
+#pragma unroll 1
+  for (int64_t t = part.begin + w.lane(); t < part.end; t += w.lanes()) {
+    place_in_groups(op.routing, t, op.routes, op.ordinals, op.group_begins, fits, op.places);
+  }
 }
 
 // Drops the rows past capacity.
@@ -189,7 +247,10 @@ COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, Pl
     if (!again && w.index() == 0) report(overflow ? PlanStatus::overflow : PlanStatus::placed, round);
     if (overflow && !again) return true;
     if (round == 1) place_rows(w, op, s);
-    if (!again) return true;
+    if (!again) {
+      place_grouped_rows(w, op, peers.rank, s);
+      return true;
+    }
     drop_rows(w, op, s);
   }
 }

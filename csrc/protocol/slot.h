@@ -30,9 +30,12 @@ struct SlotLayout {
   int64_t weight_bytes;  // of one weight: the accumulator's size
   int64_t max_tokens;    // of one rank
   int64_t group_counts;  // ranks, times the most experts that one of them has
+  int64_t grouped_rows;  // for as many rows grouped by expert there is room; 0: such rows lie in no slot
 
+  // Rows of either kind.
+  COMMLIB_HD int64_t room() const { return grouped_rows > capacity ? grouped_rows : capacity; }
   COMMLIB_HD RowArray rows() const { return {0, row_bytes}; }
-  COMMLIB_HD RowArray scales() const { return {align_up(capacity * row_bytes, kRowAlign), scale_bytes}; }
+  COMMLIB_HD RowArray scales() const { return {align_up(room() * row_bytes, kRowAlign), scale_bytes}; }
   // What goes along the way of a row: array 0 is the rows, array 1 their scales.
   COMMLIB_HD int arrays() const { return scale_bytes ? 2 : 1; }
   COMMLIB_HD RowArray array(int i) const { return i == 0 ? rows() : scales(); }
@@ -49,7 +52,7 @@ struct SlotLayout {
     return layout;
   }
 
-  COMMLIB_HD int64_t tokens_at() const { return align_up(capacity * room_bytes, kRowAlign) + kRowAlign; }
+  COMMLIB_HD int64_t tokens_at() const { return align_up(room() * room_bytes, kRowAlign) + kRowAlign; }
   COMMLIB_HD int64_t experts_at() const { return tokens_at() + align_up(capacity * 4, kRowAlign); }
   COMMLIB_HD int64_t ordinals_at() const { return experts_at() + align_up(capacity * topk * 4, kRowAlign); }
   COMMLIB_HD int64_t weights_at() const { return ordinals_at() + align_up(capacity * topk * 4, kRowAlign); }
@@ -59,19 +62,26 @@ struct SlotLayout {
   COMMLIB_HD int64_t group_firsts_at() const {
     return sent_ordinals_at() + align_up(max_tokens * topk * 4, kRowAlign);
   }
-  COMMLIB_HD int64_t bytes() const { return align_up(group_firsts_at() + group_counts * 8, 4096); }
+  COMMLIB_HD int64_t grouped_weights_at() const {
+    return group_firsts_at() + align_up(group_counts * 8, kRowAlign);
+  }
+  COMMLIB_HD int64_t bytes() const {
+    return align_up(grouped_weights_at() + grouped_rows * weight_bytes, 4096);
+  }
 };
 
 // Parallel arrays, one entry for each row; and what the rows of a fresh dispatch need from its plan, which
-// only the slot's own rank writes and reads.
+// only the slot's own rank writes and reads. Rows grouped by expert lie where they go in the groups; the
+// other arrays have one entry for each unique row all the same.
 struct Slot {
-  std::byte* rows;         // [capacity][row_bytes], then [capacity][scale_bytes]
+  std::byte* rows;         // [room][row_bytes], then [room][scale_bytes]
   int32_t* tokens;         // [capacity]: the row's token at its source
   int32_t* experts;        // [capacity][topk]: expert local to the receiver, -1 where another rank owns it
   int32_t* ordinals;       // [capacity][topk]: which of its source's rows for that expert it is
   std::byte* weights;      // [capacity][topk] fp32 (fp64 for fp64 rows)
   int32_t* sent_ordinals;  // [tokens][topk]: as number_rows_of_experts writes them
   int64_t* group_firsts;   // [sources][own experts]: in each group, the rows of the sources below
+  std::byte* grouped_weights;  // [grouped rows]: of rows that lie grouped, in a combine
 
   COMMLIB_HD static Slot at(const SlotLayout& layout, std::byte* slots, int index) {
     std::byte* base = slots + index * layout.bytes();
@@ -81,7 +91,8 @@ struct Slot {
             reinterpret_cast<int32_t*>(base + layout.ordinals_at()),
             base + layout.weights_at(),
             reinterpret_cast<int32_t*>(base + layout.sent_ordinals_at()),
-            reinterpret_cast<int64_t*>(base + layout.group_firsts_at())};
+            reinterpret_cast<int64_t*>(base + layout.group_firsts_at()),
+            base + layout.grouped_weights_at()};
   }
 };
 

@@ -3,7 +3,7 @@
 // rank's rows for itself do not count.
 #pragma once
 
-#include "protocol/plan.h"
+#include "protocol/token_rows.h"
 
 namespace commlib {
 
@@ -26,17 +26,21 @@ struct ThrottleRate {
   }
 };
 
-// The number of a token's rows that go to other ranks.
-COMMLIB_HD int remote_rows(const int64_t* route, int width, int rank) {
-  int rows = 0;
-  for (int j = 0; j < width && route[j] != kNoRoute; ++j) rows += rank_of(route[j]) != rank;
-  return rows;
+// How many of a token's rows lie at those ranks, other than this one, of which counts(rank) holds.
+template <class Counts>
+COMMLIB_HD int remote_rows(const TokenRows& rows, int rank, Counts counts) {
+  int remote = 0;
+  for (int j = 0; j < rows.most; ++j) {
+    const int64_t row = rows.at(j);
+    remote += row != kNoRoute && rank_of(row) != rank && counts(rank_of(row));
+  }
+  return remote;
 }
 
 // Waits until the rows of one token have had their time on the link.
 template <class Worker>
-COMMLIB_HD void pass_throttle(Worker& w, const int64_t* route, int width, int rank, int64_t row_bytes) {
-  if (w.throttled()) w.pass_throttle(remote_rows(route, width, rank) * row_bytes);
+COMMLIB_HD void pass_throttle(Worker& w, const TokenRows& rows, int rank, int64_t row_bytes) {
+  if (w.throttled()) w.pass_throttle(remote_rows(rows, rank, [](int) { return true; }) * row_bytes);
 }
 
 }  // namespace commlib

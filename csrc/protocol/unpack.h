@@ -1,4 +1,5 @@
-// After arrival: from the receive slot to what the caller asked for. Local to a rank.
+// After arrival: from the receive slot to what the caller asked for. Local to a rank. Rows that have come
+// grouped by expert are in place, and need only their padding.
 #pragma once
 
 #include "protocol/dispatch.h"
@@ -109,8 +110,10 @@ template <class Worker>
 COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row) {
   const int64_t wb = plan.layout.weight_bytes;
   const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
-  w.zero(plan.out_rows + row * rows.bytes, rows.bytes);
-  if (scales.bytes) w.zero(plan.out_scales + row * scales.bytes, scales.bytes);
+  std::byte* in_rows = plan.out_rows ? plan.out_rows : plan.slot.rows;
+  std::byte* in_scales = plan.out_rows ? plan.out_scales : plan.slot.rows + scales.at;
+  w.zero(in_rows + row * rows.bytes, rows.bytes);
+  if (scales.bytes) w.zero(in_scales + row * scales.bytes, scales.bytes);
   if (w.lane() != 0) return;
   if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
   if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;
@@ -136,7 +139,7 @@ COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
 template <class Worker>
 COMMLIB_HD void prepare_unpacking(Worker& w, const UnpackPlan& plan) {
   unpack_metadata(w, plan);
-  if (plan.expand_to && plan.out_rows) zero_padding(w, plan);
+  if (plan.expand_to) zero_padding(w, plan);
   w.all(true);  // its lanes see each other's grouped rows
 }
 

@@ -2,8 +2,8 @@
 // works on its first experts while rows of its last ones are still under way.
 //
 // The experts of each rank are cut into kWaves runs. A row belongs to the first wave that holds one of its
-// experts at the receiver. It is sent in that wave, and copied from the slot in that wave to all its grouped
-// rows, those in later waves' groups as well. So once waves 0 to i are unpacked, every row of wave i's
+// experts at the receiver. In that wave it is sent, and goes to all its grouped rows, those in later waves'
+// groups as well: straight, or copied from the slot. So once waves 0 to i are unpacked, every row of wave i's
 // experts is in place, and nothing has been sent or copied twice. All metadata goes ahead, because it says
 // where rows lie in the groups; it does not depend on waves. Between nodes there are no waves: metadata
 // travels with rows there.
@@ -69,12 +69,14 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
   for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
     const int64_t* route = plan.routes + at->token * plan.width;
     const uint8_t* wave = of_routes + at->token * plan.width;
-    const auto goes_now = [&](int j) { return route[j] != kNoRoute && wave[j] == at->wave; };
+    const auto goes_now = [&](int p) {
+      int j = 0;
+      while (rank_of(route[j]) != p) ++j;  // it is one of the token's routes
+      return wave[j] == at->wave;
+    };
     if (send_row(w, plan, peers, at->token, goes_now) == 0) continue;
     if (w.throttled()) {
-      int remote = 0;
-      for (int j = 0; j < plan.width; ++j) remote += goes_now(j) && rank_of(route[j]) != peers.rank;
-      w.pass_throttle(remote * plan.layout.moved_bytes());
+      w.pass_throttle(remote_rows(plan.rows_of(at->token), peers.rank, goes_now) * plan.layout.moved_bytes());
     }
     ++sent;
   }
@@ -104,6 +106,7 @@ COMMLIB_HD int wave_of_row(const UnpackPlan& plan, int64_t n) {
 // Copies this worker's rows of a wave to all their grouped rows. Lanes look for them side by side.
 template <class Worker>
 COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
+  if (!plan.out_rows) return;  // they are there
   const Span part = w.share(plan.rows);
   for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
     const int64_t mine = first + w.lane();

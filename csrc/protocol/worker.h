@@ -4,6 +4,7 @@
 //   index(), count()           this worker's number among those of its rank's operation
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
 //   kInternode                 whether there may be ranks on other nodes
+//   kPlansGroups               whether plans may be of dispatches whose rows go straight to groups
 //   id()                       the operation. (A plan, which is short of registers, reads it where it needs
 //   it) share(n)                   this worker's contiguous part of n items
 //
@@ -19,7 +20,8 @@
 //   multicast(to, src, bytes)  copies src to every target
 //   reduce(dtype, dst, terms, elements)
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
-//                              add apart, one rounding at the end; no terms: zeros
+//                              add apart, one rounding at the end, and one of each sum of parts (see Term);
+//                              no terms: zeros
 //   zero(dst, bytes)
 //   throttled()                whether the rank's link is emulated to be slower
 //   pass_throttle(bytes)       waits until the bytes have had their time on that link
@@ -44,7 +46,7 @@
 //   spoken_for_failed()        after gather(): whether one of the others that this worker speaks for may have
 //                              failed
 //   once(ask)                  what ask() returns; one of several workers may ask for all
-//   slots()                    [ranks], for collect_calls: of all workers that share an answer
+//   lent()                     for collect_calls: of all workers that share an answer
 //
 //   pulls_from_slot(id)        writes that word, once all workers have begun the operation. Lanes of one
 //                              worker call it together
@@ -81,10 +83,16 @@ namespace commlib {
 constexpr int kPulledCounter = kWaves;
 constexpr int kCounters = kWaves + 1;
 
+// A term is added to the others as it is; or it is a part of one: parts in a row, up to the last, are summed,
+// and their sum is rounded, before it is added to the others. So a source that sums a rank's rows itself gets
+// the bits that it gets where that rank has summed and stored them.
+enum class TermKind : int32_t { whole = 0, part = 1, last_part = 2 };
+
 // One row of a sum. weight: null, or a scalar of the accumulator's type.
 struct Term {
   const std::byte* row;
   const std::byte* weight;
+  TermKind kind = TermKind::whole;
   COMMLIB_HD explicit operator bool() const { return row != nullptr; }
 };
 using Target = std::byte*;

@@ -37,11 +37,17 @@ Rows rows_of(Dispatched& d, const Manner& manner) {
 // Room for results, aligned to a cache line or not: both ways of storing are taken.
 Buffer room(Rank& self, int64_t bytes) { return Buffer(bytes, self.random.one_in(2) ? 0 : 8); }
 
-Received room_for(Rank& self, Dispatched& d, const Manner& manner) {
+bool may_lie_grouped(const Rank& self, const RankCase& r) {
+  const int64_t room = self.comm->layout().grouped_rows;
+  return room > 0 && r.results <= room;
+}
+
+Received room_for(Rank& self, Dispatched& d, const Manner& manner, bool in_slot) {
   const Scenario& s = *d.scenario;
   const RankCase& r = d.mine();
   Received received;
-  if (r.grouped || !manner.zero_copy) {
+  received.count = r.results;
+  if (!in_slot) {
     d.rows = room(self, r.results * s.row_bytes());
     received.rows = d.rows.data();
     d.scales = room(self, r.results * manner.scale_bytes);
@@ -95,6 +101,8 @@ RoutingRoom::RoutingRoom(const Scenario& s, int rank)
     : RoutingRoom(s.config, static_cast<int>(s.ranks.size()), rank, s.ranks[rank].topk_idx) {
   const RankCase& r = s.ranks[rank];
   if (!r.grouped) return;
+  places.resize(r.topk_idx.size());
+  view.places = places.data();
   offsets.resize(rows_per_expert.size() + 1);
   view.offsets = offsets.data();
   view.align = r.align;
@@ -107,14 +115,18 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   const RankCase& r = d->mine();
   d->room = RoutingRoom(s, self.rank);
   d->routing = d->room.view;
-  auto pending = self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves,
-                                           manner.caller, format_of(s, manner, manner.scale_bytes));
+  auto pending =
+      self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves, manner.zero_copy,
+                                manner.caller, format_of(s, manner, manner.scale_bytes));
+  if (!r.grouped || !manner.zero_copy) check(!pending->grouped_in_slot, "rows come as they were asked for");
+  if (r.grouped && manner.zero_copy && may_lie_grouped(self, r))
+    check(pending->grouped_in_slot, "rows come grouped where they have room");
   check_equal(pending->rows, static_cast<int64_t>(r.rows.size()), "rows received");
   check_equal(pending->results, r.results, "rows of the result");
   if (manner.between) manner.between();
   d->dropped = pending->plan.dropped;
   d->routing.rows = pending->rows;
-  Received received = room_for(self, *d, manner);
+  Received received = room_for(self, *d, manner, r.grouped ? pending->grouped_in_slot : manner.zero_copy);
   if (r.grouped) {
     d->expand_to.resize(r.expand_to.size());
     d->routing.expand_to = d->expand_to.data();
@@ -126,7 +138,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   received.source = d->source.data();
   d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(*d, manner), d->routing, received,
                                                    manner.async, manner.held)};
-  if (!received.rows) d->lease = pending->lease;
+  if (received.rows_in_slot) d->lease = pending->lease;
   d->pending = std::move(pending);
   return d;
 }
@@ -137,7 +149,8 @@ DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenar
   d->scenario = &values;
   d->rank = self.rank;
   d->routing = known.routing;
-  const Received received = room_for(self, *d, manner);
+  const bool may_stay = !d->mine().grouped || may_lie_grouped(self, d->mine());
+  const Received received = room_for(self, *d, manner, manner.zero_copy && may_stay);
   d->under_way = {self, self.comm->redispatch(rows_of(*d, manner), d->routing, received, manner.async,
                                               &d->lease, manner.held, manner.caller)};
   return d;
@@ -155,11 +168,13 @@ CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& v
   CombineInput input;
   input.y = r.y.data();
   input.stride = values.row_bytes();
+  input.count = r.results;
   input.format = format_of(values, manner, 0);
   input.dtype = values.config.dtype;
   if (r.weighted) input.weights = r.y_weights.data();
   std::shared_ptr<SlotLease> lent;
-  if (!r.weighted && !r.grouped && manner.combine != RowsOf::tensor) {
+  const bool may_stay = r.grouped ? may_lie_grouped(self, r) : !r.weighted;
+  if (may_stay && manner.combine != RowsOf::tensor) {
     std::shared_ptr<SlotLease> lease = known.lease;
     if (manner.combine == RowsOf::lent_slot) lease = lent = lend_slot(self);
     if (lease) {

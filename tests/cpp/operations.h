@@ -14,8 +14,8 @@ enum class RowsOf { tensor, receive_slot, lent_slot };
 // How a rank asks: may differ by rank, and must not change the results.
 struct Manner {
   bool async = false;
-  bool zero_copy = false;           // layout="rank" only
-  RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where it needs no weighting or grouping
+  bool zero_copy = false;           // where rows can lie in a slot as they are wanted
+  RowsOf combine = RowsOf::tensor;  // what the combine takes y from, where y may lie in a slot as it is
   Held held = nullptr;              // until the operation is done
   std::function<void()> between;    // called between the halves of a dispatch, if set
   uint8_t caller = 0;               // the same on all ranks, or 0
@@ -47,7 +47,7 @@ class UnderWay {
 
 // A routing for a plan to fill in, and its memory.
 struct RoutingRoom {
-  Int64s routes, rows_per_expert, offsets;
+  Int64s routes, places, rows_per_expert, offsets;
   RoutePlan view;
 
   RoutingRoom() = default;

@@ -263,11 +263,13 @@ void complete(Scenario& s, Random& random) {
 
 Scenario random_scenario(const Config& config, int ranks, const Asked& asked, Random& random) {
   Scenario s{config, asked, {}};
+  const bool none_group = random.one_in(3);
   for (int p = 0; p < ranks; ++p) {
     RankCase r;
     r.tokens = random.one_in(6) ? 0 : random.below(config.max_tokens + 1);
     r.topk_idx = random_routing(config, r.tokens, random);
-    r.grouped = asked.waves || (asked.may_group && random.one_in(2));
+    const bool chooses = config.grouped_rows > 0 ? !none_group : random.one_in(2);
+    r.grouped = asked.waves || (asked.may_group && chooses);
     r.align = r.grouped ? 1 + random.below(8) : 1;
     s.ranks.push_back(std::move(r));
   }

@@ -70,7 +70,8 @@ struct RankCase {
 struct Asked {
   bool weights = true;       // ride along with the dispatch
   bool weight_grads = true;  // ride back with the combine
-  bool may_group = true;     // each rank chooses its layout, else layout="rank"
+  bool may_group = true;     // each rank chooses its layout, or all do where grouped rows lie in slots; else
+                             // layout="rank"
   bool drop = false;         // rows at or past capacity
   bool waves = false;        // all ranks group, and rows come in waves
 };

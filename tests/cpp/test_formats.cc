@@ -12,6 +12,7 @@ Config roomy(int ranks, Random& random) {
   config.hidden = kRoomElements;
   config.dtype = DType::f32;
   config.slots = 4;
+  config.grouped_rows = random_room(random);
   config.topk = 1 + static_cast<int>(random.below(4));
   config.num_sms = 1 + static_cast<int>(random.below(3));
   return config;
@@ -205,7 +206,8 @@ void rows_without_room_are_refused_before_anything_is_sent() {
       for (const RowFormat& format : bad) {
         const RoutingRoom routing(own, self.rank);
         check_throws<std::invalid_argument>(
-            [&] { self.comm->begin_dispatch(routing.view, true, false, false, 0, format); }, "a dispatch");
+            [&] { self.comm->begin_dispatch(routing.view, true, false, false, false, 0, format); },
+            "a dispatch");
         Rows rows;
         rows.format = format;
         check_throws<std::invalid_argument>(

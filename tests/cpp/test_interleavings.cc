@@ -44,6 +44,7 @@ void many_operations_once(Config config, int ranks, Random& random) {
   config.max_tokens = 6;
   config.capacity = ranks * config.max_tokens;
   config.slots = 4;  // two receive slots kept, one lent, one at work
+  config.grouped_rows = random_room(random);
   std::vector<Scenario> batches, others;
   for (int i = 0; i < rounds(kRounds); ++i) {
     Asked asked;

@@ -15,6 +15,7 @@ Asked in_waves() {
 void check_in_waves(Rank& self, const Scenario& s) {
   Manner manner;
   manner.async = true;
+  manner.zero_copy = self.random.one_in(2);
   const DispatchedPtr d = start_dispatch(self, s, manner);
   const auto experts = static_cast<int64_t>(d->room.rows_per_expert.size());
   const bool last_only = experts > 0 && self.random.one_in(3);
@@ -34,9 +35,11 @@ void results_are_those_of_a_dispatch_without_waves() {
     const int64_t experts = 1 + random.below(6 * ranks);  // also fewer than ranks, and than waves on each
     const int topk = 1 + static_cast<int>(random.below(5));
     const bool narrow = random.one_in(3);
+    const int64_t grouped_rows = random_room(random);
     for (Config& c : configs) {
       c.experts = experts;
       c.topk = topk;
+      c.grouped_rows = grouped_rows;
       c.num_sms = 1 + static_cast<int>(random.below(3));
       if (narrow) c.capacity = 8;
     }

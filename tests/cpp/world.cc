@@ -97,4 +97,15 @@ Config small_config(int ranks) {
   return config;
 }
 
+int64_t random_room(Random& random) {
+  switch (random.below(3)) {
+    case 0:
+      return 0;
+    case 1:
+      return 1 + random.below(40);
+    default:
+      return 1000;
+  }
+}
+
 }  // namespace commlib::testing

@@ -53,5 +53,7 @@ void in_ranks(const Config& config, int ranks, const std::function<void(Rank&)>&
 
 // A small configuration that suits most tests; capacity for every token of every rank.
 Config small_config(int ranks);
+// For rows grouped by expert in a slot: none, enough for some ranks, or enough.
+int64_t random_room(Random& random);
 
 }  // namespace commlib::testing

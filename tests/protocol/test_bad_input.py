@@ -73,7 +73,6 @@ BAD_DISPATCH = {
     "event": (dict(previous_event="x"), TypeError, "previous_event must be an event .*, got str"),
     "pair as event": (dict(previous_event=(rows(), None)), TypeError, "previous_event .*, got tuple"),
     "overflow": (dict(overflow="wrap"), ValueError, 'overflow must be "error" or "drop"'),
-    "zero copy": (dict(layout="expert", zero_copy=True), ValueError, 'zero_copy needs layout "rank"'),
     "handle": (dict(handle=3), TypeError, "handle must be a Dispatched.handle, got int"),
 }  # fmt: skip
 
@@ -315,8 +314,10 @@ def test_a_lent_buffer_serves_one_combine(device):
             with pytest.raises(ValueError, match="out lies in the communicator's own memory"):
                 ep.combine(d.x.clone(), d.handle, out=y[:4])  # other ranks may still read it
             d = ep.dispatch(x, idx, layout="expert")
-            with pytest.raises(ValueError, match='needs layout "rank"'):
-                ep.combine_buffer(d.handle)
+            y = ep.combine_buffer(d.handle).copy_(d.x)
+            ep.combine(y, d.handle)
+            with pytest.raises(commlib.HandleError, match="ask for a new one"):
+                ep.combine(y, d.handle)
 
     commlib.run_ranks(rank_main, 2, device=device)
 
