@@ -97,6 +97,7 @@ struct Received {
   int64_t* topk_idx = nullptr;   // [rows][topk] local ids; layout="rank"
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
   std::byte* scales = nullptr;   // as rows
+  Weighing weighing{};           // of a redispatch
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they

@@ -91,6 +91,7 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   check_health();
   check_routes(routing);
   layout_of(rows.format);
+  if (received.weighing.y) check_sum_of(received.weighing.dtype);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
   const OpId id =
@@ -256,6 +257,7 @@ UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& r
   plan.out_weights = received.weights;
   plan.out_topk_idx = received.topk_idx;
   plan.out_source = received.source;
+  plan.weighing = received.weighing;
   return plan;
 }
 
