@@ -32,11 +32,13 @@ __all__: list[str] = [
     "SpinPolicy",
     "Team",
     "Ticket",
+    "Weighing",
     "available_vector_ops",
     "close_way_back",
     "load_ucx",
     "multicast",
     "reduce",
+    "weigh",
     "when_gone",
 ]
 
@@ -234,6 +236,17 @@ class RoutePlan:
         What a dispatch knows once counts are here.
         """
 
+class Weighing:
+    """
+    The gradient of a combine with weights, taken as its rows come.
+
+    A row of y gets its weight times what has come for it, and its dot the product of y with what has come.
+    """
+    @typing.overload
+    def __init__(self) -> None: ...
+    @typing.overload
+    def __init__(self, y: int, stride: int, weights: int, dots: int, dtype: DType) -> None: ...
+
 class Received:
     """
     Where received rows go. Rows None: they stay in their slot.
@@ -246,6 +259,7 @@ class Received:
         source: int = 0,
         scales: int = 0,
         count: int = 0,
+        weighing: Weighing = ...,
     ) -> None: ...
 
 class CombineInput:
@@ -492,6 +506,11 @@ def multicast(name: str, dst: list[int], src: int, bytes: int) -> None:
 def reduce(name: str, dtype: DType, dst: int, src: list[int], weights: list[int], elements: int) -> None:
     """
     For tests: sum rows, each times its weight, in this vector width.
+    """
+
+def weigh(name: str, dtype: DType, dst: int, row: int, weight: int, y: int, elements: int, dot: int) -> None:
+    """
+    For tests: a row times its weight, and its product with another one, in this vector width.
     """
 
 def when_gone(object: typing.Any, function: collections.abc.Callable[[], None]) -> None:

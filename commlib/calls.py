@@ -81,6 +81,8 @@ class Redispatch(NamedTuple):
     grouped: bool
     zero_copy: bool
     scales: Tensor | None
+    y: Tensor | None = None  # [N, W] or [M, W]: rows that a combine has summed, x being its gradient, with
+    y_weights: Tensor | None = None  # [N] or [M]; a row that comes is multiplied by each
 
 
 class Rearrived(NamedTuple):
@@ -89,6 +91,7 @@ class Rearrived(NamedTuple):
     rows: Tensor
     weights: Tensor | None
     scales: Tensor | None
+    y_dots: Tensor | None  # [N] or [M]: the gradients of y_weights. (Those of y are the rows.)
 
 
 class Combine(NamedTuple):

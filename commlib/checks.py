@@ -209,6 +209,19 @@ def check_redispatch(c: Communicator, call: Redispatch) -> None:
         raise ValueError(f"x has {x.shape[0]} rows, but the handle's dispatch had {tokens}")
     if call.topk_weights is not None:
         _check_dense(c, "topk_weights", call.topk_weights, (tokens, c.settings.topk), c.weight_dtype)
+    if call.y is not None or call.y_weights is not None:
+        _check_weighing(c, call)
+
+
+def _check_weighing(c: Communicator, call: Redispatch) -> None:
+    y, weights, rows = call.y, call.y_weights, call.plan.source.shape[0]
+    if y is None or weights is None or call.scales is not None or call.zero_copy:
+        raise ValueError("y and y_weights go together, without scales and zero_copy")
+    _check_rows("y", y, c.settings, rows, any_format=True)
+    _check_memory("y", y)
+    _check_summable(c, "y", y)
+    _check_alike("x", call.x, y)
+    _check_dense(c, "y_weights", weights, (rows,), c.weight_dtype)
 
 
 def check_combine(c: Communicator, call: Combine) -> None:
@@ -216,11 +229,7 @@ def check_combine(c: Communicator, call: Combine) -> None:
     y, rows = call.y, call.plan.source.shape[0]
     _check_rows("y", y, c.settings, rows, any_format=True)
     _check_memory("y", y)
-    if y.dtype != c.settings.dtype and not can_be_summed(c.settings.dtype, y.dtype):
-        raise ValueError(
-            f"y must be of a floating type that can be summed beside {c.settings.dtype}, got {y.dtype}: "
-            "float64 rows are summed in float64, all others in float32"
-        )
+    _check_summable(c, "y", y)
     if call.weights is not None:
         if call.weights.dim() != 1:
             given = list(call.weights.shape)
@@ -317,6 +326,14 @@ def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None) -> None:
         raise ValueError(f"scales must be [{x.shape[0]}, 1 or more], got {list(scales.shape)}")
     if scales.stride()[1] != 1 and scales.shape[1] > 1 and scales.shape[0] > 0:
         raise ValueError(f"scales of a row must lie side by side, but the strides are {scales.stride()}")
+
+
+def _check_summable(c: Communicator, name: str, rows: Tensor) -> None:
+    if rows.dtype != c.settings.dtype and not can_be_summed(c.settings.dtype, rows.dtype):
+        raise ValueError(
+            f"{name} must be of a floating type that can be summed beside {c.settings.dtype}, got "
+            f"{rows.dtype}: float64 rows are summed in float64, all others in float32"
+        )
 
 
 def _check_alike(name: str, rows: Tensor, y: Tensor) -> None:

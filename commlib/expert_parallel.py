@@ -298,7 +298,8 @@ class ExpertParallel:
 
         Sums are taken in float32 (float64 for float64 rows), over a rank's experts in order of top-k place
         with one rounding, then over ranks in ascending order with one rounding: bitwise reproducible.
-        Differentiable in ``y``, ``weights`` and ``bias``.
+        Differentiable in ``y``, ``weights`` and ``bias``. The gradient of a weight, a sum along its row in
+        the same type, has the same bits every time, but not the same on a CPU as on a GPU.
 
         Args:
             y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a

@@ -15,6 +15,8 @@ from commlib.errors import CapacityExceeded
 from commlib.event import Event
 from commlib.formats import CORE_DTYPES, OWN
 
+_COPYING = _core.Weighing()  # of rows that come as they are
+
 
 def dispatch(
     a: Attachment, call: Dispatch, async_op: bool = False, in_waves: bool = False
@@ -116,15 +118,24 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     format = c.format_of(call.x, call.scales)
     size = plan.source.shape[0]
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
-    in_slot = (not grouped or c.can_group_in_slot(size)) and (call.zero_copy or c.can_spare_slots(1))
+    weighs = call.y is not None
+    # Rows that are weighed on the way to their groups come once to each rank, and are read but once.
+    stays = not weighs and (not grouped or c.can_group_in_slot(size))
+    in_slot = stays and (call.zero_copy or c.can_spare_slots(1))
     rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
-    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *plan.tensors)
+    dots = c.backend.empty(size, dtype=c.weight_dtype) if weighs else None
+    weighed = call.y, call.y_weights, dots
+    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *weighed, *plan.tensors)
     c.backend.begin()
     ticket, lease = c.core.redispatch(
         rows_of(call.x, call.topk_weights, call.scales, format),
         view,
         _core.Received(
-            None if rows is None else rows.data_ptr(), _address(weights), scales=_address(scales), count=size
+            None if rows is None else rows.data_ptr(),
+            _address(weights),
+            scales=_address(scales),
+            count=size,
+            weighing=_weighing_of(*weighed),
         ),
         async_op,
         keep if async_op else None,
@@ -134,7 +145,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
         rows, scales = _in_slot(c, size, format, call, lease)
     a.count(redispatches=1, rows_received=plan.local.shape[0])
     event = c.backend.end("redispatch", ticket, (rows, scales, *keep), async_op)
-    return Rearrived(rows, weights, scales), event
+    return Rearrived(rows, weights, scales, dots), event
 
 
 def combine(
@@ -207,6 +218,14 @@ def rows_of(
     if format is OWN:
         return _core.Rows(*rows)
     return _core.Rows(*rows, _address(scales), 0 if scales is None else _row_stride(scales), format)
+
+
+def _weighing_of(y: Tensor | None, weights: Tensor | None, dots: Tensor | None) -> _core.Weighing:
+    if y is None:
+        return _COPYING
+    return _core.Weighing(
+        y.data_ptr(), _row_stride(y), _address(weights), _address(dots), CORE_DTYPES[y.dtype]
+    )
 
 
 def view_of(plan: RoutePlan, grouped: bool) -> _core.RoutePlan:

@@ -36,9 +36,10 @@ def redispatch(
     call: Redispatch, a: Attachment | None = None, async_op: bool = False
 ) -> tuple[Rearrived, Event | None]:
     """:func:`commlib.operations.redispatch`, likewise."""
-    if not async_op and is_seen(call.x, call.topk_weights, call.scales):
-        _refuse_transformed(call.x, call.topk_weights)
-        return _with_none(Rearrived(*schema.redispatch(*flat(call))), call), None
+    if not async_op and is_seen(call.x, call.topk_weights, call.scales, call.y, call.y_weights):
+        _refuse_transformed(call.x, call.topk_weights, call.y, call.y_weights)
+        came = _with_none(Rearrived(*schema.redispatch(*flat(call))), call)
+        return (came._replace(y_dots=None) if call.y is None else came), None
     return issue(operations.redispatch, a or attachment_of(call.plan.comm), call, async_op)
 
 

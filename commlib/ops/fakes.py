@@ -49,12 +49,13 @@ def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def redispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def redispatch(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode()
     call = unflat(Redispatch, arguments)
     x, size, topk = call.x, call.plan.source.shape[0], call.plan.topk_idx.shape[1]
     weights = _weights(call.topk_weights, size, call.grouped, topk, x)
-    return x.new_empty(size, x.shape[1]), weights, _scales(call.scales, size, x)
+    dots = nothing(x) if call.y_weights is None else call.y_weights.new_empty(size)
+    return x.new_empty(size, x.shape[1]), weights, _scales(call.scales, size, x), dots
 
 
 def combine(*arguments: Any) -> tuple[Tensor, Tensor]:

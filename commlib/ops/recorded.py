@@ -10,7 +10,7 @@ error: issuing anew would be one more operation on this rank, and perhaps not on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from commlib.ops import gradients
 from commlib.ops.calling import issue
 
 Gradients = tuple[Tensor | None, ...]
+Saved = tuple[Tensor, ...]
 _USED_BESIDE = (
     "the results of an asynchronous operation were used beside what finish() returned, or a hook has changed "
     "their gradients: call finish() once, and use or hook what it returned"
@@ -77,14 +78,12 @@ class _Recorded(ABC):
         """In start's forward: the operation's results."""
 
     @abstractmethod
-    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Gradients, Event | None]:
-        """The adjoint operation on gradients of the results."""
+    def issue_adjoint(
+        self, grads: Sequence[Tensor], saved: Saved, async_op: bool
+    ) -> tuple[Gradients, Event | None]:
+        """Gradients of the inputs, from those of the results and saved inputs: the adjoint operation's."""
 
-    def complete(self, results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
-        """Gradients of the inputs, from the adjoint's results, those of the outputs, and saved inputs."""
-        return results
-
-    def finish(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def finish(self, saved: Saved, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The second node, for tensors whose operation has been waited for.
 
         Raises:
@@ -99,26 +98,26 @@ class _Recorded(ABC):
                 f"finish takes the results of its operation, {' and '.join(self.results)}, in this order and "
                 "as they came"
             )
-        return _Finish.apply(self, *tensors)
+        return _Finish.apply(self, saved, *tensors)
 
-    def begin_backward(self, grads: Sequence[Tensor]) -> None:
+    def begin_backward(self, grads: Sequence[Tensor], saved: Saved) -> None:
         """In finish's backward."""
         task = torch._C._current_graph_task_id()
         if self._adjoint is not None and self._adjoint.graph_task == task:
             raise RuntimeError(_USED_BESIDE)
         versions = tuple(map(_version, grads))
-        self._adjoint = _Adjoint(task, tuple(grads), versions, *self.issue_adjoint(grads, True))
+        self._adjoint = _Adjoint(task, tuple(grads), versions, *self.issue_adjoint(grads, saved, True))
 
-    def end_backward(self, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
-        """In start's backward."""
+    def end_backward(self, grads: Sequence[Tensor], saved: Callable[[], Saved]) -> Gradients:
+        """In start's backward. It reads what was saved only if finish's backward has not."""
         adjoint, self._adjoint = self._adjoint, None
         if adjoint is None or adjoint.graph_task != torch._C._current_graph_task_id():
-            return self.complete(self.issue_adjoint(grads, False)[0], grads, saved)
+            return self.issue_adjoint(grads, saved(), False)[0]
         if not adjoint.is_of(grads):
             raise RuntimeError(_USED_BESIDE)
         if adjoint.event is not None:
             adjoint.event.wait()
-        return self.complete(adjoint.results, grads, saved)
+        return adjoint.results
 
 
 class _RecordedDispatch(_Recorded):
@@ -141,7 +140,9 @@ class _RecordedDispatch(_Recorded):
         self.plan = call.plan
         return tuple(results)
 
-    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Combined, Event | None]:
+    def issue_adjoint(
+        self, grads: Sequence[Tensor], saved: Saved, async_op: bool
+    ) -> tuple[Combined, Event | None]:
         assert self.plan is not None
         g_weights = grads[1] if self._has_weights else None
         rest = self._attachment, async_op
@@ -162,19 +163,20 @@ class _RecordedCombine(_Recorded):
         results, self.event = issue(operations.combine, self._attachment, call, True)
         return tuple(results)
 
-    def issue_adjoint(self, grads: Sequence[Tensor], async_op: bool) -> tuple[Rearrived, Event | None]:
-        return gradients.of_combine(self._plan, self._grouped, grads[0], None, self._attachment, async_op)
-
-    def complete(self, results: Gradients, grads: Sequence[Tensor], saved: Sequence[Tensor]) -> Gradients:
-        rows = results[0]
-        assert rows is not None
-        gy, gw = gradients.of_rows(rows, *saved)
-        return gy, gw, grads[0] if self._has_bias else None
+    def issue_adjoint(
+        self, grads: Sequence[Tensor], saved: Saved, async_op: bool
+    ) -> tuple[Gradients, Event | None]:
+        y, weights = saved or (None, None)
+        rest = self._attachment, async_op
+        (gy, _, _, gw), event = gradients.of_combine(
+            self._plan, self._grouped, grads[0], None, y, weights, *rest
+        )
+        return (gy, gw, grads[0] if self._has_bias else None), event
 
 
 class _Start(Function):
     @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, saved: tuple, *inputs: Tensor | None) -> Any:
+    def forward(ctx: Any, recorded: _Recorded, saved: Saved, *inputs: Tensor | None) -> Any:
         outputs = recorded.issue()
         ctx.started = recorded
         ctx.save_for_backward(*saved)
@@ -185,27 +187,41 @@ class _Start(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None, *ctx.started.end_backward(grads, ctx.saved_tensors)
+        return None, None, *ctx.started.end_backward(grads, lambda: ctx.saved_tensors)
+
+
+class _Unfinished(NamedTuple):
+    """What an event knows of its operation.
+
+    The inputs that both nodes save: the operation itself would keep them for as long as the graph lives.
+    """
+
+    recorded: _Recorded
+    saved: Saved
+
+    def finish(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.recorded.finish(self.saved, tensors)
 
 
 class _Finish(Function):
     @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, recorded: _Recorded, saved: Saved, *tensors: Tensor) -> Any:
         ctx.finished = recorded
+        ctx.save_for_backward(*saved)
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.finished.begin_backward(grads)
-        return None, *grads  # to start, which takes the adjoint's results instead
+        ctx.finished.begin_backward(grads, ctx.saved_tensors)
+        return None, None, *grads  # to start, which takes the adjoint's results instead
 
 
-def _started(recorded: _Recorded, saved: tuple, *inputs: Tensor | None) -> tuple[tuple, Event]:
+def _started(recorded: _Recorded, saved: Saved, *inputs: Tensor | None) -> tuple[tuple, Event]:
     outputs = _Start.apply(recorded, saved, *inputs)
     event, recorded.event = recorded.event, None
     assert event is not None
-    event.recorded = recorded
+    event.recorded = _Unfinished(recorded, saved)
     return outputs, event
 
 

@@ -49,20 +49,28 @@ def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 def _setup_redispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = unflat(Redispatch, inputs)
-    _save_plan(ctx, call, call.plan)
+    weighed = () if call.y is None or call.y_weights is None else (call.x, call.y, call.y_weights)
+    _save_plan(ctx, call, call.plan, weighed)
 
 
-def _save_plan(ctx: Any, call: Dispatch | Redispatch, plan: RoutePlan) -> None:
+def _save_plan(
+    ctx: Any, call: Dispatch | Redispatch, plan: RoutePlan, weighed: tuple[Tensor, ...] = ()
+) -> None:
     ctx.kind, ctx.grouped, ctx.has_weights = type(call), call.grouped, call.topk_weights is not None
-    ctx.save_for_backward(*plan[:PLANNED])
+    ctx.save_for_backward(*plan[:PLANNED], *weighed)
     compiling.save_results()
 
 
-def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+def _dispatch_backward(ctx: Any, g_rows: Tensor, g_weights: Tensor, *rest: Tensor) -> tuple[Any, ...]:
     """Of both: the gradient of a dispatch does not depend on how its routing was found."""
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second read
+    plan, weighed = RoutePlan(*saved[:PLANNED]), saved[PLANNED:]
     given = g_weights if ctx.has_weights else None
-    (gx, gw), _event = gradients.of_dispatch(RoutePlan(*ctx.saved_tensors), ctx.grouped, g_rows, given)
-    return schema.gradients(ctx.kind, x=gx, topk_weights=gw if ctx.has_weights else None)
+    of_weighed: dict[str, Tensor | None] = {}
+    if weighed:
+        g_rows, of_weighed = gradients.of_weighing(plan, ctx.grouped, weighed, g_rows, rest[-1])
+    (gx, gw), _event = gradients.of_dispatch(plan, ctx.grouped, g_rows, given)
+    return schema.gradients(ctx.kind, x=gx, topk_weights=gw if ctx.has_weights else None, **of_weighed)
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -78,10 +86,11 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _combine_backward(ctx: Any, g_out: Tensor, g_back: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second read
+    saved = ctx.saved_tensors
     given = g_back if ctx.brings_back else None
-    (rows, g_values, _), _event = gradients.of_combine(RoutePlan(*saved[:PLANNED]), ctx.grouped, g_out, given)
-    gy, gw = gradients.of_rows(rows, *saved[PLANNED:])
+    y, weights = saved[PLANNED:] or (None, None)
+    plan = RoutePlan(*saved[:PLANNED])
+    (gy, g_values, _, gw), _event = gradients.of_combine(plan, ctx.grouped, g_out, given, y, weights)
     return schema.gradients(
         Combine,
         y=gy,

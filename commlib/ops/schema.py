@@ -64,5 +64,5 @@ dispatch = _define("dispatch", Dispatch, f"({', '.join(['Tensor'] * 9)})")
 # For torch.compile: its back end mistakes one size for another where an op with an effect returns a tuple of
 # tensors whose sizes are known only at run time. In eager mode autograd takes longer for a list.
 traced_dispatch = _define("traced_dispatch", Dispatch, "Tensor[]")
-redispatch = _define("redispatch", Redispatch, "(Tensor, Tensor, Tensor)")
+redispatch = _define("redispatch", Redispatch, "(Tensor, Tensor, Tensor, Tensor)")
 combine = _define("combine", Combine, "(Tensor, Tensor)")

@@ -104,6 +104,7 @@ struct Received {
   int64_t* source = nullptr;     // [rows][2], or [grouped rows][2]
   std::byte* scales = nullptr;   // as rows
   int64_t count = 0;             // of rows, along a known routing
+  Weighing weighing{};           // of a redispatch
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they

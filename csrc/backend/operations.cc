@@ -96,6 +96,7 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   layout_of(rows.format);
   const bool grouped = routing.is_grouped() && received.rows_in_slot;
   if (grouped) check_room_for_groups(routing, received.count);
+  if (received.weighing.y) check_sum_of(received.weighing.dtype);
   auto slot = take_slot();
   RowsOp op = rows_op(rows, routing, received, *slot);
   const int flags = grouped ? kCallSlotIsGrouped : 0;
@@ -275,6 +276,7 @@ UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& r
   plan.out_weights = received.weights;
   plan.out_topk_idx = received.topk_idx;
   plan.out_source = received.source;
+  plan.weighing = received.weighing;
   return plan;
 }
 

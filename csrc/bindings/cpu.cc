@@ -30,6 +30,14 @@ void reduce(const std::string& name, DType dtype, Address dst, const std::vector
   vector_ops(name).flush();
 }
 
+void weigh(const std::string& name, DType dtype, Address dst, Address row, Address weight, Address y,
+           int64_t elements, Address dot) {
+  vector_ops(name).weigh[static_cast<int>(dtype)](at<std::byte>(dst),
+                                                  {at<std::byte>(row), at<std::byte>(weight)},
+                                                  at<std::byte>(y), elements, at<std::byte>(dot));
+  vector_ops(name).flush();
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -49,6 +57,8 @@ void bind_cpu(py::module_& m) {
         "For tests: store one row in many places, in this vector width.");
   m.def("reduce", &reduce, "name"_a, "dtype"_a, "dst"_a, "src"_a, "weights"_a, "elements"_a,
         "For tests: sum rows, each times its weight, in this vector width.");
+  m.def("weigh", &weigh, "name"_a, "dtype"_a, "dst"_a, "row"_a, "weight"_a, "y"_a, "elements"_a, "dot"_a,
+        "For tests: a row times its weight, and its product with another one, in this vector width.");
 }
 
 }  // namespace commlib::python

@@ -51,14 +51,19 @@ void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
 }
 
 Received received_of(std::optional<Address> rows, Address weights, Address topk_idx, Address source,
-                     Address scales, int64_t count) {
+                     Address scales, int64_t count, const Weighing& weighing) {
   return {at<std::byte>(rows.value_or(0)),
           !rows,
           at<std::byte>(weights),
           at<int64_t>(topk_idx),
           at<int64_t>(source),
           at<std::byte>(scales),
-          count};
+          count,
+          weighing};
+}
+
+Weighing weighing_of(Address y, int64_t stride, Address weights, Address dots, DType dtype) {
+  return {at<std::byte>(y), stride, at<std::byte>(weights), at<std::byte>(dots), dtype};
 }
 
 CombineInput combine_input_of(Address y, int64_t count, int64_t stride, Address weights,
@@ -96,9 +101,15 @@ Without arguments: the communicator's own rows.)")
            "expand_to"_a = 0, "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1)
       .def("complete", &complete, "rows"_a, "expand_to"_a, "What a dispatch knows once counts are here.");
 
+  py::class_<Weighing>(m, "Weighing", R"(The gradient of a combine with weights, taken as its rows come.
+
+A row of y gets its weight times what has come for it, and its dot the product of y with what has come.)")
+      .def(py::init<>())
+      .def(py::init(&weighing_of), "y"_a, "stride"_a, "weights"_a, "dots"_a, "dtype"_a);
+
   py::class_<Received>(m, "Received", "Where received rows go. Rows None: they stay in their slot.")
       .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0,
-           "count"_a = 0);
+           "count"_a = 0, py::arg_v("weighing", Weighing{}, "Weighing()"));
 
   py::class_<CombineInput>(m, "CombineInput", "The rows that a combine sums, and what goes with them.")
       .def(py::init(&combine_input_of), "y"_a, "count"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,

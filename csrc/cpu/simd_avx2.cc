@@ -36,6 +36,7 @@ struct Avx2 {
     static Vec set(float v) { return _mm256_set1_ps(v); }
     static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
     static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+    static void spread(float* to, Vec v) { _mm256_storeu_ps(to, v); }
   };
 
   template <class T>
@@ -55,6 +56,12 @@ struct Avx2::Lanes<Bf16> {
   static Vec set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.even, b.even), _mm256_mul_ps(a.odd, b.odd)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)}; }
+  static void spread(float* to, Vec v) {
+    float even[kWidth / 2], odd[kWidth / 2];
+    _mm256_storeu_ps(even, v.even);
+    _mm256_storeu_ps(odd, v.odd);
+    for (int i = 0; i < kWidth; ++i) to[i] = i % 2 == 0 ? even[i / 2] : odd[i / 2];
+  }
   static Vec load(const Bf16* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), widened(v)};
@@ -106,6 +113,7 @@ struct Avx2::Lanes<double> {
   static Vec mul(Vec a, Vec b) { return _mm256_mul_pd(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_pd(a, b); }
   static Vec round(Vec v) { return v; }
+  static void spread(double* to, Vec v) { _mm256_storeu_pd(to, v); }
   static Vec load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Vec v) { _mm256_storeu_pd(p, v); }
   static void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }

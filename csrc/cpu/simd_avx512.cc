@@ -38,6 +38,7 @@ struct Avx512 {
     static Vec set(float v) { return _mm512_set1_ps(v); }
     static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
     static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+    static void spread(float* to, Vec v) { _mm512_storeu_ps(to, v); }
   };
 
   template <class T>
@@ -58,6 +59,12 @@ struct Avx512::Lanes<Bf16> {
   static Vec set(float v) { return {_mm512_set1_ps(v), _mm512_set1_ps(v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.even, b.even), _mm512_mul_ps(a.odd, b.odd)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.even, b.even), _mm512_add_ps(a.odd, b.odd)}; }
+  static void spread(float* to, Vec v) {
+    float even[kWidth / 2], odd[kWidth / 2];
+    _mm512_storeu_ps(even, v.even);
+    _mm512_storeu_ps(odd, v.odd);
+    for (int i = 0; i < kWidth; ++i) to[i] = i % 2 == 0 ? even[i / 2] : odd[i / 2];
+  }
   static Vec load(const Bf16* p) {
     const __m512i v = _mm512_loadu_si512(p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), widened(v)};
@@ -109,6 +116,7 @@ struct Avx512::Lanes<double> {
   static Vec mul(Vec a, Vec b) { return _mm512_mul_pd(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_pd(a, b); }
   static Vec round(Vec v) { return v; }
+  static void spread(double* to, Vec v) { _mm512_storeu_pd(to, v); }
   static Vec load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Vec v) { _mm512_storeu_pd(p, v); }
   static void stream(double* p, Vec v) { _mm512_stream_pd(p, v); }

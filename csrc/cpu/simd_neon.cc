@@ -27,6 +27,7 @@ struct Neon {
     static Vec set(float v) { return vdupq_n_f32(v); }
     static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
     static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+    static void spread(float* to, Vec v) { vst1q_f32(to, v); }
   };
 
   template <class T>
@@ -76,6 +77,7 @@ struct Neon::Lanes<double> {
   static Vec mul(Vec a, Vec b) { return vmulq_f64(a, b); }
   static Vec add(Vec a, Vec b) { return vaddq_f64(a, b); }
   static Vec round(Vec v) { return v; }
+  static void spread(double* to, Vec v) { vst1q_f64(to, v); }
   static Vec load(const double* p) { return vld1q_f64(p); }
   static void store(double* p, Vec v) { vst1q_f64(p, v); }
   static void stream(double* p, Vec v) { store(p, v); }

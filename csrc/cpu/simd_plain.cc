@@ -38,6 +38,7 @@ struct Plain {
     static Vec set(Acc v) { return v; }
     static Vec mul(Vec a, Vec b) { return a * b; }
     static Vec add(Vec a, Vec b) { return a + b; }
+    static void spread(Acc* to, Vec v) { *to = v; }
   };
 
   static void flush() {}

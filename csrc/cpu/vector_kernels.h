@@ -1,11 +1,12 @@
-// multicast and reduce, written once over an instruction set `Isa`. Included by each simd_*.cc after the
-// instruction set has been switched on for that file, and after the headers below, which must not be compiled
-// for it; everything stays in its unnamed namespace, so that code for one instruction set can never be linked
-// into another's path.
+// multicast, reduce and weigh, written once over an instruction set `Isa`. Included by each simd_*.cc after
+// the instruction set has been switched on for that file, and after the headers below, which must not be
+// compiled for it; everything stays in its unnamed namespace, so that code for one instruction set can never
+// be linked into another's path.
 //
 // Isa::Bytes     : static load(p), stream(p, v), kBytes
 // Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
-//                  mul, add, round(Vec) -> what T keeps of each, kWidth
+//                  mul, add, round(Vec) -> what T keeps of each, spread(acc*, Vec): the accumulators in
+//                  the order of their elements, kWidth
 #pragma once
 
 #include <cstdint>
@@ -133,11 +134,65 @@ void reduce(std::byte* dst, const Term* terms, int n, int64_t elements) {
   }
 }
 
+// A product of rows is summed in so many parts, element i in part i % kDotParts, however many of them a
+// vector holds: more than one vector's, because each addition takes a few cycles.
+constexpr int kDotParts = 32;
+
+// The sum of the parts, as a tree: the upper half is added to the lower one, again and again.
+template <class Acc>
+inline Acc dot_of(Acc (&parts)[kDotParts]) {
+  for (int half = kDotParts / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  return parts[0];
+}
+
+template <class L, class T, bool kStream>
+void weigh_row(T* dst, const T* row, const T* y, typename L::Acc weight, int64_t elements,
+               typename L::Acc* dot) {
+  constexpr int kVectors = kDotParts / L::kWidth;
+  typename L::Vec sums[kVectors];
+  for (int u = 0; u < kVectors; ++u) sums[u] = L::set(0);
+  const typename L::Vec w = L::set(weight);
+  int64_t i = 0;
+  for (; i + kDotParts <= elements; i += kDotParts) {
+    for (int64_t b = 0; b < static_cast<int64_t>(kDotParts * sizeof(T)); b += 64) {
+      __builtin_prefetch(reinterpret_cast<const std::byte*>(y + i) + kPrefetchBytes + b);
+      __builtin_prefetch(reinterpret_cast<const std::byte*>(row + i) + kPrefetchBytes + b);
+    }
+    for (int u = 0; u < kVectors; ++u) {
+      const int64_t at = i + u * L::kWidth;
+      const typename L::Vec v = L::load(row + at), weighed = L::mul(w, v);
+      kStream ? L::stream(dst + at, weighed) : L::store(dst + at, weighed);
+      sums[u] = L::add(sums[u], L::mul(v, L::load(y + at)));
+    }
+  }
+  typename L::Acc parts[kDotParts];
+  for (int u = 0; u < kVectors; ++u) L::spread(parts + u * L::kWidth, sums[u]);
+  for (int part = 0; i < elements; ++i, ++part) {
+    narrow(weight * widen(row[i]), dst + i);
+    parts[part] += widen(row[i]) * widen(y[i]);
+  }
+  *dot = dot_of(parts);
+}
+
+template <class Isa, class T>
+void weigh(std::byte* dst, const Term& row, const std::byte* y, int64_t elements, std::byte* dot) {
+  using L = typename Isa::template Lanes<T>;
+  const bool lines = whole_lines(dst, elements * static_cast<int64_t>(sizeof(T)));
+  (lines ? weigh_row<L, T, true>
+         : weigh_row<L, T, false>)(reinterpret_cast<T*>(dst), reinterpret_cast<const T*>(row.row),
+                                   reinterpret_cast<const T*>(y),
+                                   *reinterpret_cast<const typename L::Acc*>(row.weight), elements,
+                                   reinterpret_cast<typename L::Acc*>(dot));
+}
+
 template <class Isa>
 VectorOps make_vector_ops(const char* name) noexcept {
   return {name,
           multicast<Isa>,
           {reduce<Isa, Bf16>, reduce<Isa, Half>, reduce<Isa, float>, reduce<Isa, double>},
+          {weigh<Isa, Bf16>, weigh<Isa, Half>, weigh<Isa, float>, weigh<Isa, double>},
           Isa::flush};
 }
 

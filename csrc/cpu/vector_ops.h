@@ -1,4 +1,4 @@
-// The data path of the CPU worker: two primitives, in the widest form that this processor has.
+// The data path of the CPU worker: three primitives, in the widest form that this processor has.
 #pragma once
 
 #include <cstddef>
@@ -18,10 +18,16 @@ using MulticastFn = void (*)(std::byte* const* dst, int n, const std::byte* src,
 // fused multiply-add), so all vector widths give the same bits. n = 0 writes zeros.
 using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elements);
 
+// dst[i] = round(row.weight * row.row[i]), and *dot = sum of row.row[i] * y[i], an accumulator as in reduce,
+// whose order of sums is dot_of's.
+using WeighFn = void (*)(std::byte* dst, const Term& row, const std::byte* y, int64_t elements,
+                         std::byte* dot);
+
 struct VectorOps {
   const char* name;
   MulticastFn multicast;
   ReduceFn reduce[kNumDTypes];
+  WeighFn weigh[kNumDTypes];
   void (*flush)();  // orders streaming stores before later release stores
 };
 

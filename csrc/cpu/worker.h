@@ -96,6 +96,9 @@ class CpuWorker {
   void reduce(DType t, std::byte* dst, List<Term> terms, int64_t elements) {
     op_.ops->reduce[static_cast<int>(t)](dst, terms.items, terms.count, elements);
   }
+  void weigh(DType t, std::byte* dst, const Term& row, const std::byte* y, int64_t elements, std::byte* dot) {
+    op_.ops->weigh[static_cast<int>(t)](dst, row, y, elements, dot);
+  }
   static void zero(std::byte* dst, int64_t bytes) { std::memset(dst, 0, static_cast<size_t>(bytes)); }
   // Orders this worker's streaming stores before its later releases.
   void flush() { op_.ops->flush(); }

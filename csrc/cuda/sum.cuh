@@ -1,5 +1,6 @@
 // Sums of rows, 16 bytes or one element at a time, in the order and with the roundings of the CPU backend:
-// the same bits. Compiled with -fmad=false, so that multiply and add stay apart.
+// the same bits. Only the products of whole rows are summed in an order of their own, by lanes. Compiled with
+// -fmad=false, so that multiply and add stay apart.
 #pragma once
 
 #include "base/scalar_types.h"
@@ -92,6 +93,60 @@ class Sum16 {
   __device__ static Acc value(const ptx::Vec16& row, int i) { return widened(element_of(row, i, T{})); }
   Acc sums_[kElements] = {};
 };
+
+// 16 bytes of a row, which are weighed, and the same ones of y, by which they are multiplied.
+template <class T>
+struct Weighed16 {
+  using Acc = Accumulator<T>;
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+
+  Acc row[kElements], y[kElements];
+
+  // Adds the sum of the products, taken as a tree, to *dot.
+  __device__ void weigh(Acc weight, Acc* dot) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      y[i] = row[i] * y[i];
+      row[i] = weight * row[i];
+    }
+#pragma unroll
+    for (int half = kElements / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) y[i] += y[i + half];
+    }
+    *dot += y[0];
+  }
+};
+
+template <class T>
+__device__ ptx::Vec16 weigh16(const ptx::Vec16& row, const ptx::Vec16& y, Accumulator<T> weight,
+                              Accumulator<T>* dot) {
+  Weighed16<T> of;
+#pragma unroll
+  for (int i = 0; i < of.kElements; ++i) {
+    of.row[i] = widened(element_of(row, i, T{}));
+    of.y[i] = widened(element_of(y, i, T{}));
+  }
+  of.weigh(weight, dot);
+  return packed(of.row, T{});
+}
+
+// The same, one element at a time, of those before `end`.
+template <class T>
+__device__ void weigh_elements(T* dst, const T* row, const T* y, int64_t end, Accumulator<T> weight,
+                               Accumulator<T>* dot) {
+  Weighed16<T> of;
+#pragma unroll
+  for (int i = 0; i < of.kElements; ++i) {
+    of.row[i] = i < end ? widened(row[i]) : 0;
+    of.y[i] = i < end ? widened(y[i]) : 0;
+  }
+  of.weigh(weight, dot);
+#pragma unroll
+  for (int i = 0; i < of.kElements; ++i) {
+    if (i < end) dst[i] = narrowed<T>(of.row[i]);
+  }
+}
 
 template <class T>
 __device__ T sum_element(List<Term> terms, int64_t i) {

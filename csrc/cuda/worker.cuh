@@ -239,6 +239,8 @@ class WarpWorker {
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
   template <class T, int kUnroll, bool kParts>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
+  __device__ void weigh(DType t, std::byte* dst, const Term& term, const std::byte* y, int64_t elements,
+                        std::byte* dot);
   __device__ void zero(std::byte* dst, int64_t bytes) const;
   // Each lane's bulk copies are complete, and its ordinary stores stay before bulk copies of other threads
   // that acquire what is released next; the barrier passes both on to whichever lane releases.
@@ -349,6 +351,11 @@ class WarpWorker {
   __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
   template <class T>
   __device__ void element_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
+  template <class T>
+  __device__ void weigh_as(std::byte* dst, const Term& term, const std::byte* y, int64_t elements,
+                           std::byte* dot);
+  template <class T>
+  __device__ Accumulator<T> bulk_weigh(std::byte* dst, const Term& term, const std::byte* y, int bytes);
   template <class T>
   __device__ bool gather_weights(List<Term> terms, bool parts) const;
   template <class Sums>

@@ -1,7 +1,7 @@
-// What a warp does with rows: copies, sums, zeros.
+// What a warp does with rows: copies, sums, weighs, zeros.
 //
 // Rows go through a ring of shared memory that belongs to the warp: the bulk copy engine fills its stages and
-// empties them while the warp goes on. One kernel uses either multicast or sum, so each lays the ring out as
+// empties them while the warp goes on. One kernel uses either sum or the others, so each lays the ring out as
 // it likes. Where there is no such engine, each lane has several loads under way at once. Rows are shorter
 // than 2 GiB.
 #pragma once
@@ -102,6 +102,92 @@ __device__ inline void WarpWorker::plain_multicast(List<Target> to, const std::b
       }
     }
   }
+}
+
+__device__ inline void WarpWorker::weigh(DType t, std::byte* dst, const Term& term, const std::byte* y,
+                                         int64_t elements, std::byte* dot) {
+  switch (t) {
+    case DType::bf16:
+      return weigh_as<Bf16>(dst, term, y, elements, dot);
+    case DType::f16:
+      return weigh_as<Half>(dst, term, y, elements, dot);
+    case DType::f32:
+      return weigh_as<float>(dst, term, y, elements, dot);
+    case DType::f64:
+      return weigh_as<double>(dst, term, y, elements, dot);
+  }
+}
+
+// A lane has every 32nd 16 bytes, however they come: so the product has the same bits on every device.
+template <class T>
+__device__ void WarpWorker::weigh_as(std::byte* dst, const Term& term, const std::byte* y, int64_t elements,
+                                     std::byte* dot) {
+  using Acc = Accumulator<T>;
+  constexpr int kElements = Weighed16<T>::kElements;
+  const int bytes = static_cast<int>(elements) * static_cast<int>(sizeof(T));
+  const Acc weight = *reinterpret_cast<const Acc*>(term.weight);
+  Acc sum = 0;
+  if (!all_aligned(reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(term.row) |
+                   reinterpret_cast<uintptr_t>(y) | static_cast<uintptr_t>(bytes))) {
+    for (int64_t i = lane_ * kElements; i < elements; i += kWarpLanes * kElements) {
+      weigh_elements(reinterpret_cast<T*>(dst) + i, reinterpret_cast<const T*>(term.row) + i,
+                     reinterpret_cast<const T*>(y) + i, elements - i, weight, &sum);
+    }
+  } else if constexpr (ptx::kHasBulkCopies) {
+    sum = bulk_weigh<T>(dst, term, y, bytes);
+  } else {
+    for (int i = lane_ * 16; i < bytes; i += kPieceBytes) {
+      const ptx::Vec16 row = ptx::load_global(term.row + i), of_y = ptx::load_global(y + i);
+      ptx::store_global(dst + i, weigh16<T>(row, of_y, weight, &sum));
+    }
+  }
+  for (int step = kWarpLanes / 2; step > 0; step /= 2) sum += __shfl_sync(kAllLanes, sum, lane_ ^ step);
+  if (lane_ == 0) *reinterpret_cast<Acc*>(dot) = sum;
+}
+
+// A chunk of the row and the same chunk of y come through two stages of multicast's ring, one after the
+// other, while the chunk before is weighed. Returns the lane's part of the product.
+template <class T>
+__device__ Accumulator<T> WarpWorker::bulk_weigh(std::byte* dst, const Term& term, const std::byte* y,
+                                                 int bytes) {
+  static_assert(kSendStages % 2 == 0);
+  const auto weight = *reinterpret_cast<const Accumulator<T>*>(term.weight);
+  const int stage_bytes = op_.ring_bytes / kSendStages;
+  const int chunk = stage_bytes / kPieceBytes * kPieceBytes;
+  Turn ahead = turn_;
+  int loaded = 0;
+  const auto load = [&](const std::byte* src) {
+    const int n = bytes - loaded < chunk ? bytes - loaded : chunk;
+    if (lane_ == 0) load_into_ring(ahead.stage, stage_bytes, src + loaded, n);
+    ahead.next(kSendStages);
+  };
+  const auto load_both = [&] {
+    load(term.row);
+    load(y);
+    loaded += chunk;
+  };
+  const auto next_stage = [&] {
+    const std::byte* stage = shared_.ring + turn_.stage * stage_bytes + lane_ * 16;
+    await_ring(turn_);
+    turn_.next(kSendStages);
+    return stage;
+  };
+  ptx::bulk_wait_read<0>();  // what the warp has sent has left the ring
+  __syncwarp();
+  for (int i = 0; i < kSendStages / 2 && loaded < bytes; ++i) load_both();
+  Accumulator<T> sum = 0;
+  for (int at = 0; at < bytes; at += chunk) {
+    const std::byte *row = next_stage(), *of_y = next_stage();
+    const int n = (bytes - at < chunk ? bytes - at : chunk) - lane_ * 16;
+    std::byte* to = dst + at + lane_ * 16;
+    for (int i = 0; i < n; i += kPieceBytes) {
+      ptx::store_global(to + i,
+                        weigh16<T>(ptx::load_shared(row + i), ptx::load_shared(of_y + i), weight, &sum));
+    }
+    __syncwarp();  // all lanes have read the stages
+    if (loaded < bytes) load_both();
+  }
+  return sum;
 }
 
 enum class Summing { unweighted, weighted, parts };

@@ -6,6 +6,17 @@
 
 namespace commlib {
 
+// Rows of the gradient of sums whose terms had weights, along the routing of the rows that were summed:
+// instead of itself, a row brings each term its weight times the row, the gradient of the term's row y, and
+// <row, y>, that of its weight. Done while rows are copied, so that each is read once and written once.
+struct Weighing {
+  const std::byte* y = nullptr;  // as out_rows, y_stride bytes apart; null: rows are copied as they come
+  int64_t y_stride = 0;
+  const std::byte* weights = nullptr;  // one for each row of y
+  std::byte* dots = nullptr;           // the same; 0 in padding
+  DType dtype{};                       // of the rows
+};
+
 struct UnpackPlan {
   int topk;
   Slot slot;
@@ -23,6 +34,7 @@ struct UnpackPlan {
   std::byte* out_weights;  // [grouped rows] or [rows][topk]
   int64_t* out_topk_idx;   // [rows][topk] local ids; layout="rank"
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
+  Weighing weighing;       // along a known routing only, and with out_rows
 };
 
 constexpr int64_t kMisplaced = -2;  // what the source wrote about a row does not fit its counts
@@ -106,6 +118,21 @@ COMMLIB_HD void unpack_row(Worker& w, const UnpackPlan& plan, int64_t n) {
            });
 }
 
+// In place of that copy: see Weighing.
+template <class Worker>
+COMMLIB_HD void weigh_row(Worker& w, const UnpackPlan& plan, int64_t n) {
+  const Weighing& of = plan.weighing;
+  const int64_t bytes = plan.layout.row_bytes, wb = plan.layout.weight_bytes;
+  const std::byte* row = plan.slot.rows + n * bytes;
+  const int places = plan.expand_to ? plan.topk : 1;
+  for (int k = 0; k < places; ++k) {
+    const int64_t to = plan.expand_to ? plan.expand_to[n * places + k] : n;
+    if (to < 0) continue;
+    w.weigh(of.dtype, plan.out_rows + to * bytes, Term{row, of.weights + to * wb}, of.y + to * of.y_stride,
+            bytes / size_of(of.dtype), of.dots + to * wb);
+  }
+}
+
 template <class Worker>
 COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row) {
   const int64_t wb = plan.layout.weight_bytes;
@@ -116,6 +143,7 @@ COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row)
   if (scales.bytes) w.zero(in_scales + row * scales.bytes, scales.bytes);
   if (w.lane() != 0) return;
   if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
+  if (plan.weighing.y) w.copy_scalar(plan.weighing.dots + row * wb, nullptr, wb);
   if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;
 }
 
@@ -148,7 +176,9 @@ COMMLIB_HD void unpack(Worker& w, const UnpackPlan& plan) {
   prepare_unpacking(w, plan);
   if (!plan.out_rows) return;
   const Span part = w.share(plan.rows);
-  for (int64_t n = part.begin; n < part.end; ++n) unpack_row(w, plan, n);
+  for (int64_t n = part.begin; n < part.end; ++n) {
+    plan.weighing.y ? weigh_row(w, plan, n) : unpack_row(w, plan, n);
+  }
 }
 
 }  // namespace commlib

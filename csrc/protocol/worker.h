@@ -22,6 +22,10 @@
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end, and one of each sum of parts (see Term);
 //                              no terms: zeros
+//   weigh(dtype, dst, term, y, elements, dot)
+//                              dst: the term's row times its weight, each element rounded once; *dot: the
+//                              product of the row with y, summed in fp32 (fp64 for fp64) in an order that
+//                              depends on the dtype and the backend alone, multiply and add apart
 //   zero(dst, bytes)
 //   throttled()                whether the rank's link is emulated to be slower
 //   pass_throttle(bytes)       waits until the bytes have had their time on that link

@@ -1,6 +1,7 @@
 #include "operations.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace commlib::testing {
@@ -143,17 +144,36 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   return d;
 }
 
-DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
-                               const Manner& manner) {
+namespace {
+
+DispatchedPtr start_along(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner,
+                          const Weighing& weighing) {
   auto d = std::make_unique<Dispatched>();
   d->scenario = &values;
   d->rank = self.rank;
   d->routing = known.routing;
   const bool may_stay = !d->mine().grouped || may_lie_grouped(self, d->mine());
-  const Received received = room_for(self, *d, manner, manner.zero_copy && may_stay);
+  Received received = room_for(self, *d, manner, manner.zero_copy && may_stay && !weighing.y);
+  received.weighing = weighing;
   d->under_way = {self, self.comm->redispatch(rows_of(*d, manner), d->routing, received, manner.async,
                                               &d->lease, manner.held, manner.caller)};
   return d;
+}
+
+}  // namespace
+
+DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
+                               const Manner& manner) {
+  return start_along(self, known, values, manner, {});
+}
+
+Weighed start_weighing(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner) {
+  const RankCase& r = values.ranks[self.rank];
+  Weighed weighed{Buffer(r.results * values.weight_bytes()), nullptr};
+  const Weighing weighing{r.y.data(), values.row_bytes(), r.y_weights.data(), weighed.dots.data(),
+                          values.config.dtype};
+  weighed.rows = start_along(self, known, values, manner, weighing);
+  return weighed;
 }
 
 void check_bytes(const void* got, const Buffer& wanted, const char* what) {
@@ -210,6 +230,25 @@ void check_redispatch(const Dispatched& d) {
   const RankCase& r = d.mine();
   check_bytes(d.data(), r.received, "rows are in source-then-token order, and bit by bit those sent");
   if (d.scenario->asked.weights) check_bytes(d.weights.data(), r.received_weights, "weights are right");
+}
+
+void check_weighing(const Weighed& weighed) {
+  const Dispatched& d = *weighed.rows;
+  d.under_way.wait();
+  const RankCase& r = d.mine();
+  const Config& config = d.scenario->config;
+  check_bytes(d.data(), r.weighed, "rows are those sent times their weights, bit by bit, zeros in padding");
+  if (d.scenario->asked.weights) check_bytes(d.weights.data(), r.received_weights, "weights are right");
+  // Both backends sum at least 32 parts and those as a tree; so many roundings touch a product.
+  const double roundings = static_cast<double>(config.hidden) / 32 + 10;
+  const double bound = roundings * (config.dtype == DType::f64 ? 0x1p-53 : 0x1p-24);
+  const Buffer dots(weighed.dots.bytes());
+  copy_bytes(dots.data(), weighed.dots.data(), static_cast<size_t>(dots.bytes()));
+  for (int64_t i = 0; i < r.results; ++i) {
+    const double dot = config.dtype == DType::f64 ? dots.as<double>()[i] : dots.as<float>()[i];
+    check(std::fabs(dot - r.dots[i]) <= bound * r.dot_magnitudes[i],
+          "products with y are right, 0 in padding");
+  }
 }
 
 const std::byte* Dispatched::scales_data(const Communicator& comm) const {
@@ -270,6 +309,9 @@ void check_round_trip(Rank& self, const Scenario& first, const Scenario& second,
   const DispatchedPtr again = start_redispatch(self, *d, second, manner);
   check_redispatch(*again);
   check_combine(self, *start_combine(self, *d, first, manner), first);
+  Manner owned = manner;
+  owned.zero_copy = false;  // weighed rows are new ones
+  check_weighing(start_weighing(self, *d, second, owned));
 }
 
 }  // namespace commlib::testing

@@ -88,6 +88,12 @@ std::shared_ptr<SlotLease> lend_slot(Rank& self);
 // The x and weights of another scenario along the routing of `known`.
 DispatchedPtr start_redispatch(Rank& self, const Dispatched& known, const Scenario& values,
                                const Manner& manner);
+// The same where x is the gradient of the combine of y, with y's weights whether or not it is weighted.
+struct Weighed {
+  Buffer dots;
+  DispatchedPtr rows;  // last, so that it goes first
+};
+Weighed start_weighing(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner);
 // The y of `values` back along the routing of `known`, which must be finished.
 CombinedPtr start_combine(Rank& self, const Dispatched& known, const Scenario& values, const Manner& manner);
 
@@ -102,12 +108,13 @@ void check_dispatch(const Dispatched& d);
 // Each received row's scales are those that its source sent beside it.
 void check_scales(const Rank& self, const Dispatched& d, const Int64s& source);
 void check_redispatch(const Dispatched& d);
+void check_weighing(const Weighed& weighed);
 void check_combine(const Rank& self, const Combined& c, const Scenario& values);
 
 // In waves: wait for one expert's rows, and compare them bit by bit.
 void check_expert(Rank& self, const Dispatched& d, int64_t expert);
 
-// Dispatch, redispatch and combine, one after another.
+// Dispatch, redispatch, combine and its gradient, one after another.
 void check_round_trip(Rank& self, const Scenario& first, const Scenario& second, const Manner& manner);
 
 }  // namespace commlib::testing

@@ -130,6 +130,27 @@ void unpack(Scenario& s, RankCase& to) {
   }
 }
 
+// What the gradient of the combine weighs, of the rows received; zeros in padding.
+template <class T, class Acc>
+void weigh(const Scenario& s, RankCase& r) {
+  r.weighed = Buffer(r.received.bytes());
+  r.dots.assign(r.results, 0);
+  r.dot_magnitudes.assign(r.results, 0);
+  for (int64_t i = 0; i < r.results; ++i) {
+    const bool padding = r.source[2 * i] < 0;
+    long double dot = 0, magnitude = 0;
+    for (int64_t at = i * s.config.hidden; at < (i + 1) * s.config.hidden; ++at) {
+      const Acc row = widen(r.received.as<T>()[at]);
+      narrow(padding ? 0 : r.y_weights.as<Acc>()[i] * row, r.weighed.as<T>() + at);
+      const long double product = static_cast<long double>(row) * widen(r.y.as<T>()[at]);
+      dot += product;
+      magnitude += std::fabs(product);
+    }
+    r.dots[i] = static_cast<double>(dot);
+    r.dot_magnitudes[i] = static_cast<double>(magnitude);
+  }
+}
+
 // Element h of the row that `from` holds for its unique row n: summed over its grouped rows, weighted,
 // rounded once.
 template <class T, class Acc>
@@ -239,7 +260,7 @@ void fill(Scenario& s, Random& random) {
     r.weight_grads = random_values<Acc>(r.grouped ? r.results : r.results * topk, 0, random);
     r.bias = random_values<T>(r.tokens * hidden, 0, random);
   }
-  for (RankCase& r : s.ranks) unpack(s, r);
+  for (RankCase& r : s.ranks) unpack(s, r), weigh<T, Acc>(s, r);
   for (size_t p = 0; p < s.ranks.size(); ++p) sum_up<T, Acc>(s, static_cast<int>(p));
 }
 

@@ -63,6 +63,11 @@ struct RankCase {
   Buffer received, received_weights;
   Int64s source;  // [results][2]
 
+  // Got out of the gradient of the combine, if x is that of its sums: the gradient of y, and of its weights
+  // in exact arithmetic, as are the products' magnitudes.
+  Buffer weighed;
+  std::vector<double> dots, dot_magnitudes;
+
   // Got out of the combine.
   Buffer out, out_weights;
 };

@@ -63,7 +63,7 @@ def test_ops_pass_torchs_own_checks(device):
         )
         torch.library.opcheck(
             torch.ops.commlib.redispatch.default,
-            (x, w, *d.handle._plan[:-1], False, False, None),
+            (x, w, *d.handle._plan[:-1], False, False, None, None, None),
             test_utils=tests,
         )
 

@@ -100,6 +100,57 @@ def test_no_source_gives_zeros(path):
     assert torch.equal(out, torch.zeros(100))
 
 
+def weigh(path, row, weight, y):
+    out, dot = torch.full_like(row, float("nan")), torch.full_like(weight, float("nan"))
+    operands = (t.data_ptr() for t in (out, row, weight, y))
+    _core.weigh(path, CORE_DTYPES[row.dtype], *operands, row.numel(), dot.data_ptr())
+    return out, dot
+
+
+def sum_in_parts(products):
+    """Of 32 parts, each summed in order, and then as a tree."""
+    parts = torch.zeros(32, dtype=products.dtype)
+    for some in products.split(32):
+        parts[: len(some)] += some
+    while len(parts) > 1:
+        lower, upper = parts.chunk(2)
+        parts = lower + upper
+    return parts
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", list(CORE_DTYPES))
+def test_weigh_rounds_once_and_sums_products_in_the_order_of_its_parts(path, dtype):
+    g = torch.Generator().manual_seed(2)
+    acc = accumulator(dtype)
+    for n, offset in itertools.product([*SIZES, 7168], [0, 1]):
+        row, y = (aligned(n, dtype, offset) for _ in range(2))
+        for t in (row, y):
+            t.copy_(torch.randn(n, generator=g, dtype=torch.float64).to(dtype))
+        row[0] = -0.0
+        weight = torch.randn(1, generator=g, dtype=acc)
+        out, dot = weigh(path, row, weight, y)
+        want = (row.to(acc) * weight).to(dtype)
+        assert torch.equal(out, want)
+        assert torch.equal(out.signbit(), want.signbit())
+        assert torch.equal(dot, sum_in_parts(row.to(acc) * y.to(acc)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_weigh_writes_nothing_beside_its_row(path):
+    for dtype, n, offset in itertools.product(CORE_DTYPES, [1, 31, 64, 100], [0, 1]):
+        frame = aligned(n + 256, dtype, offset).fill_(7)
+        row, y = torch.zeros(2, n, dtype=dtype)
+        weight, dots = (torch.full((n,), 7.0, dtype=accumulator(dtype)) for n in (1, 3))
+        inside = frame[128 : 128 + n]
+        addresses = (t.data_ptr() for t in (inside, row, weight, y))
+        _core.weigh(path, CORE_DTYPES[dtype], *addresses, n, dots[1:].data_ptr())
+        assert bool((inside == 0).all())
+        assert bool((frame[:128] == 7).all())
+        assert bool((frame[128 + n :] == 7).all())
+        assert dots.tolist() == [7.0, 0.0, 7.0]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_multicast_copies_to_every_target_and_nowhere_else(path):
     for n, targets, offset in itertools.product([1, 63, 64, 100, 128, 960, 4096], [0, 1, 3, 8], [0, 1]):
