@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 from bench import (
-    dispatch_combine,
     gpu,
     moe_layer,
     nodes,
@@ -28,7 +27,7 @@ from bench import (
     scaling,
     validate_model,
 )
-from bench.harness.report import Titled, markdown, markdown_table
+from bench.harness.report import Titled, markdown_table
 from bench.harness.samples import BENCH, RECORDED, write
 from bench.harness.stats import Stats
 from bench.systems.commlib import OWNED, ZERO_COPY
@@ -47,13 +46,6 @@ def samples(name: str) -> dict[str, Any]:
 
 def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
     return Stats.of(seconds).text(digits=digits)
-
-
-def dispatch_and_combine() -> str:
-    found = samples("dispatch_combine-cpu-r4")
-    args = argparse.Namespace(**found["config"])
-    tables = dispatch_combine.throughput_table(args, found), dispatch_combine.latency_table(args, found)
-    return "\n".join(markdown(*each) for each in tables)
 
 
 def layer() -> str:
@@ -162,7 +154,6 @@ def across_nodes() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "dispatch-combine": dispatch_and_combine,
     "layer": layer,
     "overlap-matmul": dispatch_beside_matmuls,
     "overlap-layer": layer_beside_communication,
