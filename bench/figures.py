@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from bench import (
+    cpu_paths,
     gpu,
     moe_layer,
     nodes,
@@ -27,7 +28,7 @@ from bench import (
     scaling,
     validate_model,
 )
-from bench.harness.report import Titled, markdown_table
+from bench.harness.report import Titled, markdown, markdown_table
 from bench.harness.samples import BENCH, RECORDED, write
 from bench.harness.stats import Stats
 from bench.systems.commlib import OWNED, ZERO_COPY
@@ -37,6 +38,7 @@ from bench.systems.one_gpu import COMBINE, REDISPATCH, TUNED
 
 ROOT = BENCH.parent
 PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- figures end -->)", re.DOTALL)
+ON_PATHS = "dispatch_combine-cpu-r4-paths"  # the samples of bench/cpu_paths.py
 MARK = re.compile(r"<!-- figures\b")
 
 
@@ -46,6 +48,23 @@ def samples(name: str) -> dict[str, Any]:
 
 def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
     return Stats.of(seconds).text(digits=digits)
+
+
+def best_peer() -> str:
+    """How many times as fast as the best peer: a line for each path and operation, a column for each size."""
+    found = samples(ON_PATHS)
+    rows = [
+        [f"{path} path: {operation}", *cpu_paths.ratios(found, path, ours, operation)]
+        for path, ours in cpu_paths.LINES
+        for operation in cpu_paths.OPERATIONS
+    ]
+    return markdown_table(("", *(f"T={tokens}" for tokens in found["config"]["tokens"])), rows, words=1)
+
+
+def dispatch_and_combine() -> str:
+    found = samples(ON_PATHS)
+    args = argparse.Namespace(**found["config"])
+    return "\n".join(markdown(*each) for each in cpu_paths.tables(args, found))
 
 
 def layer() -> str:
@@ -154,6 +173,8 @@ def across_nodes() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "best-peer": best_peer,
+    "dispatch-combine": dispatch_and_combine,
     "layer": layer,
     "overlap-matmul": dispatch_beside_matmuls,
     "overlap-layer": layer_beside_communication,
