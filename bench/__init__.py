@@ -5,6 +5,7 @@
 * ``bench.systems``: what is compared: commlib, gloo, MPI, NCCL, other libraries, whole layers.
 
 Programs are run by their path, as in ``mpirun -n 4 python bench/dispatch_combine.py``, or as modules. Some
-have parts in files of their own: ``dispatch_combine`` has ``limited_link`` and ``gpu_comparison``; ``gpu``
-has ``gpu_measure``; ``nodes`` has ``nodes_rank``; ``overlap`` has ``overlap_matmul`` and ``overlap_layer``.
+have parts in files of their own: ``dispatch_combine`` has ``cpu_paths``, ``limited_link`` and
+``gpu_comparison``; ``gpu`` has ``gpu_measure``; ``nodes`` has ``nodes_rank``; ``overlap`` has
+``overlap_matmul`` and ``overlap_layer``.
 """

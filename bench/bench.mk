@@ -1,7 +1,7 @@
 # The benchmarks: what each shows is in docs/performance.md and docs/overlap.md. Included by the Makefile.
 # Samples go to bench/results/local/, which git ignores; README and docs/ cite those in bench/results/.
 .PHONY: bench bench-overlap bench-link bench-layer bench-nodes figures
-bench: setup  ## dispatch and combine over commlib, gloo and MPI, RANKS=4
+bench: setup  ## dispatch and combine over commlib, gloo, MPI and its shared windows, RANKS=4
 	$(LAUNCH) bench/dispatch_combine.py
 
 bench-overlap: setup  ## communication beside compute: on cores of their own; on slow links, with a whole MoE layer

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from bench import (
-    dispatch_combine,
+    cpu_paths,
     gpu,
     moe_layer,
     nodes,
@@ -38,6 +38,7 @@ from bench.systems.one_gpu import COMBINE, REDISPATCH, TUNED
 
 ROOT = BENCH.parent
 PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- figures end -->)", re.DOTALL)
+ON_PATHS = "dispatch_combine-cpu-r4-paths"  # the samples of bench/cpu_paths.py
 MARK = re.compile(r"<!-- figures\b")
 
 
@@ -49,11 +50,21 @@ def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
     return Stats.of(seconds).text(digits=digits)
 
 
+def best_peer() -> str:
+    """How many times as fast as the best peer: a line for each path and operation, a column for each size."""
+    found = samples(ON_PATHS)
+    rows = [
+        [f"{path} path: {operation}", *cpu_paths.ratios(found, path, ours, operation)]
+        for path, ours in cpu_paths.LINES
+        for operation in cpu_paths.OPERATIONS
+    ]
+    return markdown_table(("", *(f"T={tokens}" for tokens in found["config"]["tokens"])), rows, words=1)
+
+
 def dispatch_and_combine() -> str:
-    found = samples("dispatch_combine-cpu-r4")
+    found = samples(ON_PATHS)
     args = argparse.Namespace(**found["config"])
-    tables = dispatch_combine.throughput_table(args, found), dispatch_combine.latency_table(args, found)
-    return "\n".join(markdown(*each) for each in tables)
+    return "\n".join(markdown(*each) for each in cpu_paths.tables(args, found))
 
 
 def layer() -> str:
@@ -162,6 +173,7 @@ def across_nodes() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
+    "best-peer": best_peer,
     "dispatch-combine": dispatch_and_combine,
     "layer": layer,
     "overlap-matmul": dispatch_beside_matmuls,

@@ -37,7 +37,7 @@ from bench.systems.gpus import CHOICES, ORDER, PLAIN, TUNED, Setting, UntilDone
 
 COLUMNS = ("", "system", "ms (min-max)", "GB/s/rank", "x plain", "x tuned")
 SHORT = 42  # characters of a reason in the table's one line; the whole of it stands below
-DEFAULTS = {"tokens": 4096, "experts": 256, "iters": 12, "warmup": 3}
+DEFAULTS = {"tokens": [4096], "experts": 256, "iters": 12, "warmup": 3}
 
 
 @dataclass

@@ -64,6 +64,8 @@ class Launch:
         if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "MASTER_ADDR"} <= os.environ.keys():
             dist.init_process_group("gloo")
             return Launch(dist.get_rank(), dist.get_world_size(), None, "started without mpirun")
+        # Of Open MPI's ways to open windows, UCX's complains on stderr where it finds no network.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from bench.harness.launch import Launch
 from bench.harness.orders import changing_orders
 from bench.harness.report import progress
-from bench.harness.workload import Job, Received
+from bench.harness.workload import Job
 from commlib.cli.measuring import Interval
 
 Samples = dict[str, dict[str, list[float]]]  # system -> operation -> seconds, iteration by iteration
@@ -22,8 +23,8 @@ class System:
 
     name: str
 
-    def dispatch(self, job: Job) -> Received:
-        """Timed: ends when the rows can be read."""
+    def dispatch(self, job: Job) -> Any:
+        """Timed: ends when the rows can be read. What the job checks: a Received or a Grouped."""
         raise NotImplementedError
 
     def place(self, job: Job) -> Tensor:
@@ -40,7 +41,7 @@ class System:
     def release(self) -> None:
         """Not timed: give back what the dispatch lent."""
 
-    def wrong_rows(self, job: Job, received: Received) -> list[str]:
+    def wrong_rows(self, job: Job, received: Any) -> list[str]:
         """The differences from what the job's dispatch must yield."""
         return job.wrong_rows(received)
 
@@ -66,13 +67,22 @@ class System:
 
 
 def measure_throughput(
-    launch: Launch, job: Job, systems: list[System], iters: int, warmup: int
+    launch: Launch,
+    job: Job,
+    systems: list[System],
+    iters: int,
+    warmup: int,
+    title: str = "dispatch and combine",
 ) -> tuple[Samples, list[str]]:
-    """Seconds of every iteration, and what was wrong in the first and the last one."""
+    """Seconds of every iteration, and what was wrong in the first and the last one.
+
+    Args:
+        title: of the bar that shows how far it is.
+    """
     wrong: list[str] = []
     local: Intervals = {system.name: {"dispatch": [], "combine": []} for system in systems}
     total = warmup + iters
-    with progress(launch.rank, "dispatch and combine", total * len(systems)) as bar:
+    with progress(launch.rank, title, total * len(systems)) as bar:
         for i, order in enumerate(changing_orders(systems, total)):
             report = wrong.append if i in (0, total - 1) else None
             for system in order:

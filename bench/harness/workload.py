@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Job:
         device: torch.device | str = "cpu",
         *,
         row_per_expert: bool = False,
+        tokens: Sequence[int] | None = None,
     ) -> Job:
         """Make this rank's tokens, and the other ranks' too, to know what must come from them.
 
@@ -85,15 +86,19 @@ class Job:
 
         Args:
             row_per_expert: a token sends a row for each of its experts, not one for each rank.
+            tokens: of each rank; None: the shape's, on every rank.
         """
         local_experts = shape.experts // ranks
+        shapes = [
+            shape if tokens is None else replace(shape, tokens=tokens[source]) for source in range(ranks)
+        ]
         received = []
         for source in range(ranks):
-            tokens = _tokens_of(shape, source, device)
-            sent = _pairs_of(*tokens) if row_per_expert else tokens
+            theirs = _tokens_of(shapes[source], source, device)
+            sent = _pairs_of(*theirs) if row_per_expert else theirs
             received.append(_rows_for(rank, local_experts, *sent))
         rows, ids, weights = (torch.cat(parts) for parts in zip(*received, strict=True))
-        x, topk_idx, topk_weights = _tokens_of(shape, rank, device)
+        x, topk_idx, topk_weights = _tokens_of(shapes[rank], rank, device)
         total = torch.zeros(x.shape, dtype=torch.float32, device=device)
         for owner in range(ranks):
             experts = (topk_idx // local_experts == owner).sum(1, keepdim=True)
@@ -111,26 +116,44 @@ class Job:
 
     def wrong_rows(self, got: Received) -> list[str]:
         """The differences, bit for bit, from the rows and metadata that must arrive."""
-        if got.rows.shape != self.expected.rows.shape:
-            return [f"rows {list(got.rows.shape)}, not {list(self.expected.rows.shape)}"]
-        pairs = {
-            "rows": (got.rows, self.expected.rows),
-            "topk_idx": (got.topk_idx.long(), self.expected.topk_idx),
-            "topk_weights": (got.topk_weights, self.expected.topk_weights),
-        }
-        return [
-            f"{name}: {int((a != b).any(1).sum())} of {len(b)} rows differ"
-            for name, (a, b) in pairs.items()
-            if not torch.equal(a, b)
-        ]
+        return different_rows(
+            {
+                "rows": (got.rows, self.expected.rows),
+                "topk_idx": (got.topk_idx.long(), self.expected.topk_idx),
+                "topk_weights": (got.topk_weights, self.expected.topk_weights),
+            }
+        )
 
     def wrong_sum(self, out: Tensor) -> list[str]:
         """Where a combine is further from the exact sum than one rounding to the rows' dtype."""
         exact = self.expected_sum
+        largest = float(self.y.abs().max()) if self.y.numel() else 0.0
         rounding = torch.finfo(out.dtype).eps * exact.abs()
-        summing = 32 * torch.finfo(exact.dtype).eps * float(self.y.abs().max())
-        off = ~((out.to(exact.dtype) - exact).abs() <= rounding + summing)  # NaN is off, too
-        return [f"sum: {int(off.sum())} of {off.numel()} values differ"] if off.any() else []
+        summing = 32 * torch.finfo(exact.dtype).eps * largest
+        return different_sums(out, exact, rounding + summing)
+
+
+def different_rows(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """The tensors, by name, that are not bit for bit as they must be; each is got, then expected."""
+    return [text for name, (got, expected) in pairs.items() if (text := _difference(name, got, expected))]
+
+
+def _difference(name: str, got: Tensor, expected: Tensor) -> str:
+    if got.shape != expected.shape:
+        return f"{name} {list(got.shape)}, not {list(expected.shape)}"
+    if torch.equal(got, expected):
+        return ""
+    differ = got != expected
+    rows = differ.any(1) if differ.dim() > 1 else differ
+    return f"{name}: {int(rows.sum())} of {len(rows)} rows differ"
+
+
+def different_sums(out: Tensor, exact: Tensor, allowed: Tensor) -> list[str]:
+    """Where sums ``[T, H]`` are further from the exact ones than is allowed."""
+    if out.shape != exact.shape:
+        return [f"sum {list(out.shape)}, not {list(exact.shape)}"]
+    off = ~((out.to(exact.dtype) - exact).abs() <= allowed)  # NaN is off, too
+    return [f"sum: {int(off.sum())} of {off.numel()} values differ"] if off.any() else []
 
 
 def _tokens_of(shape: Shape, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,9 +208,10 @@ class LinkRows:
         return LinkRows(max(r.unique for r in ranks), max(r.each for r in ranks))
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int) -> None:
-    """Options for the rows that are moved; `tokens` is the default."""
-    parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank")
+def add_shape_arguments(parser: argparse.ArgumentParser, tokens: int | Sequence[int]) -> None:
+    """Options for the rows that are moved; `tokens` is the default, several if the program takes several."""
+    several: dict[str, Any] = {} if isinstance(tokens, int) else {"nargs": "+"}
+    parser.add_argument("--tokens", type=int, default=tokens, help="tokens on each rank", **several)
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=64, help="over all ranks")
     parser.add_argument("--topk", type=int, default=8)

@@ -108,6 +108,10 @@ class AllToAllBaseline(ABC):
         torch.index_select(x, 0, plan.tokens, out=self._out_rows[: len(plan.tokens)])
         return self._exchange_rows(meta_arrives)
 
+    def output(self) -> Tensor:
+        """Memory for y, ``[ranks * max_tokens, H]``: over the rows that came, which have been read."""
+        return self._in_rows
+
     def combine(self, y: Tensor) -> Tensor:
         """Return rows y ``[N, H]`` to their sources and sum them there: ``[T, H]``."""
         if self._plan is None:

@@ -110,10 +110,6 @@ class VdevBaseline(AllToAllBaseline):
         parts = [torch.arange(begin, begin + rows) for rows, begin in zip(*by_source, strict=True)]
         return torch.cat(parts).to(self._device)
 
-    def output(self) -> Tensor:
-        """Memory for experts' output: over the rows that they have read."""
-        return self._in_rows
-
     def combine(self, y: Tensor) -> Tensor:
         assert self._plan is not None and y is self._in_rows
         shuffle_back = torch.ops.symm_mem.all_to_all_vdev_2d_offset

@@ -44,13 +44,12 @@ def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
         "2",
         "--warmup",
         "1",
-        "--latency-iters",
-        "20",
     ]
     done = launch(str(ROOT / "bench/dispatch_combine.py"), 2, "mpirun", 240, [*arguments, "--json", str(out)])
     assert done.returncode == 0, done.stdout + done.stderr
-    for system in ("commlib zero-copy", "commlib owned", "gloo, plain", "gloo, tuned", "MPI", "bare limit"):
-        assert system in done.stdout
+    systems = ("commlib zero-copy", "commlib owned", "gloo, plain", "gloo, tuned", "MPI", "MPI windows")
+    for text in (*systems, "bare limit", "rank path", "layer path"):
+        assert text in done.stdout
     assert json.loads(out.read_text())
 
 
