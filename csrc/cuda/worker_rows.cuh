@@ -192,17 +192,19 @@ __device__ Accumulator<T> WarpWorker::bulk_weigh(std::byte* dst, const Term& ter
 
 enum class Summing { unweighted, weighted, parts };
 
-// A lane's pieces of a sum.
-template <class T, int kUnroll, Summing kHow>
+// A lane's pieces of a sum: as many as fit a stage of the ring, or half, where registers hold parts as well.
+// One kernel may take sums of either kind in turn, so the ring has the same stages for both.
+template <class T, int kMost, Summing kHow>
 class LaneSums {
  public:
-  static constexpr int kPieces = kUnroll;
+  static constexpr int kPieces = kHow == Summing::parts ? kMost / 2 : kMost;
+  static constexpr int kStageBytes = kMost * kPieceBytes;
 
   // Of row j. `weights`: of all rows, read unless they have none.
-  __device__ void add(const ptx::Vec16 (&row)[kUnroll], List<Term> terms, const std::byte* weights, int j) {
+  __device__ void add(const ptx::Vec16 (&row)[kPieces], List<Term> terms, const std::byte* weights, int j) {
     if constexpr (kHow == Summing::unweighted) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) sums_[u].add(row[u]);
+      for (int u = 0; u < kPieces; ++u) sums_[u].add(row[u]);
       return;
     }
     const auto weight = reinterpret_cast<const Accumulator<T>*>(weights)[j];
@@ -211,22 +213,22 @@ class LaneSums {
       if (kind != TermKind::whole) return add_part(row, weight, kind == TermKind::last_part);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) sums_[u].add(row[u], weight);
+    for (int u = 0; u < kPieces; ++u) sums_[u].add(row[u], weight);
   }
 
   // Stores those that lie before `end`; the first is at `at`.
   __device__ void store(std::byte* dst, int at, int end) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kPieces; ++u) {
       const int i = at + u * kPieceBytes;
       if (i < end) ptx::store_global(dst + i, sums_[u].rounded());
     }
   }
 
  private:
-  __device__ void add_part(const ptx::Vec16 (&row)[kUnroll], Accumulator<T> weight, bool last) {
+  __device__ void add_part(const ptx::Vec16 (&row)[kPieces], Accumulator<T> weight, bool last) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kPieces; ++u) {
       parts_[u].add(row[u], weight);
       if (!last) continue;
       sums_[u].add(parts_[u].rounded());
@@ -234,8 +236,8 @@ class LaneSums {
     }
   }
 
-  Sum16<T> sums_[kUnroll];
-  Sum16<T> parts_[kHow == Summing::parts ? kUnroll : 1];
+  Sum16<T> sums_[kPieces];
+  Sum16<T> parts_[kHow == Summing::parts ? kPieces : 1];
 };
 
 // Whether any term has a weight, or is a part; if so, all weights' values are in shared memory, and terms
@@ -272,7 +274,7 @@ __device__ void WarpWorker::sum(std::byte* dst, List<Term> terms, int64_t elemen
   parts = __any_sync(kAllLanes, parts);
   const bool weighted = gather_weights<T>(terms, parts);
   if constexpr (kParts) {
-    if (parts) return sum_as<LaneSums<T, kUnroll / 2, Summing::parts>>(dst, terms, bytes);
+    if (parts) return sum_as<LaneSums<T, kUnroll, Summing::parts>>(dst, terms, bytes);
   }
   if (weighted) return sum_as<LaneSums<T, kUnroll, Summing::weighted>>(dst, terms, bytes);
   sum_as<LaneSums<T, kUnroll, Summing::unweighted>>(dst, terms, bytes);
@@ -292,13 +294,13 @@ __device__ void WarpWorker::sum_as(std::byte* dst, List<Term> terms, int bytes) 
 // whatever lies past the row's end, which is not stored: so no lane checks of each piece whether it is there.
 template <class Sums>
 __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes) {
-  constexpr int kChunk = Sums::kPieces * kPieceBytes;
-  const int stages = WarpShared::sum_stages(op_.ring_bytes, kChunk);
+  constexpr int kChunk = Sums::kPieces * kPieceBytes, kStage = Sums::kStageBytes;
+  const int stages = WarpShared::sum_stages(op_.ring_bytes, kStage);
   Turn ahead = turn_;
   int load_at = 0, load_row = 0;
   const auto load_next = [&](int stage) {
     const int n = bytes - load_at < kChunk ? bytes - load_at : kChunk;
-    if (lane_ == 0) load_into_ring(stage, kChunk, terms.items[load_row].row + load_at, n);
+    if (lane_ == 0) load_into_ring(stage, kStage, terms.items[load_row].row + load_at, n);
     if (++load_row < terms.count) return;
     load_row = 0;
     load_at += kChunk;
@@ -310,7 +312,7 @@ __device__ void WarpWorker::bulk_sum(std::byte* dst, List<Term> terms, int bytes
   for (int at = 0; at < bytes; at += kChunk) {
     Sums sums;
     for (int j = 0; j < terms.count; ++j) {
-      const std::byte* stage = shared_.ring + turn_.stage * kChunk + lane_ * 16;
+      const std::byte* stage = shared_.ring + turn_.stage * kStage + lane_ * 16;
       await_ring(turn_);
       ptx::Vec16 row[Sums::kPieces];
 #pragma unroll

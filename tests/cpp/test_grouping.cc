@@ -72,6 +72,30 @@ void every_vector_path_rounds_the_sum_of_each_rank() {
   }
 }
 
+// A worker sums many tokens in turn, some from grouped rows and some not: what it keeps from sum to sum, such
+// as how far the ring of its loads has turned, serves both.
+void sums_of_both_kinds_follow_each_other() {
+  Random random(164);
+  Config config = small_config(2);
+  config.num_sms = 1;
+  config.experts = 12;
+  config.topk = 5;
+  config.hidden = 2080;
+  config.dtype = DType::bf16;
+  config.max_tokens = 200;
+  config.capacity = 400;
+  config.grouped_rows = 5000;
+  config.slots = 3;
+  for (const int in_place : {0, 1}) {
+    const Scenario s = random_scenario(config, 2, {}, random);
+    in_ranks(config, 2, [&](Rank& self) {
+      Manner manner;
+      manner.combine = self.rank == in_place ? RowsOf::lent_slot : RowsOf::tensor;
+      for (int i = 0; i < 2; ++i) check_round_trip(self, s, s, manner);
+    });
+  }
+}
+
 void layouts_must_agree() {
   Random random(163);
   Config config = small_config(2);
@@ -96,6 +120,7 @@ const Suite suite(
     {{"each_rank_chooses_for_itself", each_rank_chooses_for_itself},
      {"rows_past_capacity_are_dropped_from_their_groups", rows_past_capacity_are_dropped_from_their_groups},
      {"every_vector_path_rounds_the_sum_of_each_rank", every_vector_path_rounds_the_sum_of_each_rank},
+     {"sums_of_both_kinds_follow_each_other", sums_of_both_kinds_follow_each_other},
      {"layouts_must_agree", layouts_must_agree}});
 
 }  // namespace
