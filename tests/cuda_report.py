@@ -33,6 +33,7 @@ WORDS = ["LDG.E.64.STRONG.SYS", "MEMBAR.*.SYS"]
 COUNT = "ATOMG.E.ADD.64.STRONG.GPU"  # of this rank's workers: the last one speaks for all
 EXPECTED = {
     "plan_kernel": [*WORDS, "STG.E.64.STRONG.SYS"],
+    "group_plan_kernel": [*WORDS, "STG.E.64.STRONG.SYS"],
     "rows_kernel": [*WORDS, COUNT, "STG.E.64.STRONG.SYS"],
     "waves_kernel": [*WORDS, COUNT, "STG.E.64.STRONG.SYS"],
     "combine_kernel": [*WORDS, COUNT, "STG.E.64.STRONG.SYS"],
@@ -55,8 +56,9 @@ MOST_ANSWERED_ADDITIONS = {
     "combine_kernel<Bf16, WarpWorker>": 4,
     "waves_kernel": 8,
 }
-# Instructions for each 16 bytes of a row in the loops that sum, by target. Eight of them are the weight's.
-MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: 30, 90: 42, 100: 42}}
+# Instructions for each 16 bytes of a row in the loops that sum, by target: of sums, where eight are the
+# weight's; and of sums of parts, which are rounded in the loop, though not each time.
+MOST_A_PIECE = {"combine_kernel<Bf16, WarpWorker>": {80: (30, 62), 90: (42, 88), 100: (42, 88)}}
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,15 @@ class Kernel:
     def remote_additions(self) -> int:
         return sum(n for op, n in self.instructions.items() if re.match(r"(RED|ATOM).*ADD.*\.SYS", op))
 
-    def a_piece(self) -> list[float]:
+    def a_piece(self, *, of_parts: bool) -> list[float]:
         """Instructions for 16 bytes of a row, in each loop that sums: it loads pieces, adds and stores none.
 
-        Loops that load other things of 16 bytes, such as what an operation is called, add no fractions.
+        Loops that load other things of 16 bytes, such as what an operation is called, add no fractions. Those
+        that sum parts round.
         """
         load = r"LDS\.128" if self.target >= 90 else r"LDG\.E\.128"
         loops = [loop for loop in loops_with(self.code, load) if not loop.count(r"STG\.E\.128")]
-        sums = [loop for loop in loops if loop.count(r"[FDH]ADD")]
+        sums = [loop for loop in loops if loop.count(r"[FDH]ADD") and bool(loop.count("F2FP")) == of_parts]
         return sorted(len(loop.ops) / loop.count(load) for loop in sums)
 
     def slow(self) -> list[str]:
@@ -147,9 +150,12 @@ class Kernel:
         additions, most = self.answered_additions(), MOST_ANSWERED_ADDITIONS.get(self.name)
         if most is not None and additions > most:
             found.append(f"{additions} additions that wait for their sum, not {most}: a grid barrier?")
-        pieces, longest = self.a_piece(), MOST_A_PIECE.get(self.name, {}).get(self.target)
-        if longest is not None and (not pieces or pieces[-1] > longest):
-            found.append(f"sums take {pieces} instructions for 16 bytes, not {longest}")
+        limits = MOST_A_PIECE.get(self.name, {}).get(self.target, ())
+        for of_parts, longest in enumerate(limits):
+            pieces = self.a_piece(of_parts=bool(of_parts))
+            if not pieces or pieces[-1] > longest:
+                what = "sums of parts" if of_parts else "sums"
+                found.append(f"{what} take {pieces} instructions for 16 bytes, not {longest}")
         return found
 
     def faults(self) -> list[str]:
@@ -174,7 +180,7 @@ class Kernel:
         if not self.code:
             return [*known, "?", "?", "?", "?"]
         local = sum(n for op, n in self.instructions.items() if op.startswith(("LDL", "STL")))
-        pieces = self.a_piece() if self.base == "combine_kernel" else []
+        pieces = self.a_piece(of_parts=False) if self.base == "combine_kernel" else []
         span = " to ".join(dict.fromkeys(f"{n:.0f}" for n in (pieces[:1] + pieces[-1:])))
         return [*known, str(len(self.code)), str(local), str(self.system_barriers()), span]
 

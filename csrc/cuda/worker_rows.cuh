@@ -209,8 +209,8 @@ class LaneSums {
     }
     const auto weight = reinterpret_cast<const Accumulator<T>*>(weights)[j];
     if constexpr (kHow == Summing::parts) {
-      const TermKind kind = terms.items[j].kind;
-      if (kind != TermKind::whole) return add_part(row, weight, kind == TermKind::last_part);
+      // A whole term is its own last part: it is rounded already, and its weight is 1.
+      return add_part(row, weight, terms.items[j].kind != TermKind::part);
     }
 #pragma unroll
     for (int u = 0; u < kPieces; ++u) sums_[u].add(row[u], weight);

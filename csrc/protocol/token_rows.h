@@ -16,10 +16,13 @@ struct TokenRows {
   int most;          // at() takes less than this
   uint64_t grouped;  // the ranks whose slots are grouped, as a mask
 
+  COMMLIB_HD static TokenRows in_order(const int64_t* routes, int width) {
+    return {routes, nullptr, width, width, 0};
+  }
   // From those of all tokens, `places` being null where no slot can be grouped.
   COMMLIB_HD static TokenRows of(const int64_t* routes, int width, const int64_t* places, int topk,
                                  uint64_t grouped, int64_t t) {
-    if (!places || grouped == 0) return {routes + t * width, nullptr, width, width, 0};
+    if (!places || grouped == 0) return in_order(routes + t * width, width);
     return {routes + t * width, places + t * topk, width, topk, grouped};
   }
 

@@ -150,7 +150,7 @@ template <class Worker>
 COMMLIB_HD void sum_token(Worker& w, const CombineQueue& c, int64_t t, uint64_t gateways) {
   const PullPlan& plan = c.plan;
   const int64_t* route = plan.routes + t * plan.width;
-  const TokenRows near = plan.rows_of(t);  // in the order received: between nodes no slot is grouped
+  const TokenRows near = TokenRows::in_order(route, plan.width);  // between nodes no slot is grouped
   const auto rows = w.template list<Term>(plan.width + 1, [&](int j) -> Term {
     if (j == plan.width || route[j] == kNoRoute || c.peers.is_near(rank_of(route[j])))
       return near_term(plan, c.peers, near, t, j);
