@@ -145,6 +145,7 @@ class Rank:
             num_sms=plan.sms,
             routing=plan.routing,
             ranks_per_node=plan.node,
+            grouping="once" if plan.seed % 3 == 0 else "auto",
         )
         self.ep.timeout = plan.timeout
         if plan.leave == "with":

@@ -101,7 +101,8 @@ class Step:
         # which means nothing where the communicator grows.
         differs = plan.grows and any(fault.kind == "other_call" for fault in plan.faults)
         self.weighted = shared.random() < 0.7 or differs
-        self.grouped = own.random() < 0.5
+        self.grouped = shared.random() < 0.5
+        self.in_place = own.random() < 0.5  # grouped rows of y, where they may be
         self.x = self.world.x[rank] * self.scale
         self.idx = self.world.topk_idx[rank]
         self.weights = self.world.topk_weights[rank] if self.weighted else None
@@ -225,6 +226,8 @@ class Step:
         """Of rows that have gone through their experts."""
         if self.grouped:
             y = apply_experts(self.world, self.rank, d.x, d.offsets.tolist())
+            if self.in_place and not y.requires_grad and self.ep._comm.can_group_in_slot(len(y)):
+                y = self.ep.combine_buffer(d.handle).copy_(y)
             return self.ep.combine(y, d.handle, weights=d.topk_weights, **options)
         here = d.topk_idx >= 0
         factors = self.scales[d.topk_idx.clamp(min=0)] * here
