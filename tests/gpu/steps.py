@@ -114,6 +114,8 @@ STEPS = (
     tests("sharing", 40),
     tests("teams", 20),
     tests("formats", 25),
+    tests("grouping", 60),
+    tests("weighing", 30),
     tests("partition", 20),
     tests("overlap", 40),
     tests("autocast", 75),
