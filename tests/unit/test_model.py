@@ -344,15 +344,15 @@ def test_rows_that_cannot_be_predicted_are_told_apart(tmp_path):
 
 def test_calibration_writes_a_file_that_loads(tmp_path, capsys):
     path = tmp_path / "here.json"
-    sizes = "--tokens 1024 --hidden 4096 --experts 8 --topk 2 --iters 3 --copy-mib 4 --matmul 64"
+    sizes = "--tokens 6144 --hidden 4096 --experts 8 --topk 2 --iters 7 --copy-mib 4 --matmul 64"
     command = ["bench", "--calibrate", "--device", "cpu", "--ranks", "2", "--out", str(path), *sizes.split()]
     assert main(command) == 0
     hardware = Hardware.load(path)
     assert hardware.link_gbps is None and hardware.dispatch_sm_gbps > 0 and hardware.latency_us > 0
     assert "commlib bench --calibrate" in hardware.sources["memory_gbps"]
     record = json.loads(path.read_text())["calibration"]
-    assert record["plan"]["ranks"] == 2 and record["samples_s"]["rows"] <= 2048
-    config = Config(2, 1024, 4096, 2, 8, ranks_per_device=2)
+    assert record["plan"]["ranks"] == 2 and record["samples_s"]["rows"] <= 2 * 6144
+    config = Config(2, 6144, 4096, 2, 8, ranks_per_device=2)
     assert predict(hardware, config, 1).dispatch.seconds > 0
     assert str(path) in capsys.readouterr().out
 
