@@ -151,6 +151,13 @@ class Communicator:
         """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
         return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
+    def lend_rows(self, rows: int) -> Tensor:
+        """Room in a slot for rows that a combine is to sum."""
+        self.backend.begin()
+        buffer = self.view(self.core.lend_slot(), rows)
+        self.backend.end("lend a slot", None, (buffer,), False)
+        return buffer
+
     def can_group_in_slot(self, rows: int) -> bool:
         """Whether as many rows grouped by expert may lie in a slot."""
         return self.groups_in_slots and rows <= self.settings.grouped_rows

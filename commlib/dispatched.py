@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol
 
@@ -230,6 +230,18 @@ class Dispatched(Generic[Array]):
             raise ValueError(f"expert is {expert}, but this rank has local experts 0 to {experts - 1}")
         if self.event is not None:
             self.event.wait_expert(expert)
+
+
+def spare_buffer(handle: Handle, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A :meth:`commlib.ExpertParallel.combine_buffer` of this shape and dtype; None: it has others, or all
+    slots are needed.
+    """
+    c = handle._ep._comm
+    if list(shape) != [handle.num_rows, c.settings.hidden] or dtype != c.settings.dtype:
+        return None
+    if not c.can_group_in_slot(handle.num_rows) or not c.can_spare_slots(1):
+        return None
+    return c.lend_rows(handle.num_rows)
 
 
 def combine_places(

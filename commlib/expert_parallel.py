@@ -350,10 +350,7 @@ class ExpertParallel:
         check_handle(self, handle)
         checks.check_room(self._comm, handle.layout, handle.num_rows)
         self._attachment.check_open()
-        self._comm.backend.begin()
-        buffer = self._comm.view(self._comm.core.lend_slot(), handle.num_rows)
-        self._comm.backend.end("lend a slot", None, (buffer,), False)
-        return buffer
+        return self._comm.lend_rows(handle.num_rows)
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         """Let ``stream`` use a result or a lent buffer until the tensor goes, like ``Tensor.record_stream``.

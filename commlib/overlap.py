@@ -49,7 +49,30 @@ def run_experts(
     Returns:
         ``[T, H]``, and what ``beside`` returned.
     """
-    parts = [t.tensor_split(chunks) for t in (x, topk_idx, topk_weights)]
+
+    def weighted_later(d: Dispatched) -> tuple[Tensor, Tensor]:
+        return experts(d.x, d.offsets), d.topk_weights
+
+    parts = (x, topk_idx, topk_weights)
+    return run_dispatched(ep, weighted_later, *parts, chunks=chunks, align=align, beside=beside)
+
+
+def run_dispatched(
+    ep: ExpertParallel,
+    experts: Callable[[Dispatched], tuple[Tensor, Tensor | None]],
+    *rows: Tensor,
+    chunks: int,
+    align: int,
+    beside: Callable[[], T] | None,
+) -> tuple[Tensor, T | None]:
+    """:func:`run_experts`, for experts that take what a dispatch returns, and return what combine takes.
+
+    Args:
+        ep, chunks, align, beside: as there.
+        experts: returns the rows, and the weights that combine is to apply; None: they have been.
+        rows: x, topk_idx and topk_weights.
+    """
+    parts = [t.tensor_split(chunks) for t in rows]
 
     def send(*part: Tensor) -> Dispatched:
         return ep.dispatch(*part, layout="expert", align=align, async_op=True)
@@ -59,8 +82,8 @@ def run_experts(
     returning = []
     while arriving:
         d = arriving.pop(0).finish()
-        y = experts(d.x, d.offsets)
-        returning.append(ep.combine(y, d.handle, weights=d.topk_weights, async_op=True))
+        y, weights = experts(d)
+        returning.append(ep.combine(y, d.handle, weights=weights, async_op=True))
     return torch.cat([event.finish(out)[0] for out, event in returning]), extra
 
 

@@ -8,6 +8,7 @@ from .gradients import clip_grad_norm_, sync_gradients
 from .grouped import grouped_mm
 from .losses import Scores, load_balance_loss, z_loss
 from .moe import MoEAux, MoELayer
+from .products import Products
 from .router import RouterOutput, TopKRouter
 from .sharded import ShardedExperts, expert_parameters, shared_parameters
 from .variants import GptOssExperts
@@ -18,6 +19,7 @@ __all__ = [
     "GptOssExperts",
     "MoEAux",
     "MoELayer",
+    "Products",
     "RouterOutput",
     "Scores",
     "ShardedExperts",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grouped import grouped_mm
+from .products import Products
 from .sharded import ShardedExperts
 from .shards import Shard
 
@@ -28,8 +29,9 @@ class Experts(ShardedExperts):
             def shapes(self, hidden, ffn_hidden):
                 return {"w1": (hidden, ffn_hidden), "b1": (ffn_hidden,), "w2": (ffn_hidden, hidden)}
 
-            def compute(self, x, offsets, w1, b1, w2):
-                return grouped_mm(F.gelu(grouped_mm(x, w1, offsets, b1)), w2, offsets)
+            def compute(self, x, offsets, products, w1, b1, w2):
+                (inner,) = products.first(x, offsets, w1, biases=(b1,))
+                return products.last(F.gelu(inner), offsets, w2)
 
         MoELayer(..., experts=GeluExperts)
 
@@ -40,6 +42,7 @@ class Experts(ShardedExperts):
     Attributes:
         first, count, hidden, ffn_hidden: as given.
         weight_names: of the parameters of :meth:`shapes`.
+        takes_products: whether :meth:`compute` asks for ``products``, and a ``forward`` of its own as well.
 
     Args:
         hidden, ffn_hidden: sizes.
@@ -47,6 +50,13 @@ class Experts(ShardedExperts):
         ep: the communicator whose other ranks hold the other experts; None: there are none.
         dtype, device: of the parameters.
     """
+
+    takes_products: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        asked = (inspect.signature(method).parameters for method in (cls.compute, cls.forward))
+        cls.takes_products = all("products" in names for names in asked)
 
     def __init__(
         self,
@@ -72,19 +82,21 @@ class Experts(ShardedExperts):
         """One expert's parameters, by name; the constructor asks for them."""
         return {"w1": (hidden, ffn_hidden), "w3": (hidden, ffn_hidden), "w2": (ffn_hidden, hidden)}
 
-    def compute(self, x: Tensor, offsets: Tensor, **weights: Tensor) -> Tensor:
+    def compute(self, x: Tensor, offsets: Tensor, products: Products, **weights: Tensor) -> Tensor:
         """Apply each expert to its rows.
 
         Args:
             x, offsets: as ``forward`` takes them.
+            products: to multiply with where rows come and go; a subclass may leave this parameter out, and
+                use :func:`grouped_mm` alone. Then results are copied into the heap.
             weights: the parameters of :meth:`shapes`, ``[count, ...]``: use these, and do not read them from
                 ``self``.
 
         Returns:
             ``[M, hidden]``. Results for padding, rows of zeros, are not used.
         """
-        gate = F.silu(grouped_mm(x, weights["w1"], offsets))
-        return grouped_mm(gate * grouped_mm(x, weights["w3"], offsets), weights["w2"], offsets)
+        gate, up = products.first(x, offsets, weights["w1"], weights["w3"])
+        return products.last(F.silu(gate) * up, offsets, weights["w2"])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -105,19 +117,22 @@ class Experts(ShardedExperts):
                     drawn.uniform_(-bound, bound, generator=generator)
                 w[i].copy_(drawn)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, products: Products | None = None) -> Tensor:
         """Apply each expert to its rows.
 
         Args:
             x: ``[M, hidden]``, rows of expert i at ``offsets[i]:offsets[i + 1]``.
             offsets: ``[count + 1]`` integers, ``offsets[-1] == M``.
+            products: what :meth:`compute` is given; by default those of rows that no dispatch has brought.
 
         Returns:
             ``[M, hidden]``, in the dtype of :func:`commlib.nn.grouped_mm`.
         """
         self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
         weights = {name: self.local(getattr(self, name)) for name in self.weight_names}
-        return self.compute(x, offsets, **weights)
+        if not self.takes_products:
+            return self.compute(x, offsets, **weights)  # type: ignore[arg-type]
+        return self.compute(x, offsets, Products() if products is None else products, **weights)
 
     def extra_repr(self) -> str:
         dtype = next((p.dtype for p in self.parameters()), None)

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNEL_BYTES = 16  # torch's kernel needs row strides that are a multiple of this
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(
+    x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Multiply the rows of group ``e`` by ``w[e]``, and add ``bias[e]``.
 
-    Runs :func:`torch.nn.functional.grouped_mm` for bfloat16, float16 and float32 whose rows are a
-    multiple of 16 bytes, and a loop over the groups for the rest (float64, odd sizes).
+    On a GPU it runs :func:`torch.nn.functional.grouped_mm` for bfloat16, float16 and float32 whose rows are
+    a multiple of 16 bytes. For the rest, and on a CPU, it loops over the groups.
 
     Under ``torch.autocast`` both are cast first, as :class:`torch.nn.Linear` casts its input and weight.
 
@@ -26,14 +30,31 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None
         w: ``[G, H, F]``, same dtype (but for autocast) and device as ``x``.
         offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
         bias: ``[G, F]``, any float dtype, added in that of the product.
+        out: ``[M, F]``, memory for the result, as :meth:`commlib.ExpertParallel.combine_buffer` lends it: of
+            the result's dtype. It does not require grad; the result, another tensor of the same memory, does
+            if ``x`` or ``w`` do. On a GPU the product is copied there.
 
     Returns:
         ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x``, ``w`` and ``bias``.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other; on a CPU, offsets that do not fit the rows; ``out`` of
+            another dtype or device, or one that requires grad.
         TypeError: ``x`` and ``w`` of different dtypes.
     """
+    x, w = checked_operands(x, w, offsets, bias)
+    if out is None:
+        return with_bias(product(x, w, offsets), bias, offsets)
+    _check_out(out, x, w)
+    if writes_in_place(x):
+        rows = _ProductInto.apply(x, w, offsets, (out,))
+    else:
+        rows = out.detach().copy_(product(x, w, offsets))
+    return with_bias(rows, bias, offsets)
+
+
+def checked_operands(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x`` and ``w`` as they are multiplied. Raises as :func:`grouped_mm` does."""
     if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x must be [M, H] and w [G, H, F], got {tuple(x.shape)} and {tuple(w.shape)}")
     if offsets.dim() != 1 or offsets.shape[0] != w.shape[0] + 1:
@@ -45,10 +66,28 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None
         raise TypeError(
             f"x is {x.dtype}, w is {w.dtype}: convert one, or run under torch.autocast({x.device.type!r})"
         )
-    out = _grouped_mm(x, w, offsets)
-    if bias is None:
-        return out
-    return out + bias.to(out.dtype).repeat_interleave(offsets.diff(), dim=0, output_size=out.shape[0])
+    return x, w
+
+
+def _check_out(out: Tensor, x: Tensor, w: Tensor) -> None:
+    shape = (x.shape[0], w.shape[2])
+    if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"out must be {list(shape)} of {x.dtype} on {x.device}, got {list(out.shape)} of {out.dtype} on "
+            f"{out.device}"
+        )
+    if out.requires_grad:
+        raise ValueError("out must not require grad: it is written to")
+
+
+def with_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Add its group's bias, of ``[G, F]``, to each row of a product, in place."""
+    return rows if bias is None else rows.add_(rows_of_groups(bias, offsets, rows))
+
+
+def rows_of_groups(bias: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
+    """The bias of each row, ``[M, F]``."""
+    return bias.to(like.dtype).repeat_interleave(offsets.diff(), dim=0, output_size=like.shape[0])
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -59,38 +98,61 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
     return t.dtype
 
 
+def writes_in_place(x: Tensor) -> bool:
+    """Whether products of ``x`` can be written to memory that is there: torch's kernel for GPUs cannot."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 # Ops of our own, because torch's cannot be used directly: its fake kernel takes only bfloat16, so
 # float32 does not compile, and its backward rejects an expanded gradient (`out.sum().backward()`).
 
 
 @torch.library.custom_op("commlib::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    if _has_kernel(x.dtype, w.shape[1], w.shape[2]):
+def product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    if _has_kernel(x, w.shape[1], w.shape[2]):
         return F.grouped_mm(_row_major(x), w, offs=offsets[1:].to(torch.int32))
     out = x.new_empty(x.shape[0], w.shape[2])
-    for (a, b), weight in zip(pairwise(offsets.tolist()), w, strict=True):
-        torch.mm(x[a:b], weight, out=out[a:b])
+    multiply_into(out, x, w, offsets)
     return out
 
 
 @torch.library.custom_op("commlib::grouped_mm_weight_grad", mutates_args=())
-def _weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+def weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """``x[rows of e].T @ grad[rows of e]`` for each group e: ``[G, H, F]``."""
-    if _has_kernel(x.dtype, x.shape[1], grad.shape[1]):
+    if _has_kernel(x, x.shape[1], grad.shape[1]):
         offs = offsets[1:].to(torch.int32)
         return F.grouped_mm(_row_major(x).mT, _row_major(grad), offs=offs)
     out = x.new_empty(offsets.shape[0] - 1, x.shape[1], grad.shape[1])
-    for (a, b), weight_grad in zip(pairwise(offsets.tolist()), out, strict=True):
-        torch.mm(x[a:b].mT, grad[a:b], out=weight_grad)
+    for (a, b), of_group in zip(_groups(offsets, x), out, strict=True):
+        torch.mm(x[a:b].mT, grad[a:b], out=of_group)
     return out
 
 
-@_grouped_mm.register_fake
+def multiply_into(out: Tensor, x: Tensor, w: Tensor, offsets: Tensor, *, add: bool = False) -> None:
+    """The product, group by group: written to ``out``, or added to it."""
+    for (a, b), weight in zip(_groups(offsets, x), w, strict=True):
+        if a == b:
+            continue
+        if add:
+            out[a:b].addmm_(x[a:b], weight)
+        else:
+            torch.mm(x[a:b], weight, out=out[a:b])
+
+
+def _groups(offsets: Tensor, x: Tensor) -> list[tuple[int, int]]:
+    bounds = offsets.tolist()
+    groups = list(pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or any(a > b for a, b in groups):
+        raise ValueError(f"offsets must go from 0 up to the {x.shape[0]} rows of x, got {bounds}")
+    return groups
+
+
+@product.register_fake
 def _(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[2])
 
 
-@_weight_grad.register_fake
+@weight_grad.register_fake
 def _(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, x.shape[1], grad.shape[1])
 
@@ -101,20 +163,37 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, w, offsets = ctx.saved_tensors
-    need_x, need_w, _ = ctx.needs_input_grad
+    need_x, need_w, *_ = ctx.needs_input_grad
     return (
-        _grouped_mm(grad, w.mT, offsets) if need_x else None,
-        _weight_grad(x, grad, offsets) if need_w else None,
+        product(grad, w.mT, offsets) if need_x else None,
+        weight_grad(x, grad, offsets) if need_w else None,
         None,
     )
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+product.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _has_kernel(dtype: torch.dtype, *sizes: int) -> bool:
-    aligned = all(size * dtype.itemsize % _KERNEL_BYTES == 0 for size in sizes)
-    return aligned and dtype in _KERNEL_DTYPES and hasattr(F, "grouped_mm")
+class _ProductInto(Function):
+    """The product, in memory that is there: of a tuple, since autograd has nothing to know of the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, offsets: Tensor, memory: tuple[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, w, offsets)
+        out = memory[0].detach()
+        multiply_into(out, x, w, offsets)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *_backward(ctx, grad), None
+
+
+def _has_kernel(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's is used. On a CPU it is a loop, too, and slower for float32."""
+    aligned = all(size * x.dtype.itemsize % _KERNEL_BYTES == 0 for size in sizes)
+    return x.device.type != "cpu" and aligned and x.dtype in _KERNEL_DTYPES and hasattr(F, "grouped_mm")
 
 
 def _row_major(t: Tensor) -> Tensor:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from commlib.arguments import as_int, shown
+from commlib.dispatched import Dispatched
 from commlib.expert_parallel import ExpertParallel
-from commlib.overlap import Steps, run_experts
+from commlib.overlap import Steps, run_dispatched
 
 from .experts import Experts
 from .grouped import autocast_dtype
 from .losses import count_tokens
+from .products import Products
 from .router import RouterOutput, TopKRouter
+
+WeightsAt = Literal["output", "hidden"]
 
 
 class MoEAux(NamedTuple):
@@ -62,6 +66,9 @@ class MoELayer(nn.Module):
             that returns an instance (``functools.partial`` of a subclass with more arguments).
         shared: module ``[T, hidden] -> [T, hidden]`` that every token goes through, added to the output;
             it runs while the dispatch is under way. Its parameters are the same on every rank.
+        weights_at: where a row is multiplied by its weight. "output": as a token's rows are summed. "hidden":
+            before the experts' last product: rows are narrower there, and the product's are not kept for
+            backward, but results are rounded elsewhere. It needs experts that take ``products``.
         dtype: of the experts; ``None``: torch's default. The default router's parameters are float32
             (float64 with float64).
         device: of the parameters.
@@ -84,6 +91,7 @@ class MoELayer(nn.Module):
         overlap_chunks: int = 1,
         experts: Callable[..., Experts] = Experts,
         shared: nn.Module | None = None,
+        weights_at: WeightsAt = "output",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -112,9 +120,11 @@ class MoELayer(nn.Module):
         self.router = router
         self.experts = experts(hidden, ffn_hidden, first, count, ep=ep, dtype=dtype, device=device)
         _check_experts(self.experts, first, count, ep)
+        _check_weights_at(weights_at, self.experts)
         self.align = max(16 // dtype.itemsize, 1) if align is None else as_int("align", align, 1)
         self.overlap_chunks = overlap_chunks
         self.shared = shared
+        self.weights_at: WeightsAt = weights_at
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
         """Route, send, compute, return.
@@ -134,11 +144,11 @@ class MoELayer(nn.Module):
         rows, topk_idx, topk_weights, aux = self._route(x)
         shared = None
         if self.ep is None:
-            out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
+            out = self._apply_here(rows, topk_idx, topk_weights)
         elif self.overlap_chunks == 1 and self.shared is None:
             out = self._apply_spread(self.ep, rows, topk_idx, topk_weights)
         else:
-            out, shared = run_experts(
+            out, shared = run_dispatched(
                 *(self.ep, partial(self._apply_experts, rows.dtype), self._to_send(self.ep, rows)),
                 *(topk_idx, topk_weights),
                 chunks=self.overlap_chunks,
@@ -153,14 +163,14 @@ class MoELayer(nn.Module):
         """
         rows, topk_idx, topk_weights, aux = self._route(x)
         if self.ep is None:
-            out = _apply_here(self.experts, rows, topk_idx, topk_weights, self.num_experts)
+            out = self._apply_here(rows, topk_idx, topk_weights)
             return self._joined(out, None, rows).reshape(x.shape), aux
         sent = self._to_send(self.ep, rows)
         d = self.ep.dispatch(sent, topk_idx, topk_weights, layout="expert", align=self.align, async_op=True)
         yield
         d = d.finish()
-        y = self._apply_experts(rows.dtype, d.x, d.offsets)
-        sums, event = self.ep.combine(y, d.handle, weights=d.topk_weights, async_op=True)
+        y, weights = self._apply_experts(rows.dtype, d)
+        sums, event = self.ep.combine(y, d.handle, weights=weights, async_op=True)
         yield
         (out,) = event.finish(sums)
         return self._joined(out, None, rows).reshape(x.shape), aux
@@ -201,15 +211,44 @@ class MoELayer(nn.Module):
             )
         return rows.to(travels)
 
-    def _apply_experts(self, dtype: torch.dtype, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Compute in ``dtype`` on rows that come and go in the communicator's."""
-        return self.experts(rows.to(dtype), offsets).to(rows.dtype)
+    def _apply_experts(self, dtype: torch.dtype, d: Dispatched[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Compute in ``dtype`` on rows that come and go in the communicator's.
+
+        Returns:
+            ``[M, hidden]``, and the weights of these rows that are still to be applied.
+        """
+        if self.weights_at == "hidden":
+            products, weights = Products(d, d.topk_weights), None
+        else:
+            products, weights = Products(d), d.topk_weights
+        return self._computed(d.x.to(dtype), d.offsets, products).to(d.x.dtype), weights
+
+    def _computed(self, x: Tensor, offsets: Tensor, products: Products) -> Tensor:
+        return self.experts(x, offsets, *((products,) if self.experts.takes_products else ()))
 
     def _apply_spread(self, ep: ExpertParallel, rows: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         sent = self._to_send(ep, rows)
         d = ep.dispatch(sent, topk_idx, weights, layout="expert", align=self.align)
-        y = self._apply_experts(rows.dtype, d.x, d.offsets)
-        return ep.combine(y, d.handle, weights=d.topk_weights)
+        y, left = self._apply_experts(rows.dtype, d)
+        return ep.combine(y, d.handle, weights=left)
+
+    def _apply_here(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """Dispatch, experts and combine with all experts on one rank, in plain PyTorch."""
+        tokens, topk = topk_idx.shape
+        # Empty places go through expert 0 with weight 0, so that the number of rows is known.
+        empty = topk_idx < 0
+        expert = topk_idx.masked_fill(empty, 0).flatten().long()
+        weights = topk_weights.masked_fill(empty, 0)
+        order = expert.argsort(stable=True)
+        offsets = F.pad(count_tokens(expert, self.num_experts).cumsum(0), (1, 0))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        at_hidden = weights.to(wide).flatten()[order] if self.weights_at == "hidden" else None
+        y = self._computed(x[order // topk], offsets, Products(weights=at_hidden))
+        y = y[order.argsort()].view(tokens, topk, x.shape[1]).to(wide)
+        # Sum in float32 at least and round once, as combine does.
+        if at_hidden is None:
+            y = y * weights.to(wide).unsqueeze(-1)
+        return y.sum(1).to(x.dtype)
 
     def _joined(self, out: Tensor, shared: Tensor | None, rows: Tensor) -> Tensor:
         out = out.to(rows.dtype)
@@ -261,6 +300,16 @@ def _check_types(ep: Any, router: Any, shared: Any, experts: Any, dtype: Any) ->
         raise TypeError(f"dtype must be a floating torch.dtype, got {shown(dtype)}")
 
 
+def _check_weights_at(weights_at: Any, experts: Experts) -> None:
+    if weights_at not in get_args(WeightsAt):
+        raise ValueError(f'weights_at must be "output" or "hidden", got {shown(weights_at)}')
+    if weights_at == "hidden" and not experts.takes_products:
+        raise TypeError(
+            f'weights_at="hidden" needs experts that leave the last product to the layer: give '
+            f"{type(experts).__name__}.compute a parameter products, and return products.last(...)"
+        )
+
+
 def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None) -> None:
     """Raise unless they are the experts that were asked for."""
     if not isinstance(made, Experts):
@@ -275,21 +324,3 @@ def _check_experts(made: Any, first: int, count: int, ep: ExpertParallel | None)
             f"this rank has {count} experts from number {first} on, {type(made).__name__} was made with "
             f"{made.count} from {made.first} on{known}: hand all arguments on to Experts"
         )
-
-
-def _apply_here(
-    experts: Experts, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int
-) -> Tensor:
-    """Dispatch, experts and combine with all experts on one rank, in plain PyTorch."""
-    tokens, topk = topk_idx.shape
-    # Empty places go through expert 0 with weight 0, so that the number of rows is known.
-    empty = topk_idx < 0
-    expert = topk_idx.masked_fill(empty, 0).flatten().long()
-    weights = topk_weights.masked_fill(empty, 0)
-    order = expert.argsort(stable=True)
-    offsets = F.pad(count_tokens(expert, num_experts).cumsum(0), (1, 0))
-    y = experts(x[order // topk], offsets)
-    y = y[order.argsort()].view(tokens, topk, x.shape[1])
-    # Sum in float32 at least and round once, as combine does.
-    wide = torch.promote_types(y.dtype, torch.float32)
-    return (y.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(x.dtype)

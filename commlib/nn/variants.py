@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .experts import Experts
-from .grouped import grouped_mm
+from .products import Products
 
 
 class GptOssExperts(Experts):
@@ -31,8 +31,9 @@ class GptOssExperts(Experts):
         biases = {"b1": (ffn_hidden,), "b3": (ffn_hidden,), "b2": (hidden,)}
         return super().shapes(hidden, ffn_hidden) | biases
 
-    def compute(self, x: Tensor, offsets: Tensor, **weights: Tensor) -> Tensor:
-        gate = grouped_mm(x, weights["w1"], offsets, weights["b1"]).clamp(max=self.limit)
-        up = grouped_mm(x, weights["w3"], offsets, weights["b3"]).clamp(-self.limit, self.limit)
+    def compute(self, x: Tensor, offsets: Tensor, products: Products, **weights: Tensor) -> Tensor:
+        biases = weights["b1"], weights["b3"]
+        gate, up = products.first(x, offsets, weights["w1"], weights["w3"], biases=biases)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         inner = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-        return grouped_mm(inner, weights["w2"], offsets, weights["b2"])
+        return products.last(inner, offsets, weights["w2"], weights["b2"])

@@ -69,13 +69,13 @@ def test_a_partition_is_measured_and_reported(overlap, tmp_path, capsys):
 def test_a_layer_that_answers_wrongly_is_not_timed(overlap, monkeypatch):
     from bench.harness.workload import WrongResults
 
-    right = commlib.nn.moe.run_experts
+    right = commlib.nn.moe.run_dispatched
 
     def wrong(*inputs, **options):
         out, extra = right(*inputs, **options)
         return out * 1.01, extra
 
-    monkeypatch.setattr(commlib.nn.moe, "run_experts", wrong)
+    monkeypatch.setattr(commlib.nn.moe, "run_dispatched", wrong)
     with pytest.raises(WrongResults, match=r"2 chunks: output is .*e-03 off"):
         measured(overlap, 2)
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import commlib
 from commlib import ExpertParallel
 from commlib.nn import MoELayer
-from commlib.overlap import TwoBatch, take_turns
+from commlib.overlap import TwoBatch, run_experts, take_turns
 
 HIDDEN, FFN, EXPERTS, TOPK = 32, 24, 6, 2
 TOKENS = [9, 0, 4]  # fewer than chunks on some ranks
@@ -57,6 +57,29 @@ def test_a_layer_in_chunks_is_the_whole_layer(device, chunks, shared):
 
     for whole, split in on_ranks(device, lambda r, ep: (run(r, ep), run(r, ep, overlap_chunks=chunks))):
         for a, b in zip(whole, split, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_any_experts_may_run_in_chunks(device):
+    """Factors of local experts; padding and all, and something beside the first dispatch."""
+
+    def run(rank, ep):
+        def experts(rows, offsets):
+            factors = torch.arange(1.0, len(offsets), dtype=rows.dtype, device=device)
+            return rows * factors.repeat_interleave(offsets.diff()).unsqueeze(1)
+
+        layer, x = make_layer(ep, device), batch(rank, device)
+        topk_idx, topk_weights, _ = layer.router(x)
+        routed = x, topk_idx, topk_weights.detach()
+        out, beside = run_experts(ep, experts, *routed, chunks=3, align=4, beside=lambda: rank)
+        factors = topk_idx % ep.num_local_experts + 1.0
+        wanted = x * (factors * routed[2]).sum(1, keepdim=True)
+        grads = [torch.autograd.grad(each.sin().sum(), x) for each in (out, wanted)]
+        assert beside == rank
+        return (out, *grads[0]), (wanted, *grads[1])
+
+    for got, wanted in on_ranks(device, run):
+        for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -112,9 +135,9 @@ def test_chunks_overlap_in_forward_and_backward(device):
             stats = ep.stats()
             seen[rank].append(f"d{stats['dispatches']} r{stats['redispatches']} c{stats['combines']}")
 
-        def experts(rows, offsets):
+        def experts(rows, offsets, products):
             note()
-            out = forward(rows, offsets)
+            out = forward(rows, offsets, products)
             out.register_hook(note)
             return out
 
