@@ -26,7 +26,7 @@ void reduce(const std::string& name, DType dtype, Address dst, const std::vector
     terms.push_back({at<std::byte>(src[j]), weights.empty() ? nullptr : at<std::byte>(weights[j])});
   }
   vector_ops(name).reduce[static_cast<int>(dtype)](at<std::byte>(dst), terms.data(),
-                                                   static_cast<int>(terms.size()), elements);
+                                                   static_cast<int>(terms.size()), elements, {});
   vector_ops(name).flush();
 }
 

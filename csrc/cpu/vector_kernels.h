@@ -22,7 +22,8 @@ constexpr int kUnroll = 4;
 
 // How far ahead a sum prefetches its rows. The hardware prefetcher stops at each 4 KiB page, and rows are 3
 // or 4 pages long: prefetching took the sum of 4 ranks' rows from 7.4 to 5.6 ms (docs/measurements/cpu.md).
-// Past the end of a row it fetches the next one, which is most often needed next; a prefetch never faults.
+// Past the end of its rows it fetches those of the next sum; where they are not known, what follows each row,
+// which is most often needed next. A prefetch never faults.
 constexpr int64_t kPrefetchBytes = 2048;
 
 inline bool whole_lines(const void* p, int64_t bytes) {
@@ -54,12 +55,16 @@ void multicast(std::byte* const* dst, int n, const std::byte* src, int64_t bytes
   for (int j = 0; j < n; ++j) std::memcpy(dst[j], src, static_cast<size_t>(bytes));
 }
 
-template <class L, class T, int kCount>
+inline void prefetch(const std::byte* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+}
+
+template <class L, class T, int kCount, bool kPrefetch>
 inline void add_term(typename L::Vec (&sums)[kCount], const Term& term, int64_t i) {
   using Acc = typename L::Acc;
   const T* row = reinterpret_cast<const T*>(term.row) + i;
-  for (int64_t b = 0; b < static_cast<int64_t>(kCount * L::kWidth * sizeof(T)); b += 64) {
-    __builtin_prefetch(reinterpret_cast<const std::byte*>(row) + kPrefetchBytes + b);
+  if (kPrefetch) {
+    prefetch(reinterpret_cast<const std::byte*>(row) + kPrefetchBytes, kCount * L::kWidth * sizeof(T));
   }
   if (term.weight) {
     const typename L::Vec w = L::set(*reinterpret_cast<const Acc*>(term.weight));
@@ -69,21 +74,21 @@ inline void add_term(typename L::Vec (&sums)[kCount], const Term& term, int64_t 
   }
 }
 
-template <class L, class T, int kCount, bool kStream>
+template <class L, class T, int kCount, bool kStream, bool kPrefetch>
 inline void reduce_block(T* dst, const Term* terms, int n, int64_t i) {
   using Acc = typename L::Acc;
   typename L::Vec acc[kCount];
   for (int u = 0; u < kCount; ++u) acc[u] = L::set(Acc{0});
   for (int j = 0; j < n; ++j) {
     if (terms[j].kind == TermKind::whole) {
-      add_term<L, T>(acc, terms[j], i);
+      add_term<L, T, kCount, kPrefetch>(acc, terms[j], i);
       continue;
     }
     // A loop of its own: the registers hold the sum of the parts, and acc waits in memory.
     typename L::Vec part[kCount];
     for (int u = 0; u < kCount; ++u) part[u] = L::set(Acc{0});
     for (;; ++j) {
-      add_term<L, T>(part, terms[j], i);
+      add_term<L, T, kCount, kPrefetch>(part, terms[j], i);
       if (terms[j].kind == TermKind::last_part) break;
     }
     for (int u = 0; u < kCount; ++u) acc[u] = L::add(acc[u], L::round(part[u]));
@@ -114,23 +119,31 @@ inline void reduce_tail(T* dst, const Term* terms, int n, int64_t i) {
 }
 
 template <class L, class T, bool kStream>
-void reduce_row(T* dst, const Term* terms, int n, int64_t elements) {
+void reduce_row(T* dst, const Term* terms, int n, int64_t elements, const Ahead& ahead) {
+  constexpr int64_t kBlock = kUnroll * L::kWidth, kBlockBytes = kBlock * sizeof(T);
+  const int64_t bytes = elements * sizeof(T);
   int64_t i = 0;
-  for (; i + kUnroll * L::kWidth <= elements; i += kUnroll * L::kWidth) {
-    reduce_block<L, T, kUnroll, kStream>(dst, terms, n, i);
+  for (; i + kBlock <= elements; i += kBlock) {
+    const int64_t past = i * static_cast<int64_t>(sizeof(T)) + kPrefetchBytes - bytes;
+    if (past < 0 || ahead.count == 0) {
+      reduce_block<L, T, kUnroll, kStream, true>(dst, terms, n, i);
+    } else {
+      reduce_block<L, T, kUnroll, kStream, false>(dst, terms, n, i);
+      for (int j = 0; j < ahead.count; ++j) prefetch(ahead.rows[j] + past, kBlockBytes);
+    }
   }
-  for (; i + L::kWidth <= elements; i += L::kWidth) reduce_block<L, T, 1, kStream>(dst, terms, n, i);
+  for (; i + L::kWidth <= elements; i += L::kWidth) reduce_block<L, T, 1, kStream, false>(dst, terms, n, i);
   for (; i < elements; ++i) reduce_tail<T, typename L::Acc>(dst, terms, n, i);
 }
 
 template <class Isa, class T>
-void reduce(std::byte* dst, const Term* terms, int n, int64_t elements) {
+void reduce(std::byte* dst, const Term* terms, int n, int64_t elements, const Ahead& ahead) {
   using L = typename Isa::template Lanes<T>;
   T* out = reinterpret_cast<T*>(dst);
   if (whole_lines(dst, elements * static_cast<int64_t>(sizeof(T)))) {
-    reduce_row<L, T, true>(out, terms, n, elements);
+    reduce_row<L, T, true>(out, terms, n, elements, ahead);
   } else {
-    reduce_row<L, T, false>(out, terms, n, elements);
+    reduce_row<L, T, false>(out, terms, n, elements, ahead);
   }
 }
 

@@ -13,10 +13,17 @@ namespace commlib {
 // Loads each part of `src` once and stores it n times.
 using MulticastFn = void (*)(std::byte* const* dst, int n, const std::byte* src, int64_t bytes);
 
+// Rows that the next sum will read, as far as that is known; their beginnings are fetched at the end of this
+// one.
+struct Ahead {
+  const std::byte* rows[kMaxTopk + 1];
+  int count = 0;
+};
+
 // dst[i] = round(sum over j of terms[j].weight * terms[j].row[i]), accumulated in fp32 (fp64 for fp64 rows)
 // in the order of j; parts of a term (see Term) on their own, and rounded. Multiply and add stay apart (no
 // fused multiply-add), so all vector widths give the same bits. n = 0 writes zeros.
-using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elements);
+using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elements, const Ahead& ahead);
 
 // dst[i] = round(row.weight * row.row[i]), and *dot = sum of row.row[i] * y[i], an accumulator as in reduce,
 // whose order of sums is dot_of's.

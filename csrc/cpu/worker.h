@@ -94,7 +94,14 @@ class CpuWorker {
     op_.ops->multicast(to.items, to.count, src, bytes);
   }
   void reduce(DType t, std::byte* dst, List<Term> terms, int64_t elements) {
-    op_.ops->reduce[static_cast<int>(t)](dst, terms.items, terms.count, elements);
+    op_.ops->reduce[static_cast<int>(t)](dst, terms.items, terms.count, elements, ahead_);
+    ahead_.count = 0;
+  }
+  template <class F>
+  void will_read(int n, F row) {
+    for (int j = 0; j < n; ++j) {
+      if (const std::byte* from = row(j)) ahead_.rows[ahead_.count++] = from;
+    }
   }
   void weigh(DType t, std::byte* dst, const Term& row, const std::byte* y, int64_t elements, std::byte* dot) {
     op_.ops->weigh[static_cast<int>(t)](dst, row, y, elements, dot);
@@ -198,6 +205,7 @@ class CpuWorker {
   int index_;
   int count_;
   Lent lent_;
+  Ahead ahead_;
   alignas(Term) std::byte list_[(kMaxTopk + 1) * sizeof(Term)];
 };
 

@@ -236,6 +236,8 @@ class WarpWorker {
     return take_as(takers, &counters[key < 0 ? 0 : key], key >= 0 && lane_ == __ffs(takers) - 1);
   }
 
+  template <class F>
+  static __device__ void will_read(int, F) {}  // others hide the latency of memory
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
   template <class T, int kUnroll, bool kParts>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);

@@ -169,15 +169,29 @@ COMMLIB_HD bool all_near(const PeerTable& peers, const int64_t* route, int width
   return true;
 }
 
+template <class Worker>
+COMMLIB_HD bool pulls_all_rows(const Worker&, const PullPlan& plan, const PeerTable& peers, int64_t t) {
+  return !Worker::kInternode || all_near(peers, plan.routes + t * plan.width, plan.width);
+}
+
+// Announces the rows of a token. One's own are next to each other unless they are grouped by expert: then
+// the row after one of token t's is seldom one of the next token's.
+template <class Worker>
+COMMLIB_HD void expect_rows(Worker& w, const PullPlan& plan, const PeerTable& peers, int64_t t) {
+  if (!plan.places || t >= plan.tokens || !pulls_all_rows(w, plan, peers, t)) return;
+  const TokenRows rows = plan.rows_of(t);
+  w.will_read(rows.most + 1, [&](int j) { return near_term(plan, peers, rows, t, j).row; });
+}
+
 // Tokens whose rows all lie on this node.
 template <class Worker>
 COMMLIB_HD void pull_rows(Worker& w, const PullPlan& plan, const PeerTable& peers) {
   for (int64_t t = w.index(); t < plan.tokens; t += w.count()) {
-    const int64_t* route = plan.routes + t * plan.width;
-    if (Worker::kInternode && !all_near(peers, route, plan.width)) continue;
+    if (!pulls_all_rows(w, plan, peers, t)) continue;
     const TokenRows rows = plan.rows_of(t);
     const auto terms =
         w.template list<Term>(rows.most + 1, [&](int j) { return near_term(plan, peers, rows, t, j); });
+    expect_rows(w, plan, peers, t + w.count());
     pass_throttle(w, rows, peers.rank, plan.layout.row_bytes);
     w.reduce(plan.dtype, plan.out + t * plan.layout.row_bytes, terms, plan.hidden);
     if (plan.out_weights) pull_weights(w, plan, peers, t);

@@ -22,6 +22,7 @@
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end, and one of each sum of parts (see Term);
 //                              no terms: zeros
+//   will_read(n, f)            a hint: the reduce after the next one reads the rows f(0) .. f(n - 1), or null
 //   weigh(dtype, dst, term, y, elements, dot)
 //                              dst: the term's row times its weight, each element rounded once; *dot: the
 //                              product of the row with y, summed in fp32 (fp64 for fp64) in an order that
