@@ -68,10 +68,8 @@ COMMLIB_HD void sum_local_row(Worker& w, const LocalSumPlan& plan, int64_t n) {
 // The row that token t has at its own rank, or `none`.
 COMMLIB_HD int64_t own_row(const PullPlan& plan, int64_t t, int rank, int64_t none) {
   const int64_t* route = plan.routes + t * plan.width;
-  for (int j = 0; j < plan.width && route[j] != kNoRoute; ++j) {
-    if (rank_of(route[j]) == rank) return row_of(route[j]);
-  }
-  return none;
+  const int j = route_to(route, plan.width, bit_of(rank));
+  return j < plan.width ? row_of(route[j]) : none;
 }
 
 // This rank's rows for its own tokens, which no other rank pulls, where they are read from y. They lie side
@@ -162,16 +160,10 @@ COMMLIB_HD Term near_term(const PullPlan& plan, const PeerTable& peers, const To
           kind == TermKind::whole ? nullptr : slot.grouped_weights + row * wb, kind};
 }
 
-COMMLIB_HD bool all_near(const PeerTable& peers, const int64_t* route, int width) {
-  for (int j = 0; j < width && route[j] != kNoRoute; ++j) {
-    if (!peers.is_near(rank_of(route[j]))) return false;
-  }
-  return true;
-}
-
 template <class Worker>
 COMMLIB_HD bool pulls_all_rows(const Worker&, const PullPlan& plan, const PeerTable& peers, int64_t t) {
-  return !Worker::kInternode || all_near(peers, plan.routes + t * plan.width, plan.width);
+  if (!Worker::kInternode) return true;
+  return route_to(plan.routes + t * plan.width, plan.width, ~peers.near) == plan.width;
 }
 
 // Announces the rows of a token. One's own are next to each other unless they are grouped by expert: then

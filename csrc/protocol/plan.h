@@ -20,6 +20,14 @@ COMMLIB_HD constexpr int64_t make_route(int rank, int64_t row) {
 COMMLIB_HD constexpr int rank_of(int64_t route) { return static_cast<int>(route >> 32); }
 COMMLIB_HD constexpr int64_t row_of(int64_t route) { return route & 0xffffffff; }
 
+// The number of a token's first route to one of `ranks`; `width`: there is none.
+COMMLIB_HD int route_to(const int64_t* route, int width, uint64_t ranks) {
+  for (int j = 0; j < width && route[j] != kNoRoute; ++j) {
+    if (has(ranks, rank_of(route[j]))) return j;
+  }
+  return width;
+}
+
 struct RouterOutput {
   const int64_t* topk_idx;  // [tokens][topk] global expert ids, -1: none
   int64_t tokens;

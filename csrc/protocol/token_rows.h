@@ -32,7 +32,9 @@ struct TokenRows {
     if (places[j] == kNoRoute) return kNoRoute;
     const int p = rank_of(places[j]);
     if (has(grouped, p)) return places[j];
-    return j > 0 && is_of(j - 1, p) ? kNoRoute : route_to(p);
+    if (j > 0 && is_of(j - 1, p)) return kNoRoute;
+    const int r = route_to(routes, width, bit_of(p));
+    return r < width ? routes[r] : kNoRoute;
   }
   // Whether row j is the only one at its rank, or one of several, or the last of those.
   COMMLIB_HD TermKind kind_of(int j) const {
@@ -42,12 +44,6 @@ struct TokenRows {
 
  private:
   COMMLIB_HD bool is_of(int j, int p) const { return places[j] != kNoRoute && rank_of(places[j]) == p; }
-  COMMLIB_HD int64_t route_to(int p) const {
-    for (int j = 0; j < width && routes[j] != kNoRoute; ++j) {
-      if (rank_of(routes[j]) == p) return routes[j];
-    }
-    return kNoRoute;
-  }
 };
 
 }  // namespace commlib

@@ -69,11 +69,7 @@ COMMLIB_HD void send_some(Worker& w, const SendPlan& plan, const PeerTable& peer
   for (int sent = 0; sent < kTokensAtOnce && at->token < plan.tokens; at->token += w.count()) {
     const int64_t* route = plan.routes + at->token * plan.width;
     const uint8_t* wave = of_routes + at->token * plan.width;
-    const auto goes_now = [&](int p) {
-      int j = 0;
-      while (rank_of(route[j]) != p) ++j;  // it is one of the token's routes
-      return wave[j] == at->wave;
-    };
+    const auto goes_now = [&](int p) { return wave[route_to(route, plan.width, bit_of(p))] == at->wave; };
     if (send_row(w, plan, peers, at->token, goes_now) == 0) continue;
     if (w.throttled()) {
       w.pass_throttle(remote_rows(plan.rows_of(at->token), peers.rank, goes_now) * plan.layout.moved_bytes());

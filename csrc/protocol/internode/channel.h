@@ -188,21 +188,13 @@ COMMLIB_HD bool has_queue(Worker& w, const PeerTable& peers) {
 
 // -- which rows go where
 
-// The index, j or later, of a token's first route to one of `ranks`; `width`: there is none.
-COMMLIB_HD int route_to(const int64_t* route, int width, int j, uint64_t ranks) {
-  for (; j < width && route[j] != kNoRoute; ++j) {
-    if (has(ranks, rank_of(route[j]))) return j;
-  }
-  return width;
-}
-
 // The first token from t on, and before `end`, that has a row at one of `ranks`; else `end`.
 template <class Worker>
 COMMLIB_HD int64_t next_token_to(Worker& w, const int64_t* routes, int width, int64_t t, int64_t end,
                                  uint64_t ranks) {
   for (; t < end; t += w.lanes()) {
     const int64_t mine = t + w.lane();
-    const bool goes = mine < end && route_to(routes + mine * width, width, 0, ranks) < width;
+    const bool goes = mine < end && route_to(routes + mine * width, width, ranks) < width;
     const int64_t first = w.lowest(goes ? mine : INT64_MAX);
     if (first != INT64_MAX) return first;
   }

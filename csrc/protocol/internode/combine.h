@@ -137,8 +137,7 @@ COMMLIB_HD void take_weights(Worker& w, const CombineQueue& c, int64_t t) {
     if (e < 0) continue;
     const int p = plan.placement.owner(e);
     // A token whose row there was dropped has no answer from it.
-    if (c.peers.is_near(p) ||
-        route_to(plan.routes + t * plan.width, plan.width, 0, uint64_t{1} << p) == plan.width)
+    if (c.peers.is_near(p) || route_to(plan.routes + t * plan.width, plan.width, bit_of(p)) == plan.width)
       continue;
     const QueueEnd from = c.from_gateway(c.internode.gateway_of[p]);
     w.copy_scalar(plan.out_weights + (t * plan.topk + k) * wb,
@@ -155,7 +154,7 @@ COMMLIB_HD void sum_token(Worker& w, const CombineQueue& c, int64_t t, uint64_t 
     if (j == plan.width || route[j] == kNoRoute || c.peers.is_near(rank_of(route[j])))
       return near_term(plan, c.peers, near, t, j);
     const int g = c.internode.gateway_of[rank_of(route[j])];
-    if (route_to(route, plan.width, 0, c.internode.gateway[g].serves) != j)
+    if (route_to(route, plan.width, c.internode.gateway[g].serves) != j)
       return {nullptr, nullptr};  // has been added
     const QueueEnd from = c.from_gateway(g);
     return {from.frame(c.answer, from.state().cursor).row(), nullptr};
