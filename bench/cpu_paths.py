@@ -3,9 +3,10 @@
 * "rank path": dispatch yields each row once, as it came, and combine sums rows of y that lie where the
   experts wrote them.
 * "layer path", as a MoE layer calls it: dispatch yields rows grouped by local expert, each group padded to
-  a multiple of eight, and combine takes the weights, and y in a tensor of the caller's own.
+  a multiple of eight, and combine takes the weights and rows of y that lie where the experts wrote them.
 
 The best peer is the fastest of tuned gloo, MPI and MPI windows, by its median, for each operation and size.
+"Owned" is with y in a tensor of the caller's own; its peers have it there, too.
 At the largest size everything is measured, at the others commlib and the peers that may be best: gloo only
 where there is no MPI.
 """
@@ -31,14 +32,25 @@ from bench.harness.stats import Stats
 from bench.harness.turns import Samples, measure_throughput
 from bench.harness.workload import Job, Shape, require_equal_blocks
 from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY
-from bench.systems.cpus import LAYER, ORDER, PATHS, PEERS, PLAIN, RANK, open_systems, skipped
+from bench.systems.cpus import (
+    LAYER,
+    ORDER,
+    PATHS,
+    PEERS,
+    PEERS_OF_OWNED,
+    PLAIN,
+    RANK,
+    WINDOWS_OWNED,
+    open_systems,
+    skipped,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = (1, 8, 64, 1024)  # tokens of a rank
 OPERATIONS = ("dispatch", "combine")
 FEW, MANY = 7, 24  # iterations: of a size that takes its time, and of a small one
 SMALL = 256  # tokens of a rank, at most
-LINES = ((RANK, ZERO_COPY), (LAYER, OWNED))  # what the summary compares with the best peer
+LINES = ((RANK, ZERO_COPY), (LAYER, ZERO_COPY))  # what the summary compares with the best peer
 
 Measured = dict[str, Any]  # "path", "tokens", "rows_received" by rank, "samples_s"
 
@@ -60,7 +72,8 @@ class Versus:
     def of(samples: Samples, system: str, operation: str) -> Versus | None:
         """None: the system, or every peer, is missing."""
         medians = {name: statistics.median(times[operation]) for name, times in samples.items()}
-        peers = [name for name in PEERS if name in medians]
+        known = PEERS_OF_OWNED if system in (OWNED, WINDOWS_OWNED) else PEERS
+        peers = [name for name in known if name in medians]
         if system not in medians or not peers:
             return None
         peer = min(peers, key=medians.__getitem__)

@@ -59,13 +59,13 @@ class BareLimit(System):
 
     name = LIMIT
 
-    def __init__(self, ep: Any) -> None:
-        self._ep = ep
+    def __init__(self, ep: Any, layout: str = "rank") -> None:
+        self._ep, self.layout = ep, layout
         self._mover: BareMover | None = None
 
     def iterate(self, job: Job, launch: Launch, report: Report | None) -> tuple[Interval, Interval]:
         if self._mover is None:
-            handle = self._ep.dispatch(job.x, job.topk_idx).handle
+            handle = self._ep.dispatch(job.x, job.topk_idx, layout=self.layout).handle
             self._mover = BareMover(self._ep, job.x, handle)
         dispatched, _ = launch.fenced(self._mover.send)
         combined, _ = launch.fenced(self._mover.pull)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import commlib
 from bench.harness.launch import Launch
@@ -12,14 +13,17 @@ from bench.harness.workload import Shape
 from bench.systems.all_to_all import AllToAllBaseline, Baseline
 from bench.systems.commlib import LIMIT, OWNED, ZERO_COPY, BareLimit, Commlib, CommlibZeroCopy
 from bench.systems.gloo import GlooBaseline, PlainGlooBaseline
-from bench.systems.grouped import CommlibGrouped, GroupBuffer, GroupedBaseline
+from bench.systems.grouped import CommlibGrouped, CommlibGroupedZeroCopy, GroupBuffer, GroupedBaseline
+from bench.systems.grouped_windows import GroupedWindows
 from bench.systems.mpi import MpiBaseline
 from bench.systems.windows import Windows, WindowsBaseline, why_no_windows
 
 CHOICES = ("commlib", "gloo", "mpi", "windows")
 PLAIN, GLOO, MPI, WINDOWS = "gloo, plain", "gloo, tuned", "MPI", "MPI windows"
+WINDOWS_OWNED = "MPI windows owned"  # y in a tensor that the caller owns
 PEERS = (GLOO, MPI, WINDOWS)  # each as fast as we could write it
-ORDER = (ZERO_COPY, OWNED, PLAIN, *PEERS, LIMIT)  # in tables
+PEERS_OF_OWNED = (GLOO, MPI, WINDOWS_OWNED)
+ORDER = (ZERO_COPY, OWNED, PLAIN, *PEERS, WINDOWS_OWNED, LIMIT)  # in tables
 
 RANK, LAYER = "rank", "layer"  # paths: rows as they came; rows grouped by expert, and weights in combine
 PATHS = (RANK, LAYER)
@@ -48,7 +52,7 @@ def open_systems(
 
     Args:
         num_sms: commlib's threads.
-        everything: also plain gloo, owned rows and the bare limit, which say little about small sizes; and
+        everything: also plain gloo, owned y and the bare limit, which say little about small sizes; and
             gloo where there is MPI, beside which it has never been the best peer.
     """
     missing = skipped(launch, only)
@@ -67,19 +71,34 @@ def open_systems(
         if "mpi" in only and MPI not in missing:
             peers[MPI] = MpiBaseline(launch.comm, **shape.sizes)
         if "windows" in only and WINDOWS not in missing:
-            peers[WINDOWS] = windows = WindowsBaseline(launch.comm, **shape.sizes)
-            stack.callback(windows.close)
+            systems += windows_systems(launch.comm, shape, path, everything, stack)
         yield systems + peer_systems(peers, path, shape)
 
 
 def commlib_systems(ep: commlib.ExpertParallel, path: str, everything: bool) -> list[System]:
     if path == LAYER:
-        return [CommlibGrouped(ep)]
+        return [
+            CommlibGroupedZeroCopy(ep),
+            *([CommlibGrouped(ep), BareLimit(ep, "expert")] if everything else []),
+        ]
     return [CommlibZeroCopy(ep), *([Commlib(ep), BareLimit(ep)] if everything else [])]
 
 
+def windows_systems(comm: Any, shape: Shape, path: str, everything: bool, stack: ExitStack) -> list[System]:
+    """Called by all ranks; `stack` closes what they use."""
+    windows = WindowsBaseline(comm, **shape.sizes)
+    stack.callback(windows.close)
+    owned = peer_systems({WINDOWS_OWNED: windows}, path, shape) if everything else []
+    if path == RANK:
+        return [Windows(WINDOWS, windows), *owned]
+    direct = GroupedWindows(WINDOWS, comm, **shape.sizes)
+    stack.callback(direct.close)
+    return [direct, *owned]
+
+
 def peer_systems(peers: dict[str, AllToAllBaseline], path: str, shape: Shape) -> list[System]:
+    """Peers that find y in a tensor of the caller's own."""
     if path == LAYER:
         buffer = GroupBuffer(shape.hidden, shape.dtype)
         return [GroupedBaseline(name, transport, buffer) for name, transport in peers.items()]
-    return [(Windows if name == WINDOWS else Baseline)(name, transport) for name, transport in peers.items()]
+    return [Baseline(name, transport) for name, transport in peers.items()]

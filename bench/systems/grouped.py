@@ -17,13 +17,13 @@ from bench.harness.layer_job import ALIGN, Grouped
 from bench.harness.turns import System
 from bench.harness.workload import Job
 from bench.systems.all_to_all import AllToAllBaseline
-from bench.systems.commlib import OWNED
+from bench.systems.commlib import OWNED, ZERO_COPY
 
 CHUNK_BYTES = 2 << 20  # of sums
 
 
 class CommlibGrouped(System):
-    """commlib, with y in a tensor that the caller owns."""
+    """commlib, with y in a tensor that the caller owns. Rows stay where they arrived, in any case."""
 
     name = OWNED
 
@@ -42,6 +42,15 @@ class CommlibGrouped(System):
 
     def release(self) -> None:
         self._handle = self._weights = None
+
+
+class CommlibGroupedZeroCopy(CommlibGrouped):
+    """commlib reading y where the experts wrote it."""
+
+    name = ZERO_COPY
+
+    def place(self, job: Job) -> Tensor:
+        return self._ep.combine_buffer(self._handle).copy_(job.y)
 
 
 @dataclass(frozen=True)

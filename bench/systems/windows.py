@@ -56,6 +56,15 @@ class SharedRows:
         self._window.Free()
 
 
+def meet(comm: Any, *written: SharedRows) -> None:
+    """All ranks see what all have written."""
+    for window in written:
+        window.sync()
+    comm.Barrier()
+    for window in written:
+        window.sync()
+
+
 class WindowsBaseline(AllToAllBaseline):
     """The same dispatch and combine, where rows and sums go through windows that all ranks share.
 
@@ -89,7 +98,7 @@ class WindowsBaseline(AllToAllBaseline):
             torch.index_select(x, 0, mine, out=self._all_rows[begin : begin + len(mine)])
         self._all_meta.index_copy_(0, places, plan.meta)
         self._bag = places[plan.bag]
-        self._meet(*self._windows[1:])
+        meet(self._comm, *self._windows[1:])
         return self._take(int(self._counts[:, self.rank].sum()))
 
     def output(self) -> Tensor:
@@ -102,7 +111,7 @@ class WindowsBaseline(AllToAllBaseline):
             raise RuntimeError("combine before any dispatch")
         if y.data_ptr() != self._out_rows.data_ptr():
             self._out_rows[: len(y)].copy_(y)
-        self._meet(self._windows[0])
+        meet(self._comm, self._windows[0])
         return torch.nn.functional.embedding_bag(self._bag, self._all_sums, self._plan.bag_start, mode="sum")
 
     def close(self) -> None:
@@ -117,14 +126,6 @@ class WindowsBaseline(AllToAllBaseline):
         sent_before = plan.counts.cumsum(0) - plan.counts
         moved = (begins - sent_before).repeat_interleave(plan.counts, output_size=len(plan.tokens))
         return begins, torch.arange(len(plan.tokens)) + moved
-
-    def _meet(self, *written: SharedRows) -> None:
-        """All ranks see what all have written."""
-        for window in written:
-            window.sync()
-        self._comm.Barrier()
-        for window in written:
-            window.sync()
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         most, columns = shape

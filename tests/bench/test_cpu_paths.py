@@ -14,7 +14,7 @@ from bench import cpu_paths, dispatch_combine
 from bench.cpu_paths import Versus
 from bench.harness.layer_job import ALIGN, LayerJob, expert
 from bench.harness.workload import Job, Received, Shape
-from bench.systems.cpus import GLOO, LAYER, MPI, PLAIN, RANK, WINDOWS
+from bench.systems.cpus import GLOO, LAYER, MPI, PLAIN, RANK, WINDOWS, WINDOWS_OWNED
 from bench.systems.grouped import Groups
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -22,8 +22,8 @@ BENCHMARK = str(Path(__file__).parents[2] / "bench" / "dispatch_combine.py")
 SMALL = ["--hidden", "32", "--experts", "8", "--topk", "3", "--iters", "2", "--warmup", "1"]
 ZERO_COPY, OWNED, LIMIT = "commlib zero-copy", "commlib owned", "bare limit"
 ON_PATH = {
-    RANK: {ZERO_COPY, OWNED, PLAIN, GLOO, MPI, WINDOWS},
-    LAYER: {OWNED, GLOO, MPI, WINDOWS},
+    RANK: {ZERO_COPY, OWNED, PLAIN, GLOO, MPI, WINDOWS, WINDOWS_OWNED},
+    LAYER: {ZERO_COPY, OWNED, GLOO, MPI, WINDOWS, WINDOWS_OWNED},
 }
 
 
@@ -46,7 +46,8 @@ def test_all_systems_are_right_on_both_paths_whatever_each_rank_sends(launch, dt
     ("fault", "said"),
     [
         ("windows-dispatch", r"rank path, T=6: MPI windows, rank 1: rows: 1 of \d+ rows differ"),
-        ("windows-combine", r"layer path, T=6: MPI windows, rank 1: sum: 1 of 192 values differ"),
+        ("windows-combine", r"layer path, T=6: MPI windows owned, rank 1: sum: 1 of 192 values differ"),
+        ("grouped-combine", r"layer path, T=6: MPI windows, rank 1: sum: 1 of 192 values differ"),
         ("commlib-combine", r"layer path, T=6: commlib owned, rank 0: sum: 1 of 192 values differ"),
         ("weights", r"layer path, T=6: gloo, tuned, rank 0: topk_weights: \d+ of \d+ rows differ"),
     ],
@@ -67,9 +68,9 @@ def test_without_mpi_the_reason_stands_in_its_rows_and_gloo_is_the_best_peer(lau
     assert found["skipped"] == dict.fromkeys([MPI, WINDOWS], "started without mpirun")
     assert [set(m["samples_s"]) - {LIMIT} for m in found["measured"]] == [
         {ZERO_COPY, GLOO},
-        {OWNED, GLOO},
-        ON_PATH[RANK] - {MPI, WINDOWS},
-        ON_PATH[LAYER] - {MPI, WINDOWS},
+        {ZERO_COPY, GLOO},
+        ON_PATH[RANK] - {MPI, WINDOWS, WINDOWS_OWNED},
+        ON_PATH[LAYER] - {MPI, WINDOWS, WINDOWS_OWNED},
     ]
     assert len(re.findall(r"\d gloo, tuned +│", done.stdout)) == 8
     assert len(re.findall(r"MPI windows +│ +started without", done.stdout)) == 4
@@ -84,7 +85,7 @@ def test_every_sample_of_each_path_and_size_is_written(launch, tmp_path):
     assert [set(m["samples_s"]) - {LIMIT} for m in measured] == [
         *ON_PATH.values(),
         {ZERO_COPY, MPI, WINDOWS},
-        {OWNED, MPI, WINDOWS},
+        {ZERO_COPY, MPI, WINDOWS},
     ]
     times = [times for m in measured for system in m["samples_s"].values() for times in system.values()]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times)
@@ -195,7 +196,8 @@ FOUND = {
             "tokens": 8,
             "rows_received": [4, 8],
             "samples_s": {
-                OWNED: times(4, 2),
+                ZERO_COPY: times(4, 2),
+                OWNED: times(5, 3),
                 PLAIN: times(1, 1),  # never a peer
                 GLOO: times(8, 9),
                 LIMIT: times(1, 1),
@@ -212,6 +214,9 @@ def test_the_best_peer_is_another_one_for_each_operation():
     assert Versus.of(samples, ZERO_COPY, "combine") == Versus(0.0015, 0.0012, WINDOWS)
     assert Versus.of(samples, ZERO_COPY, "combine").ratio == pytest.approx(0.8)
     assert Versus.of(samples, OWNED, "dispatch") is None
+    owned = {OWNED: times(1, 2), WINDOWS_OWNED: times(9, 6), WINDOWS: times(9, 1)}
+    assert Versus.of(owned, OWNED, "combine") == Versus(0.002, 0.006, WINDOWS_OWNED)
+    assert Versus.of(owned | {ZERO_COPY: times(1, 1)}, ZERO_COPY, "combine") == Versus(0.001, 0.001, WINDOWS)
     assert Versus.of({ZERO_COPY: times(1, 1), PLAIN: times(2, 2)}, ZERO_COPY, "dispatch") is None
 
 
@@ -229,8 +234,8 @@ def test_ratios_of_a_path_are_by_size():
     slower = FOUND["measured"][0] | {"tokens": 64, "samples_s": {ZERO_COPY: times(10, 1), MPI: times(5, 4)}}
     found = FOUND | {"measured": [*FOUND["measured"], slower]}
     assert cpu_paths.ratios(found, RANK, ZERO_COPY, "dispatch") == ["2.5x", "0.5x"]
-    assert cpu_paths.ratios(found, LAYER, OWNED, "combine") == ["4.5x"]
-    assert cpu_paths.ratios(found, LAYER, ZERO_COPY, "combine") == [""]
+    assert cpu_paths.ratios(found, LAYER, OWNED, "combine") == ["3.0x"]
+    assert cpu_paths.ratios(found, RANK, OWNED, "combine") == ["", ""]
 
 
 def test_without_a_peer_the_summary_has_no_ratio():
@@ -244,7 +249,8 @@ def test_the_detail_compares_each_system_with_the_best_peer_plain_gloo_and_the_l
     title, _, (dispatch, _) = cpu_paths.detail_table(ARGS, found, FOUND["measured"][1])
     assert title == "layer path, T=8 H=1000 bf16, top-2 of 8 experts, median of 3"
     assert dispatch == [
-        ["dispatch", OWNED, "4.0 (2.0-12.0)", "0.00", "0.2x", "2.0x", "25%"],
+        ["dispatch", ZERO_COPY, "4.0 (2.0-12.0)", "0.00", "0.2x", "2.0x", "25%"],
+        ["dispatch", OWNED, "5.0 (2.5-15.0)", "0.00", "0.2x", "1.6x", "20%"],
         ["dispatch", PLAIN, "1.0 (0.5-3.0)", "0.01", "1.0x", "8.0x", "100%"],
         ["dispatch", GLOO, "8.0 (4.0-24.0)", "0.00", "0.1x", "1.0x", "12%"],
         ["dispatch", MPI, "no MPI"],

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 from bench import dispatch_combine
 from bench.systems.grouped import CommlibGrouped, Groups
+from bench.systems.grouped_windows import GroupedWindows
 from bench.systems.windows import WindowsBaseline
 
 
@@ -33,6 +34,7 @@ def without_weights(groups):
 FAULTS = {
     "windows-dispatch": lambda: after(WindowsBaseline, "dispatch", one_more),
     "windows-combine": lambda: after(WindowsBaseline, "combine", one_more),
+    "grouped-combine": lambda: after(GroupedWindows, "combine", one_more),
     "commlib-combine": lambda: after(CommlibGrouped, "combine", one_more),
     "weights": lambda: after(Groups, "of", without_weights),
 }
