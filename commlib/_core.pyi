@@ -398,9 +398,9 @@ class Communicator:
         """
         The other ranks need not wait: they are told to blame these ranks, or else this one.
         """
-    def lend_slot(self) -> SlotLease:
+    def lend_slot(self, once: bool) -> SlotLease:
         """
-        A slot to write rows for a combine into.
+        A slot to write rows for a combine into; once: good for one, after which nothing is written there.
         """
     def note_uses(self, addresses: list[int], stream: int) -> None:
         """

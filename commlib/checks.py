@@ -6,7 +6,7 @@ nothing else stands between a tensor's address and the core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -267,11 +267,11 @@ def check_plan(c: Communicator, r: RoutePlan, grouped: bool) -> None:
         _check_device("the routing", tensor, c.settings.device)
 
 
-def check_apart(out: Tensor, call: Combine) -> None:
+def check_apart(out: Tensor, read: Mapping[str, Tensor | None]) -> None:
     """That ``out`` shares no memory with tensors that are read while it is written."""
     _check_memory("out", out)
     begin, end = _extent(out)
-    for name, tensor in (("y", call.y), ("weights", call.weights), ("bias", call.bias)):
+    for name, tensor in read.items():
         if tensor is None:
             continue
         first, last = _extent(tensor)

@@ -151,10 +151,14 @@ class Communicator:
         """Whether results may keep ``count`` more slots: one must stay to receive, one to combine."""
         return self.slots - self.core.slots_in_use - count >= _SLOTS_TO_WORK_WITH
 
-    def lend_rows(self, rows: int) -> Tensor:
-        """Room in a slot for rows that a combine is to sum."""
+    def lend_rows(self, rows: int, once: bool) -> Tensor:
+        """Room in a slot for rows that a combine is to sum.
+
+        once: good for one combine, which other ranks may still read from when it has returned. Otherwise a
+        combine returns when they have, and the tensor is like any other.
+        """
         self.backend.begin()
-        buffer = self.view(self.core.lend_slot(), rows)
+        buffer = self.view(self.core.lend_slot(once), rows)
         self.backend.end("lend a slot", None, (buffer,), False)
         return buffer
 

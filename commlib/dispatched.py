@@ -233,15 +233,15 @@ class Dispatched(Generic[Array]):
 
 
 def spare_buffer(handle: Handle, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-    """A :meth:`commlib.ExpertParallel.combine_buffer` of this shape and dtype; None: it has others, or all
-    slots are needed.
+    """Memory like :meth:`commlib.ExpertParallel.combine_buffer`, but a tensor like any other: hooks may keep
+    it. None: that has another shape or dtype, or all slots are needed.
     """
     c = handle._ep._comm
     if list(shape) != [handle.num_rows, c.settings.hidden] or dtype != c.settings.dtype:
         return None
     if not c.can_group_in_slot(handle.num_rows) or not c.can_spare_slots(1):
         return None
-    return c.lend_rows(handle.num_rows)
+    return c.lend_rows(handle.num_rows, once=False)
 
 
 def combine_places(

@@ -339,8 +339,9 @@ class ExpertParallel:
     def combine_buffer(self, handle: Handle) -> Tensor:
         """Memory in the symmetric heap for y, ``[num_rows, hidden]``: combine then copies nothing.
 
-        Good for one combine; it holds a slot until both that is done and the tensor is gone. Padding rows of
-        layout "expert" need not be written.
+        Good for one combine, and not to be written afterwards: other ranks may still read it when that has
+        returned. It holds a slot until both that is done and the tensor is gone. Padding rows of layout
+        "expert" need not be written.
 
         Raises:
             HandleError: no slot is free, or the handle is released or another communicator's.
@@ -350,7 +351,7 @@ class ExpertParallel:
         check_handle(self, handle)
         checks.check_room(self._comm, handle.layout, handle.num_rows)
         self._attachment.check_open()
-        return self._comm.lend_rows(handle.num_rows)
+        return self._comm.lend_rows(handle.num_rows, once=True)
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         """Let ``stream`` use a result or a lent buffer until the tensor goes, like ``Tensor.record_stream``.

@@ -52,11 +52,13 @@ class Experts(ShardedExperts):
     """
 
     takes_products: ClassVar[bool] = True
+    _computes_by_products: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        asked = (inspect.signature(method).parameters for method in (cls.compute, cls.forward))
-        cls.takes_products = all("products" in names for names in asked)
+        cls._computes_by_products = "products" in inspect.signature(cls.compute).parameters
+        of_forward = inspect.signature(cls.forward).parameters
+        cls.takes_products = cls._computes_by_products and "products" in of_forward
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class Experts(ShardedExperts):
         """
         self._adopt_all()  # parameters may have been frozen, replaced or parametrized since
         weights = {name: self.local(getattr(self, name)) for name in self.weight_names}
-        if not self.takes_products:
+        if not self._computes_by_products:
             return self.compute(x, offsets, **weights)  # type: ignore[arg-type]
         return self.compute(x, offsets, Products() if products is None else products, **weights)
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from commlib import checks
+from commlib.ops.calling import is_traced
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNEL_BYTES = 16  # torch's kernel needs row strides that are a multiple of this
@@ -31,26 +33,29 @@ def grouped_mm(
         offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
         bias: ``[G, F]``, any float dtype, added in that of the product.
         out: ``[M, F]``, memory for the result, as :meth:`commlib.ExpertParallel.combine_buffer` lends it: of
-            the result's dtype. It does not require grad; the result, another tensor of the same memory, does
-            if ``x`` or ``w`` do. On a GPU the product is copied there.
+            the result's dtype, apart from the other arguments'. It does not require grad; the result,
+            another tensor of the same memory, does if ``x`` or ``w`` do. On a GPU the product is copied
+            there, and so it is by torch.compile, whose result is a tensor of its own.
 
     Returns:
         ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x``, ``w`` and ``bias``.
 
     Raises:
         ValueError: shapes that do not fit each other; on a CPU, offsets that do not fit the rows; ``out`` of
-            another dtype or device, or one that requires grad.
+            another dtype or device, one that requires grad, or one that shares memory with what is read.
         TypeError: ``x`` and ``w`` of different dtypes.
     """
     x, w = checked_operands(x, w, offsets, bias)
     if out is None:
         return with_bias(product(x, w, offsets), bias, offsets)
-    _check_out(out, x, w)
-    if writes_in_place(x):
-        rows = _ProductInto.apply(x, w, offsets, (out,))
-    else:
-        rows = out.detach().copy_(product(x, w, offsets))
-    return with_bias(rows, bias, offsets)
+    _check_out(out, x, w, bias)
+    if writes_in_place(x, w):
+        return with_bias(_ProductInto.apply(x, w, offsets, (out,)), bias, offsets)
+    rows = with_bias(product(x, w, offsets), bias, offsets)
+    if torch.compiler.is_compiling():  # a copy into an input has no gradient there
+        out.copy_(rows.detach())
+        return rows
+    return out.detach().copy_(rows)
 
 
 def checked_operands(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ def checked_operands(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None)
     return x, w
 
 
-def _check_out(out: Tensor, x: Tensor, w: Tensor) -> None:
+def _check_out(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
     shape = (x.shape[0], w.shape[2])
     if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
@@ -78,6 +83,8 @@ def _check_out(out: Tensor, x: Tensor, w: Tensor) -> None:
         )
     if out.requires_grad:
         raise ValueError("out must not require grad: it is written to")
+    if not is_traced(out, x, w):
+        checks.check_apart(out, {"x": x, "w": w, "bias": bias})
 
 
 def with_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -98,9 +105,13 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
     return t.dtype
 
 
-def writes_in_place(x: Tensor) -> bool:
-    """Whether products of ``x`` can be written to memory that is there: torch's kernel for GPUs cannot."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def writes_in_place(*read: Tensor) -> bool:
+    """Whether products of these can be written to memory that is there.
+
+    torch's kernel for GPUs cannot. What traces a product sees one op, and so does a mode of dispatch, as
+    selective checkpointing is.
+    """
+    return read[0].device.type == "cpu" and not is_traced(*read)
 
 
 # Ops of our own, because torch's cannot be used directly: its fake kernel takes only bfloat16, so
@@ -185,7 +196,6 @@ class _ProductInto(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return *_backward(ctx, grad), None
 

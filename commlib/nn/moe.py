@@ -224,7 +224,13 @@ class MoELayer(nn.Module):
         return self._computed(d.x.to(dtype), d.offsets, products).to(d.x.dtype), weights
 
     def _computed(self, x: Tensor, offsets: Tensor, products: Products) -> Tensor:
-        return self.experts(x, offsets, *((products,) if self.experts.takes_products else ()))
+        y = self.experts(x, offsets, *((products,) if self.experts.takes_products else ()))
+        if self.weights_at == "hidden" and products.lasts != 1:
+            raise ValueError(
+                f'with weights_at="hidden" the weights are applied in products.last, which '
+                f"{type(self.experts).__name__} called {products.lasts} times: return what one call gives"
+            )
+        return y
 
     def _apply_spread(self, ep: ExpertParallel, rows: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         sent = self._to_send(ep, rows)
@@ -305,8 +311,9 @@ def _check_weights_at(weights_at: Any, experts: Experts) -> None:
         raise ValueError(f'weights_at must be "output" or "hidden", got {shown(weights_at)}')
     if weights_at == "hidden" and not experts.takes_products:
         raise TypeError(
-            f'weights_at="hidden" needs experts that leave the last product to the layer: give '
-            f"{type(experts).__name__}.compute a parameter products, and return products.last(...)"
+            f'weights_at="hidden" needs experts that leave the last product to the layer: give compute, and '
+            f"forward if it has its own, of {type(experts).__name__} a parameter products, and return "
+            "products.last(...)"
         )
 
 

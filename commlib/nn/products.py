@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from commlib.dispatched import spare_buffer
 
@@ -25,6 +25,9 @@ class Products:
     and so is the gradient of the first ones, and combine and its counterpart in backward copy nothing
     (:meth:`commlib.ExpertParallel.combine_buffer`). With ``weights_at="hidden"`` it applies the weights.
 
+    Attributes:
+        lasts: how many times :meth:`last` has been called.
+
     Args:
         dispatched: what the experts compute on; None: rows that no dispatch has brought.
         weights: ``[M]``: the rows of the last product's ``x`` are multiplied by them.
@@ -33,6 +36,7 @@ class Products:
     def __init__(self, dispatched: Dispatched[Tensor] | None = None, weights: Tensor | None = None) -> None:
         self._handle = None if dispatched is None else dispatched.handle
         self._weights = weights
+        self.lasts = 0
 
     def first(
         self, x: Tensor, offsets: Tensor, *ws: Tensor, biases: tuple[Tensor, ...] = ()
@@ -48,10 +52,12 @@ class Products:
             ``[M, F]`` for each of ``ws``.
 
         Raises:
-            ValueError, TypeError: as :func:`grouped_mm`.
+            ValueError, TypeError: as :func:`grouped_mm`; no weights, or another number of biases.
         """
+        if not ws or len(biases) not in (0, len(ws)):
+            raise ValueError(f"first takes weights, and as many biases or none, got {len(ws)}, {len(biases)}")
         given = biases or (None,) * len(ws)
-        if self._handle is None or not grouped.writes_in_place(x):
+        if self._handle is None or not grouped.writes_in_place(x, *ws):
             pairs = zip(ws, given, strict=True)
             return tuple(grouped.grouped_mm(x, w, offsets, bias) for w, bias in pairs)
         cast = [grouped.checked_operands(x, w, offsets, b) for w, b in zip(ws, given, strict=True)]
@@ -60,6 +66,9 @@ class Products:
 
     def last(self, x: Tensor, offsets: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply the rows of the inner layer; the result is what :meth:`Experts.compute` returns.
+
+        With ``weights_at="hidden"`` it is weighted: then it may be multiplied by something, but what is added
+        to it is not weighted.
 
         Args:
             x: ``[M, F]``.
@@ -73,11 +82,12 @@ class Products:
         Raises:
             ValueError, TypeError: as :func:`grouped_mm`.
         """
+        self.lasts += 1
         weights = self._weights
         if weights is not None:
             x = (x * weights.unsqueeze(1)).to(x.dtype)
         cast, w = grouped.checked_operands(x, w, offsets, bias)
-        out = self._place((x.shape[0], w.shape[2]), cast) if grouped.writes_in_place(cast) else None
+        out = self._place((x.shape[0], w.shape[2]), cast) if grouped.writes_in_place(cast, w) else None
         if bias is None or weights is None:
             return grouped.grouped_mm(cast, w, offsets, bias, out=out)
         rows = grouped.rows_of_groups(bias, offsets, cast)
@@ -103,19 +113,27 @@ class _First(Function):
         return tuple(grouped.product(x, w, offsets) for w in ws)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         offsets, x, *ws = ctx.saved_tensors
         _, _, need_x, *need_ws = ctx.needs_input_grad
         known = [(g, w) for g, w in zip(grads, ws, strict=True) if g is not None]
-        gx = None
-        if need_x and known:
-            gx = ctx.place(x.shape, x)
-            gx = x.new_empty(x.shape) if gx is None else gx
-            for i, (g, w) in enumerate(known):
-                grouped.multiply_into(gx, g, w.mT, offsets, add=i > 0)
+        gx = _summed_products(ctx.place, offsets, x, known) if need_x and known else None
         gws = (
             grouped.weight_grad(x, g, offsets) if need and g is not None else None
             for g, need in zip(grads, need_ws, strict=True)
         )
         return None, None, gx, *gws
+
+
+def _summed_products(
+    place: Callable[..., Tensor | None], offsets: Tensor, like: Tensor, terms: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The sum of ``g @ w.mT`` over pairs of ``g`` and ``w``, where there is a place for it."""
+    if torch.is_grad_enabled():  # it will be differentiated itself
+        first, *rest = (grouped.product(g, w.mT, offsets) for g, w in terms)
+        return sum(rest, first)
+    out = place(like.shape, like)
+    out = like.new_empty(like.shape) if out is None else out
+    for i, (g, w) in enumerate(terms):
+        grouped.multiply_into(out, g, w.mT, offsets, add=i > 0)
+    return out

@@ -55,7 +55,7 @@ def combine_into(out: Tensor, a: Attachment, call: Combine, async_op: bool = Fal
     if torch.compiler.is_compiling():
         out.copy_(combine(a, call)[0].out)
         return None
-    checks.check_apart(out, call)
+    checks.check_apart(out, {"y": call.y, "weights": call.weights, "bias": call.bias})
     event = operations.combine(a, call, async_op, out)[1]
     torch.autograd.graph.increment_version(out)
     return event

@@ -199,8 +199,9 @@ class Communicator {
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
   virtual void check_health() { check_usable(); }
-  // A slot to write rows for combine into.
-  std::shared_ptr<SlotLease> lend_slot();
+  // A slot to write rows for combine into. `once`: good for one combine, which does not wait until other
+  // ranks have read it.
+  std::shared_ptr<SlotLease> lend_slot(bool once = true);
 
   // CUDA: work that `stream` has queued when a tensor at one of these addresses goes may still use it. Skips
   // addresses that are not the first row of a slot in use.

@@ -125,12 +125,12 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
 }
 
-std::shared_ptr<SlotLease> Communicator::lend_slot() {
+std::shared_ptr<SlotLease> Communicator::lend_slot(bool once) {
   const Issue issue(*this);
   check_health();
   auto lease = take_slot();
   await_pulls({OpKind::combine, static_cast<uint8_t>(lease->index())}, lease);
-  lease->lend();
+  if (once) lease->lend();
   return lease;
 }
 

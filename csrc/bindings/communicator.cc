@@ -85,7 +85,9 @@ Raises:
       .def("wait_event", &Communicator::wait_event, "event"_a, NoGil(),
            "CUDA: wait for an event of the communication stream.")
       .def("synchronize", &Communicator::synchronize, NoGil(), "Wait for all operations issued.")
-      .def("lend_slot", &Communicator::lend_slot, NoGil(), "A slot to write rows for a combine into.")
+      .def("lend_slot", &Communicator::lend_slot, "once"_a, NoGil(),
+           "A slot to write rows for a combine into; once: good for one, after which nothing is written "
+           "there.")
       .def("view", &view_of, "lease"_a, "rows"_a, format_arg(), "scales"_a = false,
            "Rows in a slot, or their scales; as bytes where they are not the communicator's own.")
       .def("note_uses", &Communicator::note_uses, "addresses"_a, "stream"_a, NoGil(),

@@ -2,16 +2,17 @@
 
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import commlib
 from commlib import ExpertParallel, operations
 from commlib.communicator import Communicator
-from commlib.nn import Experts, GptOssExperts, MoELayer, TopKRouter, expert_parameters, grouped_mm
+from commlib.nn import Experts, GptOssExperts, MoELayer, Products, TopKRouter, expert_parameters, grouped_mm
 from commlib.overlap import TwoBatch
 
 HIDDEN, FFN, EXPERTS, TOPK, TOKENS = 32, 48, 6, 3, (9, 0, 14)
@@ -42,8 +43,8 @@ class Spied:
 def spied(monkeypatch):
     spied, lend, combine = Spied(), Communicator.lend_rows, operations.combine
 
-    def lend_rows(self, rows):
-        buffer = lend(self, rows)
+    def lend_rows(self, rows, once):
+        buffer = lend(self, rows, once)
         if rows > 0:
             spied.lent.add(buffer.data_ptr())
         return buffer
@@ -231,6 +232,100 @@ def test_nothing_is_written_in_place_that_is_of_another_type(spied):
     assert len(spied.in_place) == 6 and not any(spied.in_place)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_hooks_have_kept_is_theirs(backward):
+    """Other ranks have read it when the layer returns."""
+
+    def everything_to_both(x):
+        idx = torch.tensor([[0, 1]]).expand(len(x), 2)
+        return idx, torch.full(idx.shape, 0.5), x.new_zeros(())
+
+    def rank_main(rank):
+        sizes = dict(num_experts=2, hidden=4096, topk=2, max_tokens=512, dtype=torch.float32)
+        with ExpertParallel(timeout=30.0, grouping="direct", **sizes) as ep:
+            with seeding:
+                torch.manual_seed(0)
+                layer = MoELayer(4096, 8, 2, 2, ep, router=everything_to_both)
+            kept, seen = [], []
+            if backward:
+                layer.experts.register_full_backward_hook(lambda module, grads, _: kept.append(grads[0]))
+            else:
+                layer.experts.register_forward_hook(lambda module, _, out: kept.append(out.detach()))
+            for _ in range(10):
+                x = torch.ones(2 if rank == 0 else 512, 4096, requires_grad=True)
+                out, _ = layer(x)
+                if backward:
+                    out.mean().backward()
+                if rank == 0:  # it has little to read, and is done first
+                    kept.pop().zero_()
+                ep.group.barrier()
+                seen.append(x.grad if backward else out.detach())
+            return seen
+
+    first, *others = commlib.run_ranks(rank_main, 2)[1]
+    assert first.any()
+    for again in others:
+        assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("weights_at", ["output", "hidden"])
+def test_gradients_of_gradients_are_those_without_communication(weights_at):
+    found = []
+    for ranks in (None, 1):
+        ep = None
+        if ranks:
+            sizes = dict(num_experts=EXPERTS, hidden=HIDDEN, topk=TOPK, max_tokens=16, dtype=torch.float64)
+            ep = ExpertParallel(device="cpu", **sizes)
+        layer, (x, _) = make_layer(ep, torch.float64, weights_at=weights_at), inputs(0, torch.float64)
+        for p in expert_parameters(layer):
+            p.requires_grad_(False)  # a weight's gradient has none
+        (g,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), x)[0])
+        if ep is not None:
+            ep.close()
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mode_that_keeps_results_sees_one_product():
+    """As selective checkpointing does: what it has kept must not be written to."""
+    save = partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_SAVE)
+
+    class Selective(Experts):
+        def forward(self, x, offsets, products=None):
+            again = super().forward
+            return checkpoint(again, x, offsets, products, use_reentrant=False, context_fn=save)
+
+    check_equal(over_ranks(torch.float32, "direct", experts=Selective), over_ranks(torch.float32, "direct"))
+
+
+def test_a_forward_of_ones_own_may_know_no_products():
+    class Own(Experts):
+        def forward(self, x, offsets):
+            return super().forward(x, offsets)
+
+    got, wanted = (
+        results(make_layer(None, torch.float32, experts=kind), 0, torch.float32) for kind in (Own, Experts)
+    )
+    check_equal([got], [wanted])
+    with pytest.raises(TypeError, match="forward if it has its own, of Own a parameter products"):
+        make_layer(None, torch.float32, experts=Own, weights_at="hidden")
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_weights_are_applied_once_or_the_layer_says_so(times):
+    class Forgetful(Experts):
+        def compute(self, x, offsets, products, w1, w3, w2):
+            (inner,) = products.first(x, offsets, w1)
+            y = grouped_mm(inner, w2, offsets)
+            for _ in range(times):
+                y = products.last(inner, offsets, w2)
+            return y
+
+    layer = make_layer(None, torch.float32, experts=Forgetful, weights_at="hidden")
+    with pytest.raises(ValueError, match=f"products.last, which Forgetful called {times} times"):
+        layer(inputs(0, torch.float32)[0])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -239,7 +334,7 @@ def test_nothing_is_written_in_place_that_is_of_another_type(spied):
         (
             dict(weights_at="hidden", experts=PlainExperts),
             TypeError,
-            "give PlainExperts.compute a parameter products",
+            "of PlainExperts a parameter products",
         ),
     ],
 )
@@ -279,6 +374,34 @@ def test_a_product_in_memory_that_is_there(device, dtype, bias):
 def test_memory_that_a_product_does_not_fit(out, text):
     with pytest.raises(ValueError, match=text):
         grouped_mm(torch.zeros(5, 8), torch.zeros(3, 8, 16), torch.tensor([0, 2, 2, 5]), out=out)
+
+
+@pytest.mark.parametrize("name", ["x", "w", "bias"])
+def test_memory_that_is_read_is_not_written(name):
+    read = dict(x=torch.zeros(5, 8), w=torch.zeros(3, 8, 8), bias=torch.zeros(3, 8))
+    memory = torch.zeros(200)
+    read[name] = memory[: read[name].numel()].view(read[name].shape)
+    with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+        grouped_mm(**read, offsets=torch.tensor([0, 2, 2, 5]), out=memory[16:56].view(5, 8))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compiled_product_has_its_gradients(bias):
+    offsets = torch.tensor([0, 2, 2, 5])
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((5, 8), (3, 8, 8), (3, 8)))
+    given = [x, w, b][: 3 if bias else 2]
+    found, out = [], torch.empty(5, 8)
+    for f in (grouped_mm, torch.compile(grouped_mm, backend="aot_eager", fullgraph=True)):
+        y = f(x, w, offsets, *given[2:], out=out.zero_())
+        assert torch.equal(out, y)
+        found.append(torch.autograd.grad(y.square().sum(), given))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_products_of_nothing():
+    with pytest.raises(ValueError, match="first takes weights, and as many biases or none, got 0, 0"):
+        Products().first(torch.zeros(5, 8), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize("offsets", [[0, 2, 2, 4], [1, 2, 2, 5], [0, 3, 2, 5], [0, 2, 2, 6]])
