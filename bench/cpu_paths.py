@@ -39,7 +39,6 @@ from bench.systems.cpus import (
     PEERS,
     PEERS_OF_OWNED,
     PLAIN,
-    RANK,
     WINDOWS_OWNED,
     open_systems,
     skipped,
@@ -50,7 +49,6 @@ SIZES = (1, 8, 64, 1024)  # tokens of a rank
 OPERATIONS = ("dispatch", "combine")
 FEW, MANY = 7, 24  # iterations: of a size that takes its time, and of a small one
 SMALL = 256  # tokens of a rank, at most
-LINES = ((RANK, ZERO_COPY), (LAYER, ZERO_COPY))  # what the summary compares with the best peer
 
 Measured = dict[str, Any]  # "path", "tokens", "rows_received" by rank, "samples_s"
 
@@ -115,16 +113,16 @@ def shape_text(args: argparse.Namespace) -> str:
 
 
 def summary_table(args: argparse.Namespace, found: dict[str, Any]) -> Titled:
-    """A line for each path and size: commlib's medians beside the best peer's."""
+    """A line for each path and size: commlib's medians, zero-copy, beside the best peer's."""
     title = f"{where(found['machine'])}, {shape_text(args)}: medians, ms, and those of the best peer"
     columns = ["path", "T", *chain(*((name, "best peer", "ratio") for name in OPERATIONS))]
     sections = [
         [
-            [path, str(measured["tokens"]), *chain(*(_versus_cells(measured, ours, o) for o in OPERATIONS))]
+            [path, str(measured["tokens"]), *chain(*(_versus_cells(measured, o) for o in OPERATIONS))]
             for measured in found["measured"]
             if measured["path"] == path
         ]
-        for path, ours in LINES
+        for path in PATHS
     ]
     return title, columns, sections
 
@@ -136,8 +134,8 @@ def ratios(found: dict[str, Any], path: str, ours: str, operation: str) -> list[
     return [f"{v.ratio:.1f}x" if v else "" for v in versus]
 
 
-def _versus_cells(measured: Measured, ours: str, operation: str) -> list[str]:
-    versus = Versus.of(measured["samples_s"], ours, operation)
+def _versus_cells(measured: Measured, operation: str) -> list[str]:
+    versus = Versus.of(measured["samples_s"], ZERO_COPY, operation)
     if versus is None:
         return ["", "", ""]
     return [f"{versus.ours * 1e3:.2f}", f"{versus.best * 1e3:.2f} {versus.peer}", f"{versus.ratio:.1f}x"]

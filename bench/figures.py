@@ -32,6 +32,7 @@ from bench.harness.report import Titled, markdown, markdown_table
 from bench.harness.samples import BENCH, RECORDED, write
 from bench.harness.stats import Stats
 from bench.systems.commlib import OWNED, ZERO_COPY
+from bench.systems.cpus import PATHS
 from bench.systems.layers import COMMLIB, GLOO, MPI
 from bench.systems.nodes import HIERARCHICAL
 from bench.systems.one_gpu import COMBINE, REDISPATCH, TUNED
@@ -54,8 +55,8 @@ def best_peer() -> str:
     """How many times as fast as the best peer: a line for each path and operation, a column for each size."""
     found = samples(ON_PATHS)
     rows = [
-        [f"{path} path: {operation}", *cpu_paths.ratios(found, path, ours, operation)]
-        for path, ours in cpu_paths.LINES
+        [f"{path} path: {operation}", *cpu_paths.ratios(found, path, ZERO_COPY, operation)]
+        for path in PATHS
         for operation in cpu_paths.OPERATIONS
     ]
     return markdown_table(("", *(f"T={tokens}" for tokens in found["config"]["tokens"])), rows, words=1)

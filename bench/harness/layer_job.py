@@ -71,6 +71,11 @@ class LayerJob(Job):
         return different_sums(out, self.expected_sum, eps * self.magnitude)
 
 
+def padded(counts: Tensor) -> Tensor:
+    """The sizes of groups of so many rows."""
+    return (counts + (ALIGN - 1)).div(ALIGN, rounding_mode="floor") * ALIGN
+
+
 def expert(rows: Tensor, number: Tensor | int) -> Tensor:
     """The output of an expert, or of one for each row ``[N, 1]``: neighbors differ in sign, so that a row
     from the wrong one shows in spite of roundings."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness.layer_job import ALIGN, Grouped
+from bench.harness.layer_job import ALIGN, Grouped, padded
 from bench.harness.turns import System
 from bench.harness.workload import Job
 from bench.systems.all_to_all import AllToAllBaseline
@@ -76,9 +76,8 @@ class Groups:
         row, k = chosen.nonzero(as_tuple=True)
         expert, order = topk_idx[row, k].sort(stable=True)
         counts = torch.bincount(expert, minlength=local_experts)
-        padded = (counts + (ALIGN - 1)).div(ALIGN, rounding_mode="floor") * ALIGN
         offsets = torch.zeros(local_experts + 1, dtype=torch.int64)
-        torch.cumsum(padded, 0, out=offsets[1:])
+        torch.cumsum(padded(counts), 0, out=offsets[1:])
         moved = offsets[:-1] - (counts.cumsum(0) - counts)
         place = torch.arange(len(order)) + moved[expert]
         places = int(offsets[-1])

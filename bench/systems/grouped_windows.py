@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness.layer_job import ALIGN, Grouped
+from bench.harness.layer_job import ALIGN, Grouped, padded
 from bench.harness.turns import System
 from bench.harness.workload import Job
 from bench.systems.windows import SharedRows, meet
@@ -110,13 +110,13 @@ class GroupedWindows(System):
         self._comm.Allgather(counts.numpy(), self._counts)
         by_rank = torch.from_numpy(self._counts)
         sizes = by_rank.sum(0).view(ranks, -1)
-        padded = (sizes + (ALIGN - 1)).div(ALIGN, rounding_mode="floor") * ALIGN
-        ends = padded.cumsum(1)
-        groups = (ends - padded) + torch.arange(ranks).unsqueeze(1) * self._most
+        rooms = padded(sizes)
+        ends = rooms.cumsum(1)
+        groups = (ends - rooms) + torch.arange(ranks).unsqueeze(1) * self._most
         begins = groups.flatten() + by_rank[:rank].sum(0)
         places = torch.arange(len(order)) + (begins - (counts.cumsum(0) - counts))[expert]
         weights = topk_weights.flatten()[pair]
-        unfilled = (padded - sizes)[rank]
+        unfilled = (rooms - sizes)[rank]
         first = (groups + sizes)[rank] - (unfilled.cumsum(0) - unfilled)
         padding = torch.arange(int(unfilled.sum())) + first.repeat_interleave(unfilled)
         of_token = chosen.sum(1)

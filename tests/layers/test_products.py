@@ -28,15 +28,15 @@ class PlainExperts(Experts):
 
 @dataclass
 class Spied:
-    """Where rows were that combines have summed, and where the heap has lent some room."""
+    """Where rows were that combines have summed, and where the heap has given room for some."""
 
-    lent: set = field(default_factory=set)
+    buffers: set = field(default_factory=set)
     summed: list = field(default_factory=list)
 
     @property
     def in_place(self):
         """Of each combine, in order; of all ranks."""
-        return [y in self.lent for y in self.summed]
+        return [y in self.buffers for y in self.summed]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def spied(monkeypatch):
     def lend_rows(self, rows, once):
         buffer = lend(self, rows, once)
         if rows > 0:
-            spied.lent.add(buffer.data_ptr())
+            spied.buffers.add(buffer.data_ptr())
         return buffer
 
     def combine_rows(a, call, *rest):
