@@ -250,8 +250,9 @@ class MoELayer(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         at_hidden = weights.to(wide).flatten()[order] if self.weights_at == "hidden" else None
         y = self._computed(x[order // topk], offsets, Products(weights=at_hidden))
-        y = y[order.argsort()].view(tokens, topk, x.shape[1]).to(wide)
         # Sum in float32 at least and round once, as combine does.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        y = y[order.argsort()].view(tokens, topk, x.shape[1]).to(wide)
         if at_hidden is None:
             y = y * weights.to(wide).unsqueeze(-1)
         return y.sum(1).to(x.dtype)
