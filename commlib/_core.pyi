@@ -230,6 +230,10 @@ class RoutePlan:
         offsets: int = 0,
         rows_per_expert: int = 0,
         align: int = 1,
+        fixed: int = 0,
+        totals: int = 0,
+        results: int = 0,
+        most_rows: int = 0,
     ) -> None: ...
     def complete(self, rows: int, expand_to: int) -> None:
         """
@@ -260,6 +264,7 @@ class Received:
         scales: int = 0,
         count: int = 0,
         weighing: Weighing = ...,
+        zero_rest: bool = False,
     ) -> None: ...
 
 class CombineInput:
@@ -381,6 +386,19 @@ class Communicator:
     def connect(self, peers: list[tuple[int, int, int, bytes, bytes]]) -> None:
         """
         Map the heaps of the others, whose addresses these are by rank.
+        """
+    def dispatch_bounded(
+        self,
+        rows: Rows,
+        routing: RoutePlan,
+        received: Received,
+        drop: bool,
+        async_op: bool,
+        keep: typing.Any,
+        caller: int = 0,
+    ) -> tuple[Ticket | None, SlotLease]:
+        """
+        Plan and move the rows, without waiting for how many come.
         """
     def finish_dispatch(
         self,

@@ -295,7 +295,7 @@ void Communicator::close() {
   }
   std::exception_ptr untold;  // of an operation that only joined a stream, and failed since
   try {
-    if (usable) check_health();
+    if (usable) check_ready();
   } catch (const CommFailure& failure) {
     // Another of the team has given up meanwhile: that is told elsewhere, as where it came first.
     if (failure.failure.record.cause != Cause::broken) untold = std::current_exception();

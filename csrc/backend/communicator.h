@@ -19,8 +19,8 @@
 #include "base/words.h"
 #include "heap/peer_processes.h"
 #include "net/net_config.h"
+#include "protocol/bounded.h"
 #include "protocol/operations.h"
-#include "protocol/planning.h"
 
 namespace commlib {
 
@@ -90,7 +90,14 @@ struct RoutePlan {
   int64_t* expand_to = nullptr;        // [rows][topk], layout="expert" only
   int64_t* offsets = nullptr;          // [own experts + 1], layout="expert" only
   int64_t* rows_per_expert = nullptr;  // [own experts]
-  int64_t align = 1;                   // of groups, in rows; layout="expert" only
+  GroupShape shape{};                  // of groups; layout="expert" only
+  // Of a bounded dispatch, else null. The host knows for how many rows there is room: `rows` is that, and
+  // `results` the same for the rows that the caller gets; `most_rows` is how many rows the groups of any rank
+  // may have, 0 where all that come have room. [0]: how many unique rows there are; [1]: how many
+  // rows were dropped here, grouped ones in layout="expert".
+  int64_t* totals = nullptr;
+  int64_t results = 0;
+  int64_t most_rows = 0;
 
   bool is_grouped() const { return offsets != nullptr; }  // others may be empty
 };
@@ -105,6 +112,7 @@ struct Received {
   std::byte* scales = nullptr;   // as rows
   int64_t count = 0;             // of rows, along a known routing
   Weighing weighing{};           // of a redispatch
+  bool zero_rest = false;        // of a bounded dispatch: see UnpackPlan
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they
@@ -156,6 +164,8 @@ struct Execution {
   bool async;  // CPU: return before it is done
   Held held;
   std::shared_ptr<SlotLease> lease;
+  // Of a bounded dispatch that may not have run yet: check_routes before rows move.
+  std::optional<RoutePlan> unchecked{};
 };
 
 class Communicator {
@@ -181,6 +191,11 @@ class Communicator {
   // done unless `async`.
   Ticket finish_dispatch(PendingDispatch& pending, const Rows& rows, const RoutePlan& routing,
                          const Received& received, bool async, Held held = nullptr);
+  // Both in one, for which no rank's host waits: see protocol/bounded.h. What is wrong is told by a later
+  // call, as is, unless `drop`, that rows had no room. `lease` receives the slot if rows stay in it.
+  Ticket dispatch_bounded(const Rows& rows, const RoutePlan& routing, const Received& received, bool drop,
+                          bool async, std::shared_ptr<SlotLease>* lease, Held held = nullptr,
+                          uint8_t caller = 0);
   // Moves the rows of other tensors along a known routing; `lease` receives the slot if rows stay in it.
   // Where they are grouped by expert, std::invalid_argument unless it has room for them.
   Ticket redispatch(const Rows& rows, const RoutePlan& routing, const Received& received, bool async,
@@ -199,6 +214,8 @@ class Communicator {
   virtual void synchronize() = 0;
   // Throws if an operation has failed, or the communicator is closed. Does not wait.
   virtual void check_health() { check_usable(); }
+  // Throws what was wrong with an earlier, bounded dispatch, if that is known by now: once.
+  void raise_trouble();
   // A slot to write rows for combine into. `once`: good for one combine, which does not wait until other
   // ranks have read it.
   std::shared_ptr<SlotLease> lend_slot(bool once = true);
@@ -248,7 +265,11 @@ class Communicator {
   // is waited for.
   virtual PlanReport execute_plan(const OpId& id, PlanOp op) = 0;
   virtual Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) = 0;
+  // Plan and rows of a bounded dispatch.
+  virtual Ticket execute_bounded(const OpId& id, PlanOp plan, const RowsOp& rows, Execution execution) = 0;
   virtual Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) = 0;
+  // What was wrong with a bounded dispatch, if anybody has noticed that by now: once.
+  virtual std::optional<Trouble> take_trouble() = 0;
   // What comes next, on the calling thread or in the stream, comes after every rank's pulls from the slot of
   // `call`, which is leased.
   virtual void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) = 0;
@@ -338,11 +359,12 @@ class Communicator {
   // The communicator is of no use from here on; the first reason counts. Its team gives up with it.
   void leave(uint32_t how, uint64_t blamed, const std::string& why);
   [[noreturn]] void raise(const FailureRecord& record);
-  [[noreturn]] void raise_bad_id(int64_t index, int64_t id) const;
+  std::string what_is_bad(int64_t index, int64_t id) const;  // of an expert id, into topk_idx
   // A combine's results must not lie where other ranks pull rows from.
   void check_out(const std::byte* out) const;
+  // Before an operation is issued: see check_health and raise_trouble.
+  void check_ready();
   [[noreturn]] void raise_overflow(int64_t rank, int64_t rows) const;
-
   std::shared_ptr<SlotLease> take_slot();
   // The slot that combine pulls from: y's, if y lies in one in the order received, else a free one.
   struct CombineSlot {

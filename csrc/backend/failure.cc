@@ -24,6 +24,7 @@ std::string call_text(Call call) {
     text += call.op == OpKind::combine ? " with weight gradients" : " with weights";
   if (call.has(kCallDrops)) text += ", overflow=\"drop\"";
   if (call.has(kCallInWaves)) text += ", in_waves";
+  if (call.has(kCallBounded)) text += ", bounded";
   if (call.has(kCallGroups)) text += ", layout=\"expert\"";
   if (call.has(kCallSaysFormat)) text += ", rows of another type or width";
   return text;

@@ -11,6 +11,10 @@ Call call_of(OpKind op, bool has_weights, uint8_t caller, const RowFormat& forma
   return {op, 0, static_cast<uint8_t>(flags), caller};
 }
 
+std::optional<RoutePlan> unchecked(const RoutePlan& routing) {
+  return routing.totals ? std::optional(routing) : std::nullopt;
+}
+
 }  // namespace
 
 // The operation has its number, so the others wait for it: they need not where it could not be started.
@@ -33,7 +37,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
                                                               bool drop, bool in_waves, bool grouped_in_slot,
                                                               uint8_t caller, const RowFormat& format) {
   const Issue issue(*this);
-  check_health();
+  check_ready();
   if (is_captured()) {
     throw std::runtime_error(
         "a dispatch without a handle cannot be captured in a CUDA graph: the host reads how many rows come. "
@@ -52,15 +56,47 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
       issued([&] { return execute_plan(pending->id, plan_op(routing, *pending->lease, drop)); });
   if (report.status == PlanStatus::bad_id) {
     --epoch_;  // no rank has heard of it
-    raise_bad_id(report.bad_index, report.bad_id);
+    throw std::invalid_argument(what_is_bad(report.bad_index, report.bad_id));
   }
   dispatches_ += static_cast<uint32_t>(report.rounds);
   if (report.status == PlanStatus::overflow) raise_overflow(report.fullest, report.fullest_rows);
-  for (int p = 0; p < config_.size; ++p) pending->rows += report.source_rows[p];
+  pending->rows = report.rows;
   pending->results = routing.offsets ? report.grouped_rows : pending->rows;
-  pending->grouped_in_slot = has(report.lent.grouped, config_.rank);
+  pending->grouped_in_slot = report.grouped_in_slot;
   begin_turn(*pending);
   return pending;
+}
+
+Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing, const Received& received,
+                                      bool drop, bool async, std::shared_ptr<SlotLease>* lease, Held held,
+                                      uint8_t caller) {
+  const Issue issue(*this);
+  check_ready();
+  if (is_captured()) {
+    throw std::runtime_error(
+        "a dispatch without a handle cannot be captured in a CUDA graph yet. Capture what follows it, with "
+        "its "
+        "handle");
+  }
+  layout_of(rows.format);
+  const bool groups = uses_places(routing), grouped = groups && received.rows_in_slot;
+  if (routing.is_grouped() && received.rows_in_slot) check_room_for_groups(routing, routing.results);
+  keep_near();
+  auto slot = take_slot();
+  RowsOp op = rows_op(rows, routing, received, *slot);
+  op.send.ordinals = slot->slot().sent_ordinals;
+  op.unpack.fresh = true;
+  const PlanOp plan = plan_op(routing, *slot, drop);
+  const int flags = kCallBounded | (drop ? kCallDrops : 0) | (groups ? kCallGroups : 0) |
+                    (grouped ? kCallSlotIsGrouped : 0);
+  const OpId id =
+      next_op(call_of(OpKind::dispatch, rows.has_weights, caller, rows.format, flags), *slot, rows.format);
+  ++dispatches_;
+  if (received.rows_in_slot) *lease = slot;
+  const Ticket ticket =
+      issued([&] { return execute_bounded(id, plan, op, {async, std::move(held), std::move(slot)}); });
+  if (!async) raise_trouble();
+  return ticket;
 }
 
 // A plan runs ahead of operations issued earlier, and publishes its call before theirs. That call may be at
@@ -79,8 +115,7 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
   sent.format = RowFormat::from_word(pending.id.format);
   RowsOp op = rows_op(sent, routing, received, *pending.lease);
   op.send.ordinals = pending.lease->slot().sent_ordinals;
-  op.lent = pending.plan.lent;
-  std::copy_n(pending.plan.source_rows, config_.size, op.source_rows);
+  op.unpack.fresh = true;
   auto lease = received.rows_in_slot ? pending.lease : std::move(pending.lease);
   const Ticket ticket =
       issued([&] { return execute_rows(pending.id, op, {async, std::move(held), std::move(lease)}); });
@@ -91,8 +126,8 @@ Ticket Communicator::finish_dispatch(PendingDispatch& pending, const Rows& rows,
 Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, const Received& received,
                                 bool async, std::shared_ptr<SlotLease>* lease, Held held, uint8_t caller) {
   const Issue issue(*this);
-  check_health();
-  check_routes(routing);
+  check_ready();
+  if (!routing.totals) check_routes(routing);
   layout_of(rows.format);
   const bool grouped = routing.is_grouped() && received.rows_in_slot;
   if (grouped) check_room_for_groups(routing, received.count);
@@ -103,14 +138,15 @@ Ticket Communicator::redispatch(const Rows& rows, const RoutePlan& routing, cons
   const OpId id =
       next_op(call_of(OpKind::redispatch, rows.has_weights, caller, rows.format, flags), *slot, rows.format);
   if (received.rows_in_slot) *lease = slot;
-  return issued([&] { return execute_rows(id, op, {async, std::move(held), std::move(slot)}); });
+  return issued(
+      [&] { return execute_rows(id, op, {async, std::move(held), std::move(slot), unchecked(routing)}); });
 }
 
 Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing, std::byte* out,
                              std::byte* out_weights, bool async, Held held, uint8_t caller) {
   const Issue issue(*this);
-  check_health();
-  check_routes(routing);
+  check_ready();
+  if (!routing.totals) check_routes(routing);
   check_out(out);
   if (!input.format.is_own()) check_sum_of(input.dtype);
   CombineSlot slot = combine_slot(input, routing, layout_of(input.format));
@@ -122,12 +158,14 @@ Ticket Communicator::combine(const CombineInput& input, const RoutePlan& routing
   const int flags = slot.in_place && routing.is_grouped() ? kCallSlotIsGrouped : 0;
   const OpId id = next_op(call_of(OpKind::combine, input.has_weight_grads, caller, input.format, flags),
                           *slot.lease, input.format);
-  return issued([&] { return execute_combine(id, op, {async, std::move(held), std::move(slot.lease)}); });
+  return issued([&] {
+    return execute_combine(id, op, {async, std::move(held), std::move(slot.lease), unchecked(routing)});
+  });
 }
 
 std::shared_ptr<SlotLease> Communicator::lend_slot(bool once) {
   const Issue issue(*this);
-  check_health();
+  check_ready();
   auto lease = take_slot();
   await_pulls({OpKind::combine, static_cast<uint8_t>(lease->index())}, lease);
   if (once) lease->lend();
@@ -155,11 +193,10 @@ std::shared_ptr<SlotLease> Communicator::take_slot() {
                   "(handle.release(), or let its tensors go), or make the communicator with more slots");
 }
 
-void Communicator::raise_bad_id(int64_t index, int64_t id) const {
-  throw std::invalid_argument("topk_idx[" + std::to_string(index / config_.topk) + ", " +
-                              std::to_string(index % config_.topk) + "] is " + std::to_string(id) +
-                              "; expert ids lie in [0, " + std::to_string(config_.experts) +
-                              "), and -1 leaves a place empty");
+std::string Communicator::what_is_bad(int64_t index, int64_t id) const {
+  return "topk_idx[" + std::to_string(index / config_.topk) + ", " + std::to_string(index % config_.topk) +
+         "] is " + std::to_string(id) + "; expert ids lie in [0, " + std::to_string(config_.experts) +
+         "), and -1 leaves a place empty";
 }
 
 void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
@@ -167,6 +204,26 @@ void Communicator::raise_overflow(int64_t rank, int64_t rows) const {
                           " rows, and capacity is " + std::to_string(config_.capacity) +
                           "; nothing was sent. Raise capacity, or dispatch with overflow=\"drop\"",
                       rank, rows);
+}
+
+void Communicator::raise_trouble() {
+  const auto trouble = take_trouble();
+  if (!trouble) return;
+  const std::string rank = "rank " + std::to_string(config_.rank);
+  if (trouble->status == PlanStatus::bad_id) {
+    throw std::invalid_argument("in an earlier, bounded dispatch of " + rank + ", " +
+                                what_is_bad(trouble->bad_index, trouble->bad_id) + ". It was left out");
+  }
+  throw CapacityError(rank + " had no room for " + std::to_string(trouble->dropped) + " of the " +
+                          std::to_string(trouble->rows) +
+                          " rows that came in an earlier, bounded dispatch: they were left out. Give it more "
+                          "(capacity, max_grouped_rows, rows_per_expert), or dispatch with overflow=\"drop\"",
+                      config_.rank, trouble->rows);
+}
+
+void Communicator::check_ready() {
+  check_health();
+  raise_trouble();
 }
 
 void Communicator::check_out(const std::byte* out) const {
@@ -223,11 +280,14 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
   op.group_firsts = lease.slot().group_firsts;
   op.rows_per_expert = routing.rows_per_expert;
   op.offsets = routing.offsets;
-  op.align = routing.align;
+  op.shape = routing.shape;
+  op.record = lease.slot().record;
   op.groups = uses_places(routing);
   op.places = routing.places;
   op.grouped_rows = layout_.grouped_rows;
   op.capacity = config_.capacity;
+  op.totals = routing.totals;
+  op.most_rows = routing.most_rows;
   op.drop = drop;
   op.dispatch = dispatches_ + 1;
   return op;
@@ -267,6 +327,10 @@ UnpackPlan Communicator::unpack_plan(const RoutePlan& routing, const Received& r
   plan.slot = lease.slot();
   plan.layout = layout_;
   plan.rows = routing.rows;
+  plan.totals = routing.totals;
+  plan.results = routing.results;
+  plan.zero_rest = received.zero_rest;
+  plan.fixed_groups = routing.shape.fixed != 0;
   plan.expand_to = routing.expand_to;
   plan.offsets = routing.offsets;
   plan.rows_per_expert = routing.rows_per_expert;
@@ -288,6 +352,7 @@ LocalSumPlan Communicator::local_sum_plan(const CombineInput& input, const Route
   plan.hidden = plan.layout.row_bytes / size_of(plan.dtype);
   plan.topk = config_.topk;
   plan.rows = routing.rows;
+  plan.totals = routing.totals;
   plan.y = slot.in_place ? nullptr : input.y;
   plan.grouped_rows = slot.in_place && routing.is_grouped() ? input.count : 0;
   plan.y_stride = input.stride;

@@ -32,6 +32,19 @@ TicketOrNone finish_dispatch(Communicator& c, PendingDispatch& pending, const Ro
   return c.finish_dispatch(pending, rows, routing, received, async_op, std::move(held));
 }
 
+std::pair<TicketOrNone, std::shared_ptr<SlotLease>> dispatch_bounded(Communicator& c, const Rows& rows,
+                                                                     const RoutePlan& routing,
+                                                                     const Received& received, bool drop,
+                                                                     bool async_op, py::object keep,
+                                                                     uint8_t caller) {
+  Held held = HeldObject::hold(std::move(keep));
+  std::shared_ptr<SlotLease> lease;
+  const ReleasedGil released;
+  const Ticket ticket =
+      c.dispatch_bounded(rows, routing, received, drop, async_op, &lease, std::move(held), caller);
+  return {ticket, lease};
+}
+
 std::pair<TicketOrNone, std::shared_ptr<SlotLease>> redispatch(Communicator& c, const Rows& rows,
                                                                const RoutePlan& routing,
                                                                const Received& received, bool async_op,
@@ -75,6 +88,8 @@ Raises:
       .def("finish_dispatch", &finish_dispatch, "pending"_a, "rows"_a, "routing"_a, "received"_a,
            "async_op"_a, "keep"_a,
            "Move the rows. Keeps `keep` until they have moved; None: a stream orders what comes after.")
+      .def("dispatch_bounded", &dispatch_bounded, "rows"_a, "routing"_a, "received"_a, "drop"_a, "async_op"_a,
+           "keep"_a, "caller"_a = 0, "Plan and move the rows, without waiting for how many come.")
       .def("redispatch", &redispatch, "rows"_a, "routing"_a, "received"_a, "async_op"_a, "keep"_a,
            "caller"_a = 0, "Move the rows of other tensors along a known routing.")
       .def("combine", &combine, "input"_a, "routing"_a, "out"_a, "out_weights"_a, "async_op"_a, "keep"_a,

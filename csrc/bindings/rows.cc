@@ -40,9 +40,20 @@ Rows rows_of(Address x, int64_t stride, int64_t count, bool has_weights, Address
 }
 
 RoutePlan route_plan_of(Address topk_idx, Address routes, Address places, int64_t tokens, int64_t rows,
-                        Address expand_to, Address offsets, Address rows_per_expert, int64_t align) {
-  return {at<int64_t>(topk_idx),  at<int64_t>(routes),  at<int64_t>(places),          tokens, rows,
-          at<int64_t>(expand_to), at<int64_t>(offsets), at<int64_t>(rows_per_expert), align};
+                        Address expand_to, Address offsets, Address rows_per_expert, int64_t align,
+                        int64_t fixed, Address totals, int64_t results, int64_t most_rows) {
+  return {at<int64_t>(topk_idx),
+          at<int64_t>(routes),
+          at<int64_t>(places),
+          tokens,
+          rows,
+          at<int64_t>(expand_to),
+          at<int64_t>(offsets),
+          at<int64_t>(rows_per_expert),
+          {align, fixed},
+          at<int64_t>(totals),
+          results,
+          most_rows};
 }
 
 void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
@@ -51,7 +62,7 @@ void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
 }
 
 Received received_of(std::optional<Address> rows, Address weights, Address topk_idx, Address source,
-                     Address scales, int64_t count, const Weighing& weighing) {
+                     Address scales, int64_t count, const Weighing& weighing, bool zero_rest) {
   return {at<std::byte>(rows.value_or(0)),
           !rows,
           at<std::byte>(weights),
@@ -59,7 +70,8 @@ Received received_of(std::optional<Address> rows, Address weights, Address topk_
           at<int64_t>(source),
           at<std::byte>(scales),
           count,
-          weighing};
+          weighing,
+          zero_rest};
 }
 
 Weighing weighing_of(Address y, int64_t stride, Address weights, Address dots, DType dtype) {
@@ -98,7 +110,8 @@ Without arguments: the communicator's own rows.)")
 
   py::class_<RoutePlan>(m, "RoutePlan", "What a dispatch finds, and later operations use again.")
       .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "places"_a, "tokens"_a, "rows"_a = 0,
-           "expand_to"_a = 0, "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1)
+           "expand_to"_a = 0, "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1, "fixed"_a = 0,
+           "totals"_a = 0, "results"_a = 0, "most_rows"_a = 0)
       .def("complete", &complete, "rows"_a, "expand_to"_a, "What a dispatch knows once counts are here.");
 
   py::class_<Weighing>(m, "Weighing", R"(The gradient of a combine with weights, taken as its rows come.
@@ -109,7 +122,7 @@ A row of y gets its weight times what has come for it, and its dot the product o
 
   py::class_<Received>(m, "Received", "Where received rows go. Rows None: they stay in their slot.")
       .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0,
-           "count"_a = 0, py::arg_v("weighing", Weighing{}, "Weighing()"));
+           "count"_a = 0, py::arg_v("weighing", Weighing{}, "Weighing()"), "zero_rest"_a = false);
 
   py::class_<CombineInput>(m, "CombineInput", "The rows that a combine sums, and what goes with them.")
       .def(py::init(&combine_input_of), "y"_a, "count"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,

@@ -91,6 +91,7 @@ void CpuCommunicator::wait_expert(const PendingDispatch&, const Ticket& ticket, 
 void CpuCommunicator::synchronize() {
   wait_for([&] { drain_unless_interrupted(); });
   check_usable();
+  raise_trouble();
 }
 
 std::shared_ptr<void> CpuCommunicator::new_rows(int64_t rows) {

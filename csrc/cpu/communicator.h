@@ -35,7 +35,9 @@ class CpuCommunicator final : public Communicator {
   PlanReport execute_plan(const OpId& id, PlanOp op) override;
   Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
   Ticket execute_waves(const OpId& id, RowsOp op, Execution execution);
+  Ticket execute_bounded(const OpId& id, PlanOp plan, const RowsOp& rows, Execution execution) override;
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
+  std::optional<Trouble> take_trouble() override;
   void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
   void plan_after_all() override { drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch"); }
   void collect_slots() override;
@@ -57,6 +59,8 @@ class CpuCommunicator final : public Communicator {
   using Part = std::function<void(CpuWorker& worker, Job& job)>;
   Ticket start(const OpId& id, Part part, Execution execution);
   [[noreturn]] void raise_failed(OpContext& op);
+  // Keeps the first that nobody has taken.
+  void note_trouble(const Trouble& trouble);
   // A worker ran into an error of its own: the other workers and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);
 
@@ -66,6 +70,8 @@ class CpuCommunicator final : public Communicator {
   std::shared_ptr<Region> region_;                // this rank's; loaded and stored whole, as slots_
   std::vector<std::shared_ptr<Region>> regions_;  // of this node
   std::shared_ptr<BufferPool> buffers_;
+  std::mutex trouble_mutex_;  // guards trouble_, which workers set
+  std::optional<Trouble> trouble_;
   std::unique_ptr<WorkerPool> pool_;
 };
 

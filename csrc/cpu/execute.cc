@@ -1,26 +1,36 @@
 // How operations run on the CPU: as jobs of the pool, or, where the caller waits for it, on its own thread.
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cpu/communicator.h"
 
 namespace commlib {
 
+// What a plan needs while it is made.
+struct PlanScratch {
+  std::vector<uint32_t> counts;
+  PlanShared<1> shared{};
+
+  PlanScratch(PlanOp& op, const uint8_t* owner) : counts(4 * op.routing.placement.experts) {
+    const int64_t experts = op.routing.placement.experts;
+    op.routing.owner = owner;
+    op.expert_counts = counts.data();
+    op.worker_counts = counts.data() + experts;
+    op.group_rows = counts.data() + 2 * experts;
+    op.group_begins = counts.data() + 3 * experts;
+  }
+};
+
 PlanReport CpuCommunicator::execute_plan(const OpId& id, PlanOp op) {
-  std::vector<uint32_t> counts(4 * config_.experts);
-  op.routing.owner = owner_.data();
-  op.expert_counts = counts.data();
-  op.worker_counts = counts.data() + config_.experts;
-  op.group_rows = counts.data() + 2 * config_.experts;
-  op.group_begins = counts.data() + 3 * config_.experts;
+  PlanScratch scratch(op, owner_.data());
   const auto context = context_of(id);
   CpuWorker caller(*context, 0, 1);
-  PlanShared<1> shared{};
   PlanReport report{};
   const auto tell = [&](PlanStatus status, int rounds) {
-    report_plan(caller, op, peers_, shared, status, rounds, report);
+    report_plan(caller, op, peers_, scratch.shared, status, rounds, report);
   };
-  if (!run_plan(caller, op, peers_, shared, tell)) raise_failed(*context);
+  if (!run_plan(caller, op, peers_, scratch.shared, tell)) raise_failed(*context);
   return report;
 }
 
@@ -37,6 +47,30 @@ Ticket CpuCommunicator::execute_waves(const OpId& id, RowsOp op, Execution execu
     run_waves(w, op, peers_, id, [&](int wave) { pool_->unpacked(job, wave); });
   };
   return start(id, part, std::move(execution));
+}
+
+// One worker plans, and the others wait for it.
+Ticket CpuCommunicator::execute_bounded(const OpId& id, PlanOp plan, const RowsOp& op, Execution execution) {
+  const auto scratch = std::make_shared<PlanScratch>(plan, owner_.data());
+  const auto part = [this, id, plan, op, scratch](CpuWorker& w, Job&) {
+    const bool planned = w.prepared([&] {
+      CpuWorker alone = w.alone();
+      return run_bounded_plan(alone, plan, peers_, scratch->shared,
+                              [&](const Trouble& trouble) { note_trouble(trouble); });
+    });
+    if (planned) run_rows(w, op, peers_, id);
+  };
+  return start(id, part, std::move(execution));
+}
+
+void CpuCommunicator::note_trouble(const Trouble& trouble) {
+  std::lock_guard<std::mutex> lock(trouble_mutex_);
+  if (!trouble_) trouble_ = trouble;
+}
+
+std::optional<Trouble> CpuCommunicator::take_trouble() {
+  std::lock_guard<std::mutex> lock(trouble_mutex_);
+  return std::exchange(trouble_, std::nullopt);
 }
 
 Ticket CpuCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {
@@ -81,9 +115,10 @@ Ticket CpuCommunicator::start(const OpId& id, Part part, Execution execution) {
   const auto op = context_of(id);
   auto job = std::make_shared<Job>();
   job->held = std::move(execution.held);
-  job->run = [this, op, part = std::move(part), job = job.get()](int index) {
+  job->run = [this, op, part = std::move(part), unchecked = execution.unchecked, job = job.get()](int index) {
     CpuWorker w(*op, index, config_.num_sms);
-    if (w.may_begin()) part(w, *job);
+    const auto check = [&] { return unchecked ? check_routes(*unchecked), true : true; };
+    if (w.may_begin() && (!unchecked || w.prepared(check))) part(w, *job);
   };
   job->finish = [this, op, lease = std::move(execution.lease)]() mutable {
     lease.reset();

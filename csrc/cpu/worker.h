@@ -35,6 +35,11 @@ struct OpContext {
 
   uint64_t counters[kCounters] = {};  // see protocol/arrival.h
 
+  // 1 once worker 0 has prepared what the others begin with (release, read acquire), 2 where it failed. They
+  // sleep on the event count.
+  uint64_t prepared = 0;
+  EventCount preparing;
+
   // Set once by the first worker that gives up (release); the others see it at their next nap (acquire).
   std::atomic<bool> failed{false};
   std::mutex mutex;  // guards record
@@ -63,6 +68,7 @@ class CpuWorker {
   static constexpr bool kMetadataWithRows = false;
   static constexpr bool kInternode = true;
   static constexpr bool kPlansGroups = true;
+  static constexpr bool kBoundsPlans = true;
 
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
@@ -119,6 +125,24 @@ class CpuWorker {
   template <class Ask>
   bool once(Ask ask) {
     return ask();
+  }
+
+  // The same worker, as the only one of a part of the operation.
+  CpuWorker alone() const { return CpuWorker(op_, 0, 1); }
+  // What `prepare` returns, which worker 0 calls while the others wait for it.
+  template <class Prepare>
+  bool prepared(Prepare prepare) {
+    if (index_ == 0) {
+      const bool ok = prepare();
+      store_word(&op_.prepared, ok ? 1 : 2);
+      commlib::notify(op_.preparing);
+      return ok;
+    }
+    const auto is_over = [&] { return load_word(&op_.prepared) != 0; };
+    // Worker 0 waits for no longer than its deadline; only an error of its own keeps it from saying so.
+    wait_on(op_.preparing, op_.spin, is_over,
+            [&](bool) { return op_.failed.load(std::memory_order_acquire); });
+    return load_word(&op_.prepared) == 1;
   }
 
   bool throttled() const { return op_.throttle->limited(); }

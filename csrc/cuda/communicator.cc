@@ -269,6 +269,7 @@ void CudaCommunicator::synchronize() {
   check_can_wait();
   const OnDevice guard = on_device();
   wait_for([&] { return is_idle(); });
+  raise_trouble();
 }
 
 // However operations end: those that fail do so by their deadline.

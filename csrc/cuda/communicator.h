@@ -40,7 +40,9 @@ class CudaCommunicator final : public Communicator {
  private:
   PlanReport execute_plan(const OpId& id, PlanOp op) override;
   Ticket execute_rows(const OpId& id, const RowsOp& op, Execution execution) override;
+  Ticket execute_bounded(const OpId& id, PlanOp plan, const RowsOp& rows, Execution execution) override;
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
+  std::optional<Trouble> take_trouble() override;
   void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
   bool is_captured() const override;
 
@@ -55,6 +57,7 @@ class CudaCommunicator final : public Communicator {
   void has_closed() override;
 
   void make_scratch();
+  void lend_scratch(PlanOp& op) const;
   void keep_what_others_use();
   void put(void* to, const void* from, size_t bytes);
   // ring_bytes: 0 for a kernel that copies no rows.

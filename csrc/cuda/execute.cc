@@ -5,13 +5,17 @@
 
 namespace commlib::cuda {
 
-PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
-  const OnDevice guard = on_device();
+void CudaCommunicator::lend_scratch(PlanOp& op) const {
   op.routing.owner = owner_on_device_;
   op.expert_counts = scratch_.expert_counts;
   op.worker_counts = scratch_.warp_counts;
   op.group_rows = scratch_.group_rows;
   op.group_begins = scratch_.group_begins;
+}
+
+PlanReport CudaCommunicator::execute_plan(const OpId& id, PlanOp op) {
+  const OnDevice guard = on_device();
+  lend_scratch(op);
   launch_plan(plan_stream_, {params(id, 0), op, ++plans_});
   check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
   wait_for([&] { return load_word(&host_->planned) == plans_ || load_word(&host_->failed) != 0; });
@@ -36,6 +40,22 @@ Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Executio
   }
   id.call.has(kCallInWaves) ? launch_waves(shape_, kernel) : launch_rows(shape_, kernel);
   return nullptr;
+}
+
+// The rows come behind the plan, on their stream.
+Ticket CudaCommunicator::execute_bounded(const OpId& id, PlanOp plan, const RowsOp& op, Execution execution) {
+  const OnDevice guard = on_device();
+  lend_scratch(plan);
+  launch_bounded_plan(plan_stream_, {params(id, 0), plan, 0});
+  check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
+  return execute_rows(id, op, std::move(execution));
+}
+
+std::optional<Trouble> CudaCommunicator::take_trouble() {
+  if (load_word(&host_->troubled) == 0) return std::nullopt;
+  const Trouble trouble = host_->trouble;
+  store_word(&host_->troubled, 0);
+  return trouble;
 }
 
 Ticket CudaCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {

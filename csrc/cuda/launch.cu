@@ -110,14 +110,19 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   prepare_rows<InternodeWorker>(shape, facts.sms);
   prepare_small(plan_kernel);
   prepare_small(group_plan_kernel);
+  prepare_small(bounded_plan_kernel);
   prepare_small(await_kernel);
   return shape;
 }
 
-// Neither copies rows, so their warps have no ring.
+// None copies rows, so their warps have no ring.
 void launch_plan(cudaStream_t stream, const PlanKernelOp& op) {
   launch(op.plan.groups ? group_plan_kernel : plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op,
          "plan_kernel");
+}
+
+void launch_bounded_plan(cudaStream_t stream, const PlanKernelOp& op) {
+  launch(bounded_plan_kernel, dim3(1), kPlanWarps, kPlanSharedBytes, stream, op, "bounded_plan_kernel");
 }
 
 void launch_rows(const LaunchShape& shape, const RowsKernelOp& op) {

@@ -21,6 +21,7 @@ struct LaunchShape {
 LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream);
 
 void launch_plan(cudaStream_t stream, const PlanKernelOp& op);
+void launch_bounded_plan(cudaStream_t stream, const PlanKernelOp& op);
 void launch_rows(const LaunchShape& shape, const RowsKernelOp& op);
 void launch_waves(const LaunchShape& shape, const RowsKernelOp& op);
 void launch_combine(const LaunchShape& shape, DType dtype, const CombineKernelOp& op);

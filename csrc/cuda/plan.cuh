@@ -46,4 +46,18 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks / 2)
   plan<GroupPlanWorker>(op);
 }
 
+// Of a bounded dispatch: the host waits for nothing.
+__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks / 2)
+    bounded_plan_kernel(const __grid_constant__ PlanKernelOp op) {
+  BoundedPlanWorker w(op.common);
+  BlockPlan& shared = *reinterpret_cast<BlockPlan*>(ptx::dynamic_shared() + kPlanSharedBegin);
+  if (!w.begin(Does::plan)) return;
+  run_bounded_plan(w, op.plan, op.common.peers, shared, [&](const Trouble& trouble) {
+    HostState& host = *op.common.host;
+    if (w.lane() != 0 || ptx::load_acquire_sys(&host.troubled) != 0) return;
+    host.trouble = trouble;
+    ptx::store_release_sys(&host.troubled, 1);
+  });
+}
+
 }  // namespace commlib::cuda

@@ -2,9 +2,9 @@
 // memory.
 #pragma once
 
+#include "protocol/bounded.h"
 #include "protocol/failure.h"
 #include "protocol/operations.h"
-#include "protocol/planning.h"
 #include "protocol/sequence.h"
 
 namespace commlib::cuda {
@@ -66,6 +66,12 @@ struct HostState {
   // by the host (acquire). Not the epoch, which a dispatch with a bad id gives back.
   uint64_t planned;
   PlanReport report;
+
+  // 1: `trouble` says what was wrong with a bounded dispatch. Written by a plan (release) that finds 0; the
+  // host takes what it says, and writes 0 (release). So each waits for the other, and the first trouble that
+  // nobody has taken is kept.
+  uint64_t troubled;
+  Trouble trouble;
 };
 
 // What every kernel is given.
@@ -83,7 +89,7 @@ struct OpParams {
 struct PlanKernelOp {
   OpParams common;
   PlanOp plan;
-  uint64_t number;  // of the plan: told to the host when it is done
+  uint64_t number;  // of the plan: told to the host when it is done; not of a bounded one
 };
 
 struct RowsKernelOp {

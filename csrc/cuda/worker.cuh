@@ -159,6 +159,7 @@ class WarpWorker {
   static constexpr bool kMetadataWithRows = true;
   static constexpr bool kInternode = false;
   static constexpr bool kPlansGroups = false;
+  static constexpr bool kBoundsPlans = false;
 
   __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
     lane_ = static_cast<int>(threadIdx.x % kWarpLanes);
@@ -456,6 +457,13 @@ class GroupPlanWorker : public WarpWorker {
  public:
   using WarpWorker::WarpWorker;
   static constexpr bool kPlansGroups = true;
+};
+
+// Of bounded plans, whatever the layout.
+class BoundedPlanWorker : public GroupPlanWorker {
+ public:
+  using GroupPlanWorker::GroupPlanWorker;
+  static constexpr bool kBoundsPlans = true;
 };
 
 // Where there are ranks on other nodes. It has kernels of its own, so that those for one node stay small.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "protocol/combine.h"
+#include "protocol/failure.h"
 #include "protocol/notify.h"
 
 namespace commlib {

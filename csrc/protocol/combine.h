@@ -13,8 +13,9 @@ struct LocalSumPlan {
   DType dtype;
   int64_t hidden;
   int topk;
-  int64_t rows;        // unique rows
-  const std::byte* y;  // null: the rows are in the slot already
+  int64_t rows;           // unique rows, or of a bounded dispatch room for them,
+  const int64_t* totals;  // of which [0] is how many there are; null: it was exact
+  const std::byte* y;     // null: the rows are in the slot already
   int64_t y_stride;
   const int64_t* expand_to;  // [rows][topk] rows of y, -1: none; null: row n of y is row n
   const std::byte* weights;  // one for each row of y, or null
@@ -112,7 +113,8 @@ COMMLIB_HD void sum_local_rows(Worker& w, const LocalSumPlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
   lay_weights(w, plan);
   if (!plan.y && !plan.weight_grads) return;
-  for (int64_t n = w.index(); n < plan.rows; n += w.count()) {
+  const int64_t rows = plan.totals ? plan.totals[0] : plan.rows;
+  for (int64_t n = w.index(); n < rows; n += w.count()) {
     if (plan.y && (n < skip.begin || n >= skip.end)) sum_local_row(w, plan, n);
     if (!plan.weight_grads) continue;
     for (int k = w.lane(); k < plan.topk; k += w.lanes()) {

@@ -8,7 +8,7 @@
 namespace commlib {
 
 // The words that one rank gets from each source: [ranks] row counts; then counts of its own experts. Or,
-// where sources are to know where rows lie in its groups, counts of all experts, and then `align` of the
+// where sources are to know where rows lie in its groups, counts of all experts, and then the shape of the
 // source's own groups.
 struct CountWords {
   Placement placement;
@@ -16,7 +16,7 @@ struct CountWords {
 
   COMMLIB_HD int64_t first_expert(int p) const { return of_all ? 0 : placement.first_expert(p); }
   COMMLIB_HD int64_t experts(int p) const { return of_all ? placement.experts : placement.count(p); }
-  COMMLIB_HD int64_t align_at() const { return placement.ranks + placement.experts; }
+  COMMLIB_HD int64_t shape_at() const { return placement.ranks + placement.experts; }
   COMMLIB_HD int64_t to(int p) const { return placement.ranks + experts(p) + (of_all ? 1 : 0); }
   // For as many there is room.
   COMMLIB_HD int64_t most() const {
@@ -28,7 +28,7 @@ struct CountWords {
 // else. The call says that this rank's slot may be written. Workers share the ranks.
 template <class Worker>
 COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const CountWords& of,
-                               const SourceCounts& counts, int64_t align, uint32_t dispatch) {
+                               const SourceCounts& counts, const GroupShape& shape, uint32_t dispatch) {
   for (int p = w.index(); p < peers.size; p += w.count()) {
     uint64_t* words = peers.counts(p, peers.rank, dispatch);
     for (int q = w.lane(); q < peers.size; q += w.lanes()) {
@@ -39,7 +39,7 @@ COMMLIB_HD void publish_counts(Worker& w, const PeerTable& peers, const CountWor
       w.store_relaxed(&words[peers.size + e], tagged(dispatch, counts.per_expert[first + e]));
     }
     if (of.of_all && w.lane() == 0) {
-      w.store_relaxed(&words[of.align_at()], tagged(dispatch, static_cast<uint32_t>(align)));
+      w.store_relaxed(&words[of.shape_at()], tagged(dispatch, shape.word()));
     }
     notify(w, peers, p, words, peers.count_words);
   }
@@ -55,7 +55,7 @@ struct CountsResult {
   // Where counts are of all experts:
   uint32_t* expert_firsts;  // [experts]: in each group, the rows of the sources below this rank
   uint32_t* expert_rows;    // [experts]: in each group
-  int64_t* aligns;          // [ranks]: of each rank's groups
+  int64_t* shapes;          // [ranks]: GroupShape::word of each rank's groups
 };
 
 // One count word, summed over sources.
@@ -113,12 +113,12 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const CountWor
   for (int64_t i = w.index() * w.lanes() + w.lane(); ok && i < words; i += step) {
     const int64_t expert = i - peers.size, own = expert - first_own;
     const bool is_own = expert >= 0 && own >= 0 && own < own_experts;
-    const bool is_align = of.of_all && i == of.align_at();
+    const bool is_shape = of.of_all && i == of.shape_at();
     int64_t* firsts = is_own ? result.group_firsts + own : nullptr;
     CountSum sum;
     ok = sum_count(w, peers, dispatch, i, &sum, [&](int source, int64_t rows, int64_t before) {
       if (i == peers.rank) result.source_rows[source] = rows;
-      if (is_align) result.aligns[source] = rows;
+      if (is_shape) result.shapes[source] = rows;
       if (firsts) firsts[source * own_experts] = before;
     });
     if (!ok) break;
@@ -127,7 +127,7 @@ COMMLIB_HD bool collect_counts(Worker& w, const PeerTable& peers, const CountWor
       result.received[i] = sum.all;
     }
     if (is_own) result.rows_per_expert[own] = sum.all;
-    if (of.of_all && expert >= 0 && !is_align) {
+    if (of.of_all && expert >= 0 && !is_shape) {
       result.expert_firsts[expert] = static_cast<uint32_t>(sum.before);
       result.expert_rows[expert] = static_cast<uint32_t>(sum.all);
     }

@@ -54,6 +54,7 @@ constexpr uint8_t kCallSaysFormat = 8;  // rows are not the communicator's own: 
 constexpr uint8_t kCallGroups = 16;     // a fresh dispatch counts what every rank needs to know of all groups
 // Each rank says it of its own slot: it takes rows, or holds them, grouped by expert.
 constexpr uint8_t kCallSlotIsGrouped = 32;
+constexpr uint8_t kCallBounded = 64;  // a fresh dispatch that no host waits for: see protocol/bounded.h
 
 COMMLIB_HD bool Call::agrees_with(const Call& other) const {
   return op == other.op && ((flags ^ other.flags) & ~kCallSlotIsGrouped) == 0 && same_caller(other);

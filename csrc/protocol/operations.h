@@ -13,11 +13,8 @@ namespace commlib {
 
 // The rows of a dispatch: fresh, or along a known routing.
 struct RowsOp {
-  SendPlan send;      // lent: null
-  UnpackPlan unpack;  // source_rows: null
-  // Fresh: as the plan found it, what each rank lends, and how many rows it sends.
-  Lent lent;
-  int64_t source_rows[kMaxRanks];
+  SendPlan send;  // lent: null
+  UnpackPlan unpack;
   uint8_t* waves_of_routes;  // in waves: scratch, [tokens][width]
 };
 
@@ -28,29 +25,25 @@ struct CombineOp {
   bool users_rows;  // which holds a tensor of the user's
 };
 
-// The plans of a fresh dispatch, with what its own plan found.
-COMMLIB_HD SendPlan fresh_send(const RowsOp& op) {
+// Of a fresh dispatch, with what ranks lend, which its own plan has left in the slot.
+template <class Worker>
+COMMLIB_HD SendPlan fresh_send(Worker&, const RowsOp& op) {
   SendPlan send = op.send;
-  send.lent = &op.lent;
+  send.lent = &op.unpack.slot.record->lent;
   return send;
-}
-COMMLIB_HD UnpackPlan fresh_unpack(const RowsOp& op) {
-  UnpackPlan unpack = op.unpack;
-  unpack.source_rows = op.source_rows;
-  return unpack;
 }
 
 template <class Worker>
 COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id) {
   const bool fresh = op.send.is_fresh();
-  SendPlan send = fresh_send(op);
+  SendPlan send = fresh_send(w, op);
   if (!fresh) {
     // No other rank has heard of this call yet.
     if (w.index() == 0) lend_when_writable(w, peers, id);
     if (!w.once([&] { return collect_calls(w, peers, id, w.lent()); })) return w.flush();
     send.lent = w.lent();
   }
-  if (move_rows(w, send, peers, id)) unpack(w, fresh ? fresh_unpack(op) : op.unpack);
+  if (move_rows(w, send, peers, id)) unpack(w, op.unpack);
   w.flush();
 }
 
@@ -58,7 +51,7 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
 template <class Worker, class Unpacked>
 COMMLIB_HD bool run_waves(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id,
                           Unpacked unpacked) {
-  return move_in_waves(w, fresh_send(op), fresh_unpack(op), op.waves_of_routes, peers, id, unpacked);
+  return move_in_waves(w, fresh_send(w, op), op.unpack, op.waves_of_routes, peers, id, unpacked);
 }
 
 template <class Worker>

@@ -44,6 +44,30 @@ struct SourceCounts {
 };
 
 constexpr int64_t kNoBadId = INT64_MAX;
+constexpr int64_t kNoLimit = INT64_MAX;  // of an expert's rows
+
+// How a rank's groups of rows lie: one behind the other, each padded to a multiple of `align` rows; or each
+// in room for `fixed` rows, where that is not 0.
+struct GroupShape {
+  int64_t align = 1;
+  int64_t fixed = 0;
+
+  static constexpr uint32_t kFixed = uint32_t{1} << 31;
+  // As others are told.
+  COMMLIB_HD uint32_t word() const { return static_cast<uint32_t>(fixed ? fixed | kFixed : align); }
+  COMMLIB_HD static GroupShape from_word(int64_t word) {
+    const int64_t rows = word & (kFixed - 1);
+    return word & kFixed ? GroupShape{1, rows} : GroupShape{rows, 0};
+  }
+  // The room of a group.
+  COMMLIB_HD int64_t room(int64_t rows) const { return fixed ? fixed : (rows + align - 1) / align * align; }
+};
+
+// The expert that an id names; -1: there is none, as for an id that is out of range, where a dispatch goes on
+// in spite of that.
+COMMLIB_HD int64_t expert_of(int64_t id, int64_t experts) {
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(experts) ? id : -1;
+}
 
 // The ranks that own an expert of token t, as a mask; adds to the counts of the experts. An id outside
 // [-1, experts) is taken as -1, and the index of the first such is kept in *bad. Reads several ids before it
@@ -124,7 +148,9 @@ COMMLIB_HD void number_rows_of_experts(Worker& w, const RouterOutput& in, int32_
     int32_t expert[kAtOnce];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      expert[k] = id + k * w.lanes() < end ? static_cast<int32_t>(id[k * w.lanes()]) : -1;
+      expert[k] = id + k * w.lanes() < end
+                      ? static_cast<int32_t>(expert_of(id[k * w.lanes()], in.placement.experts))
+                      : -1;
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
@@ -149,7 +175,7 @@ COMMLIB_HD int drop_token_overflow(Worker& w, const RouterOutput& in, int64_t t,
     ++dropped;
     w.add_relaxed(&counts.per_rank[p], -1);
     for (int64_t i = t * in.topk; i < (t + 1) * in.topk; ++i) {
-      const int64_t e = in.topk_idx[i];
+      const int64_t e = expert_of(in.topk_idx[i], in.placement.experts);
       if (e >= 0 && in.owner[e] == p) w.add_relaxed(&counts.per_expert[e], -1);
     }
   }
@@ -173,11 +199,12 @@ COMMLIB_HD int64_t drop_overflow(Worker& w, const RouterOutput& in, int64_t* rou
 // places [tokens][topk]: where the rows of token t lie in the groups of their experts, in the order of its
 // routes, then of its top-k places; kNoRoute at the end.
 //
-// ordinals: see number_rows_of_experts. group_firsts [experts]: this rank's first row in each group. fits:
-// the ranks whose rows may lie so, as a mask; the places of others say only which rank it is.
+// ordinals: see number_rows_of_experts. group_firsts [experts]: this rank's first row in each group, and
+// group_ends where the rows of all sources end, past which they are dropped. fits: the ranks whose rows may
+// lie so, as a mask; the places of others say only which rank it is.
 COMMLIB_HD_APART void place_in_groups(const RouterOutput& in, int64_t t, const int64_t* routes,
-                                      const int32_t* ordinals, const uint32_t* group_firsts, uint64_t fits,
-                                      int64_t* places) {
+                                      const int32_t* ordinals, const uint32_t* group_firsts,
+                                      const uint32_t* group_ends, uint64_t fits, int64_t* places) {
   const int64_t* ids = in.topk_idx + t * in.topk;
   int64_t* place = places + t * in.topk;
   int n = 0;
@@ -186,26 +213,28 @@ COMMLIB_HD_APART void place_in_groups(const RouterOutput& in, int64_t t, const i
     const int p = rank_of(routes[t * in.width + j]);
 #pragma unroll 1
     for (int k = 0; k < in.topk; ++k) {
-      if (ids[k] < 0 || in.owner[ids[k]] != p) continue;
-      const int64_t row = int64_t{group_firsts[ids[k]]} + ordinals[t * in.topk + k];
+      const int64_t e = expert_of(ids[k], in.placement.experts);
+      if (e < 0 || in.owner[e] != p) continue;
+      const int64_t row = int64_t{group_firsts[e]} + ordinals[t * in.topk + k];
+      if (row >= group_ends[e]) continue;
       place[n++] = make_route(p, has(fits, p) ? row : 0);
     }
   }
   while (n < in.topk) place[n++] = kNoRoute;
 }
 
-// layout="expert": groups of rows by local expert, each padded to a multiple of `align` rows. One worker
-// learns where each begins, by set_begin(expert, row), from the number of rows of each expert. Returns the
-// number of all rows.
+// Groups of rows by local expert. One worker learns where each begins, by set_begin(expert, row, its rows),
+// from the number of rows of each expert, of which `limit` are kept. Returns the number of all rows.
 template <class Worker, class Count, class SetBegin>
-COMMLIB_HD int64_t group_rows(Worker& w, const Count* rows_per_expert, int64_t experts, int64_t align,
-                              SetBegin set_begin) {
+COMMLIB_HD int64_t group_rows(Worker& w, const Count* rows_per_expert, int64_t experts,
+                              const GroupShape& shape, int64_t limit, SetBegin set_begin) {
   int64_t end = 0;
   for (int64_t first = 0; first < experts; first += w.lanes()) {
     const int64_t e = first + w.lane();
-    const int64_t rows = e < experts ? static_cast<int64_t>(rows_per_expert[e]) : 0;
-    const Prefix here = w.prefix((rows + align - 1) / align * align);
-    if (e < experts) set_begin(e, end + here.before);
+    int64_t rows = e < experts ? static_cast<int64_t>(rows_per_expert[e]) : 0;
+    if (rows > limit) rows = limit;
+    const Prefix here = w.prefix(e < experts ? shape.room(rows) : 0);
+    if (e < experts) set_begin(e, end + here.before, rows);
     end += here.all;
   }
   return end;

@@ -4,6 +4,7 @@
 
 #include "protocol/calls.h"
 #include "protocol/counts.h"
+#include "protocol/slot.h"
 
 namespace commlib {
 
@@ -12,19 +13,22 @@ struct PlanOp {
   int64_t* routes;           // [tokens][width]
   int32_t* ordinals;         // [tokens][topk]: see Slot
   int64_t* group_firsts;     // [ranks][own experts]: see Slot
+  PlanRecord* record;        // the slot's
   int64_t* rows_per_expert;  // [own experts]
   int64_t* offsets;          // [own experts + 1]; null: layout="rank"
   bool groups;               // rows may go straight to their places in the groups of ranks:
   int64_t* places;           // [tokens][topk]: see place_in_groups
   int64_t grouped_rows;      // for as many a slot has room
-  int64_t align;
+  GroupShape shape;          // of this rank's groups
   int64_t capacity;
   bool drop;
+  int64_t* totals;    // bounded: see RoutePlan; null: the host waits for the plan
+  int64_t most_rows;  // bounded: that the groups of a rank may have; 0: all that come
   uint32_t dispatch;  // number of the first round of counts
   // Scratch.
   uint32_t* expert_counts;  // [experts]
   uint32_t* worker_counts;  // [workers][experts]
-  uint32_t* group_rows;     // [experts], and
+  uint32_t* group_rows;     // [experts]: once groups begin, where the rows of each end; and
   uint32_t* group_begins;   // [experts], where rows may go there
 };
 
@@ -47,9 +51,8 @@ struct PlanReport {
   int64_t fullest_rows;
   int64_t dropped;       // of this rank's (token, rank) pairs
   int64_t grouped_rows;  // layout="expert"
-  // placed: how many rows each rank sends, and what it lends.
-  int64_t source_rows[kMaxRanks];
-  Lent lent;
+  int64_t rows;          // placed: unique
+  bool grouped_in_slot;  // placed: they come grouped
 };
 
 // What the workers of a plan tell each other, with meet() in between.
@@ -59,7 +62,7 @@ struct PlanShared {
   int64_t firsts[kWorkers][kMaxRanks];        // the first of them: of all workers' rows, then at each rank
   uint32_t rank_totals[kMaxRanks];
   int64_t base[kMaxRanks], received[kMaxRanks], source_rows[kMaxRanks];
-  int64_t aligns[kMaxRanks], grouped_rows[kMaxRanks];
+  int64_t shapes[kMaxRanks], grouped_rows[kMaxRanks];
   int64_t bad[kWorkers];
   uint32_t dropped;
   Lent lent;
@@ -126,6 +129,25 @@ COMMLIB_HD void count_tokens(Worker& w, const PlanOp& op, PlanShared<kWorkers>& 
   w.meet(true);
 }
 
+// How many rows of each expert are kept, so that a rank's groups have no more than there is room for: as many
+// as possible, and the same for all of its experts, so that none starves. Every rank finds the same.
+template <class Worker, class Count>
+COMMLIB_HD int64_t limit_of(Worker& w, const PlanOp& op, const Count* rows_per_expert, int64_t experts,
+                            const GroupShape& shape) {
+  if (!Worker::kBoundsPlans || !op.totals) return kNoLimit;
+  if (shape.fixed) return shape.fixed;
+  const auto rows_within = [&](int64_t limit) {
+    return group_rows(w, rows_per_expert, experts, shape, limit, [](int64_t, int64_t, int64_t) {});
+  };
+  if (op.most_rows == 0 || rows_within(kNoLimit) <= op.most_rows) return kNoLimit;
+  int64_t fits = 0, too_many = op.most_rows + 1;
+  while (too_many - fits > 1) {
+    const int64_t middle = fits + (too_many - fits) / 2;
+    (rows_within(middle) <= op.most_rows ? fits : too_many) = middle;
+  }
+  return fits;
+}
+
 // Where this rank's rows begin in every group, from the rows of lower sources in it, and how many rows each
 // rank's groups have.
 template <int kWorkers, class Worker>
@@ -133,9 +155,14 @@ COMMLIB_HD bool begin_groups(Worker& w, const PlanOp& op, PlanShared<kWorkers>& 
   const Placement& placement = op.routing.placement;
   for (int p = w.index(); p < placement.ranks; p += w.count()) {
     const int64_t first = placement.first_expert(p);
-    const int64_t rows =
-        group_rows(w, op.group_rows + first, placement.count(p), s.aligns[p],
-                   [&](int64_t e, int64_t row) { op.group_begins[first + e] += static_cast<uint32_t>(row); });
+    const GroupShape shape = GroupShape::from_word(s.shapes[p]);
+    const int64_t experts = placement.count(p);
+    const int64_t limit = limit_of(w, op, op.group_rows + first, experts, shape);
+    const int64_t rows = group_rows(w, op.group_rows + first, experts, shape, limit,
+                                    [&](int64_t e, int64_t row, int64_t kept) {
+                                      op.group_begins[first + e] += static_cast<uint32_t>(row);
+                                      op.group_rows[first + e] = static_cast<uint32_t>(row + kept);
+                                    });
     if (w.lane() == 0) s.grouped_rows[p] = rows;
   }
   return w.meet(true);
@@ -149,14 +176,42 @@ COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& pe
   const CountWords words{op.routing.placement, plans_groups<Worker>(op)};
   const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
   if (round == 1 && w.index() == 0) publish_call(w, peers, w.id());
-  publish_counts(w, peers, words, {s.rank_totals, op.expert_counts}, op.align, dispatch);
+  publish_counts(w, peers, words, {s.rank_totals, op.expert_counts}, op.shape, dispatch);
   bool ok = collect_counts(w, peers, words, dispatch,
                            {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts,
-                            op.group_begins, op.group_rows, s.aligns});
+                            op.group_begins, op.group_rows, s.shapes});
   if (round == 1 && w.index() == w.count() - 1) {
     ok = ok && collect_calls(w, peers, w.id(), &s.lent);
   }
   return w.meet(ok) && (!plans_groups<Worker>(op) || begin_groups(w, op, s));
+}
+
+// What the rows of this plan need to know. Called by the first worker.
+template <int kWorkers, class Worker>
+COMMLIB_HD void record_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
+                            const PlanShared<kWorkers>& s) {
+  PlanRecord& record = *op.record;
+  for (int p = w.lane(); p < peers.size; p += w.lanes()) {
+    record.source_rows[p] = s.source_rows[p];
+    record.lent.slots[p] = s.lent.slots[p];
+  }
+  if (w.lane() != 0) return;
+  record.lent.grouped =
+      plans_groups<Worker>(op) ? s.lent.grouped & s.fitting(peers.size, op.grouped_rows) : 0;
+  record.limit = kNoLimit;
+  record.recounts = false;
+}
+
+// Where the groups of this rank's rows begin. Returns how many rows they have.
+template <class Worker>
+COMMLIB_HD int64_t write_offsets(Worker& w, const PlanOp& op, int64_t experts, int64_t limit) {
+  const int64_t rows =
+      group_rows(w, op.rows_per_expert, experts, op.shape, limit, [&](int64_t e, int64_t row, int64_t kept) {
+        op.offsets[e] = row;
+        op.rows_per_expert[e] = kept;
+      });
+  if (w.lane() == 0) op.offsets[experts] = rows;
+  return rows;
 }
 
 // Called by the first worker.
@@ -164,21 +219,13 @@ template <int kWorkers, class Worker>
 COMMLIB_HD void report_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
                             const PlanShared<kWorkers>& s, PlanStatus status, int rounds, PlanReport& to) {
   if (status == PlanStatus::placed) {
-    for (int p = w.lane(); p < peers.size; p += w.lanes()) {
-      to.source_rows[p] = s.source_rows[p];
-      to.lent.slots[p] = s.lent.slots[p];
-    }
-    const int64_t experts = op.routing.placement.count(peers.rank);
-    int64_t rows = 0;
-    if (op.offsets) {
-      rows = group_rows(w, op.rows_per_expert, experts, op.align,
-                        [&](int64_t e, int64_t row) { op.offsets[e] = row; });
-      if (w.lane() == 0) op.offsets[experts] = rows;
-    }
+    record_plan(w, op, peers, s);
+    const int64_t rows =
+        op.offsets ? write_offsets(w, op, op.routing.placement.count(peers.rank), kNoLimit) : 0;
     if (w.lane() == 0) {
+      to.rows = s.received[peers.rank];
       to.grouped_rows = rows;
-      to.lent.grouped =
-          plans_groups<Worker>(op) ? s.lent.grouped & s.fitting(peers.size, op.grouped_rows) : 0;
+      to.grouped_in_slot = has(op.record->lent.grouped, peers.rank);
     }
   }
   w.all(true);
@@ -213,7 +260,7 @@ COMMLIB_HD void place_grouped_rows(Worker& w, const PlanOp& op, int rank, const 
   const Span part = w.share(op.routing.tokens);
 #pragma unroll 1
   for (int64_t t = part.begin + w.lane(); t < part.end; t += w.lanes()) {
-    place_in_groups(op.routing, t, op.routes, op.ordinals, op.group_begins, fits, op.places);
+    place_in_groups(op.routing, t, op.routes, op.ordinals, op.group_begins, op.group_rows, fits, op.places);
   }
 }
 

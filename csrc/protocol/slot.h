@@ -21,6 +21,15 @@ struct RowArray {
   int64_t bytes;  // of each row's part
 };
 
+// What the plan of a fresh dispatch leaves for its rows.
+struct PlanRecord {
+  Lent lent;
+  int64_t source_rows[kMaxRanks];  // of the unique rows, how many come from each source
+  // Of a bounded dispatch:
+  int64_t limit;  // of each expert's rows: those past it are dropped
+  bool recounts;  // rows were dropped, and nobody has said of which experts
+};
+
 struct SlotLayout {
   int64_t capacity;     // rows
   int64_t room_bytes;   // for each row and its scales
@@ -65,8 +74,11 @@ struct SlotLayout {
   COMMLIB_HD int64_t grouped_weights_at() const {
     return group_firsts_at() + align_up(group_counts * 8, kRowAlign);
   }
+  COMMLIB_HD int64_t record_at() const {
+    return grouped_weights_at() + align_up(grouped_rows * weight_bytes, kRowAlign);
+  }
   COMMLIB_HD int64_t bytes() const {
-    return align_up(grouped_weights_at() + grouped_rows * weight_bytes, 4096);
+    return align_up(record_at() + static_cast<int64_t>(sizeof(PlanRecord)), 4096);
   }
 };
 
@@ -82,6 +94,7 @@ struct Slot {
   int32_t* sent_ordinals;  // [tokens][topk]: as number_rows_of_experts writes them
   int64_t* group_firsts;   // [sources][own experts]: in each group, the rows of the sources below
   std::byte* grouped_weights;  // [grouped rows]: of rows that lie grouped, in a combine
+  PlanRecord* record;
 
   COMMLIB_HD static Slot at(const SlotLayout& layout, std::byte* slots, int index) {
     std::byte* base = slots + index * layout.bytes();
@@ -92,7 +105,8 @@ struct Slot {
             base + layout.weights_at(),
             reinterpret_cast<int32_t*>(base + layout.sent_ordinals_at()),
             reinterpret_cast<int64_t*>(base + layout.group_firsts_at()),
-            base + layout.grouped_weights_at()};
+            base + layout.grouped_weights_at(),
+            reinterpret_cast<PlanRecord*>(base + layout.record_at())};
   }
 };
 

@@ -21,12 +21,18 @@ struct UnpackPlan {
   int topk;
   Slot slot;
   SlotLayout layout;
-  int64_t rows;                // unique rows received
-  const int64_t* source_rows;  // [sources]: how many of them came from each; null: a known routing
+  bool fresh;             // the slot's record is of this dispatch; else it goes along a known routing
+  int64_t rows;           // unique rows received, or of a bounded dispatch room for them,
+  const int64_t* totals;  // of which [0] is how many there are; null: it was exact
+  // Bounded: how many rows the results have. Those behind the last are to say that they are none, and, if so
+  // wished, to be zero, as are those behind the last of a group of fixed room.
+  int64_t results;
+  bool zero_rest;
+  bool fixed_groups;
   // layout="expert" only:
-  int64_t* expand_to;      // [rows][topk]: grouped rows, to be filled in unless known; null: layout="rank"
-  const int64_t* offsets;  // [experts + 1], of the groups
-  const int64_t* rows_per_expert;  // [experts]
+  int64_t* expand_to;        // [rows][topk]: grouped rows, to be filled in unless known; null: layout="rank"
+  const int64_t* offsets;    // [experts + 1], of the groups
+  int64_t* rows_per_expert;  // [experts]
   int64_t experts;
   // Results; null: not wanted.
   std::byte* out_rows;     // [grouped rows] or [rows]; null: they stay in the slot, and so do scales
@@ -35,20 +41,25 @@ struct UnpackPlan {
   int64_t* out_topk_idx;   // [rows][topk] local ids; layout="rank"
   int64_t* out_source;     // [grouped rows][2] or [rows][2]
   Weighing weighing;       // along a known routing only, and with out_rows
+
+  COMMLIB_HD int64_t unique_rows() const { return totals ? totals[0] : rows; }
+  COMMLIB_HD int64_t limit() const { return totals ? slot.record->limit : kNoLimit; }
 };
 
 constexpr int64_t kMisplaced = -2;  // what the source wrote about a row does not fit its counts
 
 // The grouped row of entry i of [rows][topk], from `source`: groups hold rows in the order of sources, and
-// each source has numbered its own, so it does not depend on other entries. -1: another rank's expert. Checks
-// that it lies in its group, because the numbers are another rank's, and memory of this one depends on them.
+// each source has numbered its own, so it does not depend on other entries. -1: another rank's expert, or
+// past the limit. Checks that it lies in its group, because the numbers are another rank's, and memory of
+// this one depends on them.
 COMMLIB_HD int64_t expanded_row_of(const UnpackPlan& plan, int64_t i, int64_t source) {
-  if (!plan.source_rows) return plan.expand_to[i];
+  if (!plan.fresh) return plan.expand_to[i];
   const int64_t e = plan.slot.experts[i];
   if (e < 0) return -1;
   if (e >= plan.experts) return kMisplaced;
   const int64_t first = plan.offsets[e];
   const int64_t to = first + plan.slot.group_firsts[source * plan.experts + e] + plan.slot.ordinals[i];
+  if (to - first >= plan.limit()) return -1;
   return to >= first && to < plan.offsets[e + 1] ? to : kMisplaced;
 }
 
@@ -68,7 +79,7 @@ COMMLIB_HD void expand_row_metadata(Worker& w, const UnpackPlan& plan, int64_t n
       w.malformed(static_cast<int>(source), Phase::arrival);
       to = -1;
     }
-    if (plan.source_rows) plan.expand_to[i] = to;
+    if (plan.fresh) plan.expand_to[i] = to;
     if (to < 0) continue;
     if (plan.out_weights) w.copy_scalar(plan.out_weights + to * wb, plan.slot.weights + i * wb, wb);
     if (plan.out_source) write_source(plan.out_source, to, source, plan.slot.tokens[n]);
@@ -87,11 +98,12 @@ COMMLIB_HD void copy_row_metadata(Worker& w, const UnpackPlan& plan, Span part) 
 // Metadata of this worker's unique rows as it lies in the slot -> what the caller asked for.
 template <class Worker>
 COMMLIB_HD void unpack_metadata(Worker& w, const UnpackPlan& plan) {
-  if (!plan.source_rows && !plan.out_weights) return;  // a known routing has all of it but weights
-  const Span part = w.share(plan.rows);
-  int64_t source = -1, source_end = plan.source_rows ? 0 : plan.rows;
+  if (!plan.fresh && !plan.out_weights) return;  // a known routing has all of it but weights
+  const int64_t rows = plan.unique_rows();
+  const Span part = w.share(rows);
+  int64_t source = -1, source_end = plan.fresh ? 0 : rows;
   for (int64_t n = part.begin + w.lane(); n < part.end; n += w.lanes()) {
-    while (n >= source_end) source_end += plan.source_rows[++source];
+    while (n >= source_end) source_end += plan.slot.record->source_rows[++source];
     if (plan.expand_to) {
       expand_row_metadata(w, plan, n, source);
     } else if (plan.out_source) {
@@ -133,18 +145,25 @@ COMMLIB_HD void weigh_row(Worker& w, const UnpackPlan& plan, int64_t n) {
   }
 }
 
+// That a row of the results is none.
 template <class Worker>
-COMMLIB_HD void zero_padding_row(Worker& w, const UnpackPlan& plan, int64_t row) {
-  const int64_t wb = plan.layout.weight_bytes;
+COMMLIB_HD void pad_metadata(Worker& w, const UnpackPlan& plan, int64_t row) {
+  const int64_t wb = plan.layout.weight_bytes, each = plan.expand_to ? 1 : plan.topk;
+  for (int64_t i = row * each; i < (row + 1) * each; ++i) {
+    if (plan.out_weights) w.copy_scalar(plan.out_weights + i * wb, nullptr, wb);
+    if (plan.out_topk_idx) plan.out_topk_idx[i] = -1;
+  }
+  if (plan.weighing.y) w.copy_scalar(plan.weighing.dots + row * wb, nullptr, wb);
+  if (plan.out_source) write_source(plan.out_source, row, -1, -1);
+}
+
+template <class Worker>
+COMMLIB_HD void zero_row(Worker& w, const UnpackPlan& plan, int64_t row) {
   const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
   std::byte* in_rows = plan.out_rows ? plan.out_rows : plan.slot.rows;
   std::byte* in_scales = plan.out_rows ? plan.out_scales : plan.slot.rows + scales.at;
   w.zero(in_rows + row * rows.bytes, rows.bytes);
   if (scales.bytes) w.zero(in_scales + row * scales.bytes, scales.bytes);
-  if (w.lane() != 0) return;
-  if (plan.out_weights) w.copy_scalar(plan.out_weights + row * wb, nullptr, wb);
-  if (plan.weighing.y) w.copy_scalar(plan.weighing.dots + row * wb, nullptr, wb);
-  if (plan.out_source) plan.out_source[row * 2] = plan.out_source[row * 2 + 1] = -1;
 }
 
 // Where there are more workers than experts, several share the padding of one group.
@@ -157,8 +176,34 @@ COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
     const int e = i % experts;
     const int64_t end = plan.offsets[e + 1];
     for (int64_t row = plan.offsets[e] + plan.rows_per_expert[e] + i / experts; row < end; row += sharing) {
-      zero_padding_row(w, plan, row);
+      if (!plan.fixed_groups || plan.zero_rest) zero_row(w, plan, row);
+      if (w.lane() == 0) pad_metadata(w, plan, row);
     }
+  }
+}
+
+// The rows of the results behind the last that there is.
+template <class Worker>
+COMMLIB_HD void pad_rest(Worker& w, const UnpackPlan& plan) {
+  const int64_t begin = plan.expand_to ? plan.offsets[plan.experts] : plan.unique_rows();
+  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
+  for (int64_t row = begin + w.index() * w.lanes() + w.lane(); row < plan.results; row += step) {
+    pad_metadata(w, plan, row);
+  }
+  for (int64_t row = begin + w.index(); plan.zero_rest && row < plan.results; row += w.count()) {
+    zero_row(w, plan, row);
+  }
+}
+
+// Rows of a bounded dispatch were dropped, and nobody has said for which experts they were: counts those of
+// the rows that have come.
+template <class Worker>
+COMMLIB_HD void recount_experts(Worker& w, const UnpackPlan& plan) {
+  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes(), entries = plan.unique_rows() * plan.topk;
+  for (int64_t e = w.index() * w.lanes() + w.lane(); e < plan.experts; e += step) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < entries; ++i) count += plan.slot.experts[i] == e;
+    plan.rows_per_expert[e] = count;
   }
 }
 
@@ -168,6 +213,8 @@ template <class Worker>
 COMMLIB_HD void prepare_unpacking(Worker& w, const UnpackPlan& plan) {
   unpack_metadata(w, plan);
   if (plan.expand_to) zero_padding(w, plan);
+  if (plan.totals) pad_rest(w, plan);
+  if (plan.fresh && plan.totals && plan.slot.record->recounts) recount_experts(w, plan);
   w.all(true);  // its lanes see each other's grouped rows
 }
 
@@ -175,7 +222,7 @@ template <class Worker>
 COMMLIB_HD void unpack(Worker& w, const UnpackPlan& plan) {
   prepare_unpacking(w, plan);
   if (!plan.out_rows) return;
-  const Span part = w.share(plan.rows);
+  const Span part = w.share(plan.unique_rows());
   for (int64_t n = part.begin; n < part.end; ++n) {
     plan.weighing.y ? weigh_row(w, plan, n) : unpack_row(w, plan, n);
   }

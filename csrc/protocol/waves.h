@@ -103,7 +103,7 @@ COMMLIB_HD int wave_of_row(const UnpackPlan& plan, int64_t n) {
 template <class Worker>
 COMMLIB_HD void unpack_wave(Worker& w, const UnpackPlan& plan, int wave) {
   if (!plan.out_rows) return;  // they are there
-  const Span part = w.share(plan.rows);
+  const Span part = w.share(plan.unique_rows());
   for (int64_t first = part.begin; first < part.end; first += w.lanes()) {
     const int64_t mine = first + w.lane();
     const bool now = mine < part.end && wave_of_row(plan, mine) == wave;

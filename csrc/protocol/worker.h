@@ -5,6 +5,7 @@
 //   lane(), lanes()            this thread's number among those of the worker: 0 and 1 on a CPU
 //   kInternode                 whether there may be ranks on other nodes
 //   kPlansGroups               whether plans may be of dispatches whose rows go straight to groups
+//   kBoundsPlans               whether they may be of bounded dispatches
 //   id()                       the operation. (A plan, which is short of registers, reads it where it needs
 //   it) share(n)                   this worker's contiguous part of n items
 //

@@ -106,7 +106,7 @@ RoutingRoom::RoutingRoom(const Scenario& s, int rank)
   view.places = places.data();
   offsets.resize(rows_per_expert.size() + 1);
   view.offsets = offsets.data();
-  view.align = r.align;
+  view.shape.align = r.align;
 }
 
 DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner) {

@@ -215,8 +215,11 @@ COMMLIB_HD void write_rows(Worker& w, const Frame& frame, const int64_t* route, 
 }
 
 template <class Worker>
-COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk_idx, int topk) {
-  for (int k = w.lane(); k < topk; k += w.lanes()) frame.experts()[k] = static_cast<int32_t>(topk_idx[k]);
+COMMLIB_HD void write_experts(Worker& w, const Frame& frame, const int64_t* topk_idx, int topk,
+                              const Placement& placement) {
+  for (int k = w.lane(); k < topk; k += w.lanes()) {
+    frame.experts()[k] = static_cast<int32_t>(expert_of(topk_idx[k], placement.experts));
+  }
 }
 
 // What other ranks' frames say about rows is checked before it is used: a row may go to any position of the

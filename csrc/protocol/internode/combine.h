@@ -33,7 +33,8 @@ COMMLIB_HD bool ask_gateway(Worker& w, const CombineQueue& c, int g) {
                      [&](const Frame& frame, int64_t t) {
                        write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, serves,
                                   c.internode.served_most);
-                       if (c.with_weights) write_experts(w, frame, plan.topk_idx + t * plan.topk, plan.topk);
+                       if (c.with_weights)
+                         write_experts(w, frame, plan.topk_idx + t * plan.topk, plan.topk, plan.placement);
                      });
 }
 

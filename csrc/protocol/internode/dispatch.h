@@ -36,7 +36,8 @@ template <class Worker>
 COMMLIB_HD void write_token_metadata(Worker& w, const DispatchQueue& d, const Frame& frame, int64_t t) {
   const SendPlan& plan = d.plan;
   const int64_t at = t * plan.topk, wb = plan.layout.weight_bytes;
-  if (plan.is_fresh() || d.with_weights) write_experts(w, frame, plan.topk_idx + at, plan.topk);
+  if (plan.is_fresh() || d.with_weights)
+    write_experts(w, frame, plan.topk_idx + at, plan.topk, plan.placement);
   for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
     if (plan.is_fresh()) frame.ordinals()[k] = plan.ordinals[at + k];
     if (d.with_weights) w.copy_scalar(frame.weights() + k * wb, plan.weights + (at + k) * wb, wb);
