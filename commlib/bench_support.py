@@ -28,7 +28,7 @@ class BareMover:
         assert isinstance(ep._comm.core, CpuCommunicator), "only CPUs have a bare mover"
         self._core = ep._comm.core
         self._keep = handle._plan, x
-        self._view = view_of(handle._plan, handle.layout == "expert")
+        self._view = view_of(handle._plan, handle._ep.num_local_experts, handle._grouped)
         self._rows = rows_of(x, None)
         self._out = ep._comm.new_rows(handle.num_tokens)
 

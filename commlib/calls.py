@@ -23,12 +23,18 @@ class RoutePlan(NamedTuple):
     routes: Tensor  # [T, min(K, R)] rank << 32 | row at that rank, ascending; -1 ends
     local: Tensor  # [N, K] layout="rank": local expert ids; "expert": rows of d.x; -1: another rank's
     source: Tensor  # [N, 2] or [M, 2]: its length is that of d.x
-    groups: Tensor  # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow
+    # tokens_per_expert [E_loc]; with layout="expert", offsets [E_loc + 1] follow; of a bounded dispatch, how
+    # many unique rows there are, and how many rows were dropped here
+    groups: Tensor
     # layout="expert": [T, K] rank << 32 | row in that rank's d.x, by rank, then place; -1 ends. Not filled in
     # where rows cannot lie so in slots.
     places: Tensor | None
     comm: Tensor  # [], see Attachment.name
     view: _core.RoutePlan | None = None  # the core's, of a plan whose sizes are known to fit each other
+
+    def bounded(self, experts: int, grouped: bool) -> bool:
+        """Whether it is of a bounded dispatch."""
+        return self.groups.shape[0] > (2 * experts + 1 if grouped else experts)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -50,6 +56,17 @@ class Dispatch(NamedTuple):
     drop: bool
     zero_copy: bool
     scales: Tensor | None  # [T, S]
+    # Bounds of a bounded dispatch, see commlib.settings.Bounds, and whether rows of the result that are none
+    # are to be zero; else all 0.
+    capacity: int = 0
+    results: int = 0
+    most_rows: int = 0
+    fixed: int = 0
+    zero_rest: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        return self.capacity > 0
 
 
 class Arrived(NamedTuple):

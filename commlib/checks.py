@@ -19,9 +19,9 @@ from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
 from commlib.communicator import Communicator
 from commlib.event import Event
 from commlib.formats import can_be_summed
-from commlib.settings import Settings
+from commlib.settings import Bounds, Settings
 
-Layout = Literal["rank", "expert"]
+Layout = Literal["rank", "expert", "batched"]
 Overflow = Literal["error", "drop"]
 ORDINARY = (Tensor, torch.nn.Parameter)  # classes of tensors without a dispatch of their own
 LAYOUTS, OVERFLOWS = get_args(Layout), get_args(Overflow)
@@ -90,13 +90,19 @@ def check_out(out: Tensor, tokens: int, settings: Settings, call: Combine) -> No
         )
 
 
-def check_layout(layout: str, zero_copy: bool, overflow: str, groups_in_slots: bool) -> None:
+def check_layout(
+    layout: str, zero_copy: bool, overflow: str, groups_in_slots: bool, bounded: bool = False
+) -> None:
     """That options of dispatch go together."""
     if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f'layout must be "rank" or "expert", got {shown(layout)}')
+        raise ValueError(f'layout must be "rank", "expert" or "batched", got {shown(layout)}')
+    if layout == "batched" and not bounded:
+        raise ValueError(
+            'layout "batched" has room for rows_per_expert rows of each expert: it needs bounded=True'
+        )
     if not isinstance(overflow, str) or overflow not in OVERFLOWS:
         raise ValueError(f'overflow must be "error" or "drop", got {shown(overflow)}')
-    if zero_copy and layout == "expert" and not groups_in_slots:
+    if zero_copy and layout != "rank" and not groups_in_slots:
         raise ValueError(
             'zero_copy needs layout "rank": rows grouped by expert are copies here (several nodes, or '
             'grouping is "once", or "auto" has chosen that)'
@@ -168,6 +174,13 @@ def check_sizes(c: Communicator, call: Dispatch) -> None:
             f"width and experts are {(call.width, call.experts)}, but the communicator's "
             f"{(c.width, c.experts)}"
         )
+    if not call.bounded:
+        return
+    layout = "rank" if not call.grouped else "batched" if call.fixed else "expert"
+    given = Bounds(call.capacity, call.results, call.most_rows, call.fixed)
+    bounds = c.bounds(layout, call.align)
+    if given != bounds:
+        raise ValueError(f"the dispatch was to have {given}, but the communicator has {bounds}")
 
 
 def check_dispatch(c: Communicator, call: Dispatch) -> None:
@@ -251,6 +264,8 @@ def check_plan(c: Communicator, r: RoutePlan, grouped: bool) -> None:
     """That sizes fit each other; the core checks the numbers in them."""
     topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
     groups = 2 * c.experts + 1 if grouped else c.experts
+    if r.bounded(c.experts, grouped):
+        groups += 2  # no more and no fewer
     sizes = [tokens * topk, tokens * c.width, received * topk, groups]
     read = [r.topk_idx, r.routes, r.local, r.groups]
     if grouped:

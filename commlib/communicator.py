@@ -20,7 +20,7 @@ from commlib import _core
 from commlib.devices import Backend
 from commlib.errors import CommError, ranks_to_blame
 from commlib.formats import OWN, format_of, viewed
-from commlib.settings import Settings
+from commlib.settings import Bounds, Settings
 from commlib.startup.topology import Topology
 from commlib.team import Team, shape_of
 
@@ -56,7 +56,8 @@ class Communicator:
         topology: Topology,
         reconnect: Callable[[Settings, Backend], Backend],
     ) -> None:
-        mine = _core.Placement(settings.num_experts, size).experts_of(rank)
+        placement = _core.Placement(settings.num_experts, size)
+        mine = placement.experts_of(rank)
         self.rank, self.size = rank, size
         self.settings, self.shape = settings, shape_of(settings)
         self.slots = settings.slots_on(size)
@@ -70,6 +71,7 @@ class Communicator:
         # Guards whether it is closed and for whom it is open. Garbage collection may detach inside of it.
         self._lock = threading.RLock()
         self.first_expert, self.experts = mine.start, len(mine)
+        self._most_experts = max(len(placement.experts_of(r)) for r in range(size))
         self.width = min(settings.topk, size)
         self.weight_dtype = settings.weight_dtype
 
@@ -161,6 +163,10 @@ class Communicator:
         buffer = self.view(self.core.lend_slot(once), rows)
         self.backend.end("lend a slot", None, (buffer,), False)
         return buffer
+
+    def bounds(self, layout: str, align: int) -> Bounds:
+        """For how many rows a bounded dispatch has room: :meth:`commlib.settings.Settings.bounds`."""
+        return self.settings.bounds(self.size, self.experts, self._most_experts, layout, align)
 
     def can_group_in_slot(self, rows: int) -> bool:
         """Whether as many rows grouped by expert may lie in a slot."""

@@ -44,11 +44,12 @@ class Handle:
     last tensor that views it is gone.
     """
 
-    def __init__(self, ep: Owner, plan: RoutePlan, layout: Layout, align: int) -> None:
+    def __init__(self, ep: Owner, plan: RoutePlan, layout: Layout, align: int, bounded: bool = False) -> None:
         self._ep = ep
         self._known: RoutePlan | None = plan
         self.layout = layout
         self.align = align
+        self.bounded = bounded
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +66,12 @@ class Handle:
 
         They are known as soon as dispatch has returned. ``Dispatched.tokens_per_expert`` of an asynchronous
         dispatch on a GPU is not: it comes with the rows.
+
+        Raises:
+            ValueError: the dispatch was bounded, and its counts stay on the device.
         """
+        if self.bounded:
+            raise ValueError("a bounded dispatch tells the host no counts: see Dispatched.tokens_per_expert")
         return self._plan.groups[: self._ep.num_local_experts].tolist()
 
     def on(self, ep: Owner) -> Handle:
@@ -88,7 +94,9 @@ class Handle:
             _check_same(name, getattr(mine.settings, name), getattr(theirs.settings, name))
         settings, plan = mine.settings, self._plan
         theirs._comm.make_room(settings.capacity_on(mine.size), settings.max_tokens)
-        return Handle(theirs, plan._replace(comm=theirs._name, view=None), self.layout, self.align)
+        return Handle(
+            theirs, plan._replace(comm=theirs._name, view=None), self.layout, self.align, self.bounded
+        )
 
     def release(self) -> None:
         """Give the handle up: using it again raises HandleError. Twice is fine."""
@@ -105,12 +113,37 @@ class Handle:
 
     @property
     def _grouped(self) -> bool:
-        return self.layout == "expert"
+        return self.layout != "rank"
 
 
 def _check_same(name: str, mine: Any, theirs: Any) -> None:
     if mine != theirs:
         raise ValueError(f"the handle is of a communicator with {name} {mine}, the other one has {theirs}")
+
+
+def flat(handle: Handle, tensor: Tensor | None, width: int = 2) -> Any:
+    """Rows as the ops take them, one after another; ``width``: how many dimensions that makes.
+
+    Raises:
+        ValueError: the layout is "batched", and they are not ``[local experts, rows of each, ...]``.
+    """
+    if tensor is None or handle.layout != "batched" or tensor.dim() == width:
+        return tensor
+    experts = handle._ep.num_local_experts
+    if tensor.dim() != width + 1 or tensor.shape[:2].numel() != handle.num_rows or tensor.shape[0] != experts:
+        raise ValueError(
+            f'rows of layout "batched" must be [{experts}, {handle.num_rows // max(experts, 1)}, ...], got '
+            f"{list(tensor.shape)}"
+        )
+    return tensor.flatten(0, 1)
+
+
+def unflat(handle: Handle, tensor: Tensor) -> Tensor:
+    """The same in the layout of the handle."""
+    if handle.layout != "batched":
+        return tensor
+    experts = handle._ep.num_local_experts
+    return tensor.unflatten(0, (experts, tensor.shape[0] // max(experts, 1)))
 
 
 def check_handle(ep: Owner, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:
@@ -137,6 +170,10 @@ def check_handle(ep: Owner, handle: Handle, layout: str | None = None, topk_idx:
 class Dispatched(Generic[Array]):
     """Rows that a rank received. N: unique rows; M: rows grouped by expert, padding included.
 
+    Of a bounded dispatch, N and M are the room there is, and what is behind the last row is undefined in
+    ``x`` and ``scales``, -1 in ``topk_idx`` and ``source``, 0 in ``topk_weights``. Layout "batched": as
+    "expert", with ``[local experts, rows_per_expert]`` in place of ``[M]``, and padding that is undefined.
+
     Its arrays are of the kind of dispatch's ``x``: a ``Dispatched[Tensor]`` for a Tensor.
 
     Attributes:
@@ -152,6 +189,8 @@ class Dispatched(Generic[Array]):
             else None.
         handle: the routing.
         event: with ``async_op``: when the rows are there.
+        num_rows: bounded, but for "batched": how many rows there are, on the device (0-d int64).
+        dropped: bounded: how many rows this rank had no room for, likewise; with groups, rows of experts.
     """
 
     # "| Any": or None; callers of dispatch know which, and a type checker need not ask them each time.
@@ -164,6 +203,8 @@ class Dispatched(Generic[Array]):
     handle: Handle
     event: Event | None = None
     scales: Array | Any = None
+    num_rows: Array | Any = None
+    dropped: Array | Any = None
 
     @staticmethod
     def _of(
@@ -174,20 +215,30 @@ class Dispatched(Generic[Array]):
         event: Event | None,
     ) -> Dispatched[Any]:
         """What a dispatch returns, of arrays that ``export`` makes; ``groups``: as in RoutePlan, a copy."""
-        plan, offsets = handle._plan, None
-        if handle._grouped:
-            experts = handle._ep.num_local_experts
-            groups, offsets = groups.split_with_sizes((experts, experts + 1))
+        plan, experts = handle._plan, handle._ep.num_local_experts
+        sizes = (experts, (experts + 1) * handle._grouped, 2 * handle.bounded)
+        groups, offsets, totals = groups.split_with_sizes(sizes)
+        given = handle.layout == "expert"
+        num_rows, dropped = totals if handle.bounded else (None, None)
+        if handle.bounded and handle._grouped:
+            num_rows = offsets[-1] if given else None
+
+        def out(tensor: Tensor | None, rows: bool = False) -> Any:
+            return None if tensor is None else export(unflat(handle, tensor) if rows else tensor)
+
         return Dispatched(
-            x=export(came.rows),
+            x=out(came.rows, rows=True),
             topk_idx=None if handle._grouped else export(plan.local),
-            topk_weights=None if came.weights is None else export(came.weights),
+            topk_weights=out(came.weights, rows=True),
             tokens_per_expert=export(groups),
-            offsets=None if offsets is None else export(offsets),
-            source=export(plan.source.detach()),  # another tensor: the plan's length is nobody's to change
+            offsets=export(offsets) if given else None,
+            # Another tensor: the plan's length is nobody's to change.
+            source=out(plan.source.detach(), rows=True),
             handle=handle,
             event=event,
-            scales=None if came.scales is None else export(came.scales),
+            scales=out(came.scales, rows=True),
+            num_rows=out(num_rows),
+            dropped=out(dropped),
         )
 
     def finish(self) -> Dispatched[Array]:
@@ -199,10 +250,14 @@ class Dispatched(Generic[Array]):
             return replace(self, event=None)
         x: Any = self.x  # a tensor: autograd records nothing else
         weights: Any = self.topk_weights
+        if self.handle.layout == "batched":  # views of what the operation gave
+            x, weights = x._base, None if weights is None else weights._base
         if weights is None:
             (x,) = self.event.finish(x)
         else:
             x, weights = self.event.finish(x, weights)
+            weights = unflat(self.handle, weights)
+        x = unflat(self.handle, x)
         return replace(self, x=x, topk_weights=weights, event=None)
 
     def wait_expert(self, expert: int) -> None:

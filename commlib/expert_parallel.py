@@ -14,13 +14,14 @@ from commlib.arrays import AnyArray, Array, exporter_for
 from commlib.calls import Combine, Dispatch, Redispatch
 from commlib.checks import Layout, Overflow
 from commlib.communicator import Communicator, refuse_forward_mode
-from commlib.dispatched import Dispatched, Handle, check_handle
+from commlib.dispatched import Dispatched, Handle, check_handle, flat, unflat
 from commlib.errors import CommError
 from commlib.event import Event
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
 from commlib.settings import (
     ANY_TOKENS,
+    Bounds,
     Grouping,
     Settings,
     checked_timeout,
@@ -92,6 +93,9 @@ class ExpertParallel:
         max_grouped_rows: for how many rows grouped by expert a slot has room, padding included, where they go
             there directly. A rank that would get more gets them as with "once", and nothing is lost. None:
             CPU: as many as ``capacity`` rows can make. CUDA: what they make on average, and a quarter more.
+            Also how many the result of a bounded dispatch has; None: as many as can come.
+        rows_per_expert: how many rows layout "batched" has for each expert. None: as many as can come,
+            ``capacity``, which is a lot of memory on a GPU.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used (on this rank); or another timeout than that of
@@ -124,6 +128,7 @@ class ExpertParallel:
         exclusive: bool = False,
         grouping: Grouping = "auto",
         max_grouped_rows: int | None = None,
+        rows_per_expert: int | None = None,
     ) -> None:
         patience = startup_patience(startup_timeout, timeout)
         self.group = resolve_group(group, patience)
@@ -142,6 +147,7 @@ class ExpertParallel:
                 exclusive=exclusive,
                 grouping=grouping,
                 max_grouped_rows=max_grouped_rows,
+                rows_per_expert=rows_per_expert,
             )
             timeout = None if timeout is None else checked_timeout(timeout)
             self._attachment = attach(talk, asked.checked(self.size), timeout)
@@ -169,6 +175,7 @@ class ExpertParallel:
         async_op: bool = False,
         in_waves: bool = False,
         previous_event: Event | None = None,
+        bounded: bool = False,
     ) -> Dispatched[Array]:
         """Send each token once to every rank that owns at least one of its experts.
 
@@ -184,7 +191,8 @@ class ExpertParallel:
             topk_idx: ``[T, topk]`` int64 or int32, global expert ids; -1 leaves a place empty. May be None
                 with ``handle``. Copied: it may change as soon as the call returns.
             topk_weights: ``[T, topk]`` of any floating type, taken as float32 (float64 for float64 rows).
-            layout: "rank" (default): unique rows. "expert": rows grouped by local expert.
+            layout: "rank" (default): unique rows. "expert": rows grouped by local expert. "batched" (bounded
+                only): for each local expert ``rows_per_expert`` rows, of which the first are its own.
             align: with "expert": each group is padded with zero rows to a multiple of this, 1 to 65536.
             handle: use the routing, layout and align of that dispatch: no plan and no counts.
             zero_copy: never copy out of a slot: raise HandleError where none is free. Without it rows are
@@ -200,6 +208,11 @@ class ExpertParallel:
                 not with ``handle``. Backward waits for the gradient of all rows, and nothing overlaps there.
                 With ranks on several nodes there is one wave.
             previous_event: an event to wait for first.
+            bounded: on all ranks alike: results have one size, as many rows as there is room for, and no host
+                waits to hear how many come; see docs/bounded.md. Rows past that are left out, evenly over
+                experts, and counted in ``Dispatched.dropped``; unless ``overflow="drop"``, the next call on
+                the rank that left them out raises CapacityExceeded. An id out of range counts as -1, and the
+                next call raises. Rows of the result that are none are undefined, zero where autograd records.
 
         Returns:
             Dispatched.
@@ -222,26 +235,32 @@ class ExpertParallel:
         scales = None if beside is None else self._tensor("scales", beside)
         if scales is not None or rows.dtype != self._comm.settings.dtype:
             checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
-        if in_waves and not (layout == "expert" and async_op and handle is None):
-            raise ValueError('in_waves needs layout="expert" and async_op=True, and takes no handle')
+        bounded = as_bool("bounded", bounded)
+        if in_waves and (not (layout == "expert" and async_op and handle is None) or bounded):
+            raise ValueError(
+                'in_waves needs layout="expert" and async_op=True, and goes with neither a handle nor bounded'
+            )
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
-            checks.check_layout(handle.layout, zero_copy, overflow, self._comm.groups_in_slots)
+            checks.check_layout(handle.layout, zero_copy, overflow, self._comm.groups_in_slots, True)
             known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
-            groups = self._copied(handle._plan.groups)  # before the rows, with which it is there
+            # Before the rows, with which it is there. Of a bounded dispatch it may not be known yet.
+            groups = handle._plan.groups if handle.bounded else self._copied(handle._plan.groups)
             again, event = ops.redispatch(self._attachment, known, async_op)
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = "rank" if layout is None else layout
-        checks.check_layout(layout, zero_copy, overflow, self._comm.groups_in_slots)
+        checks.check_layout(layout, zero_copy, overflow, self._comm.groups_in_slots, bounded)
         checks.check_align(self._comm, align)
+        bounds: Bounds = self._comm.bounds(layout, align) if bounded else Bounds()
         idx = checks.copied_topk_idx(self.device, topk_idx)
-        grouped, drop = layout == "expert", overflow == "drop"
+        grouped, drop = layout != "rank", overflow == "drop"
         call = Dispatch(
-            *(rows, idx, weights, self._name, *self._sizes, grouped, align, drop, zero_copy, scales)
+            *(rows, idx, weights, self._name, *self._sizes, grouped, align, drop, zero_copy, scales),
+            *(*bounds, bounded and ops.wants_gradient(rows, weights)),
         )
         in_waves = in_waves and len(self.topology.hosts) == 1
         came, event = ops.dispatch(self._attachment, call, async_op, in_waves)
-        handle = Handle(self, came.plan(call), layout, align)
+        handle = Handle(self, came.plan(call), layout, align, bounded)
         return Dispatched._of(handle, exporter_for(given), came, came.counts, event)
 
     @overload
@@ -302,7 +321,7 @@ class ExpertParallel:
         the same type, has the same bits every time, but not the same on a CPU as on a GPU.
 
         Args:
-            y: ``[num_rows, hidden]`` in the layout of the handle's dispatch. Not copied when it is a
+            y: ``[num_rows, hidden]``, as ``Dispatched.x`` of the handle's dispatch. Not copied when it is a
                 ``combine_buffer`` or a ``Dispatched.x`` that lies in a slot. Or rows of
                 another floating type or width, the same on all ranks, of no more bytes; ``bias``, ``out``
                 and the result are as y is.
@@ -323,7 +342,8 @@ class ExpertParallel:
         """
         self._before(async_op, previous_event)
         check_handle(self, handle)
-        rows, row_weights = self._tensor("y", y), self._weights("weights", weights)
+        rows = flat(handle, self._tensor("y", y))
+        row_weights = flat(handle, self._weights("weights", weights), 1)
         bias_rows = None if bias is None else self._tensor("bias", bias)
         call = Combine(rows, row_weights, bias_rows, None, handle._plan, handle._grouped)
         if out is None:
@@ -351,7 +371,7 @@ class ExpertParallel:
         check_handle(self, handle)
         checks.check_room(self._comm, handle.layout, handle.num_rows)
         self._attachment.check_open()
-        return self._comm.lend_rows(handle.num_rows, once=True)
+        return unflat(handle, self._comm.lend_rows(handle.num_rows, once=True))
 
     def record_stream(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         """Let ``stream`` use a result or a lent buffer until the tensor goes, like ``Tensor.record_stream``.

@@ -23,6 +23,8 @@ def dispatch(
 ) -> tuple[Arrived, Event | None]:
     """Send each token to the ranks of its experts, once they have agreed on what goes where."""
     _check_callable(a)
+    if call.bounded:
+        return _dispatch_bounded(a, call, async_op)
     c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
     format = OWN if call.scales is None else c.format_of(call.x, call.scales)
@@ -64,6 +66,48 @@ def dispatch(
     return Arrived(rows, weights, counts, routes, local, source, groups, places, scales, view), event
 
 
+def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Arrived, Event | None]:
+    """Send each token likewise, to results of one size: nobody waits to hear how many rows come."""
+    c, grouped, size = a.communicator, call.grouped, call.results
+    checks.check_dispatch(c, call)
+    backend = c.backend
+    format = OWN if call.scales is None else c.format_of(call.x, call.scales)
+    routes, places, groups, view = _begun_plan(c, call)
+    local, source = backend.empty(call.capacity, c.settings.topk), backend.empty(size, 2)
+    weights = None if call.topk_weights is None else c.new_weights(size, grouped)
+    in_slot = call.zero_copy or c.can_spare_slots(1)
+    if grouped:
+        in_slot = in_slot and c.can_group_in_slot(size)
+    rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
+    view.complete(call.capacity, local.data_ptr() if grouped else 0)
+    read = call.topk_idx, routes, local, source, groups, places
+    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read)
+    backend.begin_plan()
+    backend.begin()
+    ticket, lease = c.core.dispatch_bounded(
+        rows_of(call.x, call.topk_weights, call.scales, format),
+        view,
+        _core.Received(
+            None if rows is None else rows.data_ptr(),
+            _address(weights),
+            0 if grouped else local.data_ptr(),
+            source.data_ptr(),
+            _address(scales),
+            zero_rest=call.zero_rest,
+        ),
+        call.drop,
+        async_op,
+        keep if async_op else None,
+        a.caller,
+    )
+    if rows is None:
+        rows, scales = _in_slot(c, size, format, call, lease)
+    counts = groups if async_op else backend.copied(groups)  # may not be known yet
+    a.count(dispatches=1)
+    event = backend.end("dispatch", ticket, (rows, scales, *keep, counts), async_op)
+    return Arrived(rows, weights, counts, routes, local, source, groups, places, scales, view), event
+
+
 def _check_callable(a: Attachment) -> None:
     """That the attachment is open, and that no one asks for tangents, for which there is no rule."""
     refuse_forward_mode()
@@ -75,7 +119,8 @@ def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None,
     tokens = call.topk_idx.shape[0]
     routes = c.backend.empty(tokens, c.width)
     places = c.backend.empty(tokens, c.settings.topk) if call.grouped else None
-    groups = c.backend.empty(2 * c.experts + 1 if call.grouped else c.experts)
+    totals = (2 * c.experts + 1) if call.grouped else c.experts
+    groups = c.backend.empty(totals + 2 if call.bounded else totals)
     view = _core.RoutePlan(
         call.topk_idx.data_ptr(),
         routes.data_ptr(),
@@ -83,8 +128,9 @@ def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None,
         tokens,
         0,  # rows, and which of them go where: not known yet
         0,
-        *_addresses_of_groups(groups, call.grouped),
+        *_addresses_of_groups(groups, c.experts, call.grouped),
         call.align,
+        *((call.fixed, _entry(groups, totals), call.results, call.most_rows) if call.bounded else ()),
     )
     return routes, places, groups, view
 
@@ -136,6 +182,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
             scales=_address(scales),
             count=size,
             weighing=_weighing_of(*weighed),
+            zero_rest=True,
         ),
         async_op,
         keep if async_op else None,
@@ -143,7 +190,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     )
     if rows is None:
         rows, scales = _in_slot(c, size, format, call, lease)
-    a.count(redispatches=1, rows_received=plan.local.shape[0])
+    a.count(redispatches=1, rows_received=0 if plan.bounded(c.experts, grouped) else plan.local.shape[0])
     event = c.backend.end("redispatch", ticket, (rows, scales, *keep), async_op)
     return Rearrived(rows, weights, scales, dots), event
 
@@ -228,8 +275,10 @@ def _weighing_of(y: Tensor | None, weights: Tensor | None, dots: Tensor | None) 
     )
 
 
-def view_of(plan: RoutePlan, grouped: bool) -> _core.RoutePlan:
-    """The core's view of a routing that a dispatch has found."""
+def view_of(plan: RoutePlan, experts: int, grouped: bool) -> _core.RoutePlan:
+    """The core's view of a routing that a dispatch has found, at a rank with so many experts."""
+    totals = (2 * experts + 1) if grouped else experts
+    bounded = plan.bounded(experts, grouped)
     return _core.RoutePlan(
         plan.topk_idx.data_ptr(),
         plan.routes.data_ptr(),
@@ -237,7 +286,9 @@ def view_of(plan: RoutePlan, grouped: bool) -> _core.RoutePlan:
         plan.routes.shape[0],
         plan.local.shape[0],
         plan.local.data_ptr() if grouped else 0,
-        *_addresses_of_groups(plan.groups, grouped),
+        *_addresses_of_groups(plan.groups, experts, grouped),
+        totals=_entry(plan.groups, totals) if bounded else 0,
+        results=plan.source.shape[0] if bounded else 0,
     )
 
 
@@ -246,13 +297,17 @@ def _checked_view(c: Communicator, plan: RoutePlan, grouped: bool) -> _core.Rout
     if plan.view is not None:
         return plan.view
     checks.check_plan(c, plan, grouped)
-    return view_of(plan, grouped)
+    return view_of(plan, c.experts, grouped)
 
 
-def _addresses_of_groups(groups: Tensor, grouped: bool) -> tuple[int, int]:
+def _addresses_of_groups(groups: Tensor, experts: int, grouped: bool) -> tuple[int, int]:
     """Of offsets, 0 where there are none, and of tokens_per_expert."""
-    begin = groups.data_ptr()
-    return (begin + groups.shape[0] // 2 * groups.element_size() if grouped else 0), begin
+    return (_entry(groups, experts) if grouped else 0), groups.data_ptr()
+
+
+def _entry(tensor: Tensor, i: int) -> int:
+    """The address of a contiguous tensor's element."""
+    return tensor.data_ptr() + i * tensor.element_size()
 
 
 def _address(tensor: Tensor | None) -> int:

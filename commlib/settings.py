@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,22 @@ _FIRST_ROWS = 4096  # that a slot holds at first where max_tokens is not known
 ANY_TOKENS = 2**16  # that a rank may send then, where most go nowhere
 
 
+class Bounds(NamedTuple):
+    """For how many rows a bounded dispatch has room; all 0: the dispatch is not bounded.
+
+    Attributes:
+        capacity: unique rows.
+        results: rows of the result.
+        most_rows: rows in all groups of a rank; 0: no more than can come.
+        fixed: rows of each group, where all have one size.
+    """
+
+    capacity: int = 0
+    results: int = 0
+    most_rows: int = 0
+    fixed: int = 0
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for; see ExpertParallel."""
@@ -51,6 +67,7 @@ class Settings:
     exclusive: bool = False
     grouping: Grouping = "auto"
     max_grouped_rows: int | None = None
+    rows_per_expert: int | None = None
     grouped_rows: int = 0  # for which a slot has room; 0: grouped rows lie in none. See with_groups
 
     @property
@@ -89,6 +106,9 @@ class Settings:
             max_grouped_rows=None
             if self.max_grouped_rows is None
             else as_int("max_grouped_rows", self.max_grouped_rows, 1, _MAX_ROWS),
+            rows_per_expert=None
+            if self.rows_per_expert is None
+            else as_int("rows_per_expert", self.rows_per_expert, 1, _MAX_ROWS),
         )
         return checked.with_room(size) if self.grows else checked
 
@@ -119,6 +139,8 @@ class Settings:
         most = rows * min(self.topk, experts) + experts * _PADDING
         each = self.topk / routing.unique_ranks  # of a row's experts, at each of its ranks
         found = platform_of(self.device).default_grouped_rows(most, math.ceil(rows * each))
+        if self.rows_per_expert is not None:
+            found = max(found, experts * self.rows_per_expert)
         return replace(self, grouped_rows=min(found, _MAX_ROWS))
 
     def uniform_routing(self, size: int) -> UniformRouting:
@@ -135,6 +157,32 @@ class Settings:
     def capacity_on(self, size: int) -> int:
         """Rows a slot holds."""
         return size * self.max_tokens if self.capacity is None else self.capacity
+
+    def bounds(self, size: int, experts: int, most: int, layout: str, align: int) -> Bounds:
+        """For how many rows a bounded dispatch has room on a rank with so many experts.
+
+        ``most``: that a rank has.
+
+        Raises:
+            ValueError: how many are to have room is not known.
+        """
+        if self.grows:
+            raise ValueError("bounded=True gives results of one size: ExpertParallel needs max_tokens")
+        capacity = self.capacity_on(size)
+        if layout == "rank":
+            return Bounds(capacity, capacity)
+        if capacity < size * self.max_tokens:
+            raise ValueError(
+                f'bounded=True with layout "{layout}" has to take all rows that can come, '
+                f"{size * self.max_tokens}, but capacity is {capacity}: leave it out, and bound that by "
+                f"{'rows_per_expert' if layout == 'batched' else 'max_grouped_rows'}"
+            )
+        if layout == "batched":
+            each = min(self.rows_per_expert or capacity, _MAX_ROWS)
+            return Bounds(capacity, experts * each, 0, each)
+        if self.max_grouped_rows is not None:
+            return Bounds(capacity, self.max_grouped_rows, self.max_grouped_rows)
+        return Bounds(capacity, capacity * min(self.topk, most) + most * (align - 1))
 
     def slots_on(self, size: int) -> int:
         """How many slots there are."""

@@ -30,10 +30,15 @@ def _scales(given: Tensor | None, size: Any, x: Tensor) -> Tensor:
 def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode()
     call = Dispatch(*arguments)
-    context = torch.library.get_ctx()
-    unique = context.new_dynamic_size()
-    size = context.new_dynamic_size() if call.grouped else unique
     groups = 2 * call.experts + 1 if call.grouped else call.experts
+    unique: Any
+    size: Any
+    if call.bounded:
+        unique, size, groups = call.capacity, call.results, groups + 2
+    else:
+        context = torch.library.get_ctx()
+        unique = context.new_dynamic_size()
+        size = context.new_dynamic_size() if call.grouped else unique
     x, idx = call.x, call.topk_idx
     tokens, topk = idx.shape
     return (

@@ -115,6 +115,7 @@ STEPS = (
     tests("teams", 20),
     tests("formats", 25),
     tests("grouping", 60),
+    tests("bounded", 60),
     tests("products", 20),
     tests("weighing", 30),
     tests("partition", 20),

@@ -57,7 +57,7 @@ BAD_DISPATCH = {
     "huge id": (dict(topk_idx=ids(value=2**62)), ValueError, r"is 4611686018427387904"),
     "weights dtype": (dict(topk_weights=ids()), ValueError, "topk_weights must be of a floating type"),
     "weights shape": (dict(topk_weights=torch.ones(4, 3)), ValueError, r"topk_weights must be \[4, 2\]"),
-    "layout": (dict(layout="token"), ValueError, 'layout must be "rank" or "expert"'),
+    "layout": (dict(layout="token"), ValueError, 'layout must be "rank", "expert" or "batched"'),
     "align": (dict(layout="expert", align=0), ValueError, "align must be a positive int"),
     "align of True": (dict(layout="expert", align=True), TypeError, "align must be an int, got True"),
     "align of text": (dict(layout="expert", align="8"), TypeError, "align must be an int, got '8'"),
@@ -65,9 +65,9 @@ BAD_DISPATCH = {
         f"align of {n:.0e}": (dict(layout="expert", align=n), ValueError, "align must be a positive int")
         for n in (2**17, 2**40, 2**62, 2**70)
     },
-    "nothing as layout": (dict(layout=0), ValueError, 'layout must be "rank" or "expert", got 0'),
-    "tensor as layout": (dict(layout=rows()), ValueError, 'layout must be "rank" or "expert", got tensor'),
-    "number as layout": (dict(layout=3), ValueError, 'layout must be "rank" or "expert", got 3'),
+    "nothing as layout": (dict(layout=0), ValueError, 'layout must be "rank", "expert" or "batched", got 0'),
+    "tensor as layout": (dict(layout=rows()), ValueError, 'layout must be .*"batched", got tensor'),
+    "number as layout": (dict(layout=3), ValueError, 'layout must be "rank", "expert" or "batched", got 3'),
     "text as flag": (dict(async_op="yes"), TypeError, "async_op must be True or False, got 'yes'"),
     "number as flag": (dict(zero_copy=2), TypeError, "zero_copy must be True or False, got 2"),
     "event": (dict(previous_event="x"), TypeError, "previous_event must be an event .*, got str"),
@@ -200,7 +200,7 @@ def test_routes_that_are_no_rows_are_refused_before_memory_of_other_ranks_is_tou
 def test_ops_called_by_themselves_check_as_dispatch_does(device):
     with ExpertParallel(**CONFIG, device=device) as ep:
         x, idx, name = rows(device=device), ids(device=device), ep._name
-        options = (False, 1, False, False, None)
+        options = (False, 1, False, False, None, 0, 0, 0, 0, False)
         for change, text in (
             (dict(x=x.double()), "x must be torch.float32"),
             (dict(x=x[:, :32]), r"x must be \[rows, 64\]"),
@@ -208,7 +208,7 @@ def test_ops_called_by_themselves_check_as_dispatch_does(device):
             (dict(idx=idx.t().contiguous().t()), "topk_idx must be contiguous"),
             (dict(weights=torch.ones(4, device=device)), r"topk_weights must be \[4, 2\]"),
             (dict(sizes=(2, 8)), "width and experts"),
-            (dict(options=(True, 2**40, False, False, None)), "align must be"),
+            (dict(options=(True, 2**40, *options[2:])), "align must be"),
         ):
             given = dict(x=x, idx=idx, weights=None, sizes=ep._sizes, options=options) | change
             with pytest.raises(ValueError, match=text):

@@ -18,9 +18,9 @@ from commlib import ExpertParallel
 from commlib.ops import compiling
 
 
-def layer(ep, x, idx, weights, layout):
-    d = ep.dispatch(x * 2, idx, weights, layout=layout, align=4)
-    if layout == "expert":
+def layer(ep, x, idx, weights, layout, bounded=False):
+    d = ep.dispatch(x * 2, idx, weights, layout=layout, align=4, bounded=bounded)
+    if layout != "rank":
         return ep.combine(d.x.sin(), d.handle, weights=d.topk_weights)
     return ep.combine(d.x.sin() * d.topk_weights.sum(-1, keepdim=True), d.handle)
 
@@ -33,13 +33,16 @@ def run(f, world, rank):
     return out.detach(), x.grad, w.grad
 
 
-@pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_a_compiled_layer_gives_the_same_values_and_gradients(device, layout):
+@pytest.mark.parametrize(
+    ("layout", "bounded"),
+    [("rank", False), ("expert", False), ("rank", True), ("expert", True), ("batched", True)],
+)
+def test_a_compiled_layer_gives_the_same_values_and_gradients(device, layout, bounded):
     world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
-        eager = run(lambda *a: layer(ep, *a, layout), world, 0)
+        eager = run(lambda *a: layer(ep, *a, layout, bounded), world, 0)
         torch._dynamo.reset()
-        compiled = torch.compile(lambda *a: layer(ep, *a, layout), fullgraph=True)
+        compiled = torch.compile(lambda *a: layer(ep, *a, layout, bounded), fullgraph=True)
         for a, b in zip(run(compiled, world, 0), eager, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -53,7 +56,7 @@ def test_ops_pass_torchs_own_checks(device):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             torch.ops.commlib.dispatch.default,
-            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, None),
+            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, None, 0, 0, 0, 0, False),
             test_utils=tests,
         )
         torch.library.opcheck(

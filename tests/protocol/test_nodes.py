@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,52 @@ def test_combine_is_the_weighted_sum_and_the_same_every_time(device, ranks, node
                 assert torch.equal(expert_layer(world, rank, ep), first)
 
     commlib.run_ranks(rank_main, ranks, device=device)
+
+
+@spread
+def test_bounded_dispatches_give_the_same_bytes_and_sums(device, ranks, node, routing):
+    need_ucx(device)
+    world = world_on(ranks, dtype=torch.bfloat16, device=device)
+
+    def rank_main(rank):
+        inputs = (world.x[rank], world.topk_idx[rank], world.topk_weights[rank])
+        with ExpertParallel(num_sms=2, ranks_per_node=node, routing=routing, **world.config()) as ep:
+            for layout in ("rank", "expert"):
+                exact = ep.dispatch(*inputs, layout=layout)
+                d = ep.dispatch(*inputs, layout=layout, bounded=True)
+                ep.synchronize()
+                rows = int(d.num_rows)
+                assert torch.equal(d.x[:rows], exact.x)
+                assert torch.equal(d.source[:rows], exact.source)
+                assert torch.equal(d.topk_weights[:rows], exact.topk_weights)
+                assert torch.equal(ep.combine(d.x, d.handle), ep.combine(exact.x, exact.handle))
+
+    commlib.run_ranks(rank_main, ranks, device=device)
+
+
+def test_bounded_dispatches_leave_out_what_has_no_room_and_bad_ids(device):
+    need_ucx(device)
+    world = world_on(4, dtype=torch.bfloat16, device=device)
+    world.topk_idx[0][0, 0] = 12
+
+    def rank_main(rank):
+        inputs = (world.x[rank], world.topk_idx[rank], world.topk_weights[rank])
+        with ExpertParallel(capacity=30, ranks_per_node=2, **world.config()) as ep:
+            told = pytest.raises(ValueError, match="is 12; expert ids") if rank == 0 else nullcontext()
+            with told:
+                ep.dispatch(*inputs, overflow="drop", bounded=True)
+                ep.synchronize()
+            clean = (inputs[0], inputs[1].clone().clamp_(max=11), inputs[2])
+            exact = ep.dispatch(*clean, overflow="drop")
+            d = ep.dispatch(*clean, overflow="drop", bounded=True)
+            ep.synchronize()
+            rows = int(d.num_rows)
+            assert torch.equal(d.x[:rows], exact.x)
+            assert torch.equal(d.tokens_per_expert, exact.tokens_per_expert)
+            assert torch.equal(ep.combine(d.x, d.handle), ep.combine(exact.x, exact.handle))
+            return int(d.dropped)
+
+    assert sum(commlib.run_ranks(rank_main, 4, device=device)) > 0
 
 
 def test_direct_routing_gives_the_bits_of_one_node():
