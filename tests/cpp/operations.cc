@@ -109,6 +109,39 @@ RoutingRoom::RoutingRoom(const Scenario& s, int rank)
   view.shape.align = r.align;
 }
 
+namespace {
+
+// Metadata of what comes.
+void make_room(Dispatched& d, Received& received) {
+  const RankCase& r = d.mine();
+  if (r.grouped) {
+    d.expand_to.resize(r.expand_to.size());
+    d.routing.expand_to = d.expand_to.data();
+  } else {
+    d.ids.resize(r.ids.size());
+    received.topk_idx = d.ids.data();
+  }
+  d.source.resize(r.source.size());
+  received.source = d.source.data();
+}
+
+// With room for just what comes, which the scenario knows.
+void start_bounded(Rank& self, Dispatched& d, const Manner& manner) {
+  const Scenario& s = *d.scenario;
+  const RankCase& r = d.mine();
+  d.totals.resize(2);
+  d.routing.totals = d.totals.data();
+  d.routing.results = r.results;
+  d.routing.rows = s.config.capacity;
+  d.dropped = r.dropped;
+  Received received = room_for(self, d, manner, manner.zero_copy && (!r.grouped || may_lie_grouped(self, r)));
+  make_room(d, received);
+  d.under_way = {self, self.comm->dispatch_bounded(rows_of(d, manner), d.routing, received, s.asked.drop,
+                                                   manner.async, &d.lease, manner.held, manner.caller)};
+}
+
+}  // namespace
+
 DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner) {
   auto d = std::make_unique<Dispatched>();
   d->scenario = &s;
@@ -116,6 +149,10 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   const RankCase& r = d->mine();
   d->room = RoutingRoom(s, self.rank);
   d->routing = d->room.view;
+  if (s.asked.bounded) {
+    start_bounded(self, *d, manner);
+    return d;
+  }
   auto pending =
       self.comm->begin_dispatch(d->routing, s.asked.weights, s.asked.drop, s.asked.waves, manner.zero_copy,
                                 manner.caller, format_of(s, manner, manner.scale_bytes));
@@ -128,15 +165,7 @@ DispatchedPtr start_dispatch(Rank& self, const Scenario& s, const Manner& manner
   d->dropped = pending->plan.dropped;
   d->routing.rows = pending->rows;
   Received received = room_for(self, *d, manner, r.grouped ? pending->grouped_in_slot : manner.zero_copy);
-  if (r.grouped) {
-    d->expand_to.resize(r.expand_to.size());
-    d->routing.expand_to = d->expand_to.data();
-  } else {
-    d->ids.resize(r.ids.size());
-    received.topk_idx = d->ids.data();
-  }
-  d->source.resize(r.source.size());
-  received.source = d->source.data();
+  make_room(*d, received);
   d->under_way = {self, self.comm->finish_dispatch(*pending, rows_of(*d, manner), d->routing, received,
                                                    manner.async, manner.held)};
   if (received.rows_in_slot) d->lease = pending->lease;
@@ -278,6 +307,9 @@ void check_dispatch(const Dispatched& d) {
   check(d.room.offsets == r.offsets, "offsets of the groups are right");
   check(d.expand_to == r.expand_to, "expand_to of rows in the groups are right");
   check_equal(d.dropped, r.dropped, "rows dropped");
+  if (d.scenario->asked.bounded) {
+    check_equal(d.totals[0], static_cast<int64_t>(r.rows.size()), "unique rows are counted on the device");
+  }
 }
 
 void check_expert(Rank& self, const Dispatched& d, int64_t expert) {

@@ -61,6 +61,7 @@ struct Dispatched {
   int rank = 0;
   RoutingRoom room;
   Int64s expand_to, ids, source;
+  Int64s totals;  // bounded
   Buffer rows, weights, sent_scales, scales;
   int64_t scale_bytes = 0;
   std::shared_ptr<SlotLease> lease;  // zero-copy only: holds the rows

@@ -6,8 +6,10 @@
 
 namespace commlib::testing {
 
-// An oversubscribed scenario: rank 0 would receive every token of every rank.
-inline Scenario oversubscribed(const Config& config, int ranks, bool drop, Random& random) {
+// An oversubscribed scenario: rank 0 would receive every token of every rank. Where it drops, ranks may
+// group.
+inline Scenario oversubscribed(const Config& config, int ranks, bool drop, Random& random,
+                               bool may_group = true) {
   Asked asked;
   asked.drop = drop;
   Scenario s{config, asked, {}};
@@ -18,7 +20,7 @@ inline Scenario oversubscribed(const Config& config, int ranks, bool drop, Rando
       r.topk_idx.push_back(0);
       for (int k = 1; k < config.topk; ++k) r.topk_idx.push_back(1 + random.below(config.experts - 1));
     }
-    r.grouped = drop && random.one_in(2);
+    r.grouped = drop && may_group && random.one_in(2);
     r.align = r.grouped ? 3 : 1;
     s.ranks.push_back(std::move(r));
   }

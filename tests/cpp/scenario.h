@@ -79,6 +79,7 @@ struct Asked {
                              // layout="rank"
   bool drop = false;         // rows at or past capacity
   bool waves = false;        // all ranks group, and rows come in waves
+  bool bounded = false;      // the host learns no sizes; groups, if any, may not drop
 };
 
 struct Scenario {
