@@ -278,6 +278,9 @@ class Communicator {
   virtual bool is_captured() const { return false; }
   // The next plan comes after all operations issued before it.
   virtual void plan_after_all() = 0;
+  // The next plan, for which the host waits, comes after those of bounded dispatches issued before it: counts
+  // go out in the order of dispatches (see PeerTable::counts).
+  virtual void plan_after_plans() = 0;
   // Throws std::invalid_argument for a routing, known to the caller, whose routes name rows that there are
   // not: other ranks' memory is written and read where it says. Where the host can read them.
   virtual void check_routes(const RoutePlan&) const {}

@@ -45,6 +45,7 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   }
   layout_of(format);
   keep_near();
+  plan_after_plans();
   auto pending = std::make_unique<PendingDispatch>();
   pending->lease = take_slot();
   const bool groups = uses_places(routing);

@@ -40,6 +40,7 @@ class CpuCommunicator final : public Communicator {
   std::optional<Trouble> take_trouble() override;
   void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
   void plan_after_all() override { drain_or_give_up("it was interrupted (Ctrl-C) in a dispatch"); }
+  void plan_after_plans() override;
   void collect_slots() override;
   void check_routes(const RoutePlan& routing) const override;
 
@@ -64,6 +65,7 @@ class CpuCommunicator final : public Communicator {
   // A worker ran into an error of its own: the other workers and the other ranks need not wait for it.
   void abandon(OpContext& op, const std::exception_ptr& error);
 
+  Ticket last_bounded_;  // the bounded dispatch issued last; guarded as epoch_ is
   const VectorOps* ops_;
   Throttle throttle_;
   Sequence sequence_{};

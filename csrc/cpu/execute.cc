@@ -60,7 +60,13 @@ Ticket CpuCommunicator::execute_bounded(const OpId& id, PlanOp plan, const RowsO
     });
     if (planned) run_rows(w, op, peers_, id);
   };
-  return start(id, part, std::move(execution));
+  return last_bounded_ = start(id, part, std::move(execution));
+}
+
+// A bounded plan is made by the pool, in its turn; any other by the thread that calls, at once.
+void CpuCommunicator::plan_after_plans() {
+  if (last_bounded_ && !last_bounded_->done.load(std::memory_order_acquire)) plan_after_all();
+  last_bounded_ = nullptr;
 }
 
 void CpuCommunicator::note_trouble(const Trouble& trouble) {

@@ -145,25 +145,31 @@ COMMLIB_HD void weigh_row(Worker& w, const UnpackPlan& plan, int64_t n) {
   }
 }
 
-// That a row of the results is none.
 template <class Worker>
-COMMLIB_HD void pad_metadata(Worker& w, const UnpackPlan& plan, int64_t row) {
+COMMLIB_HD void fill(Worker& w, int64_t* array, Span part, int64_t value) {
+  if (!array) return;
+  for (int64_t i = part.begin + w.lane(); i < part.end; i += w.lanes()) array[i] = value;
+}
+
+// That these rows of the results are none.
+template <class Worker>
+COMMLIB_HD void pad_metadata(Worker& w, const UnpackPlan& plan, Span rows) {
   const int64_t wb = plan.layout.weight_bytes, each = plan.expand_to ? 1 : plan.topk;
-  for (int64_t i = row * each; i < (row + 1) * each; ++i) {
-    if (plan.out_weights) w.copy_scalar(plan.out_weights + i * wb, nullptr, wb);
-    if (plan.out_topk_idx) plan.out_topk_idx[i] = -1;
-  }
-  if (plan.weighing.y) w.copy_scalar(plan.weighing.dots + row * wb, nullptr, wb);
-  if (plan.out_source) write_source(plan.out_source, row, -1, -1);
+  const int64_t count = rows.end - rows.begin;
+  if (plan.out_weights) w.zero(plan.out_weights + rows.begin * each * wb, count * each * wb);
+  if (plan.weighing.y) w.zero(plan.weighing.dots + rows.begin * wb, count * wb);
+  fill(w, plan.out_topk_idx, {rows.begin * each, rows.end * each}, -1);
+  fill(w, plan.out_source, {rows.begin * 2, rows.end * 2}, -1);
 }
 
 template <class Worker>
-COMMLIB_HD void zero_row(Worker& w, const UnpackPlan& plan, int64_t row) {
-  const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
-  std::byte* in_rows = plan.out_rows ? plan.out_rows : plan.slot.rows;
-  std::byte* in_scales = plan.out_rows ? plan.out_scales : plan.slot.rows + scales.at;
-  w.zero(in_rows + row * rows.bytes, rows.bytes);
-  if (scales.bytes) w.zero(in_scales + row * scales.bytes, scales.bytes);
+COMMLIB_HD void zero_rows(Worker& w, const UnpackPlan& plan, Span rows) {
+  for (int i = 0; i < plan.layout.arrays(); ++i) {
+    const RowArray array = plan.layout.array(i);
+    std::byte* out = i == 0 ? plan.out_rows : plan.out_scales;
+    if (!plan.out_rows) out = plan.slot.rows + array.at;
+    w.zero(out + rows.begin * array.bytes, (rows.end - rows.begin) * array.bytes);
+  }
 }
 
 // Where there are more workers than experts, several share the padding of one group.
@@ -174,11 +180,11 @@ COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
   const int sharing = w.count() > experts ? w.count() / experts : 1;
   for (int i = w.index(); i < experts * sharing; i += w.count()) {
     const int e = i % experts;
-    const int64_t end = plan.offsets[e + 1];
-    for (int64_t row = plan.offsets[e] + plan.rows_per_expert[e] + i / experts; row < end; row += sharing) {
-      if (!plan.fixed_groups || plan.zero_rest) zero_row(w, plan, row);
-      if (w.lane() == 0) pad_metadata(w, plan, row);
-    }
+    const int64_t begin = plan.offsets[e] + plan.rows_per_expert[e];
+    const Span part = share_of(plan.offsets[e + 1] - begin, i / experts, sharing);
+    const Span rows{begin + part.begin, begin + part.end};
+    pad_metadata(w, plan, rows);
+    if (!plan.fixed_groups || plan.zero_rest) zero_rows(w, plan, rows);
   }
 }
 
@@ -186,13 +192,10 @@ COMMLIB_HD void zero_padding(Worker& w, const UnpackPlan& plan) {
 template <class Worker>
 COMMLIB_HD void pad_rest(Worker& w, const UnpackPlan& plan) {
   const int64_t begin = plan.expand_to ? plan.offsets[plan.experts] : plan.unique_rows();
-  const int64_t step = static_cast<int64_t>(w.count()) * w.lanes();
-  for (int64_t row = begin + w.index() * w.lanes() + w.lane(); row < plan.results; row += step) {
-    pad_metadata(w, plan, row);
-  }
-  for (int64_t row = begin + w.index(); plan.zero_rest && row < plan.results; row += w.count()) {
-    zero_row(w, plan, row);
-  }
+  const Span part = w.share(plan.results > begin ? plan.results - begin : 0);
+  const Span rows{begin + part.begin, begin + part.end};
+  pad_metadata(w, plan, rows);
+  if (plan.zero_rest) zero_rows(w, plan, rows);
 }
 
 // Rows of a bounded dispatch were dropped, and nobody has said for which experts they were: counts those of

@@ -4,35 +4,16 @@ import time
 
 import pytest
 import torch
-from exchange import check, relaxed, worlds
+from exchange import check, relaxed, unbounded, worlds
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import expected_expert_layout, expected_rank_layout, make_world
 
 import commlib
 from commlib import CapacityExceeded, ExpertParallel
-from commlib.dispatched import Dispatched
 
 LAYOUTS = ("rank", "expert", "batched")
 WAYS = ("direct", "once")
-
-
-def unbounded(d, sizes=None):
-    """The rows that there are, as a dispatch that is not bounded gives them; ``sizes``: of batched groups."""
-    fields = {name: getattr(d, name) for name in ("x", "topk_idx", "topk_weights", "source")}
-    rows = None if sizes is not None else int(d.num_rows)
-    for name, values in fields.items():
-        if values is None:
-            continue
-        if sizes is None:
-            fields[name] = values[:rows]
-        else:
-            parts = [group[:n] for group, n in zip(values, sizes, strict=True)]
-            fields[name] = torch.cat([values.flatten(0, 1)[:0], *parts])
-    offsets = d.offsets
-    if sizes is not None:
-        offsets = torch.tensor([0, *sizes]).cumsum(0)
-    return Dispatched(**fields, tokens_per_expert=d.tokens_per_expert, offsets=offsets, handle=d.handle)
 
 
 def check_rest(d):
@@ -318,6 +299,24 @@ def test_bounded_and_other_operations_take_turns(device):
                     ep.combine(d.x, d.handle)
 
     commlib.run_ranks(rank_main, 4, device=device)
+
+
+def test_an_exact_dispatch_comes_after_bounded_ones_under_way(device):
+    """Its counts would take the place of theirs, which a late rank has not read."""
+    world = make_world([6, 5, 7], num_experts=10, topk=3, device=device)
+
+    def rank_main(rank):
+        given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        with ExpertParallel(**world.config()) as ep:
+            ep.dispatch(*given)
+            if rank == 1:
+                time.sleep(0.3)
+            under_way = [ep.dispatch(*given, bounded=True, async_op=True) for _ in range(2)]
+            want = ep.dispatch(*given)
+            for d in under_way:
+                assert torch.equal(unbounded(d.finish()).x, want.x)
+
+    commlib.run_ranks(rank_main, 3, device=device)
 
 
 def test_gradients_of_rows_that_are_none_are_zero(device):

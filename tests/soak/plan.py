@@ -20,6 +20,7 @@ STEPS = (
     "buffer",
     "queued",
     "backward",
+    "bounded",
     "crowded",
 )
 LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one rank by exiting

@@ -137,7 +137,8 @@ class Rank:
         self._happen([fault for fault in self.faults if fault.step == START])
         store = connect_to_store(self.place)
         worlds = plan.worlds()
-        sizes = {"max_tokens": None, "capacity": 1} if plan.grows else {"capacity": plan.capacity(worlds)}
+        capacity = None if plan.seed % 4 == 1 else plan.capacity(worlds)
+        sizes = {"max_tokens": None, "capacity": 1} if plan.grows else {"capacity": capacity}
         self.ep = commlib.ExpertParallel(
             StoreGroup(store, self.rank, plan.ranks),
             **worlds[0].config() | sizes | {"timeout": plan.start_timeout},

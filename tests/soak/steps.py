@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exchange import check
+from exchange import check, unbounded
 from reference import (
     World,
     apply_experts,
@@ -173,6 +173,18 @@ class Step:
             event.wait()
             self.check(d)
             self.check_copies(out)
+
+    def _bounded(self) -> None:
+        settings = self.ep.settings
+        if settings.grows:  # results of one size are not to be had
+            return self._asynchronous()
+        if settings.capacity_on(self.ep.size) < self.ep.size * settings.max_tokens:
+            self.grouped = False
+        d = self.dispatch(bounded=True, async_op=True)
+        self.middle()
+        d.event.wait()
+        self.check(unbounded(d))
+        self.check_sum(self.combine(d))
 
     def _backward(self) -> None:
         self.x.requires_grad_()

@@ -1,5 +1,7 @@
 """What tests of dispatch and combine share: worlds drawn at random, layers, the comparison of a result."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,6 +23,24 @@ def check(got, want):
     else:
         torch.testing.assert_close(got.topk_idx, want.topk_idx, **equal)
         assert got.offsets is None
+
+
+def unbounded(d, sizes=None):
+    """The rows that there are, as a dispatch that is not bounded gives them; ``sizes``: of batched groups."""
+    fields = {name: getattr(d, name) for name in ("x", "topk_idx", "topk_weights", "source")}
+    rows = None if sizes is not None else int(d.num_rows)
+    for name, values in fields.items():
+        if values is None:
+            continue
+        if sizes is None:
+            fields[name] = values[:rows]
+        else:
+            parts = [group[:n] for group, n in zip(values, sizes, strict=True)]
+            fields[name] = torch.cat([values.flatten(0, 1)[:0], *parts])
+    offsets = d.offsets
+    if sizes is not None:
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return replace(d, **fields, offsets=offsets)
 
 
 @st.composite
