@@ -68,7 +68,7 @@ class CudaCommunicator final : public Communicator {
   void wait_for(const std::function<bool()>& done);
   bool is_idle() const;
   void plan_after_all() override;
-  void plan_after_plans() override {}  // the stream of plans sees to that
+  void plan_after_plans() override {}                     // the stream of plans sees to that
   void collect_slots() override { drop_what_is_done(); }  // of graphs
   void keep_with_graph(const std::shared_ptr<SlotLease>& lease);
   void abort_waits(Cause cause, int peer);
