@@ -29,6 +29,13 @@ def test_sharded_training_has_the_losses_of_unsharded_training(launch, tmp_path,
     assert max(abs(a - b) for a, b in zip(sharded, unsharded, strict=True)) < 1e-4
 
 
+def test_decoding_with_sharded_experts_writes_the_tokens_of_one_rank(launch):
+    done = launch(str(ROOT / "examples/decode.py"), 3, "mpirun", 120, ["--check", "--steps", "12"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("has written the tokens of one rank alone") == 3
+    assert "ms a step of 2 layers" in done.stdout
+
+
 def test_the_benchmark_checks_itself_and_writes_every_sample(launch, tmp_path):
     out = tmp_path / "bench.json"
     arguments = [
