@@ -234,6 +234,7 @@ class RoutePlan:
         totals: int = 0,
         results: int = 0,
         most_rows: int = 0,
+        padded: int = 0,
     ) -> None: ...
     def complete(self, rows: int, expand_to: int) -> None:
         """
@@ -265,6 +266,8 @@ class Received:
         count: int = 0,
         weighing: Weighing = ...,
         zero_rest: bool = False,
+        groups: int = 0,
+        groups_words: int = 0,
     ) -> None: ...
 
 class CombineInput:

@@ -61,6 +61,7 @@ class Dispatch(NamedTuple):
     capacity: int = 0
     results: int = 0
     most_rows: int = 0
+    padded: int = 0
     fixed: int = 0
     zero_rest: bool = False
 

@@ -177,7 +177,7 @@ def check_sizes(c: Communicator, call: Dispatch) -> None:
     if not call.bounded:
         return
     layout = "rank" if not call.grouped else "batched" if call.fixed else "expert"
-    given = Bounds(call.capacity, call.results, call.most_rows, call.fixed)
+    given = Bounds(call.capacity, call.results, call.most_rows, call.padded, call.fixed)
     bounds = c.bounds(layout, call.align)
     if given != bounds:
         raise ValueError(f"the dispatch was to have {given}, but the communicator has {bounds}")

@@ -288,7 +288,7 @@ def _end_of_program() -> None:
             if failed is not None:
                 c.core.give_up(f"{failed.__name__} has ended the program of rank {c.rank}")
             c.close()
-        except CommError:
+        except (CommError, ValueError):  # ValueError: of a bounded dispatch
             sys.excepthook(*sys.exc_info())
 
 

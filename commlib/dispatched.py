@@ -44,12 +44,15 @@ class Handle:
     last tensor that views it is gone.
     """
 
-    def __init__(self, ep: Owner, plan: RoutePlan, layout: Layout, align: int, bounded: bool = False) -> None:
+    def __init__(
+        self, ep: Owner, plan: RoutePlan, layout: Layout, align: int, counts: Tensor | None = None
+    ) -> None:
         self._ep = ep
         self._known: RoutePlan | None = plan
         self.layout = layout
         self.align = align
-        self.bounded = bounded
+        self.bounded = counts is not None
+        self._counts = counts  # bounded: a copy of the plan's groups, which a user may change
 
     @property
     def num_tokens(self) -> int:
@@ -94,8 +97,14 @@ class Handle:
             _check_same(name, getattr(mine.settings, name), getattr(theirs.settings, name))
         settings, plan = mine.settings, self._plan
         theirs._comm.make_room(settings.capacity_on(mine.size), settings.max_tokens)
+        room, other = settings.grouped_rows, theirs.settings.grouped_rows
+        if self._grouped and other not in (0, room):  # places are of rows for which there is as much room
+            raise ValueError(
+                f"the handle's grouped rows lie in slots with room for {room}, those of the other "
+                f"communicator have room for {other}: give both the same grouping and max_grouped_rows"
+            )
         return Handle(
-            theirs, plan._replace(comm=theirs._name, view=None), self.layout, self.align, self.bounded
+            theirs, plan._replace(comm=theirs._name, view=None), self.layout, self.align, self._counts
         )
 
     def release(self) -> None:
@@ -143,7 +152,8 @@ def unflat(handle: Handle, tensor: Tensor) -> Tensor:
     if handle.layout != "batched":
         return tensor
     experts = handle._ep.num_local_experts
-    return tensor.unflatten(0, (experts, tensor.shape[0] // max(experts, 1)))
+    each = tensor.shape[0] // experts if experts else handle._ep._comm.bounds("batched", 1).fixed
+    return tensor.unflatten(0, (experts, each))
 
 
 def check_handle(ep: Owner, handle: Handle, layout: str | None = None, topk_idx: Any = None) -> None:

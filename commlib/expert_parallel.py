@@ -245,7 +245,7 @@ class ExpertParallel:
             checks.check_layout(handle.layout, zero_copy, overflow, self._comm.groups_in_slots, True)
             known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
             # Before the rows, with which it is there. Of a bounded dispatch it may not be known yet.
-            groups = handle._plan.groups if handle.bounded else self._copied(handle._plan.groups)
+            groups = self._copied(handle._plan.groups) if handle._counts is None else handle._counts
             again, event = ops.redispatch(self._attachment, known, async_op)
             return Dispatched._of(handle, exporter_for(given), again, groups, event)
         layout = "rank" if layout is None else layout
@@ -260,7 +260,7 @@ class ExpertParallel:
         )
         in_waves = in_waves and len(self.topology.hosts) == 1
         came, event = ops.dispatch(self._attachment, call, async_op, in_waves)
-        handle = Handle(self, came.plan(call), layout, align, bounded)
+        handle = Handle(self, came.plan(call), layout, align, came.counts if bounded else None)
         return Dispatched._of(handle, exporter_for(given), came, came.counts, event)
 
     @overload
@@ -451,7 +451,7 @@ class ExpertParallel:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except CommError:
+        except (CommError, ValueError):
             if kind is None:  # else the exception on its way says more
                 raise
 

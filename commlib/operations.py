@@ -81,7 +81,9 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
     view.complete(call.capacity, local.data_ptr() if grouped else 0)
     read = call.topk_idx, routes, local, source, groups, places
-    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read)
+    later = async_op and not backend.ordered  # counts are not known before the operation is done
+    counts = backend.empty(groups.shape[0]) if later else None
+    keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read, counts)
     backend.begin_plan()
     backend.begin()
     ticket, lease = c.core.dispatch_bounded(
@@ -94,6 +96,8 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
             source.data_ptr(),
             _address(scales),
             zero_rest=call.zero_rest,
+            groups=_address(counts),
+            groups_words=groups.shape[0],
         ),
         call.drop,
         async_op,
@@ -102,7 +106,8 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     )
     if rows is None:
         rows, scales = _in_slot(c, size, format, call, lease)
-    counts = groups if async_op else backend.copied(groups)  # may not be known yet
+    if counts is None:
+        counts = backend.copied(groups)
     a.count(dispatches=1)
     event = backend.end("dispatch", ticket, (rows, scales, *keep, counts), async_op)
     return Arrived(rows, weights, counts, routes, local, source, groups, places, scales, view), event
@@ -130,7 +135,11 @@ def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None,
         0,
         *_addresses_of_groups(groups, c.experts, call.grouped),
         call.align,
-        *((call.fixed, _entry(groups, totals), call.results, call.most_rows) if call.bounded else ()),
+        *(
+            (call.fixed, _entry(groups, totals), call.results, call.most_rows, call.padded)
+            if call.bounded
+            else ()
+        ),
     )
     return routes, places, groups, view
 

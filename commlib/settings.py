@@ -35,13 +35,15 @@ class Bounds(NamedTuple):
     Attributes:
         capacity: unique rows.
         results: rows of the result.
-        most_rows: rows in all groups of a rank; 0: no more than can come.
+        most_rows: rows in all groups of a rank,
+        padded: and the padding of so many experts on top of that.
         fixed: rows of each group, where all have one size.
     """
 
     capacity: int = 0
     results: int = 0
     most_rows: int = 0
+    padded: int = 0
     fixed: int = 0
 
 
@@ -179,10 +181,11 @@ class Settings:
             )
         if layout == "batched":
             each = min(self.rows_per_expert or capacity, _MAX_ROWS)
-            return Bounds(capacity, experts * each, 0, each)
+            return Bounds(capacity, experts * each, fixed=each)
         if self.max_grouped_rows is not None:
             return Bounds(capacity, self.max_grouped_rows, self.max_grouped_rows)
-        return Bounds(capacity, capacity * min(self.topk, most) + most * (align - 1))
+        rows = capacity * min(self.topk, most)
+        return Bounds(capacity, rows + most * (align - 1), rows, most)
 
     def slots_on(self, size: int) -> int:
         """How many slots there are."""

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -93,11 +94,12 @@ struct RoutePlan {
   GroupShape shape{};                  // of groups; layout="expert" only
   // Of a bounded dispatch, else null. The host knows for how many rows there is room: `rows` is that, and
   // `results` the same for the rows that the caller gets; `most_rows` is how many rows the groups of any rank
-  // may have, 0 where all that come have room. [0]: how many unique rows there are; [1]: how many
+  // may have, besides the padding of `padded` experts. [0]: how many unique rows there are; [1]: how many
   // rows were dropped here, grouped ones in layout="expert".
   int64_t* totals = nullptr;
   int64_t results = 0;
   int64_t most_rows = 0;
+  int64_t padded = 0;
 
   bool is_grouped() const { return offsets != nullptr; }  // others may be empty
 };
@@ -113,6 +115,10 @@ struct Received {
   int64_t count = 0;             // of rows, along a known routing
   Weighing weighing{};           // of a redispatch
   bool zero_rest = false;        // of a bounded dispatch: see UnpackPlan
+  // The same, where no stream orders what comes after: when all is done, so many words are copied there from
+  // rows_per_expert on. Null: they are not.
+  int64_t* groups = nullptr;
+  int64_t groups_words = 0;
 };
 
 // A dispatch whose counts are known and whose rows have not moved yet or, in waves, may be moving. Until they
@@ -166,6 +172,7 @@ struct Execution {
   std::shared_ptr<SlotLease> lease;
   // Of a bounded dispatch that may not have run yet: check_routes before rows move.
   std::optional<RoutePlan> unchecked{};
+  std::function<void()> when_done{};  // called once, when all workers have done their part; or empty
 };
 
 class Communicator {

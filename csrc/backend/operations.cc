@@ -11,6 +11,14 @@ Call call_of(OpKind op, bool has_weights, uint8_t caller, const RowFormat& forma
   return {op, 0, static_cast<uint8_t>(flags), caller};
 }
 
+// What the caller may read, and change, in place of the routing's own; where no stream orders that.
+std::function<void()> copy_of(const RoutePlan& routing, const Received& received) {
+  if (!received.groups) return nullptr;
+  return [from = routing.rows_per_expert, to = received.groups, words = received.groups_words] {
+    std::copy_n(from, words, to);
+  };
+}
+
 std::optional<RoutePlan> unchecked(const RoutePlan& routing) {
   return routing.totals ? std::optional(routing) : std::nullopt;
 }
@@ -94,10 +102,10 @@ Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing
       next_op(call_of(OpKind::dispatch, rows.has_weights, caller, rows.format, flags), *slot, rows.format);
   ++dispatches_;
   if (received.rows_in_slot) *lease = slot;
-  const Ticket ticket =
-      issued([&] { return execute_bounded(id, plan, op, {async, std::move(held), std::move(slot)}); });
-  if (!async) raise_trouble();
-  return ticket;
+  return issued([&] {
+    return execute_bounded(id, plan, op,
+                           {async, std::move(held), std::move(slot), {}, copy_of(routing, received)});
+  });
 }
 
 // A plan runs ahead of operations issued earlier, and publishes its call before theirs. That call may be at
@@ -258,7 +266,8 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
                                                      const SlotLayout& layout) {
   // Rows that already lie in a slot, in their order, are pulled from there.
   const bool in_order = (routing.is_grouped() ? uses_places(routing) : !input.weights) &&
-                        input.stride == layout.row_bytes && input.count <= layout.room();
+                        input.stride == layout.row_bytes &&
+                        input.count <= (routing.is_grouped() ? layout.grouped_rows : layout.room());
   auto lease = in_order && input.y ? slots_->find(input.y) : nullptr;
   if (!lease || input.y != lease->slot().rows) return {take_slot(), false, false};
   lease->use();
@@ -289,6 +298,7 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
   op.capacity = config_.capacity;
   op.totals = routing.totals;
   op.most_rows = routing.most_rows;
+  op.padded = routing.padded;
   op.drop = drop;
   op.dispatch = dispatches_ + 1;
   return op;

@@ -41,7 +41,7 @@ Rows rows_of(Address x, int64_t stride, int64_t count, bool has_weights, Address
 
 RoutePlan route_plan_of(Address topk_idx, Address routes, Address places, int64_t tokens, int64_t rows,
                         Address expand_to, Address offsets, Address rows_per_expert, int64_t align,
-                        int64_t fixed, Address totals, int64_t results, int64_t most_rows) {
+                        int64_t fixed, Address totals, int64_t results, int64_t most_rows, int64_t padded) {
   return {at<int64_t>(topk_idx),
           at<int64_t>(routes),
           at<int64_t>(places),
@@ -53,7 +53,8 @@ RoutePlan route_plan_of(Address topk_idx, Address routes, Address places, int64_
           {align, fixed},
           at<int64_t>(totals),
           results,
-          most_rows};
+          most_rows,
+          padded};
 }
 
 void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
@@ -62,7 +63,8 @@ void complete(RoutePlan& plan, int64_t rows, Address expand_to) {
 }
 
 Received received_of(std::optional<Address> rows, Address weights, Address topk_idx, Address source,
-                     Address scales, int64_t count, const Weighing& weighing, bool zero_rest) {
+                     Address scales, int64_t count, const Weighing& weighing, bool zero_rest, Address groups,
+                     int64_t groups_words) {
   return {at<std::byte>(rows.value_or(0)),
           !rows,
           at<std::byte>(weights),
@@ -71,7 +73,9 @@ Received received_of(std::optional<Address> rows, Address weights, Address topk_
           at<std::byte>(scales),
           count,
           weighing,
-          zero_rest};
+          zero_rest,
+          at<int64_t>(groups),
+          groups_words};
 }
 
 Weighing weighing_of(Address y, int64_t stride, Address weights, Address dots, DType dtype) {
@@ -111,7 +115,7 @@ Without arguments: the communicator's own rows.)")
   py::class_<RoutePlan>(m, "RoutePlan", "What a dispatch finds, and later operations use again.")
       .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "places"_a, "tokens"_a, "rows"_a = 0,
            "expand_to"_a = 0, "offsets"_a = 0, "rows_per_expert"_a = 0, "align"_a = 1, "fixed"_a = 0,
-           "totals"_a = 0, "results"_a = 0, "most_rows"_a = 0)
+           "totals"_a = 0, "results"_a = 0, "most_rows"_a = 0, "padded"_a = 0)
       .def("complete", &complete, "rows"_a, "expand_to"_a, "What a dispatch knows once counts are here.");
 
   py::class_<Weighing>(m, "Weighing", R"(The gradient of a combine with weights, taken as its rows come.
@@ -122,7 +126,8 @@ A row of y gets its weight times what has come for it, and its dot the product o
 
   py::class_<Received>(m, "Received", "Where received rows go. Rows None: they stay in their slot.")
       .def(py::init(&received_of), "rows"_a, "weights"_a, "topk_idx"_a = 0, "source"_a = 0, "scales"_a = 0,
-           "count"_a = 0, py::arg_v("weighing", Weighing{}, "Weighing()"), "zero_rest"_a = false);
+           "count"_a = 0, py::arg_v("weighing", Weighing{}, "Weighing()"), "zero_rest"_a = false,
+           "groups"_a = 0, "groups_words"_a = 0);
 
   py::class_<CombineInput>(m, "CombineInput", "The rows that a combine sums, and what goes with them.")
       .def(py::init(&combine_input_of), "y"_a, "count"_a, "stride"_a, "weights"_a, "has_weight_grads"_a,

@@ -126,8 +126,10 @@ Ticket CpuCommunicator::start(const OpId& id, Part part, Execution execution) {
     const auto check = [&] { return unchecked ? check_routes(*unchecked), true : true; };
     if (w.may_begin() && (!unchecked || w.prepared(check))) part(w, *job);
   };
-  job->finish = [this, op, lease = std::move(execution.lease)]() mutable {
+  job->finish = [this, op, lease = std::move(execution.lease),
+                 when_done = std::move(execution.when_done)]() mutable {
     lease.reset();
+    if (when_done) when_done();
     if (op->failed.load(std::memory_order_acquire)) raise_failed(*op);
   };
   job->abandon = [this, op](const std::exception_ptr& error) { abandon(*op, error); };

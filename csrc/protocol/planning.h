@@ -22,8 +22,9 @@ struct PlanOp {
   GroupShape shape;          // of this rank's groups
   int64_t capacity;
   bool drop;
-  int64_t* totals;    // bounded: see RoutePlan; null: the host waits for the plan
-  int64_t most_rows;  // bounded: that the groups of a rank may have; 0: all that come
+  int64_t* totals;  // bounded: see RoutePlan; null: the host waits for the plan
+  int64_t most_rows;  // bounded: that the groups of a rank may have,
+  int64_t padded;     // besides the padding of so many experts
   uint32_t dispatch;  // number of the first round of counts
   // Scratch.
   uint32_t* expert_counts;  // [experts]
@@ -136,14 +137,15 @@ COMMLIB_HD int64_t limit_of(Worker& w, const PlanOp& op, const Count* rows_per_e
                             const GroupShape& shape) {
   if (!Worker::kBoundsPlans || !op.totals) return kNoLimit;
   if (shape.fixed) return shape.fixed;
-  const auto rows_within = [&](int64_t limit) {
-    return group_rows(w, rows_per_expert, experts, shape, limit, [](int64_t, int64_t, int64_t) {});
+  const int64_t most = op.most_rows + op.padded * (shape.align - 1);
+  const auto fits_with = [&](int64_t limit) {
+    return group_rows(w, rows_per_expert, experts, shape, limit, [](int64_t, int64_t, int64_t) {}) <= most;
   };
-  if (op.most_rows == 0 || rows_within(kNoLimit) <= op.most_rows) return kNoLimit;
-  int64_t fits = 0, too_many = op.most_rows + 1;
+  if (fits_with(kNoLimit)) return kNoLimit;
+  int64_t fits = 0, too_many = most + 1;
   while (too_many - fits > 1) {
     const int64_t middle = fits + (too_many - fits) / 2;
-    (rows_within(middle) <= op.most_rows ? fits : too_many) = middle;
+    (fits_with(middle) ? fits : too_many) = middle;
   }
   return fits;
 }

@@ -200,7 +200,7 @@ def test_routes_that_are_no_rows_are_refused_before_memory_of_other_ranks_is_tou
 def test_ops_called_by_themselves_check_as_dispatch_does(device):
     with ExpertParallel(**CONFIG, device=device) as ep:
         x, idx, name = rows(device=device), ids(device=device), ep._name
-        options = (False, 1, False, False, None, 0, 0, 0, 0, False)
+        options = (False, 1, False, False, None, 0, 0, 0, 0, 0, False)
         for change, text in (
             (dict(x=x.double()), "x must be torch.float32"),
             (dict(x=x[:, :32]), r"x must be \[rows, 64\]"),

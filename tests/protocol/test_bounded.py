@@ -213,6 +213,113 @@ def ep_rows(ep, d):
     return rows.x.clone(), rows.source, rows.tokens_per_expert.clone()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", ["expert", "batched"])
+@pytest.mark.parametrize("align", [1, 8])
+def test_tokens_that_name_an_expert_twice_stay_in_their_room(device, layout, way, align):
+    world = make_world([16, 16], num_experts=2, topk=2, hidden=32, device=device)
+    for idx in world.topk_idx:
+        idx[:] = 0
+
+    def rank_main(rank):
+        with ExpertParallel(grouping=way, **world.config()) as ep:
+            given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+            d = ep.dispatch(*given, layout=layout, bounded=True, overflow="drop", align=align)
+            out = ep.combine(d.x, d.handle, weights=d.topk_weights)
+            ep.synchronize()
+            counts, dropped = d.tokens_per_expert.tolist(), int(d.dropped)
+            assert sum(counts) + dropped == (64 if rank == 0 else 0)
+            assert sum(counts) == (32 if rank == 0 else 0)
+            return out.isfinite().all()
+
+    assert all(commlib.run_ranks(rank_main, 2, device=device))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_results_may_be_written(device, asynchronous):
+    world = make_world([6, 5], num_experts=4, topk=2, device=device)
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+            d = ep.dispatch(*given, layout="expert", bounded=True, async_op=asynchronous).finish()
+            again = ep.dispatch(world.x[rank], None, world.topk_weights[rank], handle=d.handle)
+            want = ep.combine(d.x, d.handle)
+            for counts in (d.num_rows, d.dropped, d.offsets, d.tokens_per_expert, again.offsets):
+                counts.fill_(10**9)
+            assert torch.equal(ep.combine(d.x, d.handle), want)
+            once_more = ep.dispatch(world.x[rank], None, world.topk_weights[rank], handle=d.handle)
+            assert torch.equal(once_more.topk_weights, again.topk_weights)
+
+    commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_rows_in_a_slot_that_are_too_many_for_groups_are_copied(device):
+    """Rows of layout "rank" may lie in a slot that has no room for as many grouped ones."""
+    world = make_world([8, 8], num_experts=4, topk=2, device=device)
+
+    def rank_main(rank):
+        options = dict(grouping="direct", max_grouped_rows=8, rows_per_expert=8)
+        with ExpertParallel(**options, **world.config()) as ep:
+            given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+            d = ep.dispatch(*given, layout="batched", bounded=True, overflow="drop")
+            other = ep.dispatch(*given, layout="rank", bounded=True, zero_copy=True)
+            y = torch.randn(16, 64, generator=torch.Generator().manual_seed(rank)).to(device)
+            want = ep.combine(y, d.handle, weights=d.topk_weights)
+            return torch.equal(ep.combine(other.x.copy_(y), d.handle, weights=d.topk_weights), want)
+
+    assert all(commlib.run_ranks(rank_main, 2, device=device))
+
+
+def test_an_exception_of_the_users_is_not_hidden_by_an_earlier_bad_id(device):
+    world = make_world([4], num_experts=4, topk=2, device=device)
+    world.topk_idx[0][0, 0] = 9
+    with pytest.raises(KeyError, match="mine"), ExpertParallel(**world.config()) as ep:
+        ep.dispatch(world.x[0], world.topk_idx[0], bounded=True)
+        raise KeyError("mine")
+    with pytest.raises(ValueError, match="is 9; expert ids"), ExpertParallel(**world.config()) as ep:
+        ep.dispatch(world.x[0], world.topk_idx[0], bounded=True)
+
+
+def test_a_call_that_tells_of_trouble_may_be_made_again(device):
+    world = make_world([4, 4], num_experts=4, topk=2, device=device)
+    world.topk_idx[0][0, 0] = 9
+
+    def rank_main(rank):
+        with ExpertParallel(**world.config()) as ep:
+            d = ep.dispatch(world.x[rank], world.topk_idx[rank], bounded=True)
+            if rank == 0:
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                with pytest.raises(ValueError, match="is 9; expert ids"):
+                    ep.combine(d.x, d.handle)
+            return ep.combine(d.x, d.handle)
+
+    commlib.run_ranks(rank_main, 2, device=device)
+
+
+def test_handles_go_to_communicators_with_as_much_room_for_groups(device):
+    world = make_world([8, 8], num_experts=4, topk=2, device=device)
+
+    def rank_main(rank):
+        given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        config = world.config() | {"grouping": "direct"}
+        with (
+            ExpertParallel(**config, max_grouped_rows=20) as ep,
+            ExpertParallel(**config) as roomier,
+            ExpertParallel(**config | {"grouping": "once"}) as once,
+        ):
+            d = ep.dispatch(*given, layout="expert")
+            with pytest.raises(ValueError, match="room for 20, those of the other"):
+                d.handle.on(roomier)
+            assert torch.equal(once.dispatch(given[0], handle=d.handle.on(once)).x, d.x)
+            back = once.dispatch(*given, layout="expert").handle
+            with pytest.raises(ValueError, match="room for 0, those of the other"):
+                back.on(ep)
+
+    commlib.run_ranks(rank_main, 2, device=device)
+
+
 def test_no_host_waits_for_a_late_rank(device):
     world = make_world([4, 4], device=device)
     late = 0.5
@@ -342,9 +449,9 @@ def test_ops_refuse_bounds_that_are_not_the_communicators(device):
     world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
         given = world.x[0], world.topk_idx[0], None, ep._name, *ep._sizes, False, 1, False, False, None
-        torch.ops.commlib.dispatch(*given, 6, 6, 0, 0, False)
+        torch.ops.commlib.dispatch(*given, 6, 6, 0, 0, 0, False)
         with pytest.raises(ValueError, match=r"capacity=600.*but the communicator has.*capacity=6"):
-            torch.ops.commlib.dispatch(*given, 600, 600, 0, 0, False)
+            torch.ops.commlib.dispatch(*given, 600, 600, 0, 0, 0, False)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,24 @@ def test_ops_pass_torchs_own_checks(device):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
             torch.ops.commlib.dispatch.default,
-            (x, world.topk_idx[0], w, ep._name, *ep._sizes, False, 1, False, False, None, 0, 0, 0, 0, False),
+            (
+                x,
+                world.topk_idx[0],
+                w,
+                ep._name,
+                *ep._sizes,
+                False,
+                1,
+                False,
+                False,
+                None,
+                0,
+                0,
+                0,
+                0,
+                0,
+                False,
+            ),
             test_utils=tests,
         )
         torch.library.opcheck(
