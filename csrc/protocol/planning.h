@@ -22,7 +22,7 @@ struct PlanOp {
   GroupShape shape;          // of this rank's groups
   int64_t capacity;
   bool drop;
-  int64_t* totals;  // bounded: see RoutePlan; null: the host waits for the plan
+  int64_t* totals;    // bounded: see RoutePlan; null: the host waits for the plan
   int64_t most_rows;  // bounded: that the groups of a rank may have,
   int64_t padded;     // besides the padding of so many experts
   uint32_t dispatch;  // number of the first round of counts

@@ -132,6 +132,7 @@ void start_bounded(Rank& self, Dispatched& d, const Manner& manner) {
   d.totals.resize(2);
   d.routing.totals = d.totals.data();
   d.routing.results = r.results;
+  d.routing.most_rows = INT32_MAX;  // all that come have room
   d.routing.rows = s.config.capacity;
   d.dropped = r.dropped;
   Received received = room_for(self, d, manner, manner.zero_copy && (!r.grouped || may_lie_grouped(self, r)));
