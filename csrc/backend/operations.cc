@@ -83,8 +83,7 @@ Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing
   check_ready();
   if (is_captured()) {
     throw std::runtime_error(
-        "a dispatch without a handle cannot be captured in a CUDA graph yet. Capture what follows it, with "
-        "its "
+        "a bounded dispatch cannot be captured in a CUDA graph yet. Capture what follows it, with its "
         "handle");
   }
   layout_of(rows.format);

@@ -41,8 +41,8 @@ COMMLIB_HD int64_t sum_of(Worker& w, const int64_t* items, int64_t count) {
   return sum;
 }
 
-// Cuts what comes here to the room there is, in the record and in what the caller reads; true: that left
-// nothing out. Called by the first worker.
+// Cuts what comes here to the room there is, in the record and in what the caller reads. Called by the first
+// worker.
 template <int kWorkers, class Worker>
 COMMLIB_HD Trouble bound_rows(Worker& w, const PlanOp& op, const PeerTable& peers,
                               const PlanShared<kWorkers>& s) {
