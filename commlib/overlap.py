@@ -30,6 +30,7 @@ def run_experts(
     chunks: int = 1,
     align: int = 1,
     beside: Callable[[], T] | None = None,
+    bounded: bool = False,
 ) -> tuple[Tensor, T | None]:
     """Dispatch, experts and combine, in chunks that overlap.
 
@@ -45,6 +46,7 @@ def run_experts(
         chunks: at least 1; more than T leaves some of them empty.
         align: as for dispatch.
         beside: called while the first dispatch is under way: a shared expert, for example.
+        bounded: rows come in results of one size, as for dispatch.
 
     Returns:
         ``[T, H]``, and what ``beside`` returned.
@@ -54,7 +56,8 @@ def run_experts(
         return experts(d.x, d.offsets), d.topk_weights
 
     parts = (x, topk_idx, topk_weights)
-    return run_dispatched(ep, weighted_later, *parts, chunks=chunks, align=align, beside=beside)
+    how: dict[str, Any] = {"chunks": chunks, "align": align, "bounded": bounded}
+    return run_dispatched(ep, weighted_later, *parts, beside=beside, **how)
 
 
 def run_dispatched(
@@ -64,18 +67,19 @@ def run_dispatched(
     chunks: int,
     align: int,
     beside: Callable[[], T] | None,
+    bounded: bool = False,
 ) -> tuple[Tensor, T | None]:
     """:func:`run_experts`, for experts that take what a dispatch returns, and return what combine takes.
 
     Args:
-        ep, chunks, align, beside: as there.
+        ep, chunks, align, beside, bounded: as there.
         experts: returns the rows, and the weights that combine is to apply; None: they have been.
         rows: x, topk_idx and topk_weights.
     """
     parts = [t.tensor_split(chunks) for t in rows]
 
     def send(*part: Tensor) -> Dispatched:
-        return ep.dispatch(*part, layout="expert", align=align, async_op=True)
+        return ep.dispatch(*part, layout="expert", align=align, bounded=bounded, async_op=True)
 
     arriving = [send(*part) for part in zip(*parts, strict=True)]
     extra = None if beside is None else beside()

@@ -28,7 +28,8 @@ def grouped_mm(
     Under ``torch.autocast`` both are cast first, as :class:`torch.nn.Linear` casts its input and weight.
 
     Args:
-        x: ``[M, H]``, rows of group e at ``offsets[e]:offsets[e + 1]``; ``M == offsets[-1]``.
+        x: ``[M, H]``, rows of group e at ``offsets[e]:offsets[e + 1]``. Rows from ``offsets[-1]`` on, as a
+            bounded dispatch has them, are not read, and undefined in the result and its gradients.
         w: ``[G, H, F]``, same dtype (but for autocast) and device as ``x``.
         offsets: ``[G + 1]`` integers, from 0, not decreasing: ``Dispatched.offsets``.
         bias: ``[G, F]``, any float dtype, added in that of the product.
@@ -41,8 +42,8 @@ def grouped_mm(
         ``[M, F]``, dtype of ``x``, or autocast's; differentiable once in ``x``, ``w`` and ``bias``.
 
     Raises:
-        ValueError: shapes that do not fit each other; on a CPU, offsets that do not fit the rows; ``out`` of
-            another dtype or device, one that requires grad, or one that shares memory with what is read.
+        ValueError: shapes that do not fit each other; on a CPU, offsets past the rows; ``out`` of another
+            dtype or device, one that requires grad, or one that shares memory with what is read.
         TypeError: ``x`` and ``w`` of different dtypes.
     """
     x, w = checked_operands(x, w, offsets, bias)
@@ -93,8 +94,10 @@ def with_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
 
 
 def rows_of_groups(bias: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
-    """The bias of each row, ``[M, F]``."""
-    return bias.to(like.dtype).repeat_interleave(offsets.diff(), dim=0, output_size=like.shape[0])
+    """The bias of each row, ``[M, F]``; 0 behind the last group."""
+    sizes = torch.cat([offsets, offsets.new_full((1,), like.shape[0])]).diff()
+    padded = F.pad(bias.to(like.dtype), (0, 0, 0, 1))
+    return padded.repeat_interleave(sizes, dim=0, output_size=like.shape[0])
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -153,8 +156,8 @@ def multiply_into(out: Tensor, x: Tensor, w: Tensor, offsets: Tensor, *, add: bo
 def _groups(offsets: Tensor, x: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
     groups = list(pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != x.shape[0] or any(a > b for a, b in groups):
-        raise ValueError(f"offsets must go from 0 up to the {x.shape[0]} rows of x, got {bounds}")
+    if bounds[0] != 0 or bounds[-1] > x.shape[0] or any(a > b for a, b in groups):
+        raise ValueError(f"offsets must go from 0 up, at most to the {x.shape[0]} rows of x, got {bounds}")
     return groups
 
 

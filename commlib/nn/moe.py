@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commlib.arguments import as_int, shown
+from commlib.arguments import as_bool, as_int, shown
 from commlib.dispatched import Dispatched
 from commlib.expert_parallel import ExpertParallel
 from commlib.overlap import Steps, run_dispatched
@@ -69,6 +69,9 @@ class MoELayer(nn.Module):
         weights_at: where a row is multiplied by its weight. "output": as a token's rows are summed. "hidden":
             before the experts' last product: rows are narrower there, and the product's are not kept for
             backward, but results are rounded elsewhere. It needs experts that take ``products``.
+        bounded: rows come in results of one size (``dispatch(bounded=True)``, docs/bounded.md):
+            compiled code has static shapes, and no host waits to hear how many come. Experts see rows behind
+            ``offsets[-1]``, which are undefined without gradients; what they make of them is not read.
         dtype: of the experts; ``None``: torch's default. The default router's parameters are float32
             (float64 with float64).
         device: of the parameters.
@@ -92,6 +95,7 @@ class MoELayer(nn.Module):
         experts: Callable[..., Experts] = Experts,
         shared: nn.Module | None = None,
         weights_at: WeightsAt = "output",
+        bounded: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -125,6 +129,7 @@ class MoELayer(nn.Module):
         self.overlap_chunks = overlap_chunks
         self.shared = shared
         self.weights_at: WeightsAt = weights_at
+        self.bounded = as_bool("bounded", bounded)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEAux]:
         """Route, send, compute, return.
@@ -153,6 +158,7 @@ class MoELayer(nn.Module):
                 *(topk_idx, topk_weights),
                 chunks=self.overlap_chunks,
                 align=self.align,
+                bounded=self.bounded,
                 beside=None if self.shared is None else partial(_run_shared, self.shared, rows),
             )
         return self._joined(out, shared, rows).reshape(x.shape), aux
@@ -166,7 +172,8 @@ class MoELayer(nn.Module):
             out = self._apply_here(rows, topk_idx, topk_weights)
             return self._joined(out, None, rows).reshape(x.shape), aux
         sent = self._to_send(self.ep, rows)
-        d = self.ep.dispatch(sent, topk_idx, topk_weights, layout="expert", align=self.align, async_op=True)
+        how: dict[str, Any] = {"layout": "expert", "align": self.align, "bounded": self.bounded}
+        d = self.ep.dispatch(sent, topk_idx, topk_weights, async_op=True, **how)
         yield
         d = d.finish()
         y, weights = self._apply_experts(rows.dtype, d)
@@ -234,7 +241,7 @@ class MoELayer(nn.Module):
 
     def _apply_spread(self, ep: ExpertParallel, rows: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         sent = self._to_send(ep, rows)
-        d = ep.dispatch(sent, topk_idx, weights, layout="expert", align=self.align)
+        d = ep.dispatch(sent, topk_idx, weights, layout="expert", align=self.align, bounded=self.bounded)
         y, left = self._apply_experts(rows.dtype, d)
         return ep.combine(y, d.handle, weights=left)
 
