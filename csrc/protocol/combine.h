@@ -24,6 +24,8 @@ struct LocalSumPlan {
   int64_t grouped_rows;  // in the slot already: their weights are put beside them; 0: there are none
   SlotLayout layout;
   Slot slot;
+
+  COMMLIB_HD int64_t unique_rows() const { return totals ? totals[0] : rows; }
 };
 
 // The source's half.
@@ -113,8 +115,7 @@ COMMLIB_HD void sum_local_rows(Worker& w, const LocalSumPlan& plan, Span skip) {
   const int64_t wb = plan.layout.weight_bytes;
   lay_weights(w, plan);
   if (!plan.y && !plan.weight_grads) return;
-  const int64_t rows = plan.totals ? plan.totals[0] : plan.rows;
-  for (int64_t n = w.index(); n < rows; n += w.count()) {
+  for (int64_t n = w.index(); n < plan.unique_rows(); n += w.count()) {
     if (plan.y && (n < skip.begin || n >= skip.end)) sum_local_row(w, plan, n);
     if (!plan.weight_grads) continue;
     for (int k = w.lane(); k < plan.topk; k += w.lanes()) {
