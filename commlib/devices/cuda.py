@@ -201,8 +201,9 @@ class CudaBackend(Backend):
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
             current.wait_stream(self.stream)
-            if self._in_step:
-                self.core.synchronize()
+            if self._in_step:  # for the operation alone: what was wrong with a bounded one a later call tells
+                ended = _recorded(self.stream)
+                self.core.wait_event(ended.cuda_event)
             return None
         for tensor in tensors:
             tensor.record_stream(self.stream)
