@@ -289,8 +289,6 @@ def test_a_call_that_tells_of_trouble_may_be_made_again(device):
         with ExpertParallel(**world.config()) as ep:
             d = ep.dispatch(world.x[rank], world.topk_idx[rank], bounded=True)
             if rank == 0:
-                if device != "cpu":
-                    torch.cuda.synchronize()
                 with pytest.raises(ValueError, match="is 9; expert ids"):
                     ep.combine(d.x, d.handle)
             return ep.combine(d.x, d.handle)
