@@ -225,3 +225,25 @@ def test_zero_copy_needs_groups_in_slots():
                 ep.combine_buffer(d.handle)
 
     commlib.run_ranks(rank_main, 2)
+
+
+def test_handles_go_to_communicators_with_as_much_room_for_groups(device):
+    world = make_world([8, 8], num_experts=4, topk=2, device=device)
+
+    def rank_main(rank):
+        given = world.x[rank], world.topk_idx[rank], world.topk_weights[rank]
+        config = world.config() | {"grouping": "direct"}
+        with (
+            ExpertParallel(**config, max_grouped_rows=20) as ep,
+            ExpertParallel(**config) as roomier,
+            ExpertParallel(**config | {"grouping": "once"}) as once,
+        ):
+            d = ep.dispatch(*given, layout="expert")
+            with pytest.raises(ValueError, match="room for 20, those of the other"):
+                d.handle.on(roomier)
+            assert torch.equal(once.dispatch(given[0], handle=d.handle.on(once)).x, d.x)
+            back = once.dispatch(*given, layout="expert").handle
+            with pytest.raises(ValueError, match="room for 0, those of the other"):
+                back.on(ep)
+
+    commlib.run_ranks(rank_main, 2, device=device)
