@@ -26,8 +26,7 @@ struct CombineOp {
 };
 
 // Of a fresh dispatch, with what ranks lend, which its own plan has left in the slot.
-template <class Worker>
-COMMLIB_HD SendPlan fresh_send(Worker&, const RowsOp& op) {
+COMMLIB_HD SendPlan fresh_send(const RowsOp& op) {
   SendPlan send = op.send;
   send.lent = &op.unpack.slot.record->lent;
   return send;
@@ -36,7 +35,7 @@ COMMLIB_HD SendPlan fresh_send(Worker&, const RowsOp& op) {
 template <class Worker>
 COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id) {
   const bool fresh = op.send.is_fresh();
-  SendPlan send = fresh_send(w, op);
+  SendPlan send = fresh_send(op);
   if (!fresh) {
     // No other rank has heard of this call yet.
     if (w.index() == 0) lend_when_writable(w, peers, id);
@@ -51,7 +50,7 @@ COMMLIB_HD void run_rows(Worker& w, const RowsOp& op, const PeerTable& peers, co
 template <class Worker, class Unpacked>
 COMMLIB_HD bool run_waves(Worker& w, const RowsOp& op, const PeerTable& peers, const OpId& id,
                           Unpacked unpacked) {
-  return move_in_waves(w, fresh_send(w, op), op.unpack, op.waves_of_routes, peers, id, unpacked);
+  return move_in_waves(w, fresh_send(op), op.unpack, op.waves_of_routes, peers, id, unpacked);
 }
 
 template <class Worker>
