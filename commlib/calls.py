@@ -13,6 +13,11 @@ from torch import Tensor
 from commlib import _core
 
 
+def words_of_groups(experts: int, grouped: bool) -> int:
+    """Of ``RoutePlan.groups``, before the totals of a bounded dispatch."""
+    return 2 * experts + 1 if grouped else experts
+
+
 class RoutePlan(NamedTuple):
     """What a dispatch found out, as tensors: all that later operations on the same routing need.
 
@@ -34,7 +39,7 @@ class RoutePlan(NamedTuple):
 
     def bounded(self, experts: int, grouped: bool) -> bool:
         """Whether it is of a bounded dispatch."""
-        return self.groups.shape[0] > (2 * experts + 1 if grouped else experts)
+        return self.groups.shape[0] > words_of_groups(experts, grouped)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from commlib.arguments import shown
 from commlib.arrays import as_tensor
-from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan
+from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan, words_of_groups
 from commlib.communicator import Communicator
 from commlib.event import Event
 from commlib.formats import can_be_summed
@@ -263,7 +263,7 @@ def check_combine(c: Communicator, call: Combine) -> None:
 def check_plan(c: Communicator, r: RoutePlan, grouped: bool) -> None:
     """That sizes fit each other; the core checks the numbers in them."""
     topk, tokens, received = c.settings.topk, r.routes.shape[0], r.local.shape[0]
-    groups = 2 * c.experts + 1 if grouped else c.experts
+    groups = words_of_groups(c.experts, grouped)
     if r.bounded(c.experts, grouped):
         groups += 2  # no more and no fewer
     sizes = [tokens * topk, tokens * c.width, received * topk, groups]

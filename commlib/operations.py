@@ -9,7 +9,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from commlib import _core, checks
-from commlib.calls import Arrived, Combine, Combined, Dispatch, Rearrived, Redispatch, RoutePlan
+from commlib.calls import (
+    Arrived,
+    Combine,
+    Combined,
+    Dispatch,
+    Rearrived,
+    Redispatch,
+    RoutePlan,
+    words_of_groups,
+)
 from commlib.communicator import Attachment, Communicator, refuse_forward_mode
 from commlib.errors import CapacityExceeded
 from commlib.event import Event
@@ -75,9 +84,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     routes, places, groups, view = _begun_plan(c, call)
     local, source = backend.empty(call.capacity, c.settings.topk), backend.empty(size, 2)
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
-    in_slot = call.zero_copy or c.can_spare_slots(1)
-    if grouped:
-        in_slot = in_slot and c.can_group_in_slot(size)
+    in_slot = _may_stay(c, call, size)
     rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
     view.complete(call.capacity, local.data_ptr() if grouped else 0)
     read = call.topk_idx, routes, local, source, groups, places
@@ -124,7 +131,7 @@ def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None,
     tokens = call.topk_idx.shape[0]
     routes = c.backend.empty(tokens, c.width)
     places = c.backend.empty(tokens, c.settings.topk) if call.grouped else None
-    totals = (2 * c.experts + 1) if call.grouped else c.experts
+    totals = words_of_groups(c.experts, call.grouped)
     groups = c.backend.empty(totals + 2 if call.bounded else totals)
     view = _core.RoutePlan(
         call.topk_idx.data_ptr(),
@@ -175,8 +182,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
     weighs = call.y is not None
     # Rows that are weighed on the way to their groups come once to each rank, and are read but once.
-    stays = not weighs and (not grouped or c.can_group_in_slot(size))
-    in_slot = stays and (call.zero_copy or c.can_spare_slots(1))
+    in_slot = not weighs and _may_stay(c, call, size)
     rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
     dots = c.backend.empty(size, dtype=c.weight_dtype) if weighs else None
     weighed = call.y, call.y_weights, dots
@@ -244,6 +250,13 @@ def combine(
     return Combined(out, back), c.backend.end("combine", ticket, keep, async_op)
 
 
+def _may_stay(c: Communicator, call: Dispatch | Redispatch, size: int) -> bool:
+    """Whether results of a known size stay in the slot where they come in."""
+    if call.grouped and not c.can_group_in_slot(size):
+        return False
+    return call.zero_copy or c.can_spare_slots(1)
+
+
 def _in_memory(
     c: Communicator, size: int, format: _core.RowFormat, call: Dispatch | Redispatch
 ) -> tuple[Tensor, Tensor | None]:
@@ -286,7 +299,7 @@ def _weighing_of(y: Tensor | None, weights: Tensor | None, dots: Tensor | None) 
 
 def view_of(plan: RoutePlan, experts: int, grouped: bool) -> _core.RoutePlan:
     """The core's view of a routing that a dispatch has found, at a rank with so many experts."""
-    totals = (2 * experts + 1) if grouped else experts
+    totals = words_of_groups(experts, grouped)
     bounded = plan.bounded(experts, grouped)
     return _core.RoutePlan(
         plan.topk_idx.data_ptr(),

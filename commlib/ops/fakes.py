@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commlib.calls import Combine, Dispatch, Redispatch
+from commlib.calls import Combine, Dispatch, Redispatch, words_of_groups
 from commlib.communicator import refuse_forward_mode
 from commlib.ops.schema import unflat
 
@@ -30,7 +30,7 @@ def _scales(given: Tensor | None, size: Any, x: Tensor) -> Tensor:
 def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
     refuse_forward_mode()
     call = Dispatch(*arguments)
-    groups = 2 * call.experts + 1 if call.grouped else call.experts
+    groups = words_of_groups(call.experts, call.grouped)
     unique: Any
     size: Any
     if call.bounded:
