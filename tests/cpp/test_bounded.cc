@@ -7,14 +7,8 @@ namespace commlib::testing {
 namespace {
 
 Config random_config(Random& random) {
-  const int ranks = 1 + static_cast<int>(random.below(5));
-  Config config = small_config(ranks);
-  config.num_sms = 1 + static_cast<int>(random.below(3));
-  config.experts = 1 + random.below(4 * ranks);
-  config.topk = 1 + static_cast<int>(random.below(5));
-  config.hidden = random.one_in(2) ? 32 : 1 + random.below(70);
-  config.slots = 4;
-  config.grouped_rows = random.one_in(3) ? 0 : random_room(random);
+  Config config = random_grouping(random);
+  if (random.one_in(3)) config.grouped_rows = 0;
   return config;
 }
 

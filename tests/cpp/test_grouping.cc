@@ -13,22 +13,10 @@ Asked all_group(Random& random) {
   return asked;
 }
 
-Config random_config(Random& random) {
-  const int ranks = 1 + static_cast<int>(random.below(5));
-  Config config = small_config(ranks);
-  config.num_sms = 1 + static_cast<int>(random.below(3));
-  config.experts = 1 + random.below(4 * ranks);
-  config.topk = 1 + static_cast<int>(random.below(5));
-  config.hidden = random.one_in(2) ? 32 : 1 + random.below(70);
-  config.slots = 4;
-  config.grouped_rows = random_room(random);
-  return config;
-}
-
 void each_rank_chooses_for_itself() {
   Random random(160);
   for (int round = 0; round < rounds(100); ++round) {
-    const Config config = random_config(random);
+    const Config config = random_grouping(random);
     const Scenario first = random_scenario(config, config.size, all_group(random), random);
     const Scenario second = with_other_values(first, random);
     in_ranks(config, config.size, [&](Rank& self) {
@@ -40,7 +28,7 @@ void each_rank_chooses_for_itself() {
 void rows_past_capacity_are_dropped_from_their_groups() {
   Random random(161);
   for (int round = 0; round < rounds(40); ++round) {
-    Config config = random_config(random);
+    Config config = random_grouping(random);
     config.capacity = 1 + random.below(10);
     Asked asked = all_group(random);
     asked.drop = true;

@@ -108,4 +108,16 @@ int64_t random_room(Random& random) {
   }
 }
 
+Config random_grouping(Random& random) {
+  const int ranks = 1 + static_cast<int>(random.below(5));
+  Config config = small_config(ranks);
+  config.num_sms = 1 + static_cast<int>(random.below(3));
+  config.experts = 1 + random.below(4 * ranks);
+  config.topk = 1 + static_cast<int>(random.below(5));
+  config.hidden = random.one_in(2) ? 32 : 1 + random.below(70);
+  config.slots = 4;
+  config.grouped_rows = random_room(random);
+  return config;
+}
+
 }  // namespace commlib::testing

@@ -55,5 +55,7 @@ void in_ranks(const Config& config, int ranks, const std::function<void(Rank&)>&
 Config small_config(int ranks);
 // For rows grouped by expert in a slot: none, enough for some ranks, or enough.
 int64_t random_room(Random& random);
+// A small configuration, random in everything, whose slots have room for some grouped rows.
+Config random_grouping(Random& random);
 
 }  // namespace commlib::testing
