@@ -35,7 +35,6 @@ Communicator::Communicator(const Config& config)
               config.net.node_of.empty() ? config.grouped_rows : 0},
       timeout_(config.timeout),
       epoch_(config.first_epoch - 1),
-      dispatches_(static_cast<uint32_t>(config.first_epoch - 1)),
       near_epoch_(epoch_) {
   for (int64_t e = 0; e < config.experts; ++e) owner_.push_back(static_cast<uint8_t>(placement_.owner(e)));
 }

@@ -422,8 +422,7 @@ class Communicator {
 
   std::timed_mutex issue_mutex_;  // guards the members below it: operations are issued one at a time
   uint64_t epoch_;                // of the operation issued last; graphs' operations are not among them
-  uint32_t dispatches_;
-  uint64_t near_epoch_;  // of the last plan that came after all operations before it
+  uint64_t near_epoch_;           // of the last plan that came after all operations before it
 
  private:
   // The turn, while a dispatch has it, and the thread that began that dispatch. Guarded by issue_mutex_.

@@ -48,8 +48,8 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
   check_ready();
   if (is_captured()) {
     throw std::runtime_error(
-        "a dispatch without a handle cannot be captured in a CUDA graph: the host reads how many rows come. "
-        "Capture what follows it, with its handle");
+        "a dispatch cannot be captured in a CUDA graph where the host reads how many rows come: capture one "
+        "with bounded=True, or what follows it, with its handle");
   }
   layout_of(format);
   keep_near();
@@ -67,7 +67,6 @@ std::unique_ptr<PendingDispatch> Communicator::begin_dispatch(const RoutePlan& r
     --epoch_;  // no rank has heard of it
     throw std::invalid_argument(what_is_bad(report.bad_index, report.bad_id));
   }
-  dispatches_ += static_cast<uint32_t>(report.rounds);
   if (report.status == PlanStatus::overflow) raise_overflow(report.fullest, report.fullest_rows);
   pending->rows = report.rows;
   pending->results = routing.offsets ? report.grouped_rows : pending->rows;
@@ -81,11 +80,6 @@ Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing
                                       uint8_t caller) {
   const Issue issue(*this);
   check_ready();
-  if (is_captured()) {
-    throw std::runtime_error(
-        "a bounded dispatch cannot be captured in a CUDA graph yet. Capture what follows it, with its "
-        "handle");
-  }
   layout_of(rows.format);
   const bool groups = uses_places(routing), grouped = groups && received.rows_in_slot;
   if (routing.is_grouped() && received.rows_in_slot) check_room_for_groups(routing, routing.results);
@@ -99,7 +93,6 @@ Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing
                     (grouped ? kCallSlotIsGrouped : 0);
   const OpId id =
       next_op(call_of(OpKind::dispatch, rows.has_weights, caller, rows.format, flags), *slot, rows.format);
-  ++dispatches_;
   if (received.rows_in_slot) *lease = slot;
   return issued([&] {
     return execute_bounded(id, plan, op,
@@ -111,7 +104,7 @@ Ticket Communicator::dispatch_bounded(const Rows& rows, const RoutePlan& routing
 // most a ring of calls ahead, so now and then a plan comes after all of them.
 void Communicator::keep_near() {
   constexpr uint64_t kAhead = kCallRing / 2;
-  if (epoch_ - near_epoch_ < kAhead) return;
+  if (is_captured() || epoch_ - near_epoch_ < kAhead) return;  // a graph's plans come after all before them
   near_epoch_ = epoch_;
   plan_after_all();
 }
@@ -299,7 +292,6 @@ PlanOp Communicator::plan_op(const RoutePlan& routing, const SlotLease& lease, b
   op.most_rows = routing.most_rows;
   op.padded = routing.padded;
   op.drop = drop;
-  op.dispatch = dispatches_ + 1;
   return op;
 }
 

@@ -14,6 +14,7 @@ CpuCommunicator::CpuCommunicator(const Config& config)
       pool_(std::make_unique<WorkerPool>(config.num_sms, config.spin, config.interrupted, config.cores)) {
   slots_ = std::make_shared<SlotPool>(region_, region_->data() + control_bytes(), layout_, config.slots);
   write_first_words(region_->data());
+  sequence_.counted = static_cast<uint32_t>(epoch_);
   if (!config.net.node_of.empty()) make_network(host_network_memory(region_->data()));
 }
 

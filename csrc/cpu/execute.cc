@@ -27,8 +27,8 @@ PlanReport CpuCommunicator::execute_plan(const OpId& id, PlanOp op) {
   const auto context = context_of(id);
   CpuWorker caller(*context, 0, 1);
   PlanReport report{};
-  const auto tell = [&](PlanStatus status, int rounds) {
-    report_plan(caller, op, peers_, scratch.shared, status, rounds, report);
+  const auto tell = [&](PlanStatus status) {
+    report_plan(caller, op, peers_, scratch.shared, status, report);
   };
   if (!run_plan(caller, op, peers_, scratch.shared, tell)) raise_failed(*context);
   return report;

@@ -152,6 +152,8 @@ class CpuWorker {
   const OpId& id() const { return op_.id; }
   uint64_t last_pull() const { return op_.sequence->last_pull[op_.id.call.slot]; }
   void pulls_from_slot(const OpId& id) { op_.sequence->last_pull[id.call.slot] = id.epoch; }
+  uint32_t counted() const { return op_.sequence->counted; }
+  void has_counted(uint32_t number) { op_.sequence->counted = number; }
   static void ended(const OpId&) {}
   uint64_t* counter(int i) { return &op_.counters[i]; }
   static bool completes(uint64_t* counter, uint64_t n, uint64_t all) {

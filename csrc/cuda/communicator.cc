@@ -113,6 +113,7 @@ void CudaCommunicator::make_scratch() {
   carve(memory_.get());
   DeviceState first{};
   first.sequence.ended = first.sequence.begun = epoch_;
+  first.sequence.counted = static_cast<uint32_t>(epoch_);
   put(state_, &first, sizeof first);
   put(owner, owner_.data(), owner_.size());
   owner_on_device_ = owner;

@@ -32,22 +32,25 @@ void CudaCommunicator::plan_after_all() {
 // The stream orders what comes after, so a slot that is only passed through is free again.
 Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Execution execution) {
   const OnDevice guard = on_device();
-  if (id.epoch == 0) keep_with_graph(execution.lease);
+  const bool captured = id.epoch == 0;
+  if (captured) keep_with_graph(execution.lease);
   RowsKernelOp kernel{params(id, shape_.ring_bytes), op};
   kernel.rows.waves_of_routes = scratch_.waves_of_routes;
-  if (op.send.is_fresh()) {  // routes are placed last
+  if (op.send.is_fresh() && !captured) {  // routes are placed last
     check(cudaStreamWaitEvent(shape_.stream, planned_, 0), "cudaStreamWaitEvent");
   }
   id.call.has(kCallInWaves) ? launch_waves(shape_, kernel) : launch_rows(shape_, kernel);
   return nullptr;
 }
 
-// The rows come behind the plan, on their stream.
+// The rows come behind the plan, on their stream. In a graph the plan is on that one, too: it takes its
+// number from the operation before it, which must have ended.
 Ticket CudaCommunicator::execute_bounded(const OpId& id, PlanOp plan, const RowsOp& op, Execution execution) {
   const OnDevice guard = on_device();
   lend_scratch(plan);
-  launch_bounded_plan(plan_stream_, {params(id, 0), plan, 0});
-  check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
+  const bool captured = id.epoch == 0;
+  launch_bounded_plan(captured ? shape_.stream : plan_stream_, {params(id, 0), plan, 0});
+  if (!captured) check(cudaEventRecord(planned_, plan_stream_), "cudaEventRecord");
   return execute_rows(id, op, std::move(execution));
 }
 

@@ -27,8 +27,8 @@ __device__ void plan(const PlanKernelOp& op) {
   Worker w(common);
   BlockPlan& shared = *reinterpret_cast<BlockPlan*>(ptx::dynamic_shared() + kPlanSharedBegin);
   if (!w.begin(Does::plan)) return;
-  run_plan(w, op.plan, common.peers, shared, [&](PlanStatus status, int rounds) {
-    report_plan(w, op.plan, common.peers, shared, status, rounds, common.host->report);
+  run_plan(w, op.plan, common.peers, shared, [&](PlanStatus status) {
+    report_plan(w, op.plan, common.peers, shared, status, common.host->report);
     if (w.lane() != 0) return;
     if (status == PlanStatus::overflow) common.state->sequence.refused = w.id().epoch;
     ptx::store_release_sys(&common.host->planned, op.number);

@@ -22,7 +22,8 @@ constexpr int kPlanWarps = 5;
 // its slot was last used for has ended before.
 struct DeviceSequence : Sequence {
   uint64_t ended;     // the last operation whose workers have all done their part
-  uint64_t begun;     // the last one that has begun to move rows: it is under way unless it has ended
+  uint64_t begun;     // the last one that has begun to move rows, or in a graph to plan: it is under way
+                      // unless it has ended
   uint64_t refused;   // the last one that ended with its plan, because too many rows would have come
   uint64_t replayed;  // how many operations of graphs have run, which the host has not counted
 };

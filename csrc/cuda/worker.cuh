@@ -38,6 +38,7 @@ struct BlockShared {
   uint64_t answer;     // one thread's, for all; two barriers of the block around it
   OpId id;             // of the operation; this and the next are written before the block begins
   uint64_t last_pull;  // from the slot that this rank lends: see Sequence
+  uint32_t counted;    // of a plan: the same
   Lent lent;           // for collect_calls
 };
 constexpr int kBlockSharedBytes = 128;
@@ -143,9 +144,12 @@ enum class Does : uint8_t { plan, wait, move_rows };
   const uint64_t last = sequence.refused > ended ? sequence.refused : ended;
   id = {op.call, op.number == 0 ? last + 1 : op.number + sequence.replayed, op.format};
   block_shared().last_pull = sequence.last_pull[op.call.slot];
+  if (does == Does::plan) block_shared().counted = sequence.counted;
   if (does == Does::wait) id.epoch = block_shared().last_pull;  // it waits for that operation's pulls
   if (ptx::load_acquire_gpu(&op.state->failed) != 0 || op.state->closed != 0) return false;
-  if (does != Does::move_rows || blockIdx.x != 0) return true;
+  // In a graph, plan and rows of a dispatch follow each other, and the plan begins for both.
+  const bool planned = op.number == 0 && op.call.has(kCallBounded);
+  if (does != (planned ? Does::plan : Does::move_rows) || blockIdx.x != 0) return true;
   if (ptx::exchange_if_gpu(&sequence.begun, ended, id.epoch) == ended) return true;
   WaitingLane w{op};
   const uint64_t me = bit_of(op.peers.rank);
@@ -183,6 +187,10 @@ class WarpWorker {
   __device__ uint64_t last_pull() const { return block_shared().last_pull; }
   __device__ void pulls_from_slot(const OpId& id) const {
     if (lane_ == 0) op_.state->sequence.last_pull[id.call.slot] = id.epoch;
+  }
+  __device__ uint32_t counted() const { return block_shared().counted; }
+  __device__ void has_counted(uint32_t number) const {
+    op_.state->sequence.counted = block_shared().counted = number;
   }
   __device__ void ended(const OpId& id) const {
     if (lane_ != 0) return;

@@ -25,7 +25,6 @@ struct PlanOp {
   int64_t* totals;    // bounded: see RoutePlan; null: the host waits for the plan
   int64_t most_rows;  // bounded: that the groups of a rank may have,
   int64_t padded;     // besides the padding of so many experts
-  uint32_t dispatch;  // number of the first round of counts
   // Scratch.
   uint32_t* expert_counts;  // [experts]
   uint32_t* worker_counts;  // [workers][experts]
@@ -45,7 +44,6 @@ enum class PlanStatus : uint64_t { placed = 0, bad_id = 1, overflow = 2 };
 // What whoever started the plan waits for.
 struct PlanReport {
   PlanStatus status;
-  int64_t rounds;     // of counts
   int64_t bad_index;  // bad_id: into topk_idx, and what it holds
   int64_t bad_id;
   int64_t fullest;  // overflow: the rank that would receive most, and how much
@@ -176,16 +174,18 @@ template <int kWorkers, class Worker>
 COMMLIB_HD bool exchange_counts(Worker& w, const PlanOp& op, const PeerTable& peers, PlanShared<kWorkers>& s,
                                 int round) {
   const CountWords words{op.routing.placement, plans_groups<Worker>(op)};
-  const uint32_t dispatch = op.dispatch + static_cast<uint32_t>(round) - 1;
+  const uint32_t number = w.counted() + 1;
   if (round == 1 && w.index() == 0) publish_call(w, peers, w.id());
-  publish_counts(w, peers, words, {s.rank_totals, op.expert_counts}, op.shape, dispatch);
-  bool ok = collect_counts(w, peers, words, dispatch,
+  publish_counts(w, peers, words, {s.rank_totals, op.expert_counts}, op.shape, number);
+  bool ok = collect_counts(w, peers, words, number,
                            {s.base, s.received, s.source_rows, op.rows_per_expert, op.group_firsts,
                             op.group_begins, op.group_rows, s.shapes});
   if (round == 1 && w.index() == w.count() - 1) {
     ok = ok && collect_calls(w, peers, w.id(), &s.lent);
   }
-  return w.meet(ok) && (!plans_groups<Worker>(op) || begin_groups(w, op, s));
+  ok = w.meet(ok);
+  if (w.index() == 0 && w.lane() == 0) w.has_counted(number);
+  return ok && (!plans_groups<Worker>(op) || begin_groups(w, op, s));
 }
 
 // What the rows of this plan need to know. Called by the first worker.
@@ -219,7 +219,7 @@ COMMLIB_HD int64_t write_offsets(Worker& w, const PlanOp& op, int64_t experts, i
 // Called by the first worker.
 template <int kWorkers, class Worker>
 COMMLIB_HD void report_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
-                            const PlanShared<kWorkers>& s, PlanStatus status, int rounds, PlanReport& to) {
+                            const PlanShared<kWorkers>& s, PlanStatus status, PlanReport& to) {
   if (status == PlanStatus::placed) {
     record_plan(w, op, peers, s);
     const int64_t rows =
@@ -234,7 +234,6 @@ COMMLIB_HD void report_plan(Worker& w, const PlanOp& op, const PeerTable& peers,
   if (w.lane() != 0) return;
   const int64_t bad = s.first_bad_index();
   to.status = status;
-  to.rounds = rounds;
   to.dropped = s.dropped;
   to.bad_index = bad;
   to.bad_id = bad == kNoBadId ? 0 : op.routing.topk_idx[bad];
@@ -276,7 +275,7 @@ COMMLIB_HD void drop_rows(Worker& w, const PlanOp& op, PlanShared<kWorkers>& s) 
   w.meet(true);
 }
 
-// report(status, rounds): called by the first worker as soon as the sizes are known; the rows are placed
+// report(status): called by the first worker as soon as the sizes are known; the rows are placed
 // after that. Where rows are dropped, all ranks see the same overflow in the counts, so all take a second
 // round. False: a wait has failed, and there is no report.
 template <int kWorkers, class Worker, class Report>
@@ -285,7 +284,7 @@ COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, Pl
   if (!w.meet(w.index() > 0 || await_slot(w, peers))) return false;
   count_tokens(w, op, s);
   if (s.first_bad_index() != kNoBadId) {
-    if (w.index() == 0) report(PlanStatus::bad_id, 1);
+    if (w.index() == 0) report(PlanStatus::bad_id);
     return true;
   }
 #pragma unroll 1
@@ -293,7 +292,7 @@ COMMLIB_HD bool run_plan(Worker& w, const PlanOp& op, const PeerTable& peers, Pl
     if (!exchange_counts(w, op, peers, s, round)) return false;
     const bool overflow = round == 1 && s.received[s.fullest_rank(peers.size)] > op.capacity;
     const bool again = overflow && op.drop;
-    if (!again && w.index() == 0) report(overflow ? PlanStatus::overflow : PlanStatus::placed, round);
+    if (!again && w.index() == 0) report(overflow ? PlanStatus::overflow : PlanStatus::placed);
     if (overflow && !again) return true;
     if (round == 1) place_rows(w, op, s);
     if (!again) {

@@ -12,6 +12,10 @@ struct Sequence {
   // word has ended, because a lease keeps the slot until then. (A combine of rows that lie in the slot writes
   // none of them, and does not ask.)
   uint64_t last_pull[kMaxSlots];
+  // The last round of counts: rounds are numbered in the order of plans, which all ranks share. Read by the
+  // workers of a plan where a round begins; written by the first of them, in the middle of it, when all have
+  // read the number. Plans follow each other.
+  uint32_t counted;
 };
 
 }  // namespace commlib

@@ -65,6 +65,8 @@
 //   read(word)                 an acquire load
 //   last_pull()                the word of the Sequence for the slot that this rank lends, as the operation
 //                              found it
+//   counted()                  the last round of counts: see Sequence
+//   has_counted(number)        makes it that one
 //   store_relaxed(word, value) a store that is whole and orders nothing: the word says everything by itself
 //   load_relaxed(word)         a load that orders nothing
 //   counter(i)                 one of kCounters that the workers of this rank share, 0 when they begin

@@ -36,24 +36,6 @@ Buffer random_values(int64_t count, int64_t shift, Random& random) {
   return buffer;
 }
 
-Int64s random_routing(const Config& config, int64_t tokens, Random& random) {
-  Int64s ids;
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::vector<int64_t> experts(config.experts);
-    for (int64_t e = 0; e < config.experts; ++e) experts[e] = e;
-    for (int k = 0; k < config.topk; ++k) {
-      if (experts.empty() || random.one_in(5)) {
-        ids.push_back(-1);
-        continue;
-      }
-      const auto chosen = experts.begin() + random.below(static_cast<int64_t>(experts.size()));
-      ids.push_back(*chosen);
-      experts.erase(chosen);
-    }
-  }
-  return ids;
-}
-
 // Rows that rank p receives, and their experts.
 void receive_rows(Scenario& s, int p) {
   const Placement placement = s.placement();
@@ -274,6 +256,24 @@ Buffer::Buffer(int64_t bytes, int64_t shift) : bytes_(bytes), shift_(shift) {
   const auto size = static_cast<size_t>(bytes + shift);
   memory_.reset(static_cast<std::byte*>(allocate(size)));
   std::memset(memory_.get(), 0xa5, size);
+}
+
+Int64s random_routing(const Config& config, int64_t tokens, Random& random) {
+  Int64s ids;
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<int64_t> experts(config.experts);
+    for (int64_t e = 0; e < config.experts; ++e) experts[e] = e;
+    for (int k = 0; k < config.topk; ++k) {
+      if (experts.empty() || random.one_in(5)) {
+        ids.push_back(-1);
+        continue;
+      }
+      const auto chosen = experts.begin() + random.below(static_cast<int64_t>(experts.size()));
+      ids.push_back(*chosen);
+      experts.erase(chosen);
+    }
+  }
+  return ids;
 }
 
 void complete(Scenario& s, Random& random) {

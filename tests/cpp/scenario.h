@@ -94,6 +94,8 @@ struct Scenario {
 
 // Random in everything: tokens (none on some ranks), routing (with empty places), layouts, values.
 Scenario random_scenario(const Config& config, int ranks, const Asked& asked, Random& random);
+// [tokens][topk], with empty places.
+Int64s random_routing(const Config& config, int64_t tokens, Random& random);
 // The same with a routing and layouts that the caller has filled in: tokens, topk_idx, grouped, align.
 void complete(Scenario& scenario, Random& random);
 // The same routing, other values; and rows of another type and width, if `config` says so.

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cuda/ptx.cuh"
+#include "simt/runtime/capture.h"
 #include "simt/runtime/driver.h"
 #include "simt/runtime/host_work.h"
 
@@ -209,7 +210,7 @@ cudaError_t cudaFreeHost(void* p) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   static std::atomic<int> streams{0};
-  *stream = new CUstream_st{++streams, nullptr};
+  *stream = new CUstream_st{++streams, nullptr, 0};
   return cudaSuccess;
 }
 
@@ -253,7 +254,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (!gpu) return result(cudaErrorInvalidResourceHandle);  // a lease that outlives its world
-  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
+  if (simt::capture_record(event, stream)) return cudaSuccess;
   simt::launch(stream, 1, 1, 0, [reached = event->reached, when = event->when, number = ++event->records] {
     *when = simt::clock_ns();
     simt::store_release(reached.get(), number);
@@ -268,12 +269,14 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (event->capture) return result(cudaErrorCapturedEvent);
   const uint64_t reached = __atomic_load_n(event->reached.get(), __ATOMIC_ACQUIRE);
   return result(reached >= event->records ? cudaSuccess : cudaErrorNotReady);
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  while (cudaEventQuery(event) != cudaSuccess) {
+  while (const cudaError_t asked = cudaEventQuery(event)) {
+    if (asked != cudaErrorNotReady) return asked;
     if (const cudaError_t error = simt::health()) return error;
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
@@ -291,7 +294,7 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begun, cudaEvent_t ended
 
 // A kernel of one thread that looks now and then.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureIsolation);  // of what came before
+  if (event->capture || simt::is_captured(stream)) return result(simt::capture_wait(event, stream));
   simt::launch(stream, 1, 1, 0, [reached = event->reached, number = event->records.load()] {
     while (simt::load_acquire(reached.get()) < number) simt::nanosleep(1000);
   });
@@ -300,6 +303,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 // A kernel of one thread. Words arrive whole.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   simt::launch(stream, 1, 1, 0, [=] {
     size_t i = 0;
     for (; i + sizeof(uint64_t) <= bytes; i += sizeof(uint64_t)) {
@@ -313,6 +317,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   simt::launch(stream, 1, 1, 0, [=] { std::memset(to, value, bytes); });
   return simt::health();
 }
@@ -360,9 +365,7 @@ cudaError_t cudaLaunchKernel(const void* address, dim3 grid, dim3 block, void** 
         simt::mapped_memory_of(argument->data(), kernel.facts.argument_bytes));
     return simt::health();
   };
-  if (!simt::is_captured(stream)) return start(stream);
-  stream->capture->nodes.emplace_back(start);
-  return cudaSuccess;
+  return simt::capture(stream, start) ? cudaSuccess : start(stream);
 }
 
 }  // extern "C"

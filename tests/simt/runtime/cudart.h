@@ -13,26 +13,48 @@
 #include "simt/cuda.h"
 #include "simt/gpu.h"
 
-// What is captured on one stream, in order; and what the graph keeps.
+namespace simt {
+struct Capture;
+}  // namespace simt
+
+// What is captured, in order, each on one of the streams that took part, the first of which is the one that
+// the graph is launched on; and what the graph keeps.
 struct CUgraph_st {
-  std::vector<std::function<cudaError_t(cudaStream_t)>> nodes;
+  using Start = std::function<cudaError_t(cudaStream_t)>;
+  struct Node {
+    size_t stream;
+    Start start;
+  };
+  std::vector<Node> nodes;
+  size_t streams = 1;
   std::vector<std::shared_ptr<void>> kept;
 };
-struct CUgraphExec_st : CUgraph_st {};
+struct CUgraphExec_st : CUgraph_st {
+  std::vector<cudaStream_t> others;  // its own streams, in place of those captured after the first
+};
 struct CUstream_st {
   int number;
-  std::unique_ptr<CUgraph_st> capture;  // null: nothing is captured
+  std::shared_ptr<simt::Capture> capture;  // null: nothing is captured
+  size_t index;                            // among the streams of the capture
 };
-// Each record queues a store of its number; waiting for the event means waiting for the last store.
+// Each record queues a store of its number; waiting for the event means waiting for the last store. One
+// recorded in a capture belongs to that.
 struct CUevent_st {
   std::shared_ptr<uint64_t> reached = std::make_shared<uint64_t>(0);
   std::shared_ptr<uint64_t> when = std::make_shared<uint64_t>(0);  // by the host's clock, in ns
   std::atomic<uint64_t> records{0};
+  std::shared_ptr<simt::Capture> capture;  // in which it was last recorded
+  std::vector<size_t> after;               // there: how many nodes of each stream it comes after
+  std::shared_ptr<CUevent_st> in_graph;    // what the graph records in its place
 };
 
 namespace simt {
 
 bool is_captured(cudaStream_t stream);
+// Whether it is captured: `start` is a node of the graph then, and nothing runs now.
+bool capture(cudaStream_t stream, CUgraph_st::Start start);
+// The graph that it is captured in keeps `what`.
+void keep_with_capture(cudaStream_t stream, std::shared_ptr<void> what);
 inline int number_of(cudaStream_t stream) { return stream ? stream->number : 0; }
 
 bool accesses_are_seen();  // the ordinary C++ ones of kernels: see accesses.cc

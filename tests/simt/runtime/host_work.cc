@@ -61,6 +61,11 @@ void give(int stream, Queue& queue) {
 }  // namespace
 
 void put_off(cudaStream_t stream, std::function<void()> work) {
+  const auto again = [work](cudaStream_t on) {
+    put_off(on, work);
+    return cudaSuccess;
+  };
+  if (capture(stream, again)) return;
   Queue& queue = queue_of(number_of(stream));
   std::lock_guard<std::mutex> lock(queue.mutex);
   queue.works.push_back(std::move(work));

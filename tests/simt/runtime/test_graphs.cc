@@ -1,58 +1,12 @@
 // CUDA graphs: operations along a known routing, captured once and run again and again without the host.
-#include <cuda_runtime_api.h>
-
-#include <cstring>
 #include <functional>
 
-#include "cpp/operations.h"
 #include "cpp/oversubscribed.h"
 #include "cpp/suite.h"
-#include "cuda/driver.h"
+#include "simt/runtime/graph.h"
 
 namespace commlib::testing {
 namespace {
-
-cudaStream_t stream_of(const Rank& self) {
-  return reinterpret_cast<cudaStream_t>(self.comm->config().stream);
-}
-
-class Graph {
- public:
-  template <class Body>
-  Graph(const Rank& self, Body body) {
-    cuda::check(cudaStreamBeginCapture(stream_of(self), cudaStreamCaptureModeThreadLocal),
-                "cudaStreamBeginCapture");
-    try {
-      body();
-    } catch (...) {
-      end_capture(self);
-      cudaGraphDestroy(graph_);
-      throw;
-    }
-    end_capture(self);
-    cuda::check(cudaGraphInstantiate(&exec_, graph_, 0), "cudaGraphInstantiate");
-  }
-  ~Graph() {
-    if (exec_) cudaGraphExecDestroy(exec_);
-    if (graph_) cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-
-  void launch(cudaStream_t stream) const { cuda::check(cudaGraphLaunch(exec_, stream), "cudaGraphLaunch"); }
-
- private:
-  void end_capture(const Rank& self) {
-    cuda::check(cudaStreamEndCapture(stream_of(self), &graph_), "cudaStreamEndCapture");
-  }
-
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
-};
-
-void forget(const Buffer& results) {
-  std::memset(results.data(), 0x77, static_cast<size_t>(results.bytes()));
-}
 
 // A redispatch of some values and their combine, in one graph.
 class Captured {
@@ -61,25 +15,14 @@ class Captured {
       : self_(self), values_(values), graph_(self, [&] {
           rows_ = start_redispatch(self, known, values, manner);
           sums_ = start_combine(self, known, values, manner);
-        }) {
-    cuda::check(cudaEventCreateWithFlags(&launched_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-  }
-  ~Captured() { cudaEventDestroy(launched_); }
-  Captured(const Captured&) = delete;
-  Captured& operator=(const Captured&) = delete;
+        }) {}
 
-  // Plans have a stream of their own, which comes after whatever may have written their ids.
   void launch() const {
-    launch(stream_of(self_));
-    cuda::check(cudaEventRecord(launched_, stream_of(self_)), "cudaEventRecord");
-    const auto plans = reinterpret_cast<cudaStream_t>(self_.comm->plan_stream());
-    cuda::check(cudaStreamWaitEvent(plans, launched_, 0), "cudaStreamWaitEvent");
+    forget_results();
+    graph_.launch(self_);
   }
   void launch(cudaStream_t stream) const {
-    forget(rows_->rows);
-    forget(rows_->weights);
-    forget(sums_->out);
-    forget(sums_->out_weights);
+    forget_results();
     graph_.launch(stream);
   }
   void check_results() const {
@@ -89,12 +32,18 @@ class Captured {
   }
 
  private:
+  void forget_results() const {
+    forget(rows_->rows);
+    forget(rows_->weights);
+    forget(sums_->out);
+    forget(sums_->out_weights);
+  }
+
   Rank& self_;
   const Scenario& values_;
   DispatchedPtr rows_;
   CombinedPtr sums_;
   const Graph graph_;
-  cudaEvent_t launched_ = nullptr;
 };
 
 Config with_slots(Config config, int slots) {
