@@ -408,13 +408,14 @@ class ExpertParallel:
     def synchronize(self) -> None:
         """Block until all operations are done, also those of others that share the communicator.
 
-        On a GPU this is how the host learns that one failed; the next operation says so as well.
+        On a GPU this is how the host learns that one failed; the next operation says so as well. It waits for
+        the CUDA graphs with operations that the current stream runs, too.
 
         Raises:
             PeerTimeout, CallMismatch: an operation failed.
         """
         self._attachment.check_open()
-        self._comm.core.synchronize()
+        self._comm.backend.synchronize()
 
     def stats(self) -> dict[str, int]:
         """Counts since construction, of this rank.

@@ -91,7 +91,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     later = async_op and not backend.ordered  # counts are not known before the operation is done
     counts = backend.empty(groups.shape[0]) if later else None
     keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read, counts)
-    backend.begin_plan()
+    backend.begin_plan(awaited=False)
     backend.begin()
     ticket, lease = c.core.dispatch_bounded(
         rows_of(call.x, call.topk_weights, call.scales, format),
@@ -161,13 +161,13 @@ def _begin(
     in_slot = call.grouped and c.groups_in_slots and (call.zero_copy or c.can_spare_slots(1))
     rest = in_waves, in_slot, a.caller, format
     try:
-        c.backend.begin_plan()
+        c.backend.begin_plan(awaited=True)
         return c.core.begin_dispatch(view, weighted, call.drop and not grows, *rest)
     except CapacityExceeded as error:  # on all ranks, with the same number; nothing was sent
         if not grows:
             raise
         c.make_room(error.rows)
-    c.backend.begin_plan()
+    c.backend.begin_plan(awaited=True)
     return c.core.begin_dispatch(view, weighted, False, *rest)
 
 

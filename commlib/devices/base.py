@@ -75,13 +75,24 @@ class Backend(ABC):
         """Take the place of one of the same rank: its traces go on here."""
         self.traces = before.traces
 
+    def synchronize(self) -> None:
+        """Wait until all operations are done; raise what was wrong with one."""
+        self.core.synchronize()
+
     def close(self) -> None:
         """Finish what is under way and tell the other ranks."""
         self.core.close()
 
     @abstractmethod
-    def begin_plan(self) -> None:
-        """The plan of the dispatch issued next sees what the caller's work has produced so far."""
+    def begin_plan(self, awaited: bool) -> None:
+        """The plan of the dispatch issued next sees what the caller's work has produced so far.
+
+        Args:
+            awaited: the host waits for what it finds.
+
+        Raises:
+            CommError: the host cannot wait, because what it does is captured in a CUDA graph.
+        """
 
     @abstractmethod
     def begin(self) -> None:

@@ -87,7 +87,7 @@ class CpuBackend(Backend):
     def idle_bytes(self) -> int:
         return self.core.idle_bytes
 
-    def begin_plan(self) -> None:
+    def begin_plan(self, awaited: bool) -> None:
         pass
 
     def begin(self) -> None:

@@ -113,13 +113,13 @@ class CudaEvent(Event):
 
     def wait(self) -> None:
         self._event.wait(self._using_stream())
-        if self._in_step:
+        if _waits(self._in_step):
             self.synchronize()
 
     def _wait_wave(self, waves: _core.PendingDispatch, expert: int) -> None:
         stream = self._using_stream()
         self._core.wait_expert(waves, None, expert, stream.cuda_stream)
-        if self._in_step:
+        if _waits(self._in_step):
             stream.synchronize()
 
     def _using_stream(self) -> torch.cuda.Stream:
@@ -152,12 +152,18 @@ class CudaBackend(Backend):
         self._in_step = in_step
         self._free_sms = free_sms  # called when no operation can come any more
         self._begun = torch.cuda.Event()
+        self._has_graphs = False
 
     def close(self) -> None:
         try:
             super().close()
         finally:
             self._free_sms()
+
+    def synchronize(self) -> None:
+        if self._has_graphs and not _is_captured():
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        super().synchronize()
 
     def make_way(self) -> None:
         self._free_sms()
@@ -171,14 +177,19 @@ class CudaBackend(Backend):
         copy.record_stream(torch.cuda.current_stream(self.device))
         return copy
 
-    def begin_plan(self) -> None:
-        _refuse_capture()
-        self._plan_stream.wait_stream(torch.cuda.current_stream(self.device))
+    def begin_plan(self, awaited: bool) -> None:
+        if not _is_captured():
+            self._plan_stream.wait_stream(torch.cuda.current_stream(self.device))
+        elif awaited:  # other plans are on the same stream as rows there
+            raise CommError(
+                "this dispatch cannot be captured in a CUDA graph, because the host reads how many rows "
+                "come: capture one with bounded=True, or what follows it, with its handle"
+            )
 
     def begin(self) -> None:
-        _refuse_capture()
+        self._has_graphs |= _is_captured()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if self.traces:
+        if self.traces and not _is_captured():
             self._begun = _recorded(self.stream)
 
     def give_up(self, why: str, blamed: Sequence[int] = ()) -> None:
@@ -189,7 +200,7 @@ class CudaBackend(Backend):
     def end(
         self, name: str, ticket: _core.Ticket | None, keep: tuple[Any, ...], async_op: bool
     ) -> Event | None:
-        if self.traces:
+        if self.traces and not _is_captured():  # each run of a graph has its own times
             begun, ended = self._begun, _recorded(self.stream)
             for trace in self.traces:
                 trace.notes.append((name, self.span(trace.zero, begun, ended)))
@@ -201,7 +212,7 @@ class CudaBackend(Backend):
         if not async_op:
             # The current stream waits here, so memory that it gives back is not reused too early.
             current.wait_stream(self.stream)
-            if self._in_step:  # for the operation alone: what was wrong with a bounded one a later call tells
+            if _waits(self._in_step):  # for this alone: what was wrong with a bounded one a later call tells
                 ended = _recorded(self.stream)
                 self.core.wait_event(ended.cuda_event)
             return None
@@ -235,12 +246,12 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-def _refuse_capture() -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise CommError(
-            "dispatch and combine cannot be captured in a CUDA graph: what ranks tell each other "
-            "carries the number of the call"
-        )
+def _is_captured() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _waits(in_step: bool) -> bool:
+    return in_step and not _is_captured()
 
 
 class CudaPartition(Partition):

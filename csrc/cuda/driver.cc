@@ -169,9 +169,11 @@ OnDevice::OnDevice(int device) {
   } else {
     check(cudaSetDevice(device), "cudaSetDevice");
   }
+  check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
 }
 
 OnDevice::~OnDevice() {
+  cudaThreadExchangeStreamCaptureMode(&mode_);
   if (before_ >= 0) cudaSetDevice(before_);
 }
 

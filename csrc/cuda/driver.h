@@ -61,7 +61,9 @@ bool makes_fabric_memory(int device);
 // The number of the device that has this UUID (as in DeviceFacts); -1: this process sees none.
 int device_with(const std::string& uuid);
 
-// Makes `device` the calling thread's current one, as long as it lives.
+// Makes `device` the calling thread's current one, as long as it lives. And lets this thread ask the device,
+// and make memory, while CUDA graphs are captured: a capture fails otherwise, another thread's too. What is
+// done so concerns no stream that is being captured.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -71,6 +73,7 @@ class OnDevice {
 
  private:
   int before_ = -1;
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // the thread's, before
 };
 
 }  // namespace commlib::cuda

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks / 2)
 }
 
 // Of a bounded dispatch: the host waits for nothing.
-__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks / 2)
+__global__ void __launch_bounds__(kPlanWarps* kWarpLanes, kPlanBlocks)
     bounded_plan_kernel(const __grid_constant__ PlanKernelOp op) {
   BoundedPlanWorker w(op.common);
   BlockPlan& shared = *reinterpret_cast<BlockPlan*>(ptx::dynamic_shared() + kPlanSharedBegin);

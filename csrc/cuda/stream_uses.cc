@@ -40,6 +40,7 @@ bool StreamUses::done() {
   for (auto& [stream, use] : uses_) {
     if (!use.recorded) record(stream, use);
     if (!use.recorded) return false;
+    const OnDevice guard(use.device);
     const cudaError_t error = cudaEventQuery(use.event.get());
     if (error != cudaSuccess) cudaGetLastError();
     if (error == cudaErrorNotReady) return false;

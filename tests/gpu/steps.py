@@ -100,6 +100,7 @@ STEPS = (
     figures("first", 1, 120, "gpu", *LARGE),
     # 2. The tests.
     tests("cuda", 90),
+    tests("graphs", 60),
     tests("dispatch", 60),
     tests("combine", 60),
     tests("async", 30),

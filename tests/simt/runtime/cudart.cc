@@ -177,13 +177,18 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 // ------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   *p = simt::allocate(bytes, simt::device_memory);
   return result(*p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 
-cudaError_t cudaFree(void* p) { return p ? simt::deallocate(p, simt::device_memory) : cudaSuccess; }
+cudaError_t cudaFree(void* p) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
+  return p ? simt::deallocate(p, simt::device_memory) : cudaSuccess;
+}
 
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   *p = simt::allocate(bytes, simt::host_memory);
   return result(*p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
@@ -198,6 +203,7 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
 }
 
 cudaError_t cudaFreeHost(void* p) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (gpu) {
     gpu->synchronize();
     gpu->unmap(p);
@@ -229,6 +235,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   if (simt::health() != cudaSuccess) return cudaErrorLaunchFailure;
   simt::hand_over(stream);
@@ -236,6 +243,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (simt::is_captured(stream)) return result(cudaErrorStreamCaptureUnsupported);
   simt::hand_over(stream);
   gpu->synchronize(simt::number_of(stream));
@@ -263,12 +271,14 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   simt::hand_over_all();
   gpu->synchronize();
   return simt::health();
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (simt::would_spoil_a_capture()) return result(cudaErrorStreamCaptureUnsupported);
   if (event->capture) return result(cudaErrorCapturedEvent);
   const uint64_t reached = __atomic_load_n(event->reached.get(), __ATOMIC_ACQUIRE);
   return result(reached >= event->records ? cudaSuccess : cudaErrorNotReady);

@@ -51,6 +51,9 @@ struct CUevent_st {
 namespace simt {
 
 bool is_captured(cudaStream_t stream);
+// Whether this thread may not make memory, nor ask what is done: it captures, and has not said that it knows
+// what it does (cudaThreadExchangeStreamCaptureMode).
+bool would_spoil_a_capture();
 // Whether it is captured: `start` is a node of the graph then, and nothing runs now.
 bool capture(cudaStream_t stream, CUgraph_st::Start start);
 // The graph that it is captured in keeps `what`.

@@ -35,6 +35,15 @@ struct Capture {
   }
 };
 
+namespace {
+
+thread_local int captures = 0;  // that this thread has begun
+thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+
+}  // namespace
+
+bool would_spoil_a_capture() { return captures > 0 && mode != cudaStreamCaptureModeRelaxed; }
+
 bool is_captured(cudaStream_t stream) { return stream && stream->capture; }
 
 bool capture(cudaStream_t stream, CUgraph_st::Start start) {
@@ -83,6 +92,12 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (!stream || simt::is_captured(stream)) return cudaErrorIllegalState;
   stream->capture = std::make_shared<simt::Capture>();
   stream->capture->add(stream);
+  ++simt::captures;
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, simt::mode);
   return cudaSuccess;
 }
 
@@ -91,6 +106,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const auto capture = stream->capture;
   if (stream->index != 0) return cudaErrorStreamCaptureUnmatched;
   for (const cudaStream_t s : capture->streams) s->capture = nullptr;
+  --simt::captures;
   auto made = std::move(capture->graph);
   *graph = nullptr;
   if (capture->done(0) != capture->nodes) return cudaErrorStreamCaptureUnjoined;

@@ -39,6 +39,16 @@ py::dict properties() {
                   py::arg("total_memory") = p.totalGlobalMem);
 }
 
+// Instantiated, and nothing more of it is known.
+uintptr_t end_capture(uintptr_t stream) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(stream_at(stream), &graph), "cudaStreamEndCapture");
+  cudaGraphExec_t exec = nullptr;
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return reinterpret_cast<uintptr_t>(exec);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simulated_cuda, m) {
@@ -48,6 +58,17 @@ PYBIND11_MODULE(_simulated_cuda, m) {
   m.def("pooled_stream",
         [](bool urgent) { return reinterpret_cast<uintptr_t>(standin::pooled_stream(urgent)); });
   m.def("is_captured", [](uintptr_t s) { return simt::is_captured(stream_at(s)); });
+  m.def("begin_capture", [](uintptr_t s) {
+    check(cudaStreamBeginCapture(stream_at(s), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  });
+  m.def("end_capture", &end_capture);
+  m.def(
+      "launch_graph",
+      [](uintptr_t g, uintptr_t s) {
+        check(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(g), stream_at(s)), "cudaGraphLaunch");
+      },
+      NoGil());
+  m.def("destroy_graph", [](uintptr_t g) { cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(g)); });
   m.def("query_stream",
         [](uintptr_t s) { return is_done(cudaStreamQuery(stream_at(s)), "cudaStreamQuery"); });
   m.def(

@@ -162,6 +162,7 @@ cudaStream_t pooled_stream(bool urgent) {
 }
 
 void catch_up_with_current_stream() {
+  if (simt::is_captured(current)) return;  // what it has captured does not run
   PyThreadState* const had_lock = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
   simt::catch_up(current);
   if (had_lock) PyEval_RestoreThread(had_lock);

@@ -1,6 +1,7 @@
 // PyTorch's operators on the simulated GPU: those of the CPU, done at once by the thread that calls them,
 // when its stream has come there. What they write lands in device memory later, in the order of the stream:
-// other streams see it when they have waited for it, and not before by chance.
+// other streams see it when they have waited for it, and not before by chance. What is captured in a graph is
+// done once for the sizes of its results, and again, to the same places, each time the graph runs.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/Resize.h>
@@ -18,6 +19,7 @@
 #include <cstring>
 #include <vector>
 
+#include "simt/runtime/cudart.h"
 #include "simt/runtime/host_work.h"
 #include "simt/torch/device.h"
 
@@ -67,15 +69,32 @@ struct Layout {
   }
 };
 
-// `result` of the host comes to be at `place`, which has its sizes.
-void land_later(const Tensor& place, const Tensor& result) {
-  if (result.numel() == 0) return;
-  auto* to = static_cast<std::byte*>(place.mutable_data_ptr());
-  const bool alike = result.is_non_overlapping_and_dense() && result.strides() == place.strides();
-  simt::put_off(current_stream(), [=, layout = Layout(place, result)] {
+// Memory of the device for `result`, which is the host's. It holds no tensor of the device: works of streams
+// free none, because that queues more work.
+struct Landing {
+  std::byte* to;
+  Tensor result;
+  Layout layout;
+  bool alike;
+
+  Landing(const Tensor& place, Tensor r)
+      : to(static_cast<std::byte*>(place.mutable_data_ptr())),
+        result(std::move(r)),
+        layout(place, result),
+        alike(result.is_non_overlapping_and_dense() && result.strides() == place.strides()) {}
+
+  void operator()() const {
+    if (result.numel() == 0) return;
     const auto* from = static_cast<const std::byte*>(result.const_data_ptr());
     alike ? static_cast<void>(std::memcpy(to, from, bytes_of(result))) : layout.copy(to, from);
-  });
+  }
+};
+
+bool is_captured() { return simt::is_captured(current_stream()); }
+
+void check_may_be_captured(bool may, const std::string& name) {
+  TORCH_CHECK(may || !is_captured(), "CUDA error: operation not permitted when stream is capturing (", name,
+              ")");
 }
 
 // Between two places on the device nothing has to be known now: as on a GPU, the stream does it when it gets
@@ -98,7 +117,7 @@ struct Written {
     copy = at::detail::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
     if (t.numel() > 0) std::memcpy(copy.mutable_data_ptr(), t.const_data_ptr(), bytes_of(t));
   }
-  void land() const {
+  void resize() const {
     if (copy.sizes() != place.sizes()) {  // an `out` that was too small
       place.unsafeGetTensorImpl()->set_storage_keep_dtype(
           empty_strided(copy.sizes(), copy.strides(), copy.scalar_type()).storage());
@@ -107,7 +126,6 @@ struct Written {
     if (copy.sizes() != place.sizes() || copy.strides() != place.strides()) {
       place.unsafeGetTensorImpl()->set_sizes_and_strides(copy.sizes(), copy.strides());
     }
-    land_later(place, copy);
   }
 };
 
@@ -121,20 +139,70 @@ class Call {
     catch_up_with_current_stream();
     const size_t count = schema_.arguments().size();
     given_.assign(stack->end() - count, stack->end());
-    for (size_t i = 0; i < count; ++i) {
-      const auto* alias = schema_.arguments()[i].alias_info();
-      (*stack)[stack->size() - count + i] = translated(given_[i], alias && alias->isWrite());
-    }
-    op_.callBoxed(stack);
+    call(stack);
     const size_t results = schema_.returns().size();
     for (size_t i = 0; i < results; ++i) {
       IValue& result = (*stack)[stack->size() - results + i];
       result = returned(result, schema_.returns()[i].alias_info());
     }
-    for (const Written& w : written_) w.land();
+    for (const Written& w : written_) {
+      w.resize();
+      landings_.emplace_back(w.place, w.copy);
+    }
+    is_captured() ? capture() : land_all_later();
   }
 
  private:
+  struct Captured {
+    c10::OperatorHandle op;
+    std::vector<IValue> given;
+    std::vector<Tensor> places;
+  };
+
+  // On the host, what was given is on top of the stack; then what it returns.
+  void call(torch::jit::Stack* stack) {
+    const size_t count = given_.size();
+    for (size_t i = 0; i < count; ++i) {
+      const auto* alias = schema_.arguments()[i].alias_info();
+      (*stack)[stack->size() - count + i] = translated(given_[i], alias && alias->isWrite());
+    }
+    op_.callBoxed(stack);
+  }
+
+  void land_all_later() const {
+    for (const auto& [place, result] : landings_) simt::put_off(current_stream(), Landing(place, result));
+  }
+
+  // What it has computed of what there is now is good for nothing but what follows in the same capture.
+  void capture() const {
+    const auto kept = std::make_shared<Captured>(Captured{op_, given_, {}});
+    for (const auto& [place, result] : landings_) {
+      Landing(place, result)();
+      kept->places.push_back(place);
+    }
+    if (landings_.empty()) return;
+    simt::keep_with_capture(current_stream(), kept);
+    simt::put_off(current_stream(), [captured = kept.get()] {
+      Call again(captured->op);
+      again.given_ = captured->given;
+      again.land_again(captured->places);
+    });
+  }
+
+  void land_again(const std::vector<Tensor>& places) {
+    torch::jit::Stack stack = given_;
+    call(&stack);
+    size_t next = 0;
+    const auto put = [&](const Tensor& result) { Landing(places[next++], result)(); };
+    for (size_t i = 0; i < stack.size(); ++i) {
+      if (schema_.returns()[i].alias_info()) continue;
+      if (stack[i].isTensor() && stack[i].toTensor().defined()) put(stack[i].toTensor());
+      if (!stack[i].isTensorList()) continue;
+      for (const Tensor& t : stack[i].toTensorVector()) put(t);
+    }
+    for (const Written& w : written_) put(w.copy);
+  }
+
   IValue translated(const IValue& value, bool writes) {
     if (value.isTensor()) return host_tensor(value.toTensor(), writes);
     if (value.isTensorList()) {
@@ -176,6 +244,7 @@ class Call {
   IValue returned(const IValue& result, const c10::AliasInfo* alias) {
     if (alias && alias->isWrite()) return as_given(*alias);
     if (result.isTensor()) return device_tensor(result.toTensor(), alias);
+    check_may_be_captured(result.isTensorList(), schema_.name());  // the host would wait for it
     if (!result.isTensorList()) return result;
     c10::List<Tensor> list;
     for (const Tensor& t : result.toTensorVector()) list.push_back(device_tensor(t, alias));
@@ -190,11 +259,11 @@ class Call {
     TORCH_CHECK(false, schema_.name(), " returns what it was not given");
   }
 
-  Tensor device_tensor(const Tensor& t, const c10::AliasInfo* alias) const {
+  Tensor device_tensor(const Tensor& t, const c10::AliasInfo* alias) {
     if (!t.defined()) return t;
     if (alias) return view_on_device(t);
     Tensor made = empty_strided(t.sizes(), t.strides(), t.scalar_type());
-    land_later(made, t);
+    landings_.emplace_back(made, t);
     return made;
   }
 
@@ -209,10 +278,11 @@ class Call {
     TORCH_CHECK(false, schema_.name(), " returns a view of what it was not given");
   }
 
-  const c10::OperatorHandle& op_;
+  const c10::OperatorHandle op_;
   const c10::FunctionSchema& schema_;
   std::vector<IValue> given_;
   std::vector<std::pair<Tensor, Tensor>> views_;
+  std::vector<std::pair<Tensor, Tensor>> landings_;  // where, and what
   std::vector<Written> written_;
 };
 
@@ -221,7 +291,10 @@ void by_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { Call(op)
 void copy(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   constexpr size_t kArguments = 3;  // to, from, and whether the host may go on
   const Tensor to = stack->end()[-3].toTensor(), from = stack->end()[-2].toTensor();
-  if (!copied_later(to, from)) return by_host(op, stack);
+  if (!copied_later(to, from)) {
+    check_may_be_captured(to.is_cuda() && (from.is_cuda() || from.dim() == 0), "aten::copy_");
+    return by_host(op, stack);
+  }
   torch::jit::drop(*stack, kArguments);
   stack->emplace_back(to);
 }

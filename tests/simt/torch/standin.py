@@ -53,8 +53,8 @@ def _provide(c: Any, gpu: Any) -> None:
     provided = dict(
         _CudaStreamBase=_stream_base(c, gpu),
         _CudaEventBase=_event_base(gpu),
-        _CUDAGraph=object,
-        _graph_pool_handle=object,
+        _CUDAGraph=_graph_base(gpu),
+        _graph_pool_handle=lambda: (0, 1),
         _cuda_CUDAAllocator_AllocatorState=object,
         _set_cached_tensors_enabled=lambda enabled: None,
         _has_cuda=True,
@@ -78,6 +78,7 @@ def _provide(c: Any, gpu: Any) -> None:
         _cuda_synchronize=gpu.synchronize,
         _cuda_sleep=lambda cycles: gpu.sleep(cycles // _CYCLES_PER_NS),
         _cuda_emptyCache=lambda: None,
+        _host_emptyCache=lambda: None,
         _cuda_resetPeakMemoryStats=lambda device: None,
         _cuda_memoryStats=lambda device: _memory_stats(gpu),
     )
@@ -141,6 +142,46 @@ def _event_base(gpu: Any) -> type:
             return gpu.elapsed_time(self.cuda_event, end.cuda_event)
 
     return CudaEventBase
+
+
+def _graph_base(gpu: Any) -> type:
+    """What torch.cuda.CUDAGraph derives from. Memory of a graph is its own: there are no pools to share."""
+
+    class CUDAGraphBase:
+        def __new__(cls, keep_graph=False):
+            graph = super().__new__(cls)
+            graph._handle = 0
+            return graph
+
+        def __del__(self):
+            self.reset()
+
+        def capture_begin(self, pool=None, capture_error_mode="global"):
+            self._stream = gpu.current_stream()
+            gpu.begin_capture(self._stream)
+
+        def capture_end(self):
+            self._handle = gpu.end_capture(self._stream)
+
+        def instantiate(self):
+            pass
+
+        def replay(self):
+            if not self._handle:
+                raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
+            self._stream = gpu.current_stream()
+            gpu.launch_graph(self._handle, self._stream)
+
+        def reset(self):
+            handle, self._handle = self._handle, 0
+            if handle:
+                gpu.synchronize_stream(self._stream)  # what it works on goes with it
+                gpu.destroy_graph(handle)
+
+        def pool(self):
+            return 0, 1
+
+    return CUDAGraphBase
 
 
 def _set_device(index: int) -> int:
