@@ -227,7 +227,7 @@ Communicator::Issue::~Issue() { comm_.issuer_.store({}, std::memory_order_relaxe
 int Communicator::slots_in_use() const {
   if (!home_.is_here()) check_can_wait();
   const auto slots = std::atomic_load(&slots_);
-  return slots ? slots->in_use() : 0;
+  return slots ? slots->in_use(capture_id()) : 0;
 }
 
 bool Communicator::is_usable() const {

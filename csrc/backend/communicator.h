@@ -280,9 +280,10 @@ class Communicator {
   // What comes next, on the calling thread or in the stream, comes after every rank's pulls from the slot of
   // `call`, which is leased.
   virtual void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) = 0;
-  // Whether operations are captured in a graph now. What is captured runs when the graph does, as often as it
-  // does, and is numbered then.
-  virtual bool is_captured() const { return false; }
+  // Of the CUDA graph in which operations are captured now; 0: in none. What is captured runs when the graph
+  // does, as often as it does, and is numbered then.
+  virtual uint64_t capture_id() const { return 0; }
+  bool is_captured() const { return capture_id() != 0; }
   // The next plan comes after all operations issued before it.
   virtual void plan_after_all() = 0;
   // The next plan, for which the host waits, comes after those of bounded dispatches issued before it: counts

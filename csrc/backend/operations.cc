@@ -179,11 +179,12 @@ OpId Communicator::next_op(Call call, const SlotLease& lease, const RowFormat& f
 }
 
 std::shared_ptr<SlotLease> Communicator::take_slot() {
-  auto lease = slots_->take();
+  const uint64_t capture = capture_id();
+  auto lease = slots_->take(capture);
   if (!lease) {
-    if (!is_captured()) drain_unless_interrupted();  // operations under way give theirs back
+    if (!capture) drain_unless_interrupted();  // operations under way give theirs back
     collect_slots();
-    lease = slots_->take();
+    lease = slots_->take(capture);
   }
   if (lease) {
     prepare_slot(*lease);

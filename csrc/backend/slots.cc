@@ -35,16 +35,22 @@ void SlotLease::use_on(uintptr_t stream) {
 SlotPool::SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count, Choice choice)
     : heap_(std::move(heap)), slots_(slots), layout_(layout), choice_(choice), states_(count) {}
 
-std::shared_ptr<SlotLease> SlotPool::take() {
+std::shared_ptr<SlotLease> SlotPool::take(uint64_t capture) {
   std::lock_guard<std::mutex> lock(mutex_);
   State* taken = nullptr;
+  const auto is_better = [&](const State& s) {
+    if (!taken) return true;
+    const bool reserved = !s.reservation.expired();
+    if (reserved != !taken->reservation.expired()) return reserved;
+    return choice_ == Choice::longest_free && s.freed < taken->freed;
+  };
   for (State& s : states_) {
-    if (s.busy || (taken && (choice_ == Choice::first || s.freed >= taken->freed))) continue;
-    taken = &s;
+    if (s.is_free(capture) && is_better(s)) taken = &s;
   }
   if (!taken) return nullptr;
   auto lease = std::make_shared<SlotLease>(shared_from_this(), static_cast<int>(taken - states_.data()));
   taken->busy = true;
+  taken->capture = capture;
   taken->lease = lease;
   return lease;
 }
@@ -61,10 +67,22 @@ bool SlotPool::holds(const std::byte* address) const {
   return !std::less<>()(address, static_cast<const std::byte*>(slots_)) && std::less<>()(address, end);
 }
 
-int SlotPool::in_use() {
+std::shared_ptr<void> SlotPool::reservation(int index) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto reservation = states_[index].reservation.lock();
+  if (!reservation) states_[index].reservation = reservation = std::make_shared<char>();
+  return reservation;
+}
+
+bool SlotPool::is_reserved(int index, uint64_t capture) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return states_[index].capture == capture && !states_[index].reservation.expired();
+}
+
+int SlotPool::in_use(uint64_t capture) {
   std::lock_guard<std::mutex> lock(mutex_);
   int n = 0;
-  for (const State& s : states_) n += s.busy;
+  for (const State& s : states_) n += !s.is_free(capture);
   return n;
 }
 

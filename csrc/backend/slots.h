@@ -50,15 +50,20 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   SlotPool(std::shared_ptr<void> heap, std::byte* slots, SlotLayout layout, int count,
            Choice choice = Choice::first);
 
-  // A free slot, or null.
-  std::shared_ptr<SlotLease> take();
+  // A free slot, or null. For an operation that is captured in a CUDA graph, `capture`, not 0, says in which:
+  // the slot then belongs to that graph as long as anyone has its `reservation`, whether or not it is leased.
+  // Operations of the same capture may take it in turns, because they run in the order of a stream; any other
+  // may run while the graph does not, and hold it when the graph runs again.
+  std::shared_ptr<SlotLease> take(uint64_t capture = 0);
+  std::shared_ptr<void> reservation(int index);
+  bool is_reserved(int index, uint64_t capture);
   // The lease of the slot in which `address` lies, or null.
   std::shared_ptr<SlotLease> find(const std::byte* address);
   // Whether `address` lies in any slot.
   bool holds(const std::byte* address) const;
   const SlotLayout& layout() const { return layout_; }
   Slot slot(int index) const { return Slot::at(layout_, slots_, index); }
-  int in_use();
+  int in_use(uint64_t capture = 0);
   virtual ~SlotPool() = default;
 
  private:
@@ -69,7 +74,13 @@ class SlotPool : public std::enable_shared_from_this<SlotPool> {
   struct State {
     std::weak_ptr<SlotLease> lease;
     bool busy = false;
-    uint64_t freed = 0;  // when, in leases that have ended
+    std::weak_ptr<void> reservation;  // by a graph, while there is one
+    uint64_t capture = 0;             // of that graph
+    uint64_t freed = 0;               // when, in leases that have ended
+
+    bool is_free(uint64_t for_capture) const {
+      return !busy && (reservation.expired() || (for_capture != 0 && capture == for_capture));
+    }
   };
 
   const HomeProcess home_;

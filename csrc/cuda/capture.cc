@@ -8,18 +8,21 @@ namespace {
 
 using Kept = std::shared_ptr<void>;
 
-cudaGraph_t graph_of(cudaStream_t stream) {
+struct Capture {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;  // as CUDA says it
   cudaGraph_t graph = nullptr;
+
+  explicit Capture(cudaStream_t stream) {
 #if CUDART_VERSION >= 13000
-  check(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr),
-        "cudaStreamGetCaptureInfo");
+    check(cudaStreamGetCaptureInfo(stream, &status, &id, &graph, nullptr, nullptr, nullptr),
+          "cudaStreamGetCaptureInfo");
 #else
-  check(cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, nullptr, nullptr),
-        "cudaStreamGetCaptureInfo");
+    check(cudaStreamGetCaptureInfo_v2(stream, &status, &id, &graph, nullptr, nullptr),
+          "cudaStreamGetCaptureInfo");
 #endif
-  return graph;
-}
+  }
+};
 
 // Called on a thread of the driver's, which may not call it back.
 void let_go(void* kept) {
@@ -29,10 +32,9 @@ void let_go(void* kept) {
 
 }  // namespace
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
+uint64_t capture_of(cudaStream_t stream) {
+  const Capture capture(stream);
+  return capture.status == cudaStreamCaptureStatusNone ? 0 : capture.id;
 }
 
 void keep_with_graph(cudaStream_t stream, std::shared_ptr<void> what) {
@@ -41,7 +43,8 @@ void keep_with_graph(cudaStream_t stream, std::shared_ptr<void> what) {
   check(cudaUserObjectCreate(&object, kept.get(), let_go, 1, cudaUserObjectNoDestructorSync),
         "cudaUserObjectCreate");
   static_cast<void>(kept.release());  // it is the user object's
-  const cudaError_t error = cudaGraphRetainUserObject(graph_of(stream), object, 1, cudaGraphUserObjectMove);
+  const cudaError_t error =
+      cudaGraphRetainUserObject(Capture(stream).graph, object, 1, cudaGraphUserObjectMove);
   if (error != cudaSuccess) cudaUserObjectRelease(object, 1);
   check(error, "cudaGraphRetainUserObject");
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/capture.h"
 #include "cuda/driver.h"
 #include "cuda/network_memory.h"
 #include "cuda/wait.h"
@@ -300,8 +301,11 @@ void CudaCommunicator::announce_departure(const Departure& departure) {
 // it before that is done.
 void CudaCommunicator::prepare_slot(SlotLease& lease) {
   const OnDevice guard = on_device();
-  if (is_captured()) return;  // whoever captures has waited for what was queued before
   auto& slots = static_cast<CudaSlotPool&>(*slots_);
+  if (is_captured()) {  // whoever captures has waited for what was queued before
+    cuda::keep_with_graph(shape_.stream, slots.reservation(lease.index()));
+    return slots.wait_for_captured_uses(lease.index(), shape_.stream);
+  }
   slots.wait_for_uses(lease.index(), shape_.stream);
   if (plan_stream_ == shape_.stream) return;
   slots.wait_for_uses(lease.index(), plan_stream_);

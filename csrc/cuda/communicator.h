@@ -44,7 +44,7 @@ class CudaCommunicator final : public Communicator {
   Ticket execute_combine(const OpId& id, const CombineOp& op, Execution execution) override;
   std::optional<Trouble> take_trouble() override;
   void await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) override;
-  bool is_captured() const override;
+  uint64_t capture_id() const override;
 
   void drain() override;
   void drain_unless_interrupted() override;

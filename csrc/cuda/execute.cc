@@ -74,18 +74,20 @@ void CudaCommunicator::await_pulls(Call call, const std::shared_ptr<SlotLease>& 
   launch_await(shape_.stream, {params({call, 0}, 0)});
 }
 
-bool CudaCommunicator::is_captured() const { return is_capturing(shape_.stream); }
+uint64_t CudaCommunicator::capture_id() const { return capture_of(shape_.stream); }
 
-// A graph may outlive the communicator. Its kernels then read that they are to do nothing.
+// What an operation that is being captured uses. The slot is the graph's anyway, unless its rows had come, or
+// were lent, before. A graph may outlive the communicator. Its kernels then read that they are to do nothing.
 void CudaCommunicator::keep_with_graph(const std::shared_ptr<SlotLease>& lease) {
+  const bool is_graphs = slots_->is_reserved(lease->index(), capture_id());
   struct Used {
     std::shared_ptr<SlotLease> lease;
     Memory memory, internode;
     std::shared_ptr<HostState> host;
     std::vector<std::shared_ptr<DeviceRegion>> regions;
   };
-  cuda::keep_with_graph(shape_.stream,
-                        std::make_shared<Used>(Used{lease, memory_, internode_on_device_, host_, regions_}));
+  cuda::keep_with_graph(shape_.stream, std::make_shared<Used>(Used{is_graphs ? nullptr : lease, memory_,
+                                                                   internode_on_device_, host_, regions_}));
   has_graphs_ = true;
 }
 

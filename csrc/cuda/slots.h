@@ -15,6 +15,8 @@ class CudaSlotPool final : public SlotPool {
 
   // What is queued on `stream` from now on comes after all uses of the slot by leases that have ended.
   void wait_for_uses(int index, cudaStream_t stream) const { uses_[index]->wait_on(stream); }
+  // What is captured on `stream` from now on comes after all that has been captured on such streams.
+  void wait_for_captured_uses(int index, cudaStream_t stream) const { uses_[index]->join(stream); }
 
  private:
   void note_uses(int index, const std::vector<uintptr_t>& streams) override;

@@ -1,5 +1,6 @@
 #include "cuda/stream_uses.h"
 
+#include "cuda/capture.h"
 #include "cuda/driver.h"
 
 namespace commlib::cuda {
@@ -19,9 +20,7 @@ StreamEvent new_event(int device) {
 
 void StreamUses::record(cudaStream_t stream, Use& use) {
   const OnDevice guard(use.device);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  if (status != cudaStreamCaptureStatusNone) return;
+  if (capture_of(stream) != 0) return;
   check(cudaEventRecord(use.event.get(), stream), "cudaEventRecord");
   use.recorded = true;
 }
@@ -53,6 +52,16 @@ void StreamUses::wait_on(cudaStream_t stream) {
   for (auto& [user, use] : uses_) {
     if (!use.recorded) record(user, use);
     if (use.recorded) check(cudaStreamWaitEvent(stream, use.event.get(), 0), "cudaStreamWaitEvent");
+  }
+}
+
+void StreamUses::join(cudaStream_t stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const uint64_t capture = capture_of(stream);
+  for (auto& [user, use] : uses_) {
+    if (use.recorded || user == stream || capture_of(user) != capture) continue;
+    check(cudaEventRecord(use.event.get(), user), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream, use.event.get(), 0), "cudaStreamWaitEvent");
   }
 }
 

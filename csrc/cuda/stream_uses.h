@@ -20,6 +20,8 @@ class StreamUses {
   bool done();
   // What is queued on `stream` from now on comes after that work, as far as it is known.
   void wait_on(cudaStream_t stream);
+  // What is captured on `stream` from now on comes after what its capture has on those streams so far.
+  void join(cudaStream_t stream);
 
  private:
   struct Use {

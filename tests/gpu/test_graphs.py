@@ -1,5 +1,6 @@
 """CUDA graphs: what is captured once is run again and again, without Python, and each time with other ids."""
 
+import gc
 import threading
 from contextlib import contextmanager
 
@@ -224,18 +225,31 @@ def test_what_has_no_room_in_a_run_is_told_afterwards():
     commlib.run_ranks(rank_main, 2, device="cuda")
 
 
-def test_graphs_need_slots_of_their_own_and_say_so():
+def test_layers_of_a_graph_take_its_slots_in_turns_and_another_graph_has_others():
+    def deep(ep, inputs):
+        x = inputs.x
+        for _ in range(6):
+            _, x = layer(ep, (x, inputs.idx, inputs.weights), "expert", bounded=True)
+        return x
+
     def rank_main(rank):
-        with ExpertParallel(**CONFIG | {"slots": 3}) as ep, torch.no_grad():
-            inputs = Inputs(rank)
-            graph = torch.cuda.CUDAGraph()
+        with ExpertParallel(**CONFIG | {"slots": 4}) as ep, torch.no_grad():
+            inputs, graph, others = Inputs(rank), torch.cuda.CUDAGraph(), []
             with captured(graph):
-                layer(ep, inputs, "expert", bounded=True)
-            with pytest.raises(CommError, match="CUDA graphs"), captured(torch.cuda.CUDAGraph()):
-                for _ in range(2):
-                    layer(ep, inputs, "expert", bounded=True)
+                out = deep(ep, inputs)
+            for _ in range(10):
+                inputs.change()
+                graph.replay()
+                torch.testing.assert_close(out.clone(), deep(ep, inputs), rtol=0, atol=0)
+            with pytest.raises(CommError, match="CUDA graphs"):
+                for _ in range(4):
+                    others.append(torch.cuda.CUDAGraph())
+                    with captured(others[-1]):
+                        deep(ep, inputs)
+            others.clear()
+            gc.collect()  # the error's frames
             graph.replay()
-            ep.synchronize()
+            torch.testing.assert_close(out.clone(), deep(ep, inputs), rtol=0, atol=0)
 
     commlib.run_ranks(rank_main, 2, device="cuda")
 

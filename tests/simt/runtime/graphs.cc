@@ -1,6 +1,7 @@
 // CUDA graphs. The streams that take part in a capture are streams of the graph's own when it runs, which
 // wait for each other where these did: so what nobody waits for is late there, too. No copies.
 #include <algorithm>
+#include <atomic>
 
 #include "simt/runtime/capture.h"
 
@@ -11,10 +12,13 @@ struct CUuserObject_st {
 namespace simt {
 
 struct Capture {
+  const unsigned long long id;
   std::unique_ptr<CUgraph_st> graph = std::make_unique<CUgraph_st>();
   std::vector<cudaStream_t> streams;
   std::vector<size_t> nodes;               // of each stream
   std::vector<std::vector<size_t>> after;  // of each: how many nodes of each other its next one comes after
+
+  explicit Capture(unsigned long long number) : id(number) {}
 
   void add(cudaStream_t stream) {
     stream->index = streams.size();
@@ -90,7 +94,8 @@ extern "C" {
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (!stream || simt::is_captured(stream)) return cudaErrorIllegalState;
-  stream->capture = std::make_shared<simt::Capture>();
+  static std::atomic<unsigned long long> captures{0};
+  stream->capture = std::make_shared<simt::Capture>(++captures);
   stream->capture->add(stream);
   ++simt::captures;
   return cudaSuccess;
@@ -120,9 +125,10 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
 }
 
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
-                                     unsigned long long*, cudaGraph_t* graph, const cudaGraphNode_t**,
+                                     unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t**,
                                      const cudaGraphEdgeData**, size_t*) {
   *graph = simt::is_captured(stream) ? stream->capture->graph.get() : nullptr;
+  *id = simt::is_captured(stream) ? stream->capture->id : 0;
   return cudaStreamIsCapturing(stream, status);
 }
 

@@ -78,7 +78,8 @@ class Memory final : public c10::Allocator {
     std::lock_guard<std::mutex> lock(mutex_);
     used_ += bytes;
     look_through_those_in_use();
-    const auto found = free_.find({stream, bytes});
+    // In a capture, new memory: what is queued to be done with the old may still come, beside the graph.
+    const auto found = simt::is_captured(stream) ? free_.end() : free_.find({stream, bytes});
     if (found != free_.end()) {
       Block* block = found->second;
       free_.erase(found);

@@ -147,36 +147,38 @@ def _event_base(gpu: Any) -> type:
 def _graph_base(gpu: Any) -> type:
     """What torch.cuda.CUDAGraph derives from. Memory of a graph is its own: there are no pools to share."""
 
-    class CUDAGraphBase:
-        def __new__(cls, keep_graph=False):
-            graph = super().__new__(cls)
-            graph._handle = 0
-            return graph
+    class Runnable:
+        def __init__(self, handle):
+            self.handle, self.stream = handle, 0
 
         def __del__(self):
-            self.reset()
+            gpu.synchronize_stream(self.stream)  # what it works on goes with it
+            gpu.destroy_graph(self.handle)
+
+    class CUDAGraphBase:  # torch.cuda.CUDAGraph has a __del__ of its own
+        def __new__(cls, keep_graph=False):
+            graph = super().__new__(cls)
+            graph._runnable = None
+            return graph
 
         def capture_begin(self, pool=None, capture_error_mode="global"):
             self._stream = gpu.current_stream()
             gpu.begin_capture(self._stream)
 
         def capture_end(self):
-            self._handle = gpu.end_capture(self._stream)
+            self._runnable = Runnable(gpu.end_capture(self._stream))
 
         def instantiate(self):
             pass
 
         def replay(self):
-            if not self._handle:
+            if not self._runnable:
                 raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-            self._stream = gpu.current_stream()
-            gpu.launch_graph(self._handle, self._stream)
+            self._runnable.stream = gpu.current_stream()
+            gpu.launch_graph(self._runnable.handle, self._runnable.stream)
 
         def reset(self):
-            handle, self._handle = self._handle, 0
-            if handle:
-                gpu.synchronize_stream(self._stream)  # what it works on goes with it
-                gpu.destroy_graph(handle)
+            self._runnable = None
 
         def pool(self):
             return 0, 1
