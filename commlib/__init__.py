@@ -14,6 +14,7 @@ from commlib.errors import (
 from commlib.event import Event
 from commlib.expert_parallel import ExpertParallel
 from commlib.partition import SMPartition
+from commlib.quantization import dequantize, quantize
 from commlib.startup.group import Group
 from commlib.startup.inprocess import run_ranks
 from commlib.version import __version__
@@ -33,7 +34,9 @@ __all__ = [
     "SMPartition",
     "__version__",
     "cuda",
+    "dequantize",
     "nn",
     "overlap",
+    "quantize",
     "run_ranks",
 ]

@@ -18,12 +18,14 @@ __all__: list[str] = [
     "CombineInput",
     "Communicator",
     "Config",
+    "Conversion",
     "CpuCommunicator",
     "DType",
     "Memory",
     "NetConfig",
     "PendingDispatch",
     "Placement",
+    "Quantization",
     "Received",
     "RoutePlan",
     "RowFormat",
@@ -37,7 +39,9 @@ __all__: list[str] = [
     "close_way_back",
     "load_ucx",
     "multicast",
+    "quantize",
     "reduce",
+    "type_names",
     "weigh",
     "when_gone",
 ]
@@ -199,6 +203,61 @@ class RowFormat:
     @property
     def is_own(self) -> bool: ...
 
+class Quantization:
+    """
+    What rows are converted to as they are sent.
+
+    Members:
+
+      none
+
+      fp8_e4m3
+
+      fp8_e4m3_ue8m0
+
+      mxfp8
+
+      int8
+    """
+
+    __members__: typing.ClassVar[dict[str, Quantization]]
+    fp8_e4m3: typing.ClassVar[Quantization]
+    fp8_e4m3_ue8m0: typing.ClassVar[Quantization]
+    int8: typing.ClassVar[Quantization]
+    mxfp8: typing.ClassVar[Quantization]
+    none: typing.ClassVar[Quantization]
+    @typing.overload
+    def __eq__(self, other: Quantization) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Quantization) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Conversion:
+    """
+    Of rows as they are sent, from so many elements of a type.
+
+    Without arguments: they go as they are.
+    """
+    @typing.overload
+    def __init__(self) -> None: ...
+    @typing.overload
+    def __init__(self, to: Quantization, dtype: DType, elements: int) -> None: ...
+
 class Rows:
     """
     The rows that a rank sends.
@@ -213,6 +272,7 @@ class Rows:
         scales: int = 0,
         scales_stride: int = 0,
         format: RowFormat = ...,
+        conversion: Conversion = ...,
     ) -> None: ...
 
 class RoutePlan:
@@ -524,9 +584,19 @@ def multicast(name: str, dst: list[int], src: int, bytes: int) -> None:
     For tests: store one row in many places, in this vector width.
     """
 
+def quantize(name: str, how: Conversion, rows: int, scales: int, src: int) -> None:
+    """
+    For tests: convert a row, in this vector width.
+    """
+
 def reduce(name: str, dtype: DType, dst: int, src: list[int], weights: list[int], elements: int) -> None:
     """
     For tests: sum rows, each times its weight, in this vector width.
+    """
+
+def type_names() -> list[str]:
+    """
+    What rows and scales may be, by number from 1.
     """
 
 def weigh(name: str, dtype: DType, dst: int, row: int, weight: int, y: int, elements: int, dot: int) -> None:

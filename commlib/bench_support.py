@@ -29,7 +29,7 @@ class BareMover:
         self._core = ep._comm.core
         self._keep = handle._plan, x
         self._view = view_of(handle._plan, handle._ep.num_local_experts, handle._grouped)
-        self._rows = rows_of(x, None)
+        self._rows = rows_of(x, None, None, ep._comm.own)
         self._out = ep._comm.new_rows(handle.num_tokens)
 
     def send(self) -> None:

@@ -69,6 +69,7 @@ class Dispatch(NamedTuple):
     padded: int = 0
     fixed: int = 0
     zero_rest: bool = False
+    quantize: int = 0  # what x is converted to on the way: see commlib.quantization; 0: it is not
 
     @property
     def bounded(self) -> bool:
@@ -106,6 +107,7 @@ class Redispatch(NamedTuple):
     scales: Tensor | None
     y: Tensor | None = None  # [N, W] or [M, W]: rows that a combine has summed, x being its gradient, with
     y_weights: Tensor | None = None  # [N] or [M]; a row that comes is multiplied by each
+    quantize: int = 0  # as in Dispatch
 
 
 class Rearrived(NamedTuple):

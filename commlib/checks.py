@@ -19,6 +19,7 @@ from commlib.calls import Combine, Dispatch, Redispatch, RoutePlan, words_of_gro
 from commlib.communicator import Communicator
 from commlib.event import Event
 from commlib.formats import can_be_summed
+from commlib.quantization import check_quantizable, named, numbered
 from commlib.settings import Bounds, Settings
 
 Layout = Literal["rank", "expert", "batched"]
@@ -109,6 +110,15 @@ def check_layout(
         )
 
 
+def check_waves(in_waves: bool, possible: bool) -> None:
+    """That rows can come in waves where they are to."""
+    if in_waves and not possible:
+        raise ValueError(
+            'in_waves needs layout="expert" and async_op=True, and goes with neither a handle nor bounded '
+            "nor quantize"
+        )
+
+
 def check_room(c: Communicator, layout: str, rows: int) -> None:
     """That as many rows of a layout may lie in a slot."""
     if layout == "rank" or c.can_group_in_slot(rows):
@@ -144,11 +154,26 @@ def rows_and_scales(x: Any) -> tuple[Any, Any]:
     return x
 
 
-def check_gradient(settings: Settings, rows: Tensor, scales: Tensor | None, wanted: bool) -> None:
+def quantization_of(quantize: Any, scales: Tensor | None) -> int:
+    """The number of the format that dispatch is to convert rows to; 0: none."""
+    if quantize is None:
+        return 0
+    q = named(quantize)
+    if scales is not None:
+        raise ValueError(
+            f'x is a pair (rows, scales) already, and quantize="{q.name}" makes one of rows: leave one out'
+        )
+    return q.number
+
+
+def check_gradient(
+    settings: Settings, rows: Tensor, scales: Tensor | None, wanted: bool, quantize: int = 0
+) -> None:
     """That rows of a dispatch can have a gradient, where autograd wants one."""
-    if not wanted or (scales is None and can_be_summed(settings.dtype, rows.dtype)):
+    if not wanted or (scales is None and not quantize and can_be_summed(settings.dtype, rows.dtype)):
         return
-    what = "that come with scales" if scales is not None else f"of {rows.dtype}"
+    what = "that are quantized" if quantize else f"of {rows.dtype}"
+    what = what if scales is None else "that come with scales"
     raise ValueError(
         f"rows {what} have no gradient here, nor have the weights that go with them: detach() what requires "
         "grad, or dispatch under torch.no_grad()"
@@ -187,9 +212,10 @@ def check_dispatch(c: Communicator, call: Dispatch) -> None:
     """Arguments of dispatch. The core checks the range of ids."""
     x, idx, scales = call.x, call.topk_idx, call.scales
     growing = c.settings.grows and x.shape[0] > c.settings.max_tokens
-    _check_rows("x", x, c.settings, x.shape[0] if growing else None, any_format=scales is not None)
+    tokens = x.shape[0] if growing else None
+    _check_rows("x", x, c.settings, tokens, any_format=scales is not None, quantize=call.quantize)
     _check_memory("x", x)
-    _check_scales(c, x, scales)
+    _check_scales(c, x, scales, call.quantize)
     shape = (x.shape[0], c.settings.topk)
     if idx.shape != shape:
         raise ValueError(f"topk_idx must be {list(shape)} as x and topk say, got {list(idx.shape)}")
@@ -215,9 +241,9 @@ def _check_tokens_go_somewhere(topk_idx: Tensor, most: int) -> None:
 def check_redispatch(c: Communicator, call: Redispatch) -> None:
     """Arguments of a dispatch with a handle, or of a combine's gradient, but for its plan."""
     x, tokens = call.x, call.plan.routes.shape[0]
-    _check_rows("x", x, c.settings, any_format=True)
+    _check_rows("x", x, c.settings, any_format=True, quantize=call.quantize)
     _check_memory("x", x)
-    _check_scales(c, x, call.scales)
+    _check_scales(c, x, call.scales, call.quantize)
     if x.shape[0] != tokens:
         raise ValueError(f"x has {x.shape[0]} rows, but the handle's dispatch had {tokens}")
     if call.topk_weights is not None:
@@ -228,8 +254,8 @@ def check_redispatch(c: Communicator, call: Redispatch) -> None:
 
 def _check_weighing(c: Communicator, call: Redispatch) -> None:
     y, weights, rows = call.y, call.y_weights, call.plan.source.shape[0]
-    if y is None or weights is None or call.scales is not None or call.zero_copy:
-        raise ValueError("y and y_weights go together, without scales and zero_copy")
+    if y is None or weights is None or call.scales is not None or call.quantize or call.zero_copy:
+        raise ValueError("y and y_weights go together, without scales, quantize and zero_copy")
     _check_rows("y", y, c.settings, rows, any_format=True)
     _check_memory("y", y)
     _check_summable(c, "y", y)
@@ -295,14 +321,24 @@ def check_apart(out: Tensor, read: Mapping[str, Tensor | None]) -> None:
 
 
 def _check_rows(
-    name: str, rows: Tensor, settings: Settings, count: int | None = None, any_format: bool = False
+    name: str,
+    rows: Tensor,
+    settings: Settings,
+    count: int | None = None,
+    any_format: bool = False,
+    quantize: int = 0,
 ) -> None:
     """That rows have the right dtype, device and shape: ``[count, hidden]``, or at most max_tokens rows.
 
-    ``any_format``: of any dtype and width that need no more bytes.
+    ``any_format``: of any dtype and width that need no more bytes. ``quantize``: of any dtype, and with
+    any_format of any width, that can be converted; the core looks whether what becomes of them has room.
     """
     shape = rows.shape
-    if rows.dtype != settings.dtype or len(shape) != 2 or shape[1] != settings.hidden:
+    if quantize:
+        if len(shape) != 2 or (shape[1] != settings.hidden and not any_format):
+            raise ValueError(f"{name} must be [rows, {settings.hidden}], got {list(shape)}")
+        check_quantizable(numbered(quantize), rows)
+    elif rows.dtype != settings.dtype or len(shape) != 2 or shape[1] != settings.hidden:
         _check_other_rows(name, rows, settings, any_format)
     _check_device(name, rows, settings.device)
     if count is None:
@@ -332,9 +368,11 @@ def _check_other_rows(name: str, rows: Tensor, settings: Settings, any_format: b
     raise ValueError(f"{name} must be [rows, {settings.hidden}], got {shape}{most}")
 
 
-def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None) -> None:
+def _check_scales(c: Communicator, x: Tensor, scales: Tensor | None, quantize: int) -> None:
     if scales is None:
         return
+    if quantize:
+        raise ValueError("rows that come with scales cannot be quantized as well")
     _check_device("scales", scales, c.settings.device)
     _check_memory("scales", scales)
     if scales.dim() != 2 or scales.shape[0] != x.shape[0] or scales.shape[1] == 0:

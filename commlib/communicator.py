@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from commlib import _core
 from commlib.devices import Backend
 from commlib.errors import CommError, ranks_to_blame
-from commlib.formats import OWN, format_of, viewed
+from commlib.formats import Kind, Sent, sent_of, viewed
 from commlib.settings import Bounds, Settings
 from commlib.startup.topology import Topology
 from commlib.team import Team, shape_of
@@ -73,6 +73,7 @@ class Communicator:
         self.first_expert, self.experts = mine.start, len(mine)
         self._most_experts = max(len(placement.experts_of(r)) for r in range(size))
         self.width = min(settings.topk, size)
+        self.own = Sent(Kind(settings.dtype, settings.hidden))
         self.weight_dtype = settings.weight_dtype
 
     @property
@@ -177,29 +178,35 @@ class Communicator:
         """Whether any may: then they go straight to their places."""
         return self.settings.grouped_rows > 0
 
-    def format_of(self, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
-        """What the core is to know of these rows, and of the scales beside them."""
-        return format_of(self.settings.dtype, self.settings.hidden, rows, scales)
+    def sent(self, rows: Tensor, scales: Tensor | None = None, quantize: int = 0) -> Sent:
+        """What rows and the scales beside them are as they travel."""
+        return sent_of(self.own, rows, scales, quantize)
 
-    def view(self, lease: _core.SlotLease, rows: int) -> Tensor:
-        """The communicator's own rows in a slot, which they keep."""
-        return self.backend.tensor(self.core.view(lease, rows))
+    def view(self, lease: _core.SlotLease, rows: int, sent: Sent | None = None) -> Tensor:
+        """Rows in a slot, which they keep; the communicator's own unless ``sent`` says what they are."""
+        if sent is None or sent.format.is_own:
+            return self.backend.tensor(self.core.view(lease, rows))
+        return viewed(self.backend.tensor(self.core.view(lease, rows, sent.format)), sent.rows)
 
-    def view_like(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
-        """Rows in a slot, of the type and width of ``like``."""
-        if format.is_own:
-            return self.view(lease, rows)
-        return viewed(self.backend.tensor(self.core.view(lease, rows, format)), like)
+    def view_scales(self, lease: _core.SlotLease, rows: int, sent: Sent) -> Tensor | None:
+        """The scales that lie beside rows in a slot, if any do."""
+        if sent.scales is None:
+            return None
+        return viewed(self.backend.tensor(self.core.view(lease, rows, sent.format, True)), sent.scales)
 
-    def view_scales(self, lease: _core.SlotLease, rows: int, format: _core.RowFormat, like: Tensor) -> Tensor:
-        """The scales that lie beside rows in a slot."""
-        return viewed(self.backend.tensor(self.core.view(lease, rows, format, True)), like)
-
-    def new_rows(self, rows: int, format: _core.RowFormat = OWN, like: Tensor | None = None) -> Tensor:
-        """Memory for rows; ``like``: of that type and width, where the format is not the communicator's."""
-        if format.is_own or like is None:
+    def new_rows(self, rows: int, sent: Sent | None = None) -> Tensor:
+        """Memory for rows."""
+        if sent is None or sent.format.is_own:
             return self.backend.new_rows(rows, self.settings.hidden, self.settings.dtype)
-        return self.backend.empty(rows, like.shape[1], dtype=like.dtype)
+        return self.backend.empty(rows, sent.rows.width, dtype=sent.rows.dtype)
+
+    def new_scales(self, rows: int, sent: Sent) -> Tensor | None:
+        """Memory for the scales beside them, if there are any."""
+        return (
+            None
+            if sent.scales is None
+            else self.backend.empty(rows, sent.scales.width, dtype=sent.scales.dtype)
+        )
 
     def new_weights(self, rows: int, grouped: bool) -> Tensor:
         """Memory for the weights of received rows."""

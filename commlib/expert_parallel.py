@@ -19,6 +19,7 @@ from commlib.errors import CommError
 from commlib.event import Event
 from commlib.memory import MemoryReport, report_memory
 from commlib.partition import SMPartition
+from commlib.quantization import QuantFormat
 from commlib.settings import (
     ANY_TOKENS,
     Bounds,
@@ -176,6 +177,7 @@ class ExpertParallel:
         in_waves: bool = False,
         previous_event: Event | None = None,
         bounded: bool = False,
+        quantize: QuantFormat | None = None,
     ) -> Dispatched[Array]:
         """Send each token once to every rank that owns at least one of its experts.
 
@@ -204,15 +206,17 @@ class ExpertParallel:
                 ``Dispatched.event`` says when they are there.
             in_waves: rows of lower-numbered local experts come first, so that
                 :meth:`Dispatched.wait_expert` need not wait for all; the same on all ranks. The local experts
-                of each rank are cut into four waves of equal size. With "expert" and ``async_op`` only, and
-                not with ``handle``. Backward waits for the gradient of all rows, and nothing overlaps there.
-                With ranks on several nodes there is one wave.
+                of each rank are cut into four equal waves (several nodes: one). "expert" and ``async_op``
+                only, and not with ``handle``. Backward waits for the gradient of all rows: no overlap there.
             previous_event: an event to wait for first.
             bounded: on all ranks alike: results have one size, as many rows as there is room for, and no host
                 waits to hear how many come; see docs/bounded.md. Rows past that are left out, evenly over
                 experts, and counted in ``Dispatched.dropped``; unless ``overflow="drop"``, the next call on
                 the rank that left them out raises CapacityExceeded. An id out of range counts as -1, and the
                 next call raises. Rows of the result that are none are undefined, zero where autograd records.
+            quantize: convert rows (bfloat16, float16, float32) on the way, on all ranks alike, to "fp8_e4m3",
+                "fp8_e4m3_ue8m0", "mxfp8" or "int8": results are those of the pair (rows, scales) that
+                :func:`commlib.quantize` makes. No gradient goes through, no ``in_waves``: docs/quantize.md.
 
         Returns:
             Dispatched.
@@ -233,17 +237,15 @@ class ExpertParallel:
         given, beside = checks.rows_and_scales(x)
         rows, weights = self._tensor("x", given), self._weights("topk_weights", topk_weights)
         scales = None if beside is None else self._tensor("scales", beside)
-        if scales is not None or rows.dtype != self._comm.settings.dtype:
-            checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights))
-        bounded = as_bool("bounded", bounded)
-        if in_waves and (not (layout == "expert" and async_op and handle is None) or bounded):
-            raise ValueError(
-                'in_waves needs layout="expert" and async_op=True, and goes with neither a handle nor bounded'
-            )
+        bounded, to = as_bool("bounded", bounded), checks.quantization_of(quantize, scales)
+        if scales is not None or to or rows.dtype != self._comm.settings.dtype:
+            checks.check_gradient(self.settings, rows, scales, ops.wants_gradient(rows, scales, weights), to)
+        fresh = handle is None and not bounded and not to
+        checks.check_waves(in_waves, fresh and layout == "expert" and async_op)
         if handle is not None:
             check_handle(self, handle, layout, topk_idx)
             checks.check_layout(handle.layout, zero_copy, overflow, self._comm.groups_in_slots, True)
-            known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales)
+            known = Redispatch(rows, weights, handle._plan, handle._grouped, zero_copy, scales, quantize=to)
             # Before the rows, with which it is there. Of a bounded dispatch it may not be known yet.
             groups = self._copied(handle._plan.groups) if handle._counts is None else handle._counts
             again, event = ops.redispatch(self._attachment, known, async_op)
@@ -256,7 +258,7 @@ class ExpertParallel:
         grouped, drop = layout != "rank", overflow == "drop"
         call = Dispatch(
             *(rows, idx, weights, self._name, *self._sizes, grouped, align, drop, zero_copy, scales),
-            *(*bounds, bounded and ops.wants_gradient(rows, weights)),
+            *(*bounds, bounded and ops.wants_gradient(rows, weights), to),
         )
         in_waves = in_waves and len(self.topology.hosts) == 1
         came, event = ops.dispatch(self._attachment, call, async_op, in_waves)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from commlib import _core
+from commlib.quantization import numbered
 
 # What the core can sum.
 CORE_DTYPES = {
@@ -14,29 +17,61 @@ CORE_DTYPES = {
     torch.float32: _core.DType.f32,
     torch.float64: _core.DType.f64,
 }
-# Each has a number from 1, by which ranks tell each other what their rows are: append only.
-_TYPES = (
-    *("bfloat16", "float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"),
-    *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    *("float8_e8m0fnu", "float4_e2m1fn_x2", "complex64", "complex128"),
-)
+# Each has a number from 1, by which ranks tell each other what their rows are.
+_TYPES = _core.type_names()
 _NUMBERS = {getattr(torch, name): n for n, name in enumerate(_TYPES, 1) if hasattr(torch, name)}
 _SCALES_SHIFT = 8
 OWN = _core.RowFormat()
+_AS_THEY_ARE = _core.Conversion()
 
 
-def format_of(dtype: torch.dtype, hidden: int, rows: Tensor, scales: Tensor | None = None) -> _core.RowFormat:
-    """What a core whose own rows are ``[n, hidden]`` of ``dtype`` is to know of these, and their scales.
+class Kind(NamedTuple):
+    """What rows are, or the scales beside them."""
+
+    dtype: torch.dtype
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        """Of each."""
+        return self.width * self.dtype.itemsize
+
+
+class Sent(NamedTuple):
+    """Rows as they travel, and what the core is to know of them."""
+
+    rows: Kind
+    scales: Kind | None = None
+    format: _core.RowFormat = OWN
+    conversion: _core.Conversion = _AS_THEY_ARE
+
+
+def kinds_sent(rows: Tensor, scales: Tensor | None, quantize: int) -> tuple[Kind, Kind | None]:
+    """What these rows and scales are as they travel. ``quantize``: the format's number, or 0."""
+    hidden = rows.shape[1]
+    if quantize:
+        q = numbered(quantize)
+        return Kind(q.row_dtype, hidden), Kind(q.scale_dtype, q.scales_of(hidden))
+    return Kind(rows.dtype, hidden), None if scales is None else Kind(scales.dtype, scales.shape[1])
+
+
+def sent_of(own: Sent, rows: Tensor, scales: Tensor | None = None, quantize: int = 0) -> Sent:
+    """The same with what a core is to know of it, ``own`` being of its own rows.
 
     Raises:
         ValueError: a type that has no number here.
     """
-    if scales is None and rows.dtype is dtype and rows.shape[1] == hidden:
-        return OWN
-    number = _number_of(rows)
-    if scales is None:
-        return _core.RowFormat(number, _row_bytes(rows))
-    return _core.RowFormat(number | _number_of(scales) << _SCALES_SHIFT, _row_bytes(rows), _row_bytes(scales))
+    if scales is None and not quantize and rows.dtype is own.rows.dtype and rows.shape[1] == own.rows.width:
+        return own
+    kind, beside = kinds_sent(rows, scales, quantize)
+    number = _number_of(kind)
+    if beside is None:
+        return Sent(kind, None, _core.RowFormat(number, kind.bytes))
+    format = _core.RowFormat(number | _number_of(beside) << _SCALES_SHIFT, kind.bytes, beside.bytes)
+    if not quantize:
+        return Sent(kind, beside, format)
+    to = _core.Quantization(quantize)
+    return Sent(kind, beside, format, _core.Conversion(to, CORE_DTYPES[rows.dtype], kind.width))
 
 
 def can_be_summed(own: torch.dtype, dtype: torch.dtype) -> bool:
@@ -47,17 +82,13 @@ def can_be_summed(own: torch.dtype, dtype: torch.dtype) -> bool:
     return dtype in CORE_DTYPES and (dtype == torch.float64) == (own == torch.float64)
 
 
-def viewed(raw: Tensor, like: Tensor) -> Tensor:
-    """``[n, bytes]`` uint8 as rows of the type and width of ``like``."""
-    return raw if raw.dtype == like.dtype else raw.view(like.dtype)
+def viewed(raw: Tensor, kind: Kind) -> Tensor:
+    """``[n, bytes]`` uint8 as what lies there."""
+    return raw if raw.dtype == kind.dtype else raw.view(kind.dtype)
 
 
-def _number_of(rows: Tensor) -> int:
-    number = _NUMBERS.get(rows.dtype)
+def _number_of(kind: Kind) -> int:
+    number = _NUMBERS.get(kind.dtype)
     if number is None:
-        raise ValueError(f"rows and scales cannot be {rows.dtype}: view them as a type of the same size")
+        raise ValueError(f"rows and scales cannot be {kind.dtype}: view them as a type of the same size")
     return number
-
-
-def _row_bytes(rows: Tensor) -> int:
-    return rows.shape[1] * rows.element_size()

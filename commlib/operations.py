@@ -22,7 +22,7 @@ from commlib.calls import (
 from commlib.communicator import Attachment, Communicator, refuse_forward_mode
 from commlib.errors import CapacityExceeded
 from commlib.event import Event
-from commlib.formats import CORE_DTYPES, OWN
+from commlib.formats import CORE_DTYPES, Sent
 
 _COPYING = _core.Weighing()  # of rows that come as they are
 
@@ -36,9 +36,9 @@ def dispatch(
         return _dispatch_bounded(a, call, async_op)
     c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
-    format = OWN if call.scales is None else c.format_of(call.x, call.scales)
+    sent = c.sent(call.x, call.scales, call.quantize)
     routes, places, groups, view = _begun_plan(c, call)
-    pending = _begin(a, call, view, in_waves, format)
+    pending = _begin(a, call, view, in_waves, sent.format)
     backend = c.backend  # from here on: another one, where the communicator has grown
     try:
         size = pending.results
@@ -46,9 +46,9 @@ def dispatch(
         weights = None if call.topk_weights is None else c.new_weights(size, grouped)
         in_slot = pending.grouped_in_slot if grouped else call.zero_copy or c.can_spare_slots(0)
         if in_slot:
-            rows, scales = _in_slot(c, size, format, call, pending.lease)
+            rows, scales = _in_slot(c, size, sent, pending.lease)
         else:
-            rows, scales = _in_memory(c, size, format, call)
+            rows, scales = _in_memory(c, size, sent)
         local_at = local.data_ptr()
         view.complete(pending.rows, local_at if grouped else 0)
         received = _core.Received(
@@ -61,9 +61,9 @@ def dispatch(
         read = call.topk_idx, routes, local, source, groups, places
         keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *read)
         backend.begin()
-        sent = rows_of(call.x, call.topk_weights, call.scales, format)
+        given = rows_of(call.x, call.topk_weights, call.scales, sent)
         kept = keep if async_op else None
-        ticket = c.core.finish_dispatch(pending, sent, view, received, async_op, kept)
+        ticket = c.core.finish_dispatch(pending, given, view, received, async_op, kept)
         counts = backend.copied(groups)
     except BaseException as error:
         backend.give_up(f"rank {c.rank} failed between counts and rows of a dispatch: {error!r}")
@@ -80,12 +80,12 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     c, grouped, size = a.communicator, call.grouped, call.results
     checks.check_dispatch(c, call)
     backend = c.backend
-    format = OWN if call.scales is None else c.format_of(call.x, call.scales)
+    sent = c.sent(call.x, call.scales, call.quantize)
     routes, places, groups, view = _begun_plan(c, call)
     local, source = backend.empty(call.capacity, c.settings.topk), backend.empty(size, 2)
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
     in_slot = _may_stay(c, call, size)
-    rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
+    rows, scales = (None, None) if in_slot else _in_memory(c, size, sent)
     view.complete(call.capacity, local.data_ptr() if grouped else 0)
     read = call.topk_idx, routes, local, source, groups, places
     later = async_op and not backend.ordered  # counts are not known before the operation is done
@@ -94,7 +94,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     backend.begin_plan(awaited=False)
     backend.begin()
     ticket, lease = c.core.dispatch_bounded(
-        rows_of(call.x, call.topk_weights, call.scales, format),
+        rows_of(call.x, call.topk_weights, call.scales, sent),
         view,
         _core.Received(
             None if rows is None else rows.data_ptr(),
@@ -112,7 +112,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
         a.caller,
     )
     if rows is None:
-        rows, scales = _in_slot(c, size, format, call, lease)
+        rows, scales = _in_slot(c, size, sent, lease)
     if counts is None:
         counts = backend.copied(groups)
     a.count(dispatches=1)
@@ -177,19 +177,19 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     c, plan, grouped = a.communicator, call.plan, call.grouped
     view = _checked_view(c, plan, grouped)
     checks.check_redispatch(c, call)
-    format = c.format_of(call.x, call.scales)
+    sent = c.sent(call.x, call.scales, call.quantize)
     size = plan.source.shape[0]
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)
     weighs = call.y is not None
     # Rows that are weighed on the way to their groups come once to each rank, and are read but once.
     in_slot = not weighs and _may_stay(c, call, size)
-    rows, scales = (None, None) if in_slot else _in_memory(c, size, format, call)
+    rows, scales = (None, None) if in_slot else _in_memory(c, size, sent)
     dots = c.backend.empty(size, dtype=c.weight_dtype) if weighs else None
     weighed = call.y, call.y_weights, dots
     keep = (call.x, call.topk_weights, call.scales, rows, weights, scales, *weighed, *plan.tensors)
     c.backend.begin()
     ticket, lease = c.core.redispatch(
-        rows_of(call.x, call.topk_weights, call.scales, format),
+        rows_of(call.x, call.topk_weights, call.scales, sent),
         view,
         _core.Received(
             None if rows is None else rows.data_ptr(),
@@ -204,7 +204,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
         a.caller,
     )
     if rows is None:
-        rows, scales = _in_slot(c, size, format, call, lease)
+        rows, scales = _in_slot(c, size, sent, lease)
     a.count(redispatches=1, rows_received=0 if plan.bounded(c.experts, grouped) else plan.local.shape[0])
     event = c.backend.end("redispatch", ticket, (rows, scales, *keep), async_op)
     return Rearrived(rows, weights, scales, dots), event
@@ -218,9 +218,9 @@ def combine(
     c, plan = a.communicator, call.plan
     view = _checked_view(c, plan, call.grouped)
     checks.check_combine(c, call)
-    format = c.format_of(call.y)
+    sent = c.sent(call.y)
     if out is None:
-        out = c.new_rows(plan.routes.shape[0], format, call.y)
+        out = c.new_rows(plan.routes.shape[0], sent)
     back = None
     if call.weight_grads is not None:
         back = c.backend.empty(*plan.topk_idx.shape, dtype=c.weight_dtype)
@@ -233,7 +233,7 @@ def combine(
         _address(call.weight_grads),
         _address(call.bias),
         0 if call.bias is None else _row_stride(call.bias),
-        *(() if format is OWN else (format, CORE_DTYPES[call.y.dtype])),
+        *(() if sent is c.own else (sent.format, CORE_DTYPES[call.y.dtype])),
     )
     keep = (call.y, call.weights, call.bias, call.weight_grads, out, back, *plan.tensors)
     c.backend.begin()
@@ -257,36 +257,23 @@ def _may_stay(c: Communicator, call: Dispatch | Redispatch, size: int) -> bool:
     return call.zero_copy or c.can_spare_slots(1)
 
 
-def _in_memory(
-    c: Communicator, size: int, format: _core.RowFormat, call: Dispatch | Redispatch
-) -> tuple[Tensor, Tensor | None]:
-    """Memory that the user will own for received rows, and for scales where some are sent."""
-    rows = c.new_rows(size, format, call.x)
-    if call.scales is None:
-        return rows, None
-    return rows, c.backend.empty(size, call.scales.shape[1], dtype=call.scales.dtype)
+def _in_memory(c: Communicator, size: int, sent: Sent) -> tuple[Tensor, Tensor | None]:
+    """Memory that the user will own for received rows, and for scales where some come."""
+    return c.new_rows(size, sent), c.new_scales(size, sent)
 
 
-def _in_slot(
-    c: Communicator,
-    size: int,
-    format: _core.RowFormat,
-    call: Dispatch | Redispatch,
-    lease: _core.SlotLease,
-) -> tuple[Tensor, Tensor | None]:
+def _in_slot(c: Communicator, size: int, sent: Sent, lease: _core.SlotLease) -> tuple[Tensor, Tensor | None]:
     """The same in the slot where they come in."""
-    rows = c.view_like(lease, size, format, call.x)
-    return rows, None if call.scales is None else c.view_scales(lease, size, format, call.scales)
+    return c.view(lease, size, sent), c.view_scales(lease, size, sent)
 
 
-def rows_of(
-    x: Tensor, weights: Tensor | None, scales: Tensor | None = None, format: _core.RowFormat = OWN
-) -> _core.Rows:
+def rows_of(x: Tensor, weights: Tensor | None, scales: Tensor | None, sent: Sent) -> _core.Rows:
     """The core's view of rows to send."""
     rows = x.data_ptr(), _row_stride(x), x.shape[0], weights is not None, _address(weights)
-    if format is OWN:
+    if sent.format.is_own:
         return _core.Rows(*rows)
-    return _core.Rows(*rows, _address(scales), 0 if scales is None else _row_stride(scales), format)
+    stride = 0 if scales is None else _row_stride(scales)
+    return _core.Rows(*rows, _address(scales), stride, sent.format, sent.conversion)
 
 
 def _weighing_of(y: Tensor | None, weights: Tensor | None, dots: Tensor | None) -> _core.Weighing:

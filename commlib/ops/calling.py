@@ -108,4 +108,5 @@ def issue(operation: Callable[..., _Result], a: Attachment, call: Any, *options:
 def _with_none(came: _Came, call: Dispatch | Redispatch) -> _Came:
     """None for an op's empty tensors, in place of what has not been sent."""
     weights = None if call.topk_weights is None else came.weights
-    return came._replace(weights=weights, scales=None if call.scales is None else came.scales)
+    has_scales = call.scales is not None or call.quantize
+    return came._replace(weights=weights, scales=came.scales if has_scales else None)

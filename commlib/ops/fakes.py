@@ -9,6 +9,7 @@ from torch import Tensor
 
 from commlib.calls import Combine, Dispatch, Redispatch, words_of_groups
 from commlib.communicator import refuse_forward_mode
+from commlib.formats import kinds_sent
 from commlib.ops.schema import unflat
 
 
@@ -23,8 +24,11 @@ def _weights(given: Tensor | None, size: Any, grouped: bool, topk: int, x: Tenso
     return given.new_empty((size,) if grouped else (size, topk))
 
 
-def _scales(given: Tensor | None, size: Any, x: Tensor) -> Tensor:
-    return nothing(x) if given is None else given.new_empty(size, given.shape[1])
+def _rows_and_scales(call: Dispatch | Redispatch, size: Any) -> tuple[Tensor, Tensor]:
+    x = call.x
+    rows, scales = kinds_sent(x, call.scales, call.quantize)
+    beside = nothing(x) if scales is None else x.new_empty(size, scales.width, dtype=scales.dtype)
+    return x.new_empty(size, rows.width, dtype=rows.dtype), beside
 
 
 def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
@@ -41,8 +45,9 @@ def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
         size = context.new_dynamic_size() if call.grouped else unique
     x, idx = call.x, call.topk_idx
     tokens, topk = idx.shape
+    rows, scales = _rows_and_scales(call, size)
     return (
-        x.new_empty(size, x.shape[1]),
+        rows,
         _weights(call.topk_weights, size, call.grouped, topk, x),
         idx.new_empty(groups),
         idx.new_empty(tokens, call.width),
@@ -50,7 +55,7 @@ def dispatch(*arguments: Any) -> tuple[Tensor, ...]:
         idx.new_empty(size, 2),
         idx.new_empty(groups),
         idx.new_empty(tokens, topk) if call.grouped else nothing(x),
-        _scales(call.scales, size, x),
+        scales,
     )
 
 
@@ -60,7 +65,8 @@ def redispatch(*arguments: Any) -> tuple[Tensor, ...]:
     x, size, topk = call.x, call.plan.source.shape[0], call.plan.topk_idx.shape[1]
     weights = _weights(call.topk_weights, size, call.grouped, topk, x)
     dots = nothing(x) if call.y_weights is None else call.y_weights.new_empty(size)
-    return x.new_empty(size, x.shape[1]), weights, _scales(call.scales, size, x), dots
+    rows, scales = _rows_and_scales(call, size)
+    return rows, weights, scales, dots
 
 
 def combine(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ struct Rows {
   const std::byte* weights = nullptr;  // [count][topk]
   const std::byte* scales = nullptr;   // [count], scales_stride bytes apart, where the format has any
   int64_t scales_stride = 0;
-  RowFormat format{};  // the same on all ranks
+  RowFormat format{};       // as they are sent: the same on all ranks
+  Conversion conversion{};  // from what x is to that format, where the two differ
 };
 
 // The route plan, which a dispatch found and later operations use again.

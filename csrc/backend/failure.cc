@@ -2,6 +2,8 @@
 
 #include <cstdio>
 
+#include "base/type_names.h"
+
 namespace commlib {
 
 std::vector<int> ranks_in(uint64_t mask) {
@@ -53,8 +55,11 @@ std::string waited_text(const FailureRecord& r) {
 std::string format_text(uint64_t word) {
   if (word == 0) return "";
   const RowFormat format = RowFormat::from_word(word);
-  return " (type " + std::to_string(format.type) + ", " + std::to_string(format.bytes) +
-         " bytes, and scales of " + std::to_string(format.scale_bytes) + ")";
+  const auto array = [](const char* what, unsigned type, int64_t bytes) {
+    return what + std::to_string(bytes) + " bytes of " + type_name(type);
+  };
+  return array(" (", format.type & 0xff, format.bytes) +
+         (format.scale_bytes ? array(", and scales of ", format.type >> 8, format.scale_bytes) : "") + ")";
 }
 
 std::string mismatch_advice(const Call& mine, const Call& theirs) {

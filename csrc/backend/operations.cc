@@ -314,6 +314,7 @@ SendPlan Communicator::send_plan(const Rows& rows, const RoutePlan& routing) con
   plan.x_stride = rows.stride;
   plan.scales = rows.scales;
   plan.scales_stride = rows.scales_stride;
+  plan.conversion = rows.conversion;
   plan.routes = routing.routes;
   plan.places = uses_places(routing) ? routing.places : nullptr;
   plan.topk_idx = routing.topk_idx;

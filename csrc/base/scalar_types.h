@@ -37,16 +37,20 @@ COMMLIB_HD double double_of(uint64_t u) {
   return d;
 }
 
+// All bits where a < b, else none; both less than 2^31. A comparison would do, but a compiler that makes a
+// branch of it finds no vectors.
+COMMLIB_HD uint32_t mask_below(uint32_t a, uint32_t b) { return 0u - ((a - b) >> 31); }
+
 COMMLIB_HD float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
 // IEEE half to float: shift the exponent and mantissa into place, then let one multiplication by 2^112 fix
-// the exponent's bias; subnormals come out right by themselves.
+// the exponent's bias; subnormals come out right by themselves, and of infinity and NaN the mantissa does.
 COMMLIB_HD float widen(Half v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t rest = v.bits & 0x7fff;
-  if (rest >= 0x7c00)
-    return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 1u << 22 : 0));
-  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+  const uint32_t all_ones = mask_below(0x7bff, rest) & 0x7f800000;
+  const uint32_t quiet = mask_below(0x7c00, rest) & 1u << 22;
+  return float_of(sign | all_ones | quiet | bits_of(float_of(rest << 13) * 0x1p112f));
 }
 COMMLIB_HD float widen(float v) { return v; }
 COMMLIB_HD double widen(double v) { return v; }

@@ -38,6 +38,12 @@ void weigh(const std::string& name, DType dtype, Address dst, Address row, Addre
   vector_ops(name).flush();
 }
 
+void quantize(const std::string& name, const Conversion& how, Address rows, Address scales, Address src) {
+  const QuantizeFn quantize = vector_ops(name).quantize[static_cast<int>(how.from)];
+  if (!quantize) throw std::invalid_argument("float64 rows are not converted");
+  quantize(at<std::byte>(rows), at<std::byte>(scales), at<std::byte>(src), how);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -59,6 +65,8 @@ void bind_cpu(py::module_& m) {
         "For tests: sum rows, each times its weight, in this vector width.");
   m.def("weigh", &weigh, "name"_a, "dtype"_a, "dst"_a, "row"_a, "weight"_a, "y"_a, "elements"_a, "dot"_a,
         "For tests: a row times its weight, and its product with another one, in this vector width.");
+  m.def("quantize", &quantize, "name"_a, "how"_a, "rows"_a, "scales"_a, "src"_a,
+        "For tests: convert a row, in this vector width.");
 }
 
 }  // namespace commlib::python

@@ -1,5 +1,10 @@
 // Rows, as operations take them by address and as tensors see them.
+#include <iterator>
 #include <optional>
+#include <string>
+#include <vector>
+
+#include "base/type_names.h"
 
 #include "bindings/bindings.h"
 #include "bindings/memory.h"
@@ -34,9 +39,9 @@ py::capsule to_dlpack(const Memory& m) {
 }
 
 Rows rows_of(Address x, int64_t stride, int64_t count, bool has_weights, Address weights, Address scales,
-             int64_t scales_stride, const RowFormat& format) {
-  return {at<std::byte>(x),      stride,        count, has_weights, at<std::byte>(weights),
-          at<std::byte>(scales), scales_stride, format};
+             int64_t scales_stride, const RowFormat& format, const Conversion& conversion) {
+  return {at<std::byte>(x),      stride,        count,  has_weights, at<std::byte>(weights),
+          at<std::byte>(scales), scales_stride, format, conversion};
 }
 
 RoutePlan route_plan_of(Address topk_idx, Address routes, Address places, int64_t tokens, int64_t rows,
@@ -98,6 +103,10 @@ CombineInput combine_input_of(Address y, int64_t count, int64_t stride, Address 
 }
 
 void bind_operands(py::module_& m) {
+  m.def(
+      "type_names", [] { return std::vector<std::string>(std::begin(kTypeNames), std::end(kTypeNames)); },
+      "What rows and scales may be, by number from 1.");
+
   py::class_<RowFormat>(m, "RowFormat", R"(The rows of one operation, and the scales beside each.
 
 Without arguments: the communicator's own rows.)")
@@ -108,9 +117,24 @@ Without arguments: the communicator's own rows.)")
            "type"_a, "bytes"_a, "scale_bytes"_a = 0)
       .def_property_readonly("is_own", &RowFormat::is_own);
 
+  py::enum_<Quantization>(m, "Quantization", "What rows are converted to as they are sent.")
+      .value("none", Quantization::none)
+      .value("fp8_e4m3", Quantization::fp8_e4m3)
+      .value("fp8_e4m3_ue8m0", Quantization::fp8_e4m3_ue8m0)
+      .value("mxfp8", Quantization::mxfp8)
+      .value("int8", Quantization::int8);
+
+  py::class_<Conversion>(m, "Conversion", R"(Of rows as they are sent, from so many elements of a type.
+
+Without arguments: they go as they are.)")
+      .def(py::init<>())
+      .def(py::init(
+               [](Quantization to, DType from, int64_t elements) { return Conversion{to, from, elements}; }),
+           "to"_a, "dtype"_a, "elements"_a);
+
   py::class_<Rows>(m, "Rows", "The rows that a rank sends.")
       .def(py::init(&rows_of), "x"_a, "stride"_a, "count"_a, "has_weights"_a, "weights"_a, "scales"_a = 0,
-           "scales_stride"_a = 0, format_arg());
+           "scales_stride"_a = 0, format_arg(), py::arg_v("conversion", Conversion{}, "Conversion()"));
 
   py::class_<RoutePlan>(m, "RoutePlan", "What a dispatch finds, and later operations use again.")
       .def(py::init(&route_plan_of), "topk_idx"_a, "routes"_a, "places"_a, "tokens"_a, "rows"_a = 0,

@@ -3,10 +3,12 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/scalar_types.h"
 #include "cpu/vector_ops.h"
+#include "protocol/quantize.h"
 
 // From here on, after all other headers: see vector_kernels.h.
 #if defined(__clang__)

@@ -3,11 +3,13 @@
 
 #include <arm_neon.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/scalar_types.h"
 #include "cpu/vector_kernels.h"
 #include "cpu/vector_ops.h"
+#include "protocol/quantize.h"
 
 namespace commlib {
 namespace {

@@ -1,9 +1,11 @@
 // Plain C++: any processor, and the reference for the vector paths.
+#include <algorithm>
 #include <cstring>
 
 #include "base/scalar_types.h"
 #include "cpu/vector_kernels.h"
 #include "cpu/vector_ops.h"
+#include "protocol/quantize.h"
 
 namespace commlib {
 namespace {

@@ -1,7 +1,7 @@
-// multicast, reduce and weigh, written once over an instruction set `Isa`. Included by each simd_*.cc after
-// the instruction set has been switched on for that file, and after the headers below, which must not be
-// compiled for it; everything stays in its unnamed namespace, so that code for one instruction set can never
-// be linked into another's path.
+// multicast, reduce, weigh and quantize, written once over an instruction set `Isa`. Included by each
+// simd_*.cc after the instruction set has been switched on for that file, and after the headers below, which
+// must not be compiled for it; everything stays in its unnamed namespace, so that code for one instruction
+// set can never be linked into another's path.
 //
 // Isa::Bytes     : static load(p), stream(p, v), kBytes
 // Isa::Lanes<T>  : static load(const T*) -> Vec of accumulators, store(T*, Vec), stream(T*, Vec), set(acc),
@@ -9,11 +9,13 @@
 //                  the order of their elements, kWidth
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "base/scalar_types.h"
 #include "cpu/vector_ops.h"
+#include "protocol/quantize.h"
 
 namespace commlib {
 namespace {
@@ -200,12 +202,42 @@ void weigh(std::byte* dst, const Term& row, const std::byte* y, int64_t elements
                                    reinterpret_cast<typename L::Acc*>(dot));
 }
 
+// Plain loops over plain arithmetic, which compilers turn into vectors of this file's instruction set: the
+// rule itself stays in one place. A block stays in the first cache between its two passes. kBlock: of how, or
+// 0 where that is not known here.
+template <class To, int kBlock, class T>
+void quantize_blocks(uint8_t* rows, std::byte* scales, const T* src, const Conversion& how) {
+  const int64_t block = kBlock ? kBlock : how.block();
+  const bool powers = how.scales_are_powers();
+  for (int64_t i = 0; i < how.elements; i += block) {
+    uint32_t greatest = 0;
+    for (int64_t k = i; k < i + block; ++k) greatest = std::max(greatest, magnitude_of(widen(src[k])));
+    const BlockScale scale = scale_of(greatest, To::kMost, powers);
+    for (int64_t k = i; k < i + block; ++k) rows[k] = To::of(scaled(widen(src[k]), scale.factor));
+    if (powers) {
+      *scales++ = static_cast<std::byte>(scale.stored);
+    } else {
+      std::memcpy(scales, &scale.stored, 4);
+      scales += 4;
+    }
+  }
+}
+
+template <class Isa, class T>
+void quantize(std::byte* rows, std::byte* scales, const std::byte* src, const Conversion& how) {
+  const auto convert = how.to_integers()   ? quantize_blocks<ToInt8, 0, T>
+                       : how.block() == 32 ? quantize_blocks<ToE4m3, 32, T>
+                                           : quantize_blocks<ToE4m3, 128, T>;
+  convert(reinterpret_cast<uint8_t*>(rows), scales, reinterpret_cast<const T*>(src), how);
+}
+
 template <class Isa>
 VectorOps make_vector_ops(const char* name) noexcept {
   return {name,
           multicast<Isa>,
           {reduce<Isa, Bf16>, reduce<Isa, Half>, reduce<Isa, float>, reduce<Isa, double>},
           {weigh<Isa, Bf16>, weigh<Isa, Half>, weigh<Isa, float>, weigh<Isa, double>},
+          {quantize<Isa, Bf16>, quantize<Isa, Half>, quantize<Isa, float>, nullptr},
           Isa::flush};
 }
 

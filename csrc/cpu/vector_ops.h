@@ -1,4 +1,4 @@
-// The data path of the CPU worker: three primitives, in the widest form that this processor has.
+// The data path of the CPU worker: four primitives, in the widest form that this processor has.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "protocol/quantize.h"
 #include "protocol/worker.h"
 
 namespace commlib {
@@ -30,12 +31,16 @@ using ReduceFn = void (*)(std::byte* dst, const Term* terms, int n, int64_t elem
 using WeighFn = void (*)(std::byte* dst, const Term& row, const std::byte* y, int64_t elements,
                          std::byte* dot);
 
+// Converts a row: bytes, and the scales of its blocks, as protocol/quantize.h has it.
+using QuantizeFn = void (*)(std::byte* rows, std::byte* scales, const std::byte* src, const Conversion& how);
+
 struct VectorOps {
   const char* name;
   MulticastFn multicast;
   ReduceFn reduce[kNumDTypes];
   WeighFn weigh[kNumDTypes];
-  void (*flush)();  // orders streaming stores before later release stores
+  QuantizeFn quantize[kNumDTypes];  // from each type; null: fp64
+  void (*flush)();                  // orders streaming stores before later release stores
 };
 
 // The widest of "avx512", "avx2", "neon", "plain" that this processor runs; or the one named.

@@ -2,6 +2,22 @@
 
 namespace commlib {
 
+// The converted row stays in the first caches until it has gone to all targets.
+void CpuWorker::convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src) {
+  if (to.count == 0) return;
+  const auto scales_at = static_cast<size_t>(how.row_bytes());
+  converted_.resize(scales_at + static_cast<size_t>(how.scale_bytes()));
+  std::byte *row = converted_.data(), *scales = row + scales_at;
+  op_.ops->quantize[static_cast<int>(how.from)](row, scales, src, how);
+  Target rows[kMaxTopk + 1], beside[kMaxTopk + 1];
+  for (int j = 0; j < to.count; ++j) {
+    rows[j] = to.items[j].row;
+    beside[j] = to.items[j].scales;
+  }
+  op_.ops->multicast(rows, to.count, row, how.row_bytes());
+  op_.ops->multicast(beside, to.count, scales, how.scale_bytes());
+}
+
 // The first failure of an operation is the one reported.
 void CpuWorker::fail(FailureRecord record, double seconds) {
   if (record.cause == Cause::none) return;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <vector>
 
 #include "base/event_count.h"
 #include "base/words.h"
@@ -69,6 +70,7 @@ class CpuWorker {
   static constexpr bool kInternode = true;
   static constexpr bool kPlansGroups = true;
   static constexpr bool kBoundsPlans = true;
+  static constexpr bool kConverts = true;
 
   CpuWorker(OpContext& op, int index, int count) : op_(op), index_(index), count_(count) {}
 
@@ -99,6 +101,7 @@ class CpuWorker {
   void multicast(List<Target> to, const std::byte* src, int64_t bytes) {
     op_.ops->multicast(to.items, to.count, src, bytes);
   }
+  void convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src);
   void reduce(DType t, std::byte* dst, List<Term> terms, int64_t elements) {
     op_.ops->reduce[static_cast<int>(t)](dst, terms.items, terms.count, elements, ahead_);
     ahead_.count = 0;
@@ -232,6 +235,7 @@ class CpuWorker {
   int count_;
   Lent lent_;
   Ahead ahead_;
+  std::vector<std::byte> converted_;  // a row, then its scales: empty until a row is converted
   alignas(Term) std::byte list_[(kMaxTopk + 1) * sizeof(Term)];
 };
 

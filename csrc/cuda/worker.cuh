@@ -164,6 +164,7 @@ class WarpWorker {
   static constexpr bool kInternode = false;
   static constexpr bool kPlansGroups = false;
   static constexpr bool kBoundsPlans = false;
+  static constexpr bool kConverts = false;
 
   __device__ explicit WarpWorker(const OpParams& op) : op_(op) {
     lane_ = static_cast<int>(threadIdx.x % kWarpLanes);

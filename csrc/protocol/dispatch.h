@@ -19,6 +19,7 @@ struct SendPlan {
   int64_t x_stride;
   const std::byte* scales;  // [tokens], scales_stride bytes apart, where the layout has any
   int64_t scales_stride;
+  Conversion conversion;     // of each row, as it is sent; then there are no scales to read
   const int64_t* routes;     // [tokens][width]
   const int64_t* places;     // [tokens][topk] or null: see TokenRows
   const int64_t* topk_idx;   // [tokens][topk]
@@ -57,6 +58,24 @@ COMMLIB_HD int copy_row(Worker& w, const SlotLayout& layout, const std::byte* ro
   return targets;
 }
 
+// A token's row and its scales, as the plan says.
+template <class Worker, class Place>
+COMMLIB_HD int copy_token(Worker& w, const SendPlan& plan, int64_t t, int most, Place place) {
+  const std::byte* row = plan.x + t * plan.x_stride;
+  if constexpr (Worker::kConverts) {
+    if (plan.conversion.any()) {
+      const RowArray rows = plan.layout.rows(), scales = plan.layout.scales();
+      const auto to = w.template list<ConvertedTarget>(most, [&](int j) -> ConvertedTarget {
+        const Target target = place(j, rows);
+        return {target, target ? place(j, scales) : nullptr};
+      });
+      w.convert(to, plan.conversion, row);
+      return to.count;
+    }
+  }
+  return copy_row(w, plan.layout, row, plan.scales + t * plan.scales_stride, most, place);
+}
+
 // The same array of row `row` in the slot that rank p lends.
 template <class Plan>
 COMMLIB_HD Target place_in_slot(const Plan& plan, const PeerTable& peers, int p, int64_t row,
@@ -68,12 +87,11 @@ COMMLIB_HD Target place_in_slot(const Plan& plan, const PeerTable& peers, int p,
 template <class Worker, class Goes>
 COMMLIB_HD int send_row(Worker& w, const SendPlan& plan, const PeerTable& peers, int64_t t, Goes goes) {
   const TokenRows rows = plan.rows_of(t);
-  return copy_row(w, plan.layout, plan.x + t * plan.x_stride, plan.scales + t * plan.scales_stride, rows.most,
-                  [&](int j, const RowArray& array) -> Target {
-                    const int64_t row = rows.at(j);
-                    if (row == kNoRoute || !goes(rank_of(row))) return nullptr;
-                    return place_in_slot(plan, peers, rank_of(row), row_of(row), array);
-                  });
+  return copy_token(w, plan, t, rows.most, [&](int j, const RowArray& array) -> Target {
+    const int64_t row = rows.at(j);
+    if (row == kNoRoute || !goes(rank_of(row))) return nullptr;
+    return place_in_slot(plan, peers, rank_of(row), row_of(row), array);
+  });
 }
 
 // What goes with a token's rows, to all ranks alike; each takes what concerns its own experts.

@@ -69,7 +69,8 @@ struct Lent {
 
 // The rows of one operation, and the scales beside each: bytes, whatever they mean.
 struct RowFormat {
-  // A number for the elements' types, the same on all ranks; 0: the communicator's own rows.
+  // The elements' type, and above it that of scales, as base/type_names.h has them; 0: the communicator's own
+  // rows.
   uint16_t type = 0;
   int64_t bytes = 0;
   int64_t scale_bytes = 0;

@@ -6,6 +6,7 @@
 //   kInternode                 whether there may be ranks on other nodes
 //   kPlansGroups               whether plans may be of dispatches whose rows go straight to groups
 //   kBoundsPlans               whether they may be of bounded dispatches
+//   kConverts                  whether rows may be converted as they are sent
 //   id()                       the operation. (A plan, which is short of registers, reads it where it needs
 //   it) share(n)                   this worker's contiguous part of n items
 //
@@ -19,6 +20,8 @@
 //   take(mine, counter)        where mine: *counter and the number of lower lanes that take; adds them
 //   take_each(key, counters)   the same with counters[key], where key is not negative
 //   multicast(to, src, bytes)  copies src to every target
+//   convert(to, how, src)      converts the row at src, once, and copies it and its scales to every target;
+//                              where kConverts
 //   reduce(dtype, dst, terms, elements)
 //                              sums rows in the order of the list, in fp32 (fp64 for fp64), multiply and
 //                              add apart, one rounding at the end, and one of each sum of parts (see Term);
@@ -84,6 +87,7 @@
 
 #include "base/dtype.h"
 #include "protocol/control_block.h"
+#include "protocol/quantize.h"
 
 namespace commlib {
 
@@ -104,6 +108,13 @@ struct Term {
   COMMLIB_HD explicit operator bool() const { return row != nullptr; }
 };
 using Target = std::byte*;
+
+// Of a converted row and its scales.
+struct ConvertedTarget {
+  std::byte* row;
+  std::byte* scales;
+  COMMLIB_HD explicit operator bool() const { return row != nullptr; }
+};
 
 template <class T>
 struct List {

@@ -115,6 +115,7 @@ STEPS = (
     tests("sharing", 40),
     tests("teams", 20),
     tests("formats", 25),
+    tests("quantize", 40),
     tests("grouping", 60),
     tests("bounded", 60),
     tests("products", 20),

@@ -225,7 +225,7 @@ def test_vmap_is_refused(device):
         d = ep.dispatch(world.x[0], world.topk_idx[0])
         arguments = (*d.handle._plan[:-1], d.handle._grouped)
         for f in (
-            lambda x: torch.ops.commlib.redispatch(x, None, *arguments, False, None, None, None)[0],
+            lambda x: torch.ops.commlib.redispatch(x, None, *arguments, False, None, None, None, 0)[0],
             lambda x: torch.ops.commlib.combine(d.x, None, x, None, *arguments)[0],
             lambda x: ep.combine(d.x, d.handle, bias=x),
         ):

@@ -173,7 +173,7 @@ def test_ops_called_by_themselves_refuse_what_does_not_fit(device, name):
         routing[place] = change(routing[place])
         for op, rest in (
             (torch.ops.commlib.combine, ()),
-            (torch.ops.commlib.redispatch, (False, None, None, None)),
+            (torch.ops.commlib.redispatch, (False, None, None, None, 0)),
         ):
             inputs = (x, None, None, None) if op == torch.ops.commlib.combine else (x, None)
             with pytest.raises(ValueError, match=r"not the routing of a dispatch|must have 3 rows"):
@@ -193,14 +193,14 @@ def test_routes_that_are_no_rows_are_refused_before_memory_of_other_ranks_is_tou
         with pytest.raises(ValueError, match=rf"routes\[2, 0\] is {route}, which is no row of any rank"):
             torch.ops.commlib.combine(x, None, None, None, *changed[:-1], False)
         with pytest.raises(ValueError, match="no row of any rank"):
-            torch.ops.commlib.redispatch(x, None, *changed[:-1], False, False, None, None, None)
+            torch.ops.commlib.redispatch(x, None, *changed[:-1], False, False, None, None, None, 0)
         assert torch.equal(ep.combine(d.x, d.handle), x)
 
 
 def test_ops_called_by_themselves_check_as_dispatch_does(device):
     with ExpertParallel(**CONFIG, device=device) as ep:
         x, idx, name = rows(device=device), ids(device=device), ep._name
-        options = (False, 1, False, False, None, 0, 0, 0, 0, 0, False)
+        options = (False, 1, False, False, None, 0, 0, 0, 0, 0, False, 0)
         for change, text in (
             (dict(x=x.double()), "x must be torch.float32"),
             (dict(x=x[:, :32]), r"x must be \[rows, 64\]"),

@@ -425,9 +425,9 @@ def test_ops_refuse_bounds_that_are_not_the_communicators(device):
     world = make_world([6], num_experts=4, topk=2, device=device)
     with ExpertParallel(**world.config()) as ep:
         given = world.x[0], world.topk_idx[0], None, ep._name, *ep._sizes, False, 1, False, False, None
-        torch.ops.commlib.dispatch(*given, 6, 6, 0, 0, 0, False)
+        torch.ops.commlib.dispatch(*given, 6, 6, 0, 0, 0, False, 0)
         with pytest.raises(ValueError, match=r"capacity=600.*but the communicator has.*capacity=6"):
-            torch.ops.commlib.dispatch(*given, 600, 600, 0, 0, 0, False)
+            torch.ops.commlib.dispatch(*given, 600, 600, 0, 0, 0, False, 0)
 
 
 @pytest.mark.parametrize(

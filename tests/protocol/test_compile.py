@@ -73,6 +73,7 @@ def test_ops_pass_torchs_own_checks(device):
                 0,
                 0,
                 False,
+                0,
             ),
             test_utils=tests,
         )
@@ -83,7 +84,7 @@ def test_ops_pass_torchs_own_checks(device):
         )
         torch.library.opcheck(
             torch.ops.commlib.redispatch.default,
-            (x, w, *d.handle._plan[:-1], False, False, None, None, None),
+            (x, w, *d.handle._plan[:-1], False, False, None, None, None, 0),
             test_utils=tests,
         )
 

@@ -212,7 +212,7 @@ def test_the_op_passes_torchs_own_checks(device):
         weights = torch.ones(len(y), device=device, requires_grad=True)
         torch.library.opcheck(
             torch.ops.commlib.redispatch.default,
-            (x, None, *d.handle._plan[:-1], True, False, None, y, weights),
+            (x, None, *d.handle._plan[:-1], True, False, None, y, weights, 0),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
 
@@ -225,7 +225,7 @@ def test_the_gradient_of_the_gradient_is_exact(device):
         routing = d.handle._plan[:-1]
 
         def weigh(x, given, y, weights):
-            options = (True, False, None, y, weights)
+            options = (True, False, None, y, weights, 0)
             rows, values, _, dots = torch.ops.commlib.redispatch(x, given, *routing, *options)
             return rows, values, dots
 
@@ -256,5 +256,5 @@ def test_what_cannot_be_weighed_is_refused(device, name):
         y, weights = change(d.x, torch.ones(len(d.x), device=device))
         with pytest.raises(ValueError, match=message):
             torch.ops.commlib.redispatch(
-                world.x[0], None, *d.handle._plan[:-1], True, False, None, y, weights
+                world.x[0], None, *d.handle._plan[:-1], True, False, None, y, weights, 0
             )

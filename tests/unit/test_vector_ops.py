@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from commlib import _core
+from commlib.quantization import FORMATS, SOURCES, named, quantize
 from commlib.settings import CORE_DTYPES
 
 PATHS = _core.available_vector_ops()
@@ -169,3 +170,33 @@ def test_multicast_copies_to_every_target_and_nowhere_else(path):
 def test_an_unknown_path_names_the_known_ones():
     with pytest.raises(ValueError, match="plain"):
         _core.multicast("sse9", [], 0, 0)
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="PyTorch has no float8_e8m0fnu")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", SOURCES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantize_has_the_bits_of_the_reference(path, dtype, format):
+    """For every 16 bits there are, in blocks of neighbours and of strangers; for fp32, with more below."""
+    q = named(format)
+    bits = torch.arange(2**16).to(torch.int16)
+    shuffled = bits[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    everything = torch.cat([bits, shuffled])
+    if dtype == torch.float32:
+        below = torch.randint(0, 2**16, everything.shape, generator=torch.Generator().manual_seed(1))
+        everything = (everything.to(torch.int32) << 16) + below.to(torch.int32)
+    for offset, width in ((0, 512), (1, 128), (3, 1024)):
+        x = aligned(everything.numel(), dtype, offset).copy_(everything.view(dtype)).view(-1, width)
+        rows = torch.empty(x.shape, dtype=q.row_dtype)
+        scales = torch.empty(len(x), q.scales_of(width), dtype=q.scale_dtype)
+        how = _core.Conversion(_core.Quantization(q.number), CORE_DTYPES[dtype], width)
+        for row, scale, given in zip(rows, scales, x, strict=True):
+            _core.quantize(path, how, row.data_ptr(), scale.data_ptr(), given.data_ptr())
+        for got, wanted in zip((rows, scales), quantize(x, format), strict=True):
+            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_float64_rows_are_not_converted():
+    how = _core.Conversion(_core.Quantization.int8, _core.DType.f64, 8)
+    with pytest.raises(ValueError, match="float64 rows are not converted"):
+        _core.quantize("plain", how, 0, 0, 0)

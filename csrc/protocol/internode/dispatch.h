@@ -53,11 +53,9 @@ COMMLIB_HD bool send_to_gateway(Worker& w, const DispatchQueue& d, int g) {
                        write_rows(w, frame, plan.routes + t * plan.width, plan.width, t, gateway.serves,
                                   d.internode.served_most);
                        write_token_metadata(w, d, frame, t);
-                       copy_row(w, plan.layout, plan.x + t * plan.x_stride,
-                                plan.scales + t * plan.scales_stride, 1,
-                                [&](int, const RowArray& array) -> Target {
-                                  return array.at == 0 ? frame.row() : frame.scales();
-                                });
+                       copy_token(w, plan, t, 1, [&](int, const RowArray& array) -> Target {
+                         return array.at == 0 ? frame.row() : frame.scales();
+                       });
                      });
 }
 
