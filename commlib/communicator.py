@@ -182,6 +182,11 @@ class Communicator:
         """What rows and the scales beside them are as they travel."""
         return sent_of(self.own, rows, scales, quantize)
 
+    @property
+    def converts(self) -> bool:
+        """Whether the core converts rows on their way; otherwise they are converted before."""
+        return self.backend.converts_between_nodes or len(self.topology.hosts) == 1
+
     def view(self, lease: _core.SlotLease, rows: int, sent: Sent | None = None) -> Tensor:
         """Rows in a slot, which they keep; the communicator's own unless ``sent`` says what they are."""
         if sent is None or sent.format.is_own:

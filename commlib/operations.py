@@ -6,6 +6,8 @@ Each function returns the results, and with ``async_op`` the event after which t
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from commlib import _core, checks
@@ -23,7 +25,9 @@ from commlib.communicator import Attachment, Communicator, refuse_forward_mode
 from commlib.errors import CapacityExceeded
 from commlib.event import Event
 from commlib.formats import CORE_DTYPES, Sent
+from commlib.quantization import numbered, quantize
 
+_Sends = TypeVar("_Sends", Dispatch, Redispatch)
 _COPYING = _core.Weighing()  # of rows that come as they are
 
 
@@ -36,6 +40,7 @@ def dispatch(
         return _dispatch_bounded(a, call, async_op)
     c, grouped = a.communicator, call.grouped
     checks.check_dispatch(c, call)
+    call = _converted(c, call)
     sent = c.sent(call.x, call.scales, call.quantize)
     routes, places, groups, view = _begun_plan(c, call)
     pending = _begin(a, call, view, in_waves, sent.format)
@@ -79,6 +84,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     """Send each token likewise, to results of one size: nobody waits to hear how many rows come."""
     c, grouped, size = a.communicator, call.grouped, call.results
     checks.check_dispatch(c, call)
+    call = _converted(c, call)
     backend = c.backend
     sent = c.sent(call.x, call.scales, call.quantize)
     routes, places, groups, view = _begun_plan(c, call)
@@ -118,6 +124,14 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
     a.count(dispatches=1)
     event = backend.end("dispatch", ticket, (rows, scales, *keep, counts), async_op)
     return Arrived(rows, weights, counts, routes, local, source, groups, places, scales, view), event
+
+
+def _converted(c: Communicator, call: _Sends) -> _Sends:
+    """The same call, of rows that are quantized already where the core does not do it on their way."""
+    if call.quantize == 0 or c.converts:
+        return call
+    rows, scales = quantize(call.x, numbered(call.quantize).name)
+    return call._replace(x=rows, scales=scales, quantize=0)
 
 
 def _check_callable(a: Attachment) -> None:
@@ -177,6 +191,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
     c, plan, grouped = a.communicator, call.plan, call.grouped
     view = _checked_view(c, plan, grouped)
     checks.check_redispatch(c, call)
+    call = _converted(c, call)
     sent = c.sent(call.x, call.scales, call.quantize)
     size = plan.source.shape[0]
     weights = None if call.topk_weights is None else c.new_weights(size, grouped)

@@ -39,6 +39,7 @@ class Backend(ABC):
     device: torch.device
     core: _core.Communicator
     traces: tuple[Trace, ...] = ()  # where operations are noted now
+    converts_between_nodes = False  # rows, on their way; on one node every device does
     ordered = True  # a stream orders what reads an operation's results, also of an asynchronous one
 
     def __init__(self, device: torch.device) -> None:

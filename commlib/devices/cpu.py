@@ -69,6 +69,7 @@ class CpuBackend(Backend):
     """Threads on the host: an operation that is not asynchronous is done when its call returns."""
 
     core: _core.CpuCommunicator
+    converts_between_nodes = True
     ordered = False
 
     def __init__(self, core: _core.CpuCommunicator) -> None:

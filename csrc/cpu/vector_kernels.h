@@ -213,7 +213,7 @@ void quantize_blocks(uint8_t* rows, std::byte* scales, const T* src, const Conve
     uint32_t greatest = 0;
     for (int64_t k = i; k < i + block; ++k) greatest = std::max(greatest, magnitude_of(widen(src[k])));
     const BlockScale scale = scale_of(greatest, To::kMost, powers);
-    for (int64_t k = i; k < i + block; ++k) rows[k] = To::of(scaled(widen(src[k]), scale.factor));
+    for (int64_t k = i; k < i + block; ++k) rows[k] = To::of(widen(src[k]) * scale.factor);
     if (powers) {
       *scales++ = static_cast<std::byte>(scale.stored);
     } else {

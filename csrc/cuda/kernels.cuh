@@ -5,6 +5,7 @@
 // thread.
 #pragma once
 
+#include "cuda/convert.cuh"
 #include "cuda/worker_rows.cuh"
 
 namespace commlib::cuda {

@@ -106,6 +106,7 @@ LaunchShape prepare_kernels(int device, int blocks, cudaStream_t stream) {
   shape.shared_bytes = needed > half ? needed : half;
   if (shape.shared_bytes > facts.shared_per_block) shape.shared_bytes = facts.shared_per_block;
   prepare(waves_kernel, shape, facts.sms);
+  prepare(rows_kernel<ConvertingWorker>, shape, facts.sms);
   prepare_rows<WarpWorker>(shape, facts.sms);
   prepare_rows<InternodeWorker>(shape, facts.sms);
   prepare_small(plan_kernel);
@@ -126,8 +127,10 @@ void launch_bounded_plan(cudaStream_t stream, const PlanKernelOp& op) {
 }
 
 void launch_rows(const LaunchShape& shape, const RowsKernelOp& op) {
-  launch(op.common.peers.internode ? rows_kernel<InternodeWorker> : rows_kernel<WarpWorker>, shape, op,
-         "rows_kernel");
+  const auto kernel = op.common.peers.internode       ? rows_kernel<InternodeWorker>
+                      : op.rows.send.conversion.any() ? rows_kernel<ConvertingWorker>
+                                                      : rows_kernel<WarpWorker>;
+  launch(kernel, shape, op, "rows_kernel");
 }
 
 void launch_waves(const LaunchShape& shape, const RowsKernelOp& op) {

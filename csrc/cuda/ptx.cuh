@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "protocol/quantize.h"
+
 #ifdef COMMLIB_SIMT
 #include "simt/ptx.h"
 #else
@@ -117,6 +119,20 @@ __device__ __forceinline__ uint32_t bf16x2_of_floats(float low, float high) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
+}
+
+// -- fp8: the bits of ToE4m3 in protocol/quantize.h
+
+// Two numbers in a word's lower 16 bits, the first in the lowest byte; rounded to nearest, ties to even, and
+// every NaN is 0x7f.
+__device__ __forceinline__ uint32_t e4m3x2_of_floats(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return ToE4m3::of(low) | static_cast<uint32_t>(ToE4m3::of(high)) << 8;
+#endif
 }
 
 // -- 16-byte accesses

@@ -3,8 +3,9 @@
 //
 // A row is cut into blocks. Each is multiplied by a factor that takes its greatest magnitude to the greatest
 // number of the new type, and each product is rounded to nearest, ties to even. The scale that travels beside
-// the block undoes the factor. A block of tiny numbers, or of zeros, is taken for one of kLeastMagnitude.
-// Where a block has a NaN or an infinity, its scale is no number or infinite, so all of it is NaN again.
+// the block undoes the factor. Multiply and add stay apart (compilers are told so), so all devices round
+// alike. A block of tiny numbers, or of zeros, is taken for one of kLeastMagnitude. Where a block has a NaN
+// or an infinity, its scale is no number or infinite, so all of it is NaN again.
 #pragma once
 
 #include "base/dtype.h"
@@ -38,15 +39,6 @@ constexpr float kLeastMagnitude = 1e-4f;
 // As bits, magnitudes are ordered like numbers, and a NaN is the greatest: so no order of comparisons loses
 // one.
 COMMLIB_HD uint32_t magnitude_of(float v) { return bits_of(v) & 0x7fffffff; }
-
-// An element times its block's factor: never fused with what follows.
-COMMLIB_HD float scaled(float v, float factor) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(v, factor);
-#else
-  return v * factor;
-#endif
-}
 
 // What becomes of a block.
 struct BlockScale {

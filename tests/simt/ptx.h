@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/scalar_types.h"
+#include "protocol/quantize.h"
 #include "simt/cuda.h"
 #include "simt/device.h"
 
@@ -73,6 +74,10 @@ __device__ __forceinline__ uint32_t half2_of_floats(float low, float high) {
 }
 __device__ __forceinline__ uint32_t bf16x2_of_floats(float low, float high) {
   return two_of_floats<Bf16>(low, high);
+}
+
+__device__ __forceinline__ uint32_t e4m3x2_of_floats(float low, float high) {
+  return ToE4m3::of(low) | static_cast<uint32_t>(ToE4m3::of(high)) << 8;
 }
 
 // -- 16-byte accesses
