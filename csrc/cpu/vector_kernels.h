@@ -203,23 +203,48 @@ void weigh(std::byte* dst, const Term& row, const std::byte* y, int64_t elements
 }
 
 // Plain loops over plain arithmetic, which compilers turn into vectors of this file's instruction set: the
-// rule itself stays in one place. A block stays in the first cache between its two passes. kBlock: of how, or
-// 0 where that is not known here.
+// rule itself stays in one place.
+template <class T>
+inline uint32_t greatest_of(const T* block, int64_t n) {
+  uint32_t greatest = 0;
+  for (int64_t k = 0; k < n; ++k) greatest = std::max(greatest, magnitude_of(widen(block[k])));
+  return greatest;
+}
+
+template <class To, class T>
+inline void encode(uint8_t* __restrict to, const T* __restrict block, int64_t n, float factor) {
+  for (int64_t k = 0; k < n; ++k) to[k] = To::of(widen(block[k]) * factor);
+}
+
+inline std::byte* store_scale(std::byte* at, const BlockScale& scale, bool power) {
+  if (power) {
+    *at = static_cast<std::byte>(scale.stored);
+    return at + 1;
+  }
+  std::memcpy(at, &scale.stored, 4);
+  return at + 4;
+}
+
+// Several blocks at a time, which stay in the first cache: all maxima, all scales, all elements. Block by
+// block each of these would wait for the one before; rows of small blocks took twice as long. kBlock: of how,
+// or 0 where that is not known here.
 template <class To, int kBlock, class T>
 void quantize_blocks(uint8_t* rows, std::byte* scales, const T* src, const Conversion& how) {
-  const int64_t block = kBlock ? kBlock : how.block();
-  const bool powers = how.scales_are_powers();
-  for (int64_t i = 0; i < how.elements; i += block) {
-    uint32_t greatest = 0;
-    for (int64_t k = i; k < i + block; ++k) greatest = std::max(greatest, magnitude_of(widen(src[k])));
-    const BlockScale scale = scale_of(greatest, To::kMost, powers);
-    for (int64_t k = i; k < i + block; ++k) rows[k] = To::of(widen(src[k]) * scale.factor);
-    if (powers) {
-      *scales++ = static_cast<std::byte>(scale.stored);
-    } else {
-      std::memcpy(scales, &scale.stored, 4);
-      scales += 4;
+  constexpr int64_t kAtOnce = 16;
+  const int64_t block = kBlock ? kBlock : how.block(), blocks = how.elements / block;
+  for (int64_t first = 0; first < blocks; first += kAtOnce) {
+    const int64_t n = std::min(kAtOnce, blocks - first);
+    const T* from = src + first * block;
+    uint8_t* to = rows + first * block;
+    uint32_t greatest[kAtOnce];
+    float factors[kAtOnce];
+    for (int64_t b = 0; b < n; ++b) greatest[b] = greatest_of(from + b * block, block);
+    for (int64_t b = 0; b < n; ++b) {
+      const BlockScale scale = scale_of(greatest[b], To::kMost, how.scales_are_powers());
+      factors[b] = scale.factor;
+      scales = store_scale(scales, scale, how.scales_are_powers());
     }
+    for (int64_t b = 0; b < n; ++b) encode<To>(to + b * block, from + b * block, block, factors[b]);
   }
 }
 
