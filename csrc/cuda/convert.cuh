@@ -90,10 +90,34 @@ class ScaleWriter {
   uint32_t held_ = 0;
 };
 
+// Converts rows as it sends them, with a kernel of its own: the others have their registers for what lives
+// longer. Between nodes there is none to spare, so rows are converted before they are given.
+class ConvertingWorker : public WarpWorker {
+ public:
+  using WarpWorker::WarpWorker;
+  static constexpr bool kConverts = true;
+  __device__ void convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src);
+
+ private:
+  template <class T>
+  __device__ void convert_from(List<ConvertedTarget> to, const Conversion& how, const std::byte* src);
+  template <class T>
+  __device__ void convert_chunk(std::byte* chunk, int n, const Conversion& how, const BlockScale& whole,
+                                ScaleWriter& scales) const;
+  template <class T>
+  __device__ void bulk_convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src,
+                               const BlockScale& whole);
+  template <class T>
+  __device__ void element_convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src,
+                                  const BlockScale& whole) const;
+  template <class T>
+  __device__ uint32_t greatest_element(const T* row, int n) const;
+};
+
 // Converts n bytes of T in place. whole: the scale of the whole row, where its elements share one.
 template <class T>
-__device__ void WarpWorker::convert_chunk(std::byte* chunk, int n, const Conversion& how,
-                                          const BlockScale& whole, ScaleWriter& scales) const {
+__device__ void ConvertingWorker::convert_chunk(std::byte* chunk, int n, const Conversion& how,
+                                                const BlockScale& whole, ScaleWriter& scales) const {
   const bool integers = how.to_integers();
   const int lanes_of_block = integers ? kWarpLanes : static_cast<int>(how.block() * sizeof(T)) / 16;
   const int blocks = kWarpLanes / lanes_of_block;
@@ -115,8 +139,8 @@ __device__ void WarpWorker::convert_chunk(std::byte* chunk, int n, const Convers
 }
 
 template <class T>
-__device__ void WarpWorker::bulk_convert(List<ConvertedTarget> to, const Conversion& how,
-                                         const std::byte* src, const BlockScale& whole) {
+__device__ void ConvertingWorker::bulk_convert(List<ConvertedTarget> to, const Conversion& how,
+                                               const std::byte* src, const BlockScale& whole) {
   constexpr int kSize = sizeof(T);
   const Target mine = lane_ < to.count ? to.items[lane_].row : nullptr;
   const int stage_bytes = op_.ring_bytes / kSendStages;
@@ -150,8 +174,8 @@ __device__ void WarpWorker::bulk_convert(List<ConvertedTarget> to, const Convers
 
 // One element at a time, wherever it lies.
 template <class T>
-__device__ void WarpWorker::element_convert(List<ConvertedTarget> to, const Conversion& how,
-                                            const std::byte* src, const BlockScale& whole) const {
+__device__ void ConvertingWorker::element_convert(List<ConvertedTarget> to, const Conversion& how,
+                                                  const std::byte* src, const BlockScale& whole) const {
   const T* row = reinterpret_cast<const T*>(src);
   const int block = static_cast<int>(how.block());
   ScaleWriter scales(to, how, lane_);
@@ -171,15 +195,15 @@ __device__ void WarpWorker::element_convert(List<ConvertedTarget> to, const Conv
 
 // The greatest magnitude of n elements.
 template <class T>
-__device__ uint32_t WarpWorker::greatest_element(const T* row, int n) const {
+__device__ uint32_t ConvertingWorker::greatest_element(const T* row, int n) const {
   uint32_t found = 0;
   for (int i = lane_; i < n; i += kWarpLanes) found = greater_of(found, magnitude_of(widened(row[i])));
   return greatest_of(found, kWarpLanes);
 }
 
 template <class T>
-__device__ void WarpWorker::convert_from(List<ConvertedTarget> to, const Conversion& how,
-                                         const std::byte* src) {
+__device__ void ConvertingWorker::convert_from(List<ConvertedTarget> to, const Conversion& how,
+                                               const std::byte* src) {
   BlockScale whole{};
   if (how.to_integers()) {
     const int elements = static_cast<int>(how.elements);
@@ -196,8 +220,8 @@ __device__ void WarpWorker::convert_from(List<ConvertedTarget> to, const Convers
   element_convert<T>(to, how, src, whole);
 }
 
-__device__ inline void WarpWorker::convert(List<ConvertedTarget> to, const Conversion& how,
-                                           const std::byte* src) {
+__device__ inline void ConvertingWorker::convert(List<ConvertedTarget> to, const Conversion& how,
+                                                 const std::byte* src) {
   if (to.count == 0) return;
   switch (how.from) {
     case DType::bf16:

@@ -158,8 +158,6 @@ enum class Does : uint8_t { plan, wait, move_rows };
   return false;
 }
 
-class ScaleWriter;
-
 class WarpWorker {
  public:
   static constexpr bool kMetadataWithRows = true;
@@ -251,7 +249,6 @@ class WarpWorker {
   template <class F>
   static __device__ void will_read(int, F) {}  // others hide the latency of memory
   __device__ void multicast(List<Target> to, const std::byte* src, int64_t bytes);
-  __device__ void convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src);
   template <class T, int kUnroll, bool kParts>
   __device__ void sum(std::byte* dst, List<Term> terms, int64_t elements);
   __device__ void weigh(DType t, std::byte* dst, const Term& term, const std::byte* y, int64_t elements,
@@ -344,7 +341,7 @@ class WarpWorker {
   }
   __device__ void malformed(int peer, Phase phase) const { fail_by_malformed(op_, peer, phase); }
 
- private:
+ protected:
   // What one thread of the block has written there.
   __device__ static bool answer_for_block() {
     __syncthreads();
@@ -366,20 +363,6 @@ class WarpWorker {
   __device__ void plain_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
   template <class T>
   __device__ void element_multicast(List<Target> to, const std::byte* src, int64_t bytes) const;
-  // See cuda/convert.cuh.
-  template <class T>
-  __device__ void convert_from(List<ConvertedTarget> to, const Conversion& how, const std::byte* src);
-  template <class T>
-  __device__ void convert_chunk(std::byte* chunk, int n, const Conversion& how, const BlockScale& whole,
-                                ScaleWriter& scales) const;
-  template <class T>
-  __device__ void bulk_convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src,
-                               const BlockScale& whole);
-  template <class T>
-  __device__ void element_convert(List<ConvertedTarget> to, const Conversion& how, const std::byte* src,
-                                  const BlockScale& whole) const;
-  template <class T>
-  __device__ uint32_t greatest_element(const T* row, int n) const;
   template <class T>
   __device__ void weigh_as(std::byte* dst, const Term& term, const std::byte* y, int64_t elements,
                            std::byte* dot);
@@ -497,14 +480,6 @@ class InternodeWorker : public WarpWorker {
  public:
   using WarpWorker::WarpWorker;
   static constexpr bool kInternode = true;
-};
-
-// Converts rows as it sends them, with a kernel of its own for the same reason. Between nodes there is no
-// register to spare: rows are converted before they are given.
-class ConvertingWorker : public WarpWorker {
- public:
-  using WarpWorker::WarpWorker;
-  static constexpr bool kConverts = true;
 };
 
 // Adds rows of T.
