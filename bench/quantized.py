@@ -1,6 +1,6 @@
 """Dispatch of rows as they are and of rows that are quantized on their way, over links of a given rate.
 
-    python bench/quantized.py [--link-gbps 2 0] [--tokens 1024] [--ranks 2] [--json FILE]
+    python bench/quantized.py [--link-gbps 0.5 0] [--tokens 1024] [--ranks 2] [--json FILE]
 
 All in one run, in turns. The limit is emulated (``link_gbps``, 0: none), and each rank is a thread with one
 communication thread, so that few cores do. Bytes are those of rows and scales to other ranks, of all ranks.
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--link-gbps", type=float, nargs="+", default=[2.0, 0.0])
+    parser.add_argument("--link-gbps", type=float, nargs="+", default=[0.5, 0.0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
