@@ -127,6 +127,10 @@ void launch_bounded_plan(cudaStream_t stream, const PlanKernelOp& op) {
 }
 
 void launch_rows(const LaunchShape& shape, const RowsKernelOp& op) {
+  if (op.common.peers.internode && op.rows.send.conversion.any()) {
+    throw std::invalid_argument(
+        "kernels that reach other nodes convert no rows: give them as they are to be sent");
+  }
   const auto kernel = op.common.peers.internode       ? rows_kernel<InternodeWorker>
                       : op.rows.send.conversion.any() ? rows_kernel<ConvertingWorker>
                                                       : rows_kernel<WarpWorker>;
