@@ -1,8 +1,11 @@
 """CUDA graphs: what is captured once is run again and again, without Python, and each time with other ids."""
 
 import gc
+import runpy
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +255,14 @@ def test_layers_of_a_graph_take_its_slots_in_turns_and_another_graph_has_others(
             torch.testing.assert_close(out.clone(), deep(ep, inputs), rtol=0, atol=0)
 
     commlib.run_ranks(rank_main, 2, device="cuda")
+
+
+def test_the_example_decodes_with_a_graph(monkeypatch, capsys):
+    program = Path(__file__).parents[2] / "examples/decode.py"
+    arguments = ["--device", "cuda", "--steps", "8", "--hidden", "64", "--ffn-hidden", "64", "--experts", "4"]
+    monkeypatch.setattr(sys, "argv", [str(program), *arguments, "--check"])
+    runpy.run_path(str(program), run_name="__main__")
+    assert "has written the tokens of one rank alone" in capsys.readouterr().out
 
 
 def test_a_graph_does_nothing_once_its_communicator_is_closed():

@@ -173,11 +173,14 @@ class Call {
     for (const auto& [place, result] : landings_) simt::put_off(current_stream(), Landing(place, result));
   }
 
-  // What it has computed of what there is now is good for nothing but what follows in the same capture.
+  // What it has made of what there is now is good for nothing but what follows in the same capture; what it
+  // would have changed stays as it is.
   void capture() const {
     const auto kept = std::make_shared<Captured>(Captured{op_, given_, {}});
-    for (const auto& [place, result] : landings_) {
-      Landing(place, result)();
+    const size_t made = landings_.size() - written_.size();
+    for (size_t i = 0; i < landings_.size(); ++i) {
+      const auto& [place, result] = landings_[i];
+      if (i < made) Landing(place, result)();
       kept->places.push_back(place);
     }
     if (landings_.empty()) return;
