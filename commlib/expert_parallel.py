@@ -223,10 +223,9 @@ class ExpertParallel:
 
         Raises:
             ValueError, TypeError: an argument of the wrong shape, dtype or range; nothing has been sent.
-            NotImplementedError: forward-mode AD, torch.vmap or torch.func.grad, which have no rule; nothing
-                has been sent.
-            RuntimeError, MemoryError: there is no memory for the results, whose size is known once all ranks
-                have published their counts: the communicator is given up, and the others raise CommError.
+            NotImplementedError: forward-mode AD, torch.vmap or torch.func.grad, which have no rule.
+            RuntimeError, MemoryError: there is no memory for the results, whose size is known late: the
+                communicator is given up, and the others raise CommError.
             CapacityExceeded: on all ranks; nothing has been sent.
             PeerTimeout: a rank did not come within ``timeout`` seconds, or is gone.
             HandleError: no slot is free, or the handle is released or another communicator's.
@@ -410,8 +409,8 @@ class ExpertParallel:
     def synchronize(self) -> None:
         """Block until all operations are done, also those of others that share the communicator.
 
-        On a GPU this is how the host learns that one failed; the next operation says so as well. It waits for
-        the CUDA graphs with operations that the current stream runs, too.
+        On a GPU this is how the host learns that one failed; the next operation says so as well. CUDA graphs
+        that the current stream runs are waited for, too.
 
         Raises:
             PeerTimeout, CallMismatch: an operation failed.

@@ -125,7 +125,10 @@ STEPS = (
     tests("autocast", 75),
     tests("gradients", 45),
     *(tests(name, 40) for name in ("growth", "routers", "own_experts")),
-    *(tests(f"deep_ep{part}", 60) for part in ("", "_elastic", "_events", "_callers", "_programs")),
+    *(
+        tests(f"deep_ep{part}", 60)
+        for part in ("", "_elastic", "_events", "_callers", "_programs", "_low_latency")
+    ),
     tests("transformers", 60),
     tests("moe_layer", 50),  # whatever it does to the GPU, the others are done
     # 3. Figures.

@@ -3,12 +3,11 @@
 import gc
 import runpy
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from capture import captured, one_at_a_time
 from reference import make_world
 
 import commlib
@@ -19,19 +18,6 @@ CONFIG = {"num_experts": EXPERTS, "hidden": HIDDEN, "topk": TOPK, "max_tokens": 
 CONFIG |= {"dtype": torch.float32, "slots": 8, "rows_per_expert": 3 * TOKENS}
 
 pytestmark = pytest.mark.gpu
-_one_at_a_time = threading.Lock()  # PyTorch captures one graph of a process at a time
-
-
-@contextmanager
-def captured(graph):
-    """As torch.cuda.graph, which would wait for the whole device: for kernels that wait for this rank."""
-    torch.cuda.current_stream().synchronize()
-    with _one_at_a_time:
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            yield
-        finally:
-            graph.capture_end()
 
 
 class Inputs:
@@ -156,7 +142,7 @@ def test_a_step_forward_and_backward_may_be_captured(layout):
 def test_a_bounded_layer_may_be_captured():
     def rank_main(rank):
         with ExpertParallel(**CONFIG | {"dtype": torch.bfloat16}) as ep, torch.no_grad():
-            with _one_at_a_time:
+            with one_at_a_time:
                 torch.manual_seed(rank)
                 options = {"bounded": True, "device": "cuda", "dtype": torch.bfloat16}
                 layer = commlib.nn.MoELayer(HIDDEN, 32, EXPERTS, TOPK, ep, **options)

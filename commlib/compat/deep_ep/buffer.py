@@ -1,4 +1,4 @@
-"""Buffer: DeepEP's first interface, normal mode."""
+"""Buffer: DeepEP's first interface."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Buffer(Owner, LowLatency):
     Args:
         group: torch.distributed ProcessGroup of any backend; also what :class:`commlib.ExpertParallel` takes.
         num_nvl_bytes, num_rdma_bytes: kept as attributes, otherwise ignored: commlib sizes itself.
-        low_latency_mode: kept as an attribute; the low latency methods are still to come.
+        low_latency_mode: kept as an attribute, otherwise ignored: one buffer serves both modes.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl: ignored.
         explicitly_destroy: :meth:`destroy` may be called.
         enable_shrink: refused.

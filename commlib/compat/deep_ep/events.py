@@ -191,9 +191,13 @@ class Work:
         self.then(lambda: out.copy_(given), out, given)
         return out
 
+    def rest(self) -> EventHandle:
+        """What is left, for whoever waits for it."""
+        return EventHandle._of(self._events, self._steps)
+
     def end(self, asynchronous: bool) -> EventOverlap:
         """The call's event; without ``asynchronous`` its results are complete now."""
-        handle = EventHandle._of(self._events, self._steps)
+        handle = self.rest()
         if not asynchronous:
             handle.current_stream_wait()
             return EventOverlap()
