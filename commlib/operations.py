@@ -22,7 +22,7 @@ from commlib.calls import (
     words_of_groups,
 )
 from commlib.communicator import Attachment, Communicator, refuse_forward_mode
-from commlib.errors import CapacityExceeded
+from commlib.errors import CapacityExceeded, CommError
 from commlib.event import Event
 from commlib.formats import CORE_DTYPES, Sent
 from commlib.quantization import numbered, quantize
@@ -114,7 +114,7 @@ def _dispatch_bounded(a: Attachment, call: Dispatch, async_op: bool) -> tuple[Ar
         ),
         call.drop,
         async_op,
-        keep if async_op else None,
+        backend.held(keep, read, async_op),
         a.caller,
     )
     if rows is None:
@@ -138,6 +138,11 @@ def _check_callable(a: Attachment) -> None:
     """That the attachment is open, and that no one asks for tangents, for which there is no rule."""
     refuse_forward_mode()
     a.check_open()
+    if a.communicator.settings.grows and a.communicator.backend.is_captured():
+        raise CommError(
+            "an ExpertParallel without max_tokens grows, and a CUDA graph would be left behind with the memory "
+            "that it had: give max_tokens to capture its operations"
+        )
 
 
 def _begun_plan(c: Communicator, call: Dispatch) -> tuple[Tensor, Tensor | None, Tensor, _core.RoutePlan]:
@@ -215,7 +220,7 @@ def redispatch(a: Attachment, call: Redispatch, async_op: bool = False) -> tuple
             zero_rest=True,
         ),
         async_op,
-        keep if async_op else None,
+        c.backend.held(keep, plan.tensors, async_op),
         a.caller,
     )
     if rows is None:
@@ -258,7 +263,7 @@ def combine(
         out.data_ptr(),
         _address(back),
         async_op,
-        keep if async_op else None,
+        c.backend.held(keep, plan.tensors, async_op),
         a.caller,
     )
     a.count(combines=1)

@@ -132,6 +132,8 @@ def quantize(x: Tensor, format: QuantFormat) -> tuple[Tensor, Tensor]:
         ValueError: no such format, or an ``x`` that cannot be converted to it.
     """
     q = named(format)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension to be quantized")
     check_quantizable(q, x)
@@ -169,6 +171,7 @@ def dequantize(rows: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
     Raises:
         ValueError: shapes that do not go together.
     """
+    rows, scales = torch.as_tensor(rows), torch.as_tensor(scales)
     alike = rows.dim() == scales.dim() > 0 and rows.shape[:-1] == scales.shape[:-1]
     if not alike or scales.shape[-1] == 0 or rows.shape[-1] % scales.shape[-1]:
         raise ValueError(

@@ -77,6 +77,9 @@ class Timeline:
     def compute(self, name: str) -> Iterator[None]:
         """Note what is computed inside."""
         backend = self._ep._comm.backend
+        if backend.is_captured():  # each run has its own times
+            yield
+            return
         begun = backend.mark()
         yield
         self._notes.append((COMPUTE, name, backend.span(self._trace.zero, begun, backend.mark())))

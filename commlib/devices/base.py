@@ -76,6 +76,20 @@ class Backend(ABC):
         """Take the place of one of the same rank: its traces go on here."""
         self.traces = before.traces
 
+    def is_captured(self) -> bool:
+        """Whether what the caller issues now is captured in a CUDA graph."""
+        return False
+
+    def held(self, keep: tuple[Any, ...], plan: tuple[Any, ...], async_op: bool) -> tuple[Any, ...] | None:
+        """What the core is to keep until an operation is done, or its graph is gone.
+
+        Args:
+            keep: tensors that the operation uses.
+            plan: those of them that callers do not know of: the routing's.
+            async_op: whether the caller waits for an event.
+        """
+        return keep if async_op else None
+
     def synchronize(self) -> None:
         """Wait until all operations are done; raise what was wrong with one."""
         self.core.synchronize()

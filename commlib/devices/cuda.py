@@ -154,16 +154,27 @@ class CudaBackend(Backend):
         self._begun = torch.cuda.Event()
         self._has_graphs = False
 
+    def is_captured(self) -> bool:
+        return _is_captured()
+
+    def held(self, keep: tuple[Any, ...], plan: tuple[Any, ...], async_op: bool) -> tuple[Any, ...] | None:
+        return plan if _is_captured() else None  # else streams order the use of memory
+
     def close(self) -> None:
+        self._follow_graphs()
         try:
             super().close()
         finally:
             self._free_sms()
 
     def synchronize(self) -> None:
+        self._follow_graphs()
+        super().synchronize()
+
+    def _follow_graphs(self) -> None:
+        """What waits for the communication stream waits for graphs that the current stream runs, too."""
         if self._has_graphs and not _is_captured():
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        super().synchronize()
 
     def make_way(self) -> None:
         self._free_sms()

@@ -163,7 +163,8 @@ class NetworkMemory;
 struct Job;
 using Ticket = std::shared_ptr<Job>;  // of an asynchronous operation; null where a stream orders it (CUDA)
 // Keeps the memory that an asynchronous operation uses alive until it is done. Where a stream orders
-// operations (CUDA), the memory's stream orders its use too, and nothing need be held.
+// operations (CUDA), the memory's stream orders its use too, and nothing need be held; but a CUDA graph holds
+// it for as long as it may run. May go on any thread.
 using Held = std::shared_ptr<void>;
 // What goes with an operation that a backend is to run: where no stream orders what comes after, it keeps all
 // of it until the operation is done.

@@ -263,6 +263,12 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
                         input.count <= (routing.is_grouped() ? layout.grouped_rows : layout.room());
   auto lease = in_order && input.y ? slots_->find(input.y) : nullptr;
   if (!lease || input.y != lease->slot().rows) return {take_slot(), false, false};
+  if (lease->lent() && is_captured() && !slots_->is_reserved(lease->index(), capture_id())) {
+    throw SlotError(
+        "this combine_buffer was lent before the capture of a CUDA graph, and is good for one combine: ask "
+        "for "
+        "it within the capture, so that each run of the graph waits until it may be written");
+  }
   lease->use();
   const bool users_rows = !lease->lent();
   return {std::move(lease), true, users_rows};

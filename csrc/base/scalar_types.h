@@ -43,14 +43,17 @@ COMMLIB_HD uint32_t mask_below(uint32_t a, uint32_t b) { return 0u - ((a - b) >>
 
 COMMLIB_HD float widen(Bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
-// IEEE half to float: shift the exponent and mantissa into place, then let one multiplication by 2^112 fix
-// the exponent's bias; subnormals come out right by themselves, and of infinity and NaN the mantissa does.
+// IEEE half to float. A subnormal is an integer times 2^-24: as the bits of a float it would be one of those,
+// which a thread may have told its processor to take for 0.
 COMMLIB_HD float widen(Half v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t rest = v.bits & 0x7fff;
   const uint32_t all_ones = mask_below(0x7bff, rest) & 0x7f800000;
   const uint32_t quiet = mask_below(0x7c00, rest) & 1u << 22;
-  return float_of(sign | all_ones | quiet | bits_of(float_of(rest << 13) * 0x1p112f));
+  const uint32_t normal = ((rest << 13) + (112u << 23)) | all_ones | quiet;
+  const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f);
+  const uint32_t is_small = mask_below(rest, 0x400);
+  return float_of(sign | (small & is_small) | (normal & ~is_small));
 }
 COMMLIB_HD float widen(float v) { return v; }
 COMMLIB_HD double widen(double v) { return v; }

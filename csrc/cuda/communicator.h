@@ -70,7 +70,7 @@ class CudaCommunicator final : public Communicator {
   void plan_after_all() override;
   void plan_after_plans() override {}                     // the stream of plans sees to that
   void collect_slots() override { drop_what_is_done(); }  // of graphs
-  void keep_with_graph(const std::shared_ptr<SlotLease>& lease);
+  void keep_with_graph(const std::shared_ptr<SlotLease>& lease, Held held);
   void abort_waits(Cause cause, int peer);
   void check_processes();
   void check_peers();

@@ -33,7 +33,7 @@ void CudaCommunicator::plan_after_all() {
 Ticket CudaCommunicator::execute_rows(const OpId& id, const RowsOp& op, Execution execution) {
   const OnDevice guard = on_device();
   const bool captured = id.epoch == 0;
-  if (captured) keep_with_graph(execution.lease);
+  if (captured) keep_with_graph(execution.lease, std::move(execution.held));
   RowsKernelOp kernel{params(id, shape_.ring_bytes), op};
   kernel.rows.waves_of_routes = scratch_.waves_of_routes;
   if (op.send.is_fresh() && !captured) {  // routes are placed last
@@ -63,14 +63,14 @@ std::optional<Trouble> CudaCommunicator::take_trouble() {
 
 Ticket CudaCommunicator::execute_combine(const OpId& id, const CombineOp& op, Execution execution) {
   const OnDevice guard = on_device();
-  if (id.epoch == 0) keep_with_graph(execution.lease);
+  if (id.epoch == 0) keep_with_graph(execution.lease, std::move(execution.held));
   launch_combine(shape_, op.pull.dtype, {params(id, shape_.ring_bytes), op});
   return nullptr;
 }
 
 void CudaCommunicator::await_pulls(Call call, const std::shared_ptr<SlotLease>& lease) {
   const OnDevice guard = on_device();
-  if (is_captured()) keep_with_graph(lease);
+  if (is_captured()) keep_with_graph(lease, nullptr);
   launch_await(shape_.stream, {params({call, 0}, 0)});
 }
 
@@ -78,16 +78,18 @@ uint64_t CudaCommunicator::capture_id() const { return capture_of(shape_.stream)
 
 // What an operation that is being captured uses. The slot is the graph's anyway, unless its rows had come, or
 // were lent, before. A graph may outlive the communicator. Its kernels then read that they are to do nothing.
-void CudaCommunicator::keep_with_graph(const std::shared_ptr<SlotLease>& lease) {
+void CudaCommunicator::keep_with_graph(const std::shared_ptr<SlotLease>& lease, Held held) {
   const bool is_graphs = slots_->is_reserved(lease->index(), capture_id());
   struct Used {
     std::shared_ptr<SlotLease> lease;
+    Held held;
     Memory memory, internode;
     std::shared_ptr<HostState> host;
     std::vector<std::shared_ptr<DeviceRegion>> regions;
   };
-  cuda::keep_with_graph(shape_.stream, std::make_shared<Used>(Used{is_graphs ? nullptr : lease, memory_,
-                                                                   internode_on_device_, host_, regions_}));
+  cuda::keep_with_graph(shape_.stream,
+                        std::make_shared<Used>(Used{is_graphs ? nullptr : lease, std::move(held), memory_,
+                                                    internode_on_device_, host_, regions_}));
   has_graphs_ = true;
 }
 

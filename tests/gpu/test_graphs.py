@@ -180,6 +180,76 @@ def test_what_follows_a_dispatch_may_be_captured_with_its_handle():
     commlib.run_ranks(rank_main, 2, device="cuda")
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_graph_keeps_the_routing_of_a_handle_that_nobody_has_any_more(bounded):
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep, torch.no_grad():
+            inputs, graph = Inputs(rank), torch.cuda.CUDAGraph()
+            d = ep.dispatch(*inputs, layout="rank", bounded=bounded)
+            x, want = d.x, ep.combine(d.x * 2, d.handle)
+            with captured(graph):
+                out = ep.combine(x * 2, d.handle)
+                again = ep.dispatch(inputs.x, None, handle=d.handle).x
+            came = x.shape[0] if not bounded else int(d.num_rows)
+            del d
+            gc.collect()
+            refilled = [torch.full((n,), 7, dtype=torch.int64, device="cuda") for n in range(1, 200)]
+            graph.replay()
+            torch.testing.assert_close(out, want, rtol=0, atol=0)
+            torch.testing.assert_close(again[:came], x[:came], rtol=0, atol=0)
+            assert len(refilled) == 199
+
+    commlib.run_ranks(rank_main, 2, device="cuda")
+
+
+def test_closing_waits_for_graphs_that_run():
+    def rank_main(rank):
+        graph, inputs = torch.cuda.CUDAGraph(), Inputs(rank)
+        with ExpertParallel(**CONFIG) as ep, torch.no_grad():
+            with captured(graph):
+                _, out = layer(ep, inputs, "rank", bounded=True)
+            torch.cuda._sleep(50_000_000)
+            graph.replay()
+        torch.testing.assert_close(out, plain(inputs))
+
+    commlib.run_ranks(rank_main, 2, device="cuda")
+
+
+def test_a_communicator_that_may_grow_cannot_be_captured():
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG | {"max_tokens": None, "rows_per_expert": None}) as ep, torch.no_grad():
+            inputs = Inputs(rank)
+            d = ep.dispatch(*inputs)
+            y = experts(ep, d, "rank")
+            with pytest.raises(CommError, match="give max_tokens"), captured(torch.cuda.CUDAGraph()):
+                ep.combine(y, d.handle)
+            torch.testing.assert_close(ep.combine(y, d.handle), plain(inputs))
+
+    commlib.run_ranks(rank_main, 2, device="cuda")
+
+
+def test_a_combine_buffer_of_a_graph_is_lent_within_it():
+    def rank_main(rank):
+        with ExpertParallel(**CONFIG) as ep, torch.no_grad():
+            inputs, graph = Inputs(rank), torch.cuda.CUDAGraph()
+            d = ep.dispatch(*inputs)
+            y, lent = experts(ep, d, "rank"), ep.combine_buffer(d.handle)
+            with pytest.raises(CommError, match="lent before the capture"), captured(torch.cuda.CUDAGraph()):
+                ep.combine(lent, d.handle)
+            del lent
+            gc.collect()
+            with captured(graph):
+                lent = ep.combine_buffer(d.handle)
+                lent.copy_(y)
+                out = ep.combine(lent, d.handle)
+            for _ in range(20):
+                graph.replay()
+                torch.cuda._sleep(rank * 1_000_000)
+                torch.testing.assert_close(out, plain(inputs))
+
+    commlib.run_ranks(rank_main, 2, device="cuda")
+
+
 def test_a_dispatch_whose_sizes_the_host_reads_cannot_be_captured():
     def rank_main(rank):
         with ExpertParallel(**CONFIG) as ep, torch.no_grad():

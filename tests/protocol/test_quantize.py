@@ -418,3 +418,18 @@ def test_ops_pass_torchs_own_checks(device, format):
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.commlib.dispatch.default, arguments, test_utils=tests)
         assert d.scales is not None
+
+
+def test_subnormal_halves_are_not_lost_where_the_processor_flushes_others(alone):
+    x = torch.full((4, HIDDEN), 6e-8, dtype=torch.float16)
+    x[:, 0] = 1e-4
+    rows, scales = commlib.quantize(x, "fp8_e4m3")
+    if not torch.set_flush_denormal(True):
+        pytest.fail("this processor cannot flush subnormal numbers")
+    try:
+        d = alone.dispatch(x, torch.zeros(4, 1, dtype=torch.int64), quantize="fp8_e4m3")
+    finally:
+        torch.set_flush_denormal(False)
+    same(d.x, rows)
+    same(d.scales, scales)
+    assert rows.view(torch.uint8).count_nonzero() == rows.numel()

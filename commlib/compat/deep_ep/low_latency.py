@@ -150,7 +150,7 @@ class LowLatency:
         """
         options = _Options.of(async_finish, return_recv_hook)
         if dispatch_wait_recv_cost_stats is not None:
-            not_yet("dispatch_wait_recv_cost_stats", "commlib.Timeline shows what ranks wait for")
+            not_yet("dispatch_wait_recv_cost_stats", "commlib.timeline.Timeline shows what ranks wait for")
         most = at_least("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
         experts = layouts.local_experts(num_experts, self.group_size)
         _check_x(x, most)
@@ -221,7 +221,7 @@ class LowLatency:
         if as_bool("use_logfmt", use_logfmt):
             not_yet("use_logfmt", "rows come back in bfloat16")
         if combine_wait_recv_cost_stats is not None:
-            not_yet("combine_wait_recv_cost_stats", "commlib.Timeline shows what ranks wait for")
+            not_yet("combine_wait_recv_cost_stats", "commlib.timeline.Timeline shows what ranks wait for")
         route = _route_of(handle)
         ep = route.ep
         places = (route.tokens, ep.settings.topk)
