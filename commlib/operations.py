@@ -140,8 +140,8 @@ def _check_callable(a: Attachment) -> None:
     a.check_open()
     if a.communicator.settings.grows and a.communicator.backend.is_captured():
         raise CommError(
-            "an ExpertParallel without max_tokens grows, and a CUDA graph would be left behind with the memory "
-            "that it had: give max_tokens to capture its operations"
+            "an ExpertParallel without max_tokens grows, and a CUDA graph would be left behind with its old "
+            "memory: give max_tokens to capture operations"
         )
 
 
