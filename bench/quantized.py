@@ -101,9 +101,7 @@ def main() -> None:
     if args.json:
         config = {name: value for name, value in vars(args).items() if name != "json"}
         samples = {f"{gbps:g}": result for gbps, result in results.items()}
-        write_samples(
-            args.json, {"machine": host(), "commit": commit(), "config": config, "results": samples}
-        )
+        write_samples(args.json, {"machine": host(), "commit": commit(), "config": config, "links": samples})
 
 
 if __name__ == "__main__":
