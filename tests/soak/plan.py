@@ -21,6 +21,7 @@ STEPS = (
     "queued",
     "backward",
     "bounded",
+    "quantized",
     "crowded",
 )
 LEAVES = ("with", "close", "drop", "exit")  # how ranks end the communicator; "exit": one rank by exiting

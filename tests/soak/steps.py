@@ -186,6 +186,24 @@ class Step:
         self.check(unbounded(d))
         self.check_sum(self.combine(d))
 
+    def _quantized(self) -> None:
+        settings, scale_bytes = self.ep.settings, 4
+        if self.x.dtype == torch.float64 or self.x.shape[1] + scale_bytes > self.x.shape[1] * self.x.itemsize:
+            return self._bounded()  # such rows are not converted, or have no room
+        d = self.dispatch(quantize="int8", bounded=not settings.grows and not self.grouped, async_op=True)
+        self.middle()
+        d.event.wait()
+        if d.handle.bounded:
+            d = replace(unbounded(d), scales=d.scales[: int(d.num_rows)])
+        want = self.reference.dispatched(self.at, self.grouped)
+        y = want.x * self.scale
+        rows, scales = commlib.quantize(y, "int8")
+        there = d.source[:, 0] >= 0
+        assert torch.equal(d.x[there], rows[there]) and torch.equal(d.scales[there], scales[there])
+        assert not d.x[~there].any()
+        weights = want.topk_weights if self.weighted else None
+        check(replace(d, x=y), replace(want, x=y, topk_weights=weights))
+
     def _backward(self) -> None:
         self.x.requires_grad_()
         d = self.dispatch()
