@@ -266,8 +266,7 @@ Communicator::CombineSlot Communicator::combine_slot(const CombineInput& input, 
   if (lease->lent() && is_captured() && !slots_->is_reserved(lease->index(), capture_id())) {
     throw SlotError(
         "this combine_buffer was lent before the capture of a CUDA graph, and is good for one combine: ask "
-        "for "
-        "it within the capture, so that each run of the graph waits until it may be written");
+        "for it within the capture, so that each run of the graph waits until it may be written");
   }
   lease->use();
   const bool users_rows = !lease->lent();

@@ -158,7 +158,8 @@ class LowLatency:
         layouts.check_topk_idx(topk_idx, num_experts)
         layouts.check_topk(topk_idx.shape[1], num_experts)
         require(len(topk_idx) == len(x), f"topk_idx has {len(topk_idx)} tokens, but x has {len(x)}")
-        _check_stats(cumulative_local_expert_recv_stats, experts, x)
+        stats = cumulative_local_expert_recv_stats
+        _check_given("cumulative_local_expert_recv_stats", stats, x, (experts,), torch.int32)
         quantize = _format(x.shape[1], use_fp8, round_scale, use_ue8m0)
         runtime = self._runtime()
         ep = runtime.of(num_experts, topk_idx.shape[1], x.shape[1], x.dtype, x.device, most)
@@ -172,7 +173,7 @@ class LowLatency:
         )
         work = Work(x.device, lambda: runtime.stream(x.device))
         work.add(d.event)
-        counts = _counts(d, cumulative_local_expert_recv_stats, work)
+        counts = _counts(d, stats, work)
         scales = None if d.scales is None else _scales(d.scales, use_ue8m0, work)
         route = _Route(ep, d.handle, len(x), tuple(d.x.shape))
         handle = LowLatencyHandle((*_sources(d, self.group_size, work), most, x.shape[1], num_experts))
@@ -233,7 +234,7 @@ class LowLatency:
         )
         layouts.check_beside(x, topk_weights=topk_weights)
         layouts.check_weights("topk_weights", topk_weights, places)
-        _check_out(out, x, route)
+        _check_given("out", out, x, (route.tokens, x.shape[-1]), x.dtype, dense=True)
         if zero_copy:
             lent = route.buffer
             require(
@@ -317,25 +318,17 @@ def _check_y(x: Any, route: _Route) -> None:
     )
 
 
-def _check_stats(stats: Any, experts: int, x: Tensor) -> None:
-    if stats is None:
+def _check_given(
+    name: str, given: Any, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, dense: bool = False
+) -> None:
+    """That an optional tensor, where it is given, is what the call will write to."""
+    if given is None:
         return
-    layouts.check_beside(x, cumulative_local_expert_recv_stats=stats)
+    layouts.check_beside(x, **{name: given})
     require(
-        stats.shape == (experts,) and stats.dtype == torch.int32,
-        f"cumulative_local_expert_recv_stats must be [{experts}] int32, got {list(stats.shape)} "
-        f"{stats.dtype}",
-    )
-
-
-def _check_out(out: Any, x: Tensor, route: _Route) -> None:
-    if out is None:
-        return
-    layouts.check_beside(x, out=out)
-    wanted = (route.tokens, x.shape[-1])
-    require(
-        tuple(out.shape) == wanted and out.dtype == x.dtype and out.is_contiguous(),
-        f"out must be {list(wanted)} {x.dtype}, one row after the other, got {list(out.shape)} {out.dtype}",
+        tuple(given.shape) == shape and given.dtype == dtype and (given.is_contiguous() or not dense),
+        f"{name} must be {list(shape)} {str(dtype).removeprefix('torch.')}"
+        f"{', one row after the other' if dense else ''}, got {list(given.shape)} {given.dtype}",
     )
 
 
